@@ -1,0 +1,48 @@
+"""Calibration data and post-training compression for language models.
+
+``import calibrant as cb`` gives the whole public API; heavy libraries load when a function is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CalibrantError": "calibrant.errors",
+    "CalibrationSet": "calibrant.calibration.calibration_set",
+    "Corpus": "calibrant.calibration.corpus",
+    "TemperatureSchedule": "calibrant.calibration.sources.self_calibration",
+    "Recipe": "calibrant.compression.recipe",
+    "compress": "calibrant.api",
+    "evaluate": "calibrant.api",
+    "generate": "calibrant.api",
+    "select": "calibrant.api",
+}
+__all__ = [
+    "CalibrantError",
+    "CalibrationSet",
+    "Corpus",
+    "Recipe",
+    "TemperatureSchedule",
+    "__version__",
+    "compress",
+    "evaluate",
+    "generate",
+    "select",
+]
+
+if TYPE_CHECKING:
+    from calibrant.api import compress, evaluate, generate, select
+    from calibrant.calibration.calibration_set import CalibrationSet
+    from calibrant.calibration.corpus import Corpus
+    from calibrant.calibration.sources.self_calibration import TemperatureSchedule
+    from calibrant.compression.recipe import Recipe
+    from calibrant.errors import CalibrantError
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'calibrant' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,131 @@
+"""The calibration set: token ids, their mask and where they came from, saved with a content hash."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from calibrant.errors import CalibrantError
+from calibrant.hashing import canonical_json, sha256_bytes
+
+TENSORS_NAME = "tokens.safetensors"
+MANIFEST_NAME = "manifest.json"
+
+
+class Segment(BaseModel):
+    """A run of tokens of one row taken from one document.
+
+    ``offset`` is the position in the tokenized document, ``start`` the position in the row, both in tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    document: str
+    offset: int
+    start: int
+    length: int
+
+
+class Manifest(BaseModel):
+    """Where a calibration set came from, and its hash.
+
+    ``rows[i]`` lists the segments of row ``i``; sources that read no corpus leave it empty.
+    ``counts`` holds what was read, dropped and used. ``set_sha256`` covers shape, token ids and mask.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int = 1
+    strategy: str
+    parameters: dict[str, Any]
+    seed: int
+    draw: int
+    samples: int
+    length: int
+    tokenizer_sha256: str
+    corpus: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None
+    rows: list[list[Segment]] = []
+    counts: dict[str, int] = {}
+    set_sha256: str = ""
+
+
+def set_hash(tokens: torch.Tensor, mask: torch.Tensor) -> str:
+    """SHA-256 over the shape, the little-endian int32 token ids and the 0/1 mask bytes."""
+    shape = np.asarray(tokens.shape, dtype="<i8").tobytes()
+    return sha256_bytes(shape, tokens.numpy().astype("<i4").tobytes(), mask.numpy().astype("u1").tobytes())
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token ids ``[samples, length]`` (int32), a mask of the same shape (bool; True: this token counts), a manifest."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    manifest: Manifest
+
+    @classmethod
+    def build(cls, tokens: torch.Tensor, mask: torch.Tensor, manifest: Manifest) -> "CalibrationSet":
+        """Make a set and fill in the manifest's hash and counts of tokens."""
+        tokens, mask = tokens.to(torch.int32).contiguous(), mask.to(torch.bool).contiguous()
+        if tokens.ndim != 2 or tokens.shape != mask.shape or tokens.numel() == 0:
+            raise CalibrantError(
+                f"a calibration set needs token ids and a mask of one shape [samples, length], "
+                f"got {list(tokens.shape)} and {list(mask.shape)}"
+            )
+        counts = {**manifest.counts, "tokens": tokens.numel(), "masked_tokens": int((~mask).sum())}
+        return cls(tokens, mask, manifest.model_copy(update={"counts": counts, "set_sha256": set_hash(tokens, mask)}))
+
+    @property
+    def sha256(self) -> str:
+        """The set's content hash."""
+        return self.manifest.set_sha256
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``tokens.safetensors`` and ``manifest.json`` into ``folder``; equal sets give equal bytes."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {"tokens": self.tokens, "mask": self.mask.to(torch.uint8)},
+            folder / TENSORS_NAME,
+            metadata={"format": "pt", "calibrant.set_sha256": self.sha256},
+        )
+        (folder / MANIFEST_NAME).write_text(canonical_json(self.manifest.model_dump()), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "CalibrationSet":
+        """Read a saved set and check its hash.
+
+        Raises:
+            CalibrantError: a file is missing or unreadable, or the tokens are not those the manifest names.
+        """
+        folder = Path(folder)
+        for name in (TENSORS_NAME, MANIFEST_NAME):
+            if not (folder / name).is_file():
+                raise CalibrantError(f"{folder}: not a calibration set, {name} is missing")
+        try:
+            manifest = Manifest.model_validate(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")))
+        except (ValidationError, ValueError) as error:
+            raise CalibrantError(
+                f"{folder / MANIFEST_NAME}: not a calibration manifest ({_first_line(error)})"
+            ) from error
+        try:
+            tensors = load_file(folder / TENSORS_NAME)
+            tokens, mask = tensors["tokens"], tensors["mask"].to(torch.bool)
+        except (SafetensorError, KeyError, OSError) as error:
+            raise CalibrantError(f"{folder / TENSORS_NAME}: unreadable ({_first_line(error)})") from error
+        if set_hash(tokens, mask) != manifest.set_sha256:
+            raise CalibrantError(
+                f"{folder}: the tokens do not match the hash in {MANIFEST_NAME}; the set was changed, make it again"
+            )
+        return cls(tokens, mask, manifest)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,229 @@
+"""Corpora: documents with stable ids, read lazily from files, folders, the hub or Python's own documentation."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from calibrant.errors import CalibrantError
+from calibrant.hashing import sha256_file, sha256_json
+
+BUILTIN = "builtin"
+_TEXT_SUFFIXES = {".txt", ".text", ".md", ".utf8"}
+_SUFFIXES = _TEXT_SUFFIXES | {".jsonl", ".parquet"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with an id that stays the same as long as the corpus does."""
+
+    id: str
+    text: str
+
+
+class Corpus:
+    """Documents of one origin.
+
+    ``location`` is a file (``.txt``, ``.jsonl``, ``.parquet``, each also as ``.gz``), a folder of such files,
+    ``builtin`` (the Python language reference that ships with the interpreter), or a data set on the Hugging
+    Face hub as ``hub:owner/name?config=en&split=train``. A text file is one document; in JSON Lines and Parquet
+    a row is one, its text under ``field``.
+
+    Raises:
+        CalibrantError: the location does not exist or holds nothing readable.
+    """
+
+    def __init__(self, location: str | Path, field: str = "text") -> None:
+        self.location, self.field = str(location), field
+        self.counts = {"documents_empty": 0}
+        if self.location == BUILTIN:
+            self._files: list[Path] = []
+        elif self.location.startswith("hub:"):
+            self._files = []
+            self._hub = _HubDataset(self.location)
+        else:
+            self._files = _corpus_files(Path(self.location))
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the non-empty documents in a fixed order; empty ones are counted in ``counts``."""
+        self.counts = {"documents_empty": 0}
+        for document in self._read():
+            if document.text.strip():
+                yield document
+            else:
+                self.counts["documents_empty"] += 1
+
+    def _read(self) -> Iterator[Document]:
+        if self.location == BUILTIN:
+            yield from _builtin_documents()
+        elif self.location.startswith("hub:"):
+            yield from self._hub.documents(self.field)
+        else:
+            root = Path(self.location)
+            for path in self._files:
+                name = path.name if root.is_file() else path.relative_to(root).as_posix()
+                yield from _file_documents(path, name, self.field)
+
+    def describe(self) -> dict[str, Any]:
+        """The corpus's identity for a manifest: names and content hashes, no absolute paths."""
+        if self.location == BUILTIN:
+            texts = sha256_json({document.id: document.text for document in _builtin_documents()})
+            return {"kind": "builtin", "name": "python-language-reference", "sha256": texts}
+        if self.location.startswith("hub:"):
+            return self._hub.describe(self.field)
+        root = Path(self.location)
+        files = {p.name if root.is_file() else p.relative_to(root).as_posix(): sha256_file(p) for p in self._files}
+        return {"kind": "files", "name": root.name, "field": self.field, "files": files}
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _corpus_files(root: Path) -> list[Path]:
+    if root.is_file():
+        if _suffix(root) not in _SUFFIXES:
+            raise CalibrantError(
+                f"{root}: unknown kind of corpus file, expected .txt, .jsonl or .parquet (or .gz of these)"
+            )
+        return [root]
+    if not root.is_dir():
+        raise CalibrantError(f"{root}: no such corpus file or folder (a hub data set is written hub:owner/name)")
+    files = sorted(p for p in root.rglob("*") if p.is_file() and _suffix(p) in _SUFFIXES)
+    if not files:
+        raise CalibrantError(f"{root}: the folder holds no .txt, .jsonl or .parquet file (or .gz of these)")
+    return files
+
+
+def _builtin_documents() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield Document(f"python/{name}", topics[name])
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise CalibrantError(f"{path}: cannot be read ({error}); is it complete?") from error
+
+
+def _file_documents(path: Path, name: str, field: str) -> Iterator[Document]:
+    suffix = _suffix(path)
+    if suffix == ".jsonl":
+        yield from _json_lines(path, name, field)
+    elif suffix == ".parquet":
+        yield from _parquet_rows(path, name, field)
+    else:
+        yield Document(name, _decode(_read_bytes(path), path))
+
+
+def _decode(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrantError(f"{path}: not UTF-8 text at byte {error.start}; convert the file first") from error
+
+
+def _json_lines(path: Path, name: str, field: str) -> Iterator[Document]:
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield Document(f"{name}:{number}", _json_text(line, field, path, number))
+    except UnicodeDecodeError as error:
+        raise CalibrantError(f"{path}: not UTF-8 text after line {number}; convert the file first") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise CalibrantError(f"{path}: cannot be read after line {number} ({error}); is it complete?") from error
+
+
+def _json_text(line: str, field: str, path: Path, number: int) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CalibrantError(f"{path}, line {number}: not JSON ({error})") from error
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise CalibrantError(f"{path}, line {number}: no text under {field!r} (found: {found}); name it with --field")
+    return text
+
+
+def _parquet_rows(path: Path, name: str, field: str) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        source: Any = io.BytesIO(_read_bytes(path)) if path.suffix.lower() == ".gz" else path
+        table = pyarrow.parquet.ParquetFile(source)
+        columns = table.schema_arrow.names
+        if field not in columns:
+            raise CalibrantError(f"{path}: no column {field!r} (found: {', '.join(columns)}); name it with --field")
+        row = 0
+        for batch in table.iter_batches(columns=[field]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if text is not None and not isinstance(text, str):
+                    raise CalibrantError(
+                        f"{path}, row {row}: column {field!r} holds no text; name another with --field"
+                    )
+                yield Document(f"{name}:{row}", text or "")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CalibrantError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+class _HubDataset:
+    """A data set on the hub, its revision resolved before anything is loaded and passed into the load."""
+
+    def __init__(self, location: str) -> None:
+        parts = urlsplit(location.removeprefix("hub:"))
+        options = dict(parse_qsl(parts.query))
+        unknown = set(options) - {"config", "split", "revision"}
+        if parts.path.count("/") != 1 or unknown:
+            raise CalibrantError(f"{location}: expected hub:owner/name with ?config=, split= or revision= only")
+        self.name, self.config = parts.path, options.get("config")
+        self.split = options.get("split", "train")
+        self.revision = self._resolve(options.get("revision"))
+
+    def _resolve(self, revision: str | None) -> str:
+        import huggingface_hub
+
+        try:
+            return str(huggingface_hub.HfApi().dataset_info(self.name, revision=revision).sha)
+        except Exception as error:  # the hub client raises many unrelated classes for "not reachable" and "not there"
+            raise CalibrantError(
+                f"hub:{self.name}: cannot be resolved on the hub ({str(error).splitlines()[0]})"
+            ) from error
+
+    def documents(self, field: str) -> Iterator[Document]:
+        import datasets
+
+        rows = datasets.load_dataset(self.name, self.config, split=self.split, revision=self.revision, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row.get(field), str):
+                raise CalibrantError(
+                    f"hub:{self.name}, row {number}: no text under {field!r} (found: {', '.join(row)})"
+                )
+            yield Document(f"{self.name}/{self.split}:{number}", row[field])
+
+    def describe(self, field: str) -> dict[str, Any]:
+        return {
+            "kind": "hub",
+            "name": self.name,
+            "config": self.config,
+            "split": self.split,
+            "revision": self.revision,
+            "field": field,
+        }

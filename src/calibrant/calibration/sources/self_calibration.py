@@ -1,0 +1,151 @@
+"""Self-calibration: the model writes its own calibration text from BOS alone (arXiv 2410.17170 §3; methods.md §24)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+
+from calibrant.calibration.calibration_set import CalibrationSet, Manifest
+from calibrant.calibration.randomness import generator
+from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.errors import CalibrantError
+from calibrant.progress import Progress
+
+# Below this a division would overflow the logits, and the distribution is a point mass anyway (ours).
+_ARGMAX_BELOW = 1e-4
+
+
+@dataclass(frozen=True)
+class TemperatureSchedule:
+    """Temperature of step 1, 2, ... of a generation: linear from ``initial`` to ``final`` over ``steps``, then ``final``.
+
+    ``t_i = initial + (i / steps) (final - initial)`` for ``i <= steps`` (paper §3.2); ``steps = 0`` is constant.
+    """
+
+    initial: float = 1.0
+    final: float = 1.0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.initial < 0 or self.final < 0 or self.steps < 0:
+            raise CalibrantError("temperatures and temperature steps must not be negative")
+
+    def table(self, length: int) -> torch.Tensor:
+        """Temperatures of steps 1 ... ``length`` as float64 ``[length]``."""
+        step = torch.arange(1, length + 1, dtype=torch.float64)
+        share = torch.clamp(step / self.steps, max=1.0) if self.steps else torch.ones(length, dtype=torch.float64)
+        return self.initial + share * (self.final - self.initial)
+
+
+def generate_self_calibration(
+    model: transformers.PreTrainedModel,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    draw: int,
+    schedule: TemperatureSchedule,
+    batch_size: int,
+    progress: Progress,
+    provenance: dict[str, str],
+) -> CalibrationSet:
+    """Let ``model`` write ``samples`` rows of exactly ``length`` tokens.
+
+    A row starts with BOS; when the model writes EOS a new, independent generation begins with BOS in the same row
+    (EOS and BOS stay in the row and count), until the row is full. No top-k, top-p or penalty. Row ``i`` draws from
+    its own generator, so the text of a row does not depend on the batch it was generated in, up to the
+    floating-point differences of matrix products of different size. ``provenance`` is recorded in the manifest.
+    """
+    uniforms = np.stack([generator(seed, "self", draw, row).random(length) for row in range(samples)])
+    rows: list[torch.Tensor] = []
+    with progress.task("generating", samples * length) as task, torch.inference_mode():
+        for begin in range(0, samples, batch_size):
+            chunk = torch.from_numpy(uniforms[begin : begin + batch_size]).to(model.device)
+            for column in _generate(model, tokenizer, chunk, schedule, rows):
+                task.advance(column)
+    tokens = torch.cat(rows).to(torch.int32)
+    manifest = Manifest(
+        strategy="self",
+        parameters={
+            "temperature_initial": schedule.initial,
+            "temperature_final": schedule.final,
+            "temperature_steps": schedule.steps,
+            "batch_size": batch_size,
+            "start_token": tokenizer.start_id,
+            "compute_dtype": str(model.dtype).removeprefix("torch."),
+        },
+        seed=seed,
+        draw=draw,
+        samples=samples,
+        length=length,
+        tokenizer_sha256=tokenizer.sha256,
+        model=dict(provenance),
+        counts={"generations": int((tokens == tokenizer.start_id).sum())},
+    )
+    return CalibrationSet.build(tokens, torch.ones_like(tokens, dtype=torch.bool), manifest)
+
+
+def _generate(
+    model: transformers.PreTrainedModel,
+    tokenizer: Tokenizer,
+    uniforms: torch.Tensor,
+    schedule: TemperatureSchedule,
+    rows: list[torch.Tensor],
+) -> Iterator[int]:
+    """Fill one batch column by column; yields the number of tokens of each finished column."""
+    batch, length = uniforms.shape
+    device = uniforms.device
+    ends = torch.tensor(sorted(_end_ids(model, tokenizer)), device=device)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+    temperatures = schedule.table(length).to(device)
+    tokens = torch.full((batch, length), tokenizer.start_id, dtype=torch.long, device=device)
+    attended = torch.zeros((batch, length), dtype=torch.long, device=device)
+    position = torch.zeros(batch, dtype=torch.long, device=device)
+    yield batch
+    for column in range(1, length):
+        previous = tokens[:, column - 1]
+        attended[:, column - 1] = 1
+        logits = (
+            model(
+                input_ids=previous[:, None],
+                attention_mask=attended[:, :column],
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            .logits[:, -1]
+            .float()
+        )
+        chosen = _sample(logits, temperatures[position], uniforms[:, column])
+        # A row whose last token ended its text starts over: BOS next, nothing before it attended.
+        ended = torch.isin(previous, ends) & (position > 0)
+        tokens[:, column] = torch.where(ended, tokenizer.start_id, chosen)
+        attended[ended] = 0
+        position = torch.where(ended, 0, position + 1)
+        yield batch
+    rows.append(tokens.cpu())
+
+
+def _end_ids(model: transformers.PreTrainedModel, tokenizer: Tokenizer) -> set[int]:
+    """Every id that ends a text: the tokenizer's EOS and those of the model's generation settings."""
+    ends = {int(tokenizer.hf.eos_token_id)} if tokenizer.hf.eos_token_id is not None else set()
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if configured is not None:
+        ends |= set(configured) if isinstance(configured, list) else {int(configured)}
+    return ends
+
+
+def _sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """One id a row by inverse distribution function.
+
+    ``logits`` float32 ``[rows, vocabulary]``; ``temperature`` and ``uniform`` float64 ``[rows]``.
+    """
+    greedy = temperature < _ARGMAX_BELOW
+    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].float()
+    cumulative = torch.softmax(scaled, dim=-1).double().cumsum(dim=-1)
+    threshold = (uniform * cumulative[:, -1])[:, None]
+    index = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.where(greedy, logits.argmax(dim=-1), index)

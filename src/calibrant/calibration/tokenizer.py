@@ -1,0 +1,72 @@
+"""The tokenizer as calibration sees it: encode, the special ids, and a hash of what it does."""
+
+from functools import cached_property
+from pathlib import Path
+
+import transformers
+
+from calibrant.errors import CalibrantError
+from calibrant.hashing import sha256_bytes, sha256_json
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer read from a folder, never from the network.
+
+    Raises:
+        CalibrantError: the folder is missing or holds no tokenizer.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CalibrantError(f"{folder}: no such folder, name the folder that holds the model's tokenizer")
+        try:
+            self.hf: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CalibrantError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text`` without special tokens."""
+        return list(self.hf(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return str(self.hf.decode(ids))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the tokenizer's own definition (merges, vocabulary, normalization), not of its files."""
+        if self.hf.is_fast:
+            return sha256_bytes(self.hf.backend_tokenizer.to_str().encode())
+        return sha256_json(self.hf.get_vocab())
+
+    @property
+    def size(self) -> int:
+        """Number of ids, added tokens included."""
+        return len(self.hf)
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids that are control tokens rather than text."""
+        added = {index for index, token in self.hf.added_tokens_decoder.items() if token.special}
+        return added | set(self.hf.all_special_ids)
+
+    @property
+    def start_id(self) -> int:
+        """The BOS id, or the EOS id for tokenizers without one (ours; methods.md §24).
+
+        Raises:
+            CalibrantError: the tokenizer has neither.
+        """
+        if self.hf.bos_token_id is not None:
+            return int(self.hf.bos_token_id)
+        if self.hf.eos_token_id is not None:
+            return int(self.hf.eos_token_id)
+        raise CalibrantError("the tokenizer has neither a BOS nor an EOS token, so a model cannot start a text with it")
+
+    @property
+    def separator_id(self) -> int:
+        """The id put after each document when documents are packed: EOS, or BOS where there is none."""
+        return int(self.hf.eos_token_id) if self.hf.eos_token_id is not None else self.start_id

@@ -1,0 +1,155 @@
+"""``calibrant compress``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from calibrant.cli.console import (
+    DeviceOption,
+    DrawOption,
+    DtypeOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    OutputOption,
+    OverwriteOption,
+    QuietOption,
+    SamplesOption,
+    SeedOption,
+    size_text,
+    terminal,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from calibrant.compression.run import RunReport
+
+_WORST_LAYERS = 5
+
+
+def compress(
+    model: ModelArgument,
+    output: OutputOption,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Recipe by name (see `calibrant recipes`) or a YAML file.")
+    ] = "gptq-w4a16",
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", "-c", help="Calibration set folder; left out, the model writes its own."),
+    ] = None,
+    samples: SamplesOption = 128,
+    length: LengthOption = 512,
+    seed: SeedOption = 0,
+    draw: DrawOption = 0,
+    bits: Annotated[int | None, typer.Option("--bits", help="Weight bits instead of the recipe's.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="Group size instead of the recipe's; 0: one scale a channel.")
+    ] = None,
+    two_pass: Annotated[
+        bool,
+        typer.Option("--two-pass", help="Collect statistics, then propagate, as other tools do: twice the forwards."),
+    ] = False,
+    propagate: Annotated[
+        bool,
+        typer.Option(
+            "--propagate/--no-propagate", help="Feed each block the outputs of the compressed ones before it."
+        ),
+    ] = True,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    encoder: Annotated[
+        bool, typer.Option("--encoder", help="Allow models that are not causal (BERT classifiers).")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan and an estimate, stop.")
+    ] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a model: make or read calibration data, solve block by block, write, verify, report.
+
+    --samples, --length, --seed and --draw shape the set that the model writes when no -c is given.
+
+    Example: calibrant compress ./SmolLM2-135M -r gptq-w4a16-g64 -o ./SmolLM2-w4
+    """
+    with terminal(quiet, as_json) as screen:
+        from calibrant.api import generate, prepare
+        from calibrant.calibration.calibration_set import CalibrationSet
+        from calibrant.compression.recipe import load_recipe
+        from calibrant.compression.run import report_dict
+
+        chosen = load_recipe(recipe).with_weights(bits, group_size)
+        given = CalibrationSet.load(calibration) if calibration is not None else None
+        prepared = prepare(
+            model,
+            output=output,
+            recipe=chosen,
+            calibration=given,
+            device=device,
+            dtype=dtype,
+            sequential=not two_pass,
+            propagate=propagate,
+            overwrite=overwrite,
+            allow_encoder=encoder,
+        )
+        for note in prepared.plan.notes:
+            screen.note(f"note: {note}")
+        if dry_run:
+            size = given.tokens.shape if given is not None else (samples, length)
+            estimate = prepared.estimate(int(size[0]), int(size[1]))
+            lines = {
+                "model": model,
+                "recipe": prepared.plan.recipe.name,
+                "layers": len(prepared.plan.linears) + len(prepared.plan.fused),
+                "seconds": round(estimate.seconds),
+                "memory_bytes": estimate.memory_bytes,
+                "disk_bytes": estimate.disk_bytes,
+            }
+            screen.result(
+                lines,
+                f"{lines['layers']} layers of {model} by {lines['recipe']}: about {lines['seconds']} s"
+                + ("" if given or not chosen.needs_data else " and the time to write the calibration set")
+                + f", {size_text(estimate.memory_bytes)} of memory, {size_text(estimate.disk_bytes)} of disk",
+            )
+            return
+        if given is None and chosen.needs_data:
+            given = generate(
+                model,
+                samples=samples,
+                length=length,
+                seed=seed,
+                draw=draw,
+                device=device,
+                dtype=dtype,
+                progress=screen.progress,
+            )
+        report = prepared.run(given if chosen.needs_data else None, screen.progress)
+        screen.result(report_dict(report), *summary(report))
+
+
+def summary(report: "RunReport") -> "list[Table | str]":
+    from rich.table import Table
+
+    table = Table(title=f"{report.output} ({report.recipe})", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after")
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    table.add_row("time", f"{sum(report.seconds.values()):.1f} s: {stages}")
+    table.add_row("peak memory", size_text(report.peak_memory_bytes))
+    worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:_WORST_LAYERS]
+    table.add_row(
+        "worst layers", "\n".join(f"{layer.name}  relative error {layer.relative_error:.4f}" for layer in worst)
+    )
+    table.add_row(
+        "fell back", "\n".join(f"{layer.name}: {layer.record.fallback}" for layer in report.fallbacks) or "none"
+    )
+    raised = [layer for layer in report.layers if layer.record.damping_raised]
+    dead = sum(layer.record.dead_columns for layer in report.layers)
+    table.add_row("damping raised", f"{len(raised)} layers")
+    table.add_row("dead columns", str(dead))
+    table.add_row("verified", f"{report.tensors_verified} tensors read back, equal to what was solved")
+    return [table]

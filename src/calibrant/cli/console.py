@@ -1,0 +1,148 @@
+"""What the commands share: options spelled alike, progress, tables, JSON."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from calibrant.progress import Progress, Silent, Task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="Model folder with safetensors, or hub:owner/name.", show_default=False)
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
+SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="Rows of the calibration set.")]
+LengthOption = Annotated[int, typer.Option("--length", "-l", help="Tokens of a row or window.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+DrawOption = Annotated[int, typer.Option("--draw", help="Which of the independent sets of a seed: 0, 1, ...")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Dtype of forward passes: auto (bfloat16 where the processor has units for it), bfloat16 or float32. "
+        "Statistics and solves are float32 either way.",
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
+FieldOption = Annotated[str, typer.Option("--field", help="Field or column that holds the text (JSON Lines, Parquet).")]
+
+
+@dataclass
+class Terminal:
+    """Where a command talks: progress and notes to standard error, results to standard output."""
+
+    progress: Progress
+    quiet: bool
+    json: bool
+
+    def note(self, text: str) -> None:
+        """Say one line."""
+        self.progress.note(text)
+
+    def result(self, value: dict[str, Any], *renderables: Any) -> None:
+        """Print the result: as JSON, or as the given tables and lines."""
+        if self.json:
+            print(json.dumps(value, indent=2, default=str))
+        elif not self.quiet:
+            from rich.console import Console
+
+            console = Console(soft_wrap=False)
+            for renderable in renderables:
+                console.print(renderable)
+
+
+@contextmanager
+def terminal(quiet: bool, as_json: bool) -> Iterator[Terminal]:
+    """A terminal with bars where standard error is one, plain lines in a log, silence with ``--quiet``."""
+    quiet_libraries()
+    if quiet:
+        yield Terminal(Silent(), quiet, as_json)
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    yield Terminal(_Bars(console) if console.is_terminal else _Lines(), quiet, as_json)
+
+
+def quiet_libraries() -> None:
+    """Keep the model library's own advice and bars out of our output."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+class _Bars:
+    def __init__(self, console: "Console") -> None:
+        self._console = console
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self._console) as bars:
+            bar = bars.add_task(label, total=total)
+
+            class Handle:
+                def advance(self, steps: int = 1) -> None:
+                    bars.advance(bar, steps)
+
+            yield Handle()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+
+class _Lines:
+    """Progress for logs: a line at every tenth of the way."""
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        import time
+
+        begin = time.perf_counter()
+
+        class Handle:
+            done = 0
+
+            def advance(self, steps: int = 1) -> None:
+                before, self.done = self.done, self.done + steps
+                if before * 10 // total != self.done * 10 // total:
+                    print(
+                        f"{label}: {self.done}/{total}, {time.perf_counter() - begin:.0f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+        yield Handle()
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,65 @@
+"""``calibrant demo``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from calibrant.cli.console import JsonOption, QuietOption, SeedOption, terminal
+
+if TYPE_CHECKING:
+    from calibrant.evaluation.divergence import Evaluation
+
+_RECIPES = ("gptq-w4a16-g64", "wanda-2:4")
+_SAMPLES, _LENGTH, _WINDOWS = 64, 256, 16
+_PROMPT = "The three most important things about the sea are"
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the compressed models.")] = Path(
+        "demo-output"
+    ),
+    cache: Annotated[Path, typer.Option("--cache", help="Where the demo model is unpacked once.")] = Path.home()
+    / ".cache"
+    / "calibrant",
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the main job on a real model: SmolLM2-135M writes its calibration set, is compressed twice and compared.
+
+    Example: calibrant demo
+    """
+    with terminal(quiet, as_json) as screen:
+        from dataclasses import asdict
+
+        from rich.panel import Panel
+
+        from calibrant.api import compress, evaluate, generate
+        from calibrant.cli.compress import summary
+        from calibrant.cli.demo_model import continue_text, demo_model
+        from calibrant.cli.evaluate import evaluation_table
+
+        model = demo_model(cache, screen.progress)
+        screen.note(f"model: SmolLM2-135M-Instruct in {model}")
+        screen.note(f"the model writes its own calibration set: {_SAMPLES} rows of {_LENGTH} tokens")
+        made = generate(model, samples=_SAMPLES, length=_LENGTH, seed=seed, progress=screen.progress)
+        evaluations: dict[str, Evaluation] = {}
+        samples = {"original": continue_text(model, _PROMPT)}
+        for recipe in _RECIPES:
+            target = output / recipe.replace(":", "-")
+            screen.note(f"compressing by {recipe} into {target}")
+            report = compress(
+                model, output=target, recipe=recipe, calibration=made, overwrite=True, progress=screen.progress
+            )
+            screen.result({}, *summary(report)) if not as_json else None
+            evaluations[recipe] = evaluate(
+                target, against=model, text="builtin", limit=_WINDOWS, dtype="auto", progress=screen.progress
+            )
+            samples[recipe] = continue_text(target, _PROMPT)
+        panels = [Panel(text, title=name) for name, text in samples.items()]
+        screen.result(
+            {"evaluations": {name: asdict(found) for name, found in evaluations.items()}, "samples": samples},
+            evaluation_table(evaluations),
+            *panels,
+        )

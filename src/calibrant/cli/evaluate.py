@@ -1,0 +1,94 @@
+"""``calibrant evaluate``."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from calibrant.cli.console import (
+    DeviceOption,
+    DtypeOption,
+    FieldOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    QuietOption,
+    terminal,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from calibrant.evaluation.divergence import Evaluation
+
+
+def evaluate(
+    model: ModelArgument,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Original model to measure the divergence from.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option("--text", help="Held-out text: a file, a folder, hub:owner/name or builtin.")
+    ] = "builtin",
+    field: FieldOption = "text",
+    length: LengthOption = 512,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first windows of the text.")] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity on fixed windows of a text and, with --against, how far the model is from its original.
+
+    Example: calibrant evaluate ./SmolLM2-w4 --against ./SmolLM2-135M --text wiki.txt
+    """
+    with terminal(quiet, as_json) as screen:
+        from dataclasses import asdict
+
+        from calibrant.api import evaluate as run
+        from calibrant.calibration.corpus import Corpus
+
+        found = run(
+            model,
+            against=against,
+            text=Corpus(text, field),
+            length=length,
+            limit=limit,
+            device=device,
+            dtype=dtype,
+            progress=screen.progress,
+        )
+        screen.result(asdict(found), evaluation_table({model: found}))
+
+
+def evaluation_table(found: "dict[str, Evaluation]") -> "Table":
+    """Evaluations side by side, a row a measure."""
+    from rich.table import Table
+
+    first = next(iter(found.values()))
+    table = Table(title=f"{first.windows} windows of {first.length} tokens")
+    table.add_column("")
+    rows: dict[str, list[str]] = {}
+    for name, evaluation in found.items():
+        table.add_column(name, justify="right")
+        cells = {
+            "perplexity": _interval(evaluation.perplexity.value, evaluation.perplexity.low, evaluation.perplexity.high)
+        }
+        if evaluation.original is not None and evaluation.divergence is not None:
+            original, divergence = evaluation.original, evaluation.divergence
+            cells["perplexity of the original"] = _interval(original.value, original.low, original.high)
+            ratio = (divergence.log_ratio, divergence.log_ratio_low, divergence.log_ratio_high)
+            cells["log perplexity ratio"] = _interval(*ratio)
+            cells["mean KL"] = f"{divergence.kl_mean:.4f} ± {divergence.kl_standard_error:.4f}"
+            cells["KL percentiles 50 / 90 / 99"] = " / ".join(
+                f"{divergence.kl_percentiles[p]:.4f}" for p in ("50", "90", "99")
+            )
+            cells["same top token"] = f"{divergence.same_top:.1%} ± {divergence.same_top_standard_error:.1%}"
+        for label, cell in cells.items():
+            rows.setdefault(label, []).append(cell)
+    for label, values in rows.items():
+        table.add_row(label, *values)
+    return table
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,191 @@
+"""Running a block on calibration data while its linears are solved.
+
+``sequential_pass`` runs every micro-batch's forward once: it is suspended where it reaches an input group (a
+greenlet, switched away in a pre-forward hook); when all have arrived, the group is solved; then all go on with the
+compressed weights. ``two_passes`` is the usual collect-then-propagate loop. Both tell a ``Visitor`` what they see.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import greenlet
+import torch
+from torch import nn
+
+from calibrant.errors import CalibrantError
+from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.structure import BlockStructure, Experts, ExpertUse, InputGroup, Linear, Stage, watch_experts
+
+Unit = tuple[Linear, ...]
+
+
+class Visitor(Protocol):
+    """Receives the inputs of linears solved together, and the moment when all are in."""
+
+    def add(self, unit: Unit, inputs: torch.Tensor) -> None:
+        """Counted input rows ``[tokens, in_features]`` of ``unit``."""
+
+    def solve(self, unit: Unit) -> None:
+        """All inputs have been added: replace the weights in the block."""
+
+
+class OrderDiffersError(Exception):
+    """Two micro-batches reach the stages in different orders, so one suspended pass cannot serve them."""
+
+
+def sequential_pass(
+    block: nn.Module, index: int, structure: BlockStructure, batches: list[MicroBatch], visitor: Visitor
+) -> list[torch.Tensor]:
+    """Solve the block stage by stage in one forward pass; returns the outputs of the compressed block.
+
+    Raises:
+        OrderDiffersError: before anything is solved out of order; the block's weights may be changed already.
+    """
+    main = greenlet.getcurrent()
+
+    def suspend(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Replays of experts run in the main greenlet and must not suspend it.
+        if greenlet.getcurrent() is not main:
+            main.switch((stage, args, kwargs))
+
+    handles = _hook(block, structure, suspend)
+    runs = [greenlet.greenlet(lambda batch=batch: call_block(block, index, batch)) for batch in batches]
+    try:
+        for stage in structure.stages:
+            arrivals = []
+            for run, batch in zip(runs, batches, strict=True):
+                arrived = run.switch()
+                if run.dead or arrived[0] is not stage:
+                    raise OrderDiffersError(stage.module)
+                if isinstance(stage, InputGroup):
+                    visitor.add(stage.linears, _counted(arrived[1][0], batch.mask, stage))
+                else:
+                    arrivals.append((arrived[1], arrived[2]))
+            if isinstance(stage, InputGroup):
+                visitor.solve(stage.linears)
+            else:
+                _solve_experts(block, stage, arrivals, batches, visitor)
+        outputs = [run.switch() for run in runs]
+        if not all(run.dead for run in runs):
+            raise OrderDiffersError("an input group reached twice")
+        return outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        for run in runs:
+            if run and not run.dead:
+                run.throw()
+
+
+def two_passes(
+    block: nn.Module,
+    index: int,
+    structure: BlockStructure,
+    batches: list[MicroBatch],
+    visitor: Visitor,
+    propagate: bool,
+) -> list[torch.Tensor]:
+    """Collect every statistic from the original block, solve everything, then run the compressed block.
+
+    Without ``propagate`` the next block is fed the original block's outputs and the second run is saved.
+    """
+    outputs = []
+    for batch in batches:
+
+        def collect(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any], batch: MicroBatch = batch) -> None:
+            if isinstance(stage, InputGroup):
+                visitor.add(stage.linears, _counted(args[0], batch.mask, stage))
+            else:
+                parameters = {group[0].parameter for group in stage.groups}
+                _replay_experts(block, stage, args, kwargs, batch, visitor, parameters)
+
+        handles = _hook(block, structure, collect)
+        try:
+            outputs.append(call_block(block, index, batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+    for stage in structure.stages:
+        for unit in _units(stage):
+            visitor.solve(unit)
+    return [call_block(block, index, batch) for batch in batches] if propagate else outputs
+
+
+def _units(stage: Stage) -> list[Unit]:
+    if isinstance(stage, InputGroup):
+        return [stage.linears]
+    return [(linear,) for group in stage.groups for linear in group]
+
+
+def _hook(
+    block: nn.Module, structure: BlockStructure, reached: Callable[[Stage, tuple[Any, ...], dict[str, Any]], None]
+) -> list[Any]:
+    def hook_for(stage: Stage) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, kwargs: reached(stage, args, kwargs)
+
+    return [
+        block.get_submodule(stage.module).register_forward_pre_hook(hook_for(stage), with_kwargs=True)
+        for stage in structure.stages
+    ]
+
+
+def _counted(inputs: torch.Tensor, mask: torch.Tensor, stage: InputGroup) -> torch.Tensor:
+    """The rows of a linear's input that belong to counted tokens."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    flat = mask.reshape(-1)
+    if rows.shape[0] != flat.shape[0]:
+        raise CalibrantError(
+            f"{stage.module}: its input has {rows.shape[0]} rows for {flat.shape[0]} tokens, so the mask cannot be "
+            "applied; add the layer to the recipe's ignore list"
+        )
+    return rows if bool(flat.all()) else rows[flat]
+
+
+def _solve_experts(
+    block: nn.Module,
+    stage: Experts,
+    arrivals: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    batches: list[MicroBatch],
+    visitor: Visitor,
+) -> None:
+    """One replay of the experts for each of their products, so that each sees inputs from compressed earlier ones."""
+    for group in stage.groups:
+        for (args, kwargs), batch in zip(arrivals, batches, strict=True):
+            _replay_experts(block, stage, args, kwargs, batch, visitor, {group[0].parameter})
+        for linear in group:
+            visitor.solve((linear,))
+
+
+def _replay_experts(
+    block: nn.Module,
+    stage: Experts,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch: MicroBatch,
+    visitor: Visitor,
+    parameters: set[str],
+) -> None:
+    """Run the experts on counted tokens only and report the inputs of the products with ``parameters``."""
+    linears = {(linear.parameter, linear.expert): linear for group in stage.groups for linear in group}
+
+    def seen(use: ExpertUse) -> None:
+        if use.parameter in parameters and use.inputs.shape[0]:
+            visitor.add((linears[use.parameter, use.expert],), use.inputs)
+
+    flat = batch.mask.reshape(-1)
+    with watch_experts(block, seen):
+        experts = block.get_submodule(stage.module)
+        experts.forward(
+            *_counted_rows(args, flat), **dict(zip(kwargs, _counted_rows(tuple(kwargs.values()), flat), strict=True))
+        )
+
+
+def _counted_rows(values: tuple[Any, ...], flat: torch.Tensor) -> list[Any]:
+    """Tensors with a row a token, cut down to the counted tokens (routing treats every token alone)."""
+    result = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            rows = value.reshape(-1, value.shape[-1]) if value.ndim == 3 else value
+            value = rows[flat] if rows.shape[0] == flat.shape[0] else value
+        result.append(value)
+    return result

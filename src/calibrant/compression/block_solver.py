@@ -1,0 +1,131 @@
+"""Solving the linears of one block as their inputs come in, and holding the results until they are written."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from calibrant.clock import Clock
+from calibrant.compression.block_engine import Unit
+from calibrant.compression.grids import GridSpec
+from calibrant.compression.methods import METHODS, Task
+from calibrant.compression.recipe import Recipe
+from calibrant.compression.solvers.result import Solution, SolverRecord, layer_errors
+from calibrant.compression.solvers.sparsity import Sparsity
+from calibrant.compression.statistics import ColumnNorm, Hessian
+from calibrant.errors import CalibrantError
+from calibrant.formats.quantized import Codes
+from calibrant.modeling.structure import Linear
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear.
+
+    ``relative_error``: squared output error over squared output, on the whole Hessian (``measure`` "hessian"), on its
+    diagonal ("diagonal"), or of the weights alone where no data was used ("weights").
+    """
+
+    name: str
+    relative_error: float
+    measure: str
+    tokens: int
+    zeros: int
+    elements: int
+    record: SolverRecord
+
+
+@dataclass
+class BlockSolver:
+    """A ``Visitor`` of the block engine.
+
+    ``state`` holds the block's parameters in storage dtype and is changed in place to the solved values; the block
+    itself computes in its own dtype. ``codes`` and ``layers`` fill up as linears are solved.
+    """
+
+    prefix: str
+    block: nn.Module
+    state: dict[str, torch.Tensor]
+    recipe: Recipe
+    spec: GridSpec | None
+    sparsity: Sparsity | None
+    clock: Clock
+    codes: dict[str, Codes] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    _statistics: dict[Unit, Hessian | ColumnNorm] = field(default_factory=dict)
+
+    def add(self, unit: Unit, inputs: torch.Tensor) -> None:
+        kind = METHODS[self.recipe.method.name].statistic
+        if kind is None:
+            return
+        with self.clock.stage("statistics"):
+            if unit not in self._statistics:
+                self._statistics[unit] = kind(unit[0].in_features, inputs.device)
+            self._statistics[unit].add(inputs)
+
+    def solve(self, unit: Unit) -> None:
+        with self.clock.stage("solve"):
+            self._solve(unit, self._statistics.pop(unit, None))
+
+    def _solve(self, unit: Unit, statistic: Hessian | ColumnNorm | None) -> None:
+        entry = METHODS[self.recipe.method.name]
+        weights = [linear.view(self.state[linear.parameter]).float() for linear in unit]
+        task = self._task(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
+        if entry.statistic is not None and statistic is None:
+            solution = entry.data_free(task)
+            record = replace(solution.record, fallback="saw no calibration token, solved without data")
+            solution = replace(solution, record=record)
+        else:
+            solution = entry.solve(self.recipe.method, task)
+        begin = 0
+        for linear, weight in zip(unit, weights, strict=True):
+            rows = slice(begin, begin + len(weight))
+            self._keep(linear, weight, solution, rows, task, statistic.tokens if statistic else 0)
+            begin += len(weight)
+
+    def _task(
+        self, weight: torch.Tensor, segments: tuple[int, ...], statistic: Hessian | ColumnNorm | None, unit: Unit
+    ) -> Task:
+        hessian = statistic.matrix() if isinstance(statistic, Hessian) else None
+        norms = statistic.sum_of_squares if isinstance(statistic, ColumnNorm) else None
+        for values in (hessian, norms):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise CalibrantError(
+                    f"{self.prefix}.{unit[0].name}: its inputs hold values that are not finite; "
+                    "compute in float32 (--dtype float32) or check the model"
+                )
+        return Task(weight, segments, self.spec, self.sparsity, hessian, norms)
+
+    def _keep(
+        self, linear: Linear, weight: torch.Tensor, solution: Solution, rows: slice, task: Task, tokens: int
+    ) -> None:
+        solved = solution.weight[rows]
+        # Before the copy: in float32 models ``weight`` is a view of what is overwritten.
+        error, measure = _relative_error(weight, solved, task)
+        stored = linear.view(self.state[linear.parameter])
+        stored.copy_(solved)
+        linear.view(self.block.get_parameter(linear.parameter).data).copy_(stored)
+        if solution.codes is not None and solution.grid is not None:
+            scale = solution.grid.scale[rows].to(solution.grid.spec.scale_dtype)
+            zero = solution.grid.zero[rows].to(torch.int8)
+            self.codes[linear.name] = Codes(solution.codes[rows].cpu(), scale.cpu(), zero.cpu())
+        zeros = int((solved == 0).sum()) if solution.kept is not None else 0
+        record = solution.record
+        if solution.rounded is not None:
+            record = replace(record, rows_rounded=int(solution.rounded[rows].sum()))
+        self.layers.append(
+            LayerReport(f"{self.prefix}.{linear.name}", error, measure, tokens, zeros, weight.numel(), record)
+        )
+
+
+def _relative_error(weight: torch.Tensor, solved: torch.Tensor, task: Task) -> tuple[float, str]:
+    if task.hessian is not None:
+        nothing = torch.zeros_like(weight)
+        error = layer_errors(weight, solved, task.hessian).double().sum()
+        whole, measure = layer_errors(weight, nothing, task.hessian).double().sum(), "hessian"
+    elif task.sum_of_squares is not None:
+        error = ((weight - solved).square() @ task.sum_of_squares).double().sum()
+        whole, measure = (weight.square() @ task.sum_of_squares).double().sum(), "diagonal"
+    else:
+        error, whole, measure = (weight - solved).square().double().sum(), weight.square().double().sum(), "weights"
+    return (float(error / whole) if whole > 0 else 0.0), measure

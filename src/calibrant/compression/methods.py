@@ -1,0 +1,94 @@
+"""The registry: for each method of a recipe, the statistic it needs and the solver it calls."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from calibrant.compression import recipe as recipes
+from calibrant.compression.grids import GridSpec
+from calibrant.compression.solvers.gptq import gptq
+from calibrant.compression.solvers.magnitude import magnitude
+from calibrant.compression.solvers.result import Solution
+from calibrant.compression.solvers.rtn import rtn
+from calibrant.compression.solvers.sparsegpt import sparsegpt
+from calibrant.compression.solvers.sparsity import Sparsity
+from calibrant.compression.solvers.wanda import wanda
+from calibrant.compression.statistics import ColumnNorm, Hessian
+
+
+@dataclass(frozen=True)
+class Task:
+    """One solve: weights stacked by rows (``segments`` are the row counts), what is known of their input, the target.
+
+    ``hessian`` ``[in, in]`` or ``sum_of_squares`` ``[in]`` is set if the method's statistic provides it.
+    """
+
+    weight: torch.Tensor
+    segments: tuple[int, ...]
+    spec: GridSpec | None
+    sparsity: Sparsity | None
+    hessian: torch.Tensor | None = None
+    sum_of_squares: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method: ``statistic`` is None for data-free ones; ``data_free`` solves a layer that saw no token."""
+
+    statistic: type[Hessian] | type[ColumnNorm] | None
+    solve: Callable[[Any, Task], Solution]
+    data_free: Callable[[Task], Solution]
+
+
+def _spec(task: Task) -> GridSpec:
+    assert task.spec is not None
+    return task.spec
+
+
+def _sparsity(task: Task) -> Sparsity:
+    assert task.sparsity is not None
+    return task.sparsity
+
+
+def _hessian(task: Task) -> torch.Tensor:
+    assert task.hessian is not None
+    return task.hessian
+
+
+def _norms(task: Task) -> torch.Tensor:
+    assert task.sum_of_squares is not None
+    return task.sum_of_squares
+
+
+def _round(task: Task) -> Solution:
+    return rtn(task.weight, _spec(task))
+
+
+def _drop_smallest(task: Task) -> Solution:
+    return magnitude(task.weight, _sparsity(task), task.segments)
+
+
+def _sparsegpt(method: recipes.SparseGpt, task: Task) -> Solution:
+    return sparsegpt(
+        task.weight, _hessian(task), _sparsity(task), task.spec, segments=task.segments, damping=method.damping
+    )
+
+
+def _sparsegpt_without_data(task: Task) -> Solution:
+    identity = torch.eye(task.weight.shape[1], device=task.weight.device)
+    return sparsegpt(task.weight, identity, _sparsity(task), task.spec, segments=task.segments)
+
+
+METHODS: dict[str, Entry] = {
+    "rtn": Entry(None, lambda _, task: _round(task), _round),
+    "gptq": Entry(
+        Hessian,
+        lambda m, task: gptq(task.weight, _hessian(task), _spec(task), damping=m.damping, act_order=m.act_order),
+        _round,
+    ),
+    "sparsegpt": Entry(Hessian, _sparsegpt, _sparsegpt_without_data),
+    "wanda": Entry(ColumnNorm, lambda _, task: wanda(task.weight, _norms(task), _sparsity(task)), _drop_smallest),
+    "magnitude": Entry(None, lambda _, task: _drop_smallest(task), _drop_smallest),
+}

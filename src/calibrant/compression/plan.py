@@ -1,0 +1,205 @@
+"""What a run will do, checked and estimated before any weight is read."""
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from calibrant.compression.grids import GridSpec
+from calibrant.compression.methods import METHODS
+from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Recipe
+from calibrant.compression.solvers.sparsity import Sparsity
+from calibrant.compression.statistics import Hessian
+from calibrant.errors import CalibrantError
+from calibrant.formats.quantized import Layout
+from calibrant.modeling.lazy_model import LazyModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe made fit for a model.
+
+    ``layout`` is None for models that are stored dense. ``linears`` maps the names of the plain linears to be
+    compressed to ``(out, in)``; ``fused`` names parameters that hold many experts. ``notes`` are for the user.
+    """
+
+    recipe: Recipe
+    blocks: list[str]
+    linears: dict[str, tuple[int, int]]
+    fused: dict[str, tuple[int, ...]]
+    spec: GridSpec | None
+    sparsity: Sparsity | None
+    layout: Layout | None
+    notes: list[str]
+
+    def ignored(self, name: str) -> bool:
+        """Whether the recipe leaves the module of that full name alone."""
+        return any(re.search(expression, name) for expression in self.recipe.ignore)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take: seconds of work, bytes of memory at the peak, bytes on disk while it runs."""
+
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+def make_plan(model: LazyModel, blocks: list[str], recipe: Recipe) -> Plan:
+    """Fit ``recipe`` to ``model``.
+
+    Raises:
+        CalibrantError: a group or pattern does not divide a layer (with the sizes that do), nothing is left to
+            compress, or the model's layers cannot be stored as the scheme wants.
+    """
+    linears: dict[str, tuple[int, int]] = {}
+    fused: dict[str, tuple[int, ...]] = {}
+    stored_otherwise: list[str] = []
+    skip = re.compile("|".join(f"(?:{expression})" for expression in recipe.ignore) or "(?!)")
+    for name, module in model.module.named_modules():
+        if not any(name.startswith(block + ".") for block in blocks) or skip.search(name):
+            continue
+        if isinstance(module, nn.Linear):
+            linears[name] = (module.out_features, module.in_features)
+            # Subclasses (FalconLinear) are refused by the loaders of quantized formats.
+            if type(module) is not nn.Linear or not model.is_stored_alone(f"{name}.weight"):
+                stored_otherwise.append(name)
+        elif isinstance(module, Conv1D):
+            linears[name] = (module.weight.shape[1], module.weight.shape[0])
+            stored_otherwise.append(name)
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                fused[f"{name}.{parameter_name}"] = tuple(parameter.shape)
+                stored_otherwise.append(f"{name}.{parameter_name}")
+    if not linears and not fused:
+        raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
+    recipe = _fit_groups(recipe, linears, fused)
+    _check_pattern(recipe, linears, fused)
+    weights, notes = recipe.scheme.weights, []
+    spec = layout = None
+    if weights is not None:
+        group = weights.group_size if isinstance(weights.group_size, int) else None
+        spec = GridSpec(weights.bits, weights.symmetric, group, model.folder.dtype, weights.mse_search)
+        layout = Layout(weights.bits, weights.symmetric, group, recipe.scheme.activations is not None)
+        if stored_otherwise and layout.dynamic_activations:
+            raise CalibrantError(
+                f"{stored_otherwise[0]}: int8 activations need ordinary linear layers, and this model's are not; "
+                "take a weight-only recipe"
+            )
+        if stored_otherwise:
+            notes.append(
+                f"{stored_otherwise[0]} is not an ordinary linear layer, which no quantized format that transformers "
+                "loads can hold: the quantized values are stored dense, so the files do not get smaller"
+            )
+            layout = None
+        elif layout.stored_bits != layout.bits:
+            notes.append(
+                f"{layout.bits}-bit values are stored in {layout.stored_bits} bits, which every loader reads alike"
+            )
+    else:
+        notes.append("pruned weights are stored dense: the zeros are there, the files do not get smaller")
+    return Plan(recipe, blocks, linears, fused, spec, _sparsity(recipe), layout, notes)
+
+
+def _sparsity(recipe: Recipe) -> Sparsity | None:
+    text = recipe.scheme.sparsity
+    if text is None:
+        return None
+    if ":" in text:
+        kept, of = text.split(":")
+        return Sparsity.n_of_m(int(kept), int(of))
+    return Sparsity(float(text))
+
+
+def _inputs(linears: dict[str, tuple[int, int]], fused: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Input width of every layer; for fused experts the orientation is unknown yet, so both axes are listed."""
+    widths = {name: shape[1] for name, shape in linears.items()}
+    for name, shape in fused.items():
+        widths[name] = shape[2]
+        widths[f"{name} (other axis)"] = shape[1]
+    return widths
+
+
+def _fit_groups(recipe: Recipe, linears: dict[str, tuple[int, int]], fused: dict[str, tuple[int, ...]]) -> Recipe:
+    weights = recipe.scheme.weights
+    if weights is None or weights.group_size is None:
+        return recipe
+    widths = _inputs(linears, fused)
+    if weights.group_size == "auto":
+        fitting = [size for size in AUTOMATIC_GROUP_SIZES if all(width % size == 0 for width in widths.values())]
+        return recipe.with_weights(None, fitting[0] if fitting else 0)
+    wrong = {name: width for name, width in widths.items() if width % int(weights.group_size)}
+    if not wrong:
+        return recipe
+    name, width = next(iter(wrong.items()))
+    powers = [size for size in (256, 128, 64, 32, 16, 8) if all(w % size == 0 for w in widths.values())]
+    fits = ", ".join(map(str, powers)) if powers else "none"
+    raise CalibrantError(
+        f"group size {weights.group_size} does not divide the {width} inputs of {name} "
+        f"(and {len(wrong) - 1} more layers); "
+        f"sizes that fit every layer: {fits}; --group-size 0 takes one scale a channel"
+    )
+
+
+def _check_pattern(recipe: Recipe, linears: dict[str, tuple[int, int]], fused: dict[str, tuple[int, ...]]) -> None:
+    sparsity = _sparsity(recipe)
+    if sparsity is None or not sparsity.structured:
+        return
+    for name, width in _inputs(linears, fused).items():
+        if width % sparsity.of:
+            raise CalibrantError(
+                f"pattern {recipe.scheme.sparsity} does not divide the {width} inputs of {name}; "
+                "leave the layer out with ignore, or take a share such as 0.5"
+            )
+
+
+def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> Estimate:
+    """Estimate a run from FLOPs and a short measurement of this machine's matrix products.
+
+    The factor over the floor and the fixed part are measured ones for this engine on a CPU (ours; they are rough).
+    """
+    tokens = samples * length if plan.recipe.needs_data else 0
+    parameters = sum(out * into for out, into in plan.linears.values()) + sum(
+        torch.Size(shape).numel() for shape in plan.fused.values()
+    )
+    widths = {into for _, into in plan.linears.values()}
+    groups = 4 * len(plan.blocks)
+    hessian = 0.0
+    if METHODS[plan.recipe.method.name].statistic is Hessian:
+        per_block = sum(sorted(widths)[:1]) ** 2 * 3 + max(widths) ** 2
+        hessian = per_block * len(plan.blocks) * float(tokens)
+    flops = 2.0 * parameters * tokens + hessian
+    seconds = 1.5 * flops / measured_rate(dtype, model.device) + 0.02 * groups + 5
+    element = torch.empty(0, dtype=dtype).element_size()
+    hidden = int(hidden_width(model))
+    block = max(1, parameters // len(plan.blocks))
+    widest = max(widths, default=hidden)
+    memory = 600 * 2**20 + tokens * element * (3 * hidden + 2 * widest) + block * 16 + 3 * 4 * widest**2
+    disk = 2 * sum(info_bytes(info.dtype, info.shape) for info in model.folder.tensors.values())
+    return Estimate(seconds, memory, disk)
+
+
+def hidden_width(model: LazyModel) -> int:
+    """Width of the hidden states."""
+    return int(model.folder.config.get_text_config().hidden_size)
+
+
+def info_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a stored tensor."""
+    width = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}.get(dtype, 1)
+    return width * torch.Size(shape).numel()
+
+
+def measured_rate(dtype: torch.dtype, device: torch.device, size: int = 1536, repeats: int = 3) -> float:
+    """FLOPs a second of ``[size, size]`` matrix products in ``dtype`` on this machine: the best of ``repeats``."""
+    left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    best = 0.0
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        torch.nn.functional.linear(left, right)[0, 0].item()
+        best = max(best, 2.0 * size**3 / (time.perf_counter() - begin))
+    return best

@@ -1,0 +1,21 @@
+"""Magnitude pruning: the data-free control (methods.md §10)."""
+
+import torch
+
+from calibrant.compression.solvers.result import Solution
+from calibrant.compression.solvers.sparsity import Sparsity
+from calibrant.kernels.masks import keep_largest
+
+
+def magnitude(weight: torch.Tensor, sparsity: Sparsity, segments: tuple[int, ...] = ()) -> Solution:
+    """Drop exactly ``floor(p n)`` smallest ``|w|`` of the whole matrix, or of every n:m group.
+
+    ``segments`` are lengths of consecutive runs of rows, each a matrix of its own; none means one matrix.
+    """
+    scores = weight.abs()
+    if sparsity.structured:
+        kept = sparsity.mask_rows(scores)
+    else:
+        runs = scores.split(list(segments or (len(scores),)))
+        kept = torch.cat([keep_largest(run, sparsity.share) for run in runs])
+    return Solution(torch.where(kept, weight, 0.0), kept=kept)

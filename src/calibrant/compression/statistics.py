@@ -1,0 +1,45 @@
+"""What solvers need to know of a layer's input, accumulated over counted tokens only."""
+
+from typing import Protocol
+
+import torch
+
+from calibrant.kernels.gram import add_gram
+
+
+class Statistic(Protocol):
+    """A sum over tokens; ``tokens`` counts them."""
+
+    tokens: int
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add the rows of ``inputs`` ``[tokens, in_features]``."""
+
+
+class Hessian:
+    """``S = sum x x^T`` in float32, unscaled (methods.md §5); only the lower triangle is built until it is read."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._lower = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        self.tokens += inputs.shape[0]
+        add_gram(self._lower, inputs)
+
+    def matrix(self) -> torch.Tensor:
+        """The full symmetric matrix, float32 ``[in, in]``."""
+        lower = torch.tril(self._lower)
+        return lower + torch.tril(lower, -1).T
+
+
+class ColumnNorm:
+    """``sum x_j^2`` of every input channel, float32 ``[in]``: the diagonal of the Hessian (methods.md §9)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.sum_of_squares = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        self.tokens += inputs.shape[0]
+        self.sum_of_squares += torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).square_()

@@ -1,0 +1,35 @@
+"""Content hashes and canonical JSON: the identity of everything that is recorded."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+_CHUNK_BYTES = 1 << 20
+
+
+def sha256_bytes(*parts: bytes) -> str:
+    """Hex SHA-256 of the concatenation of ``parts``."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, two-space indent and a final newline; equal values give equal text."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of ``canonical_json(value)``."""
+    return sha256_bytes(canonical_json(value).encode())

@@ -1,0 +1,41 @@
+"""The symmetric product ``S += X^T X`` that second-order methods spend most of their time on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Column blocks of the lower triangle: narrow enough to skip most of the upper half, wide enough for full-rate products.
+_BLOCKS = 6
+_SMALLEST_BLOCK = 64
+
+
+def add_gram(lower: torch.Tensor, inputs: torch.Tensor) -> None:
+    """Add ``inputs^T inputs`` to the lower triangle of ``lower`` (float32 ``[in, in]``), in place.
+
+    ``inputs`` ``[tokens, in]`` of any floating dtype. Products and sums are float32; entries above the diagonal
+    blocks are left alone, those inside them hold unspecified values.
+    """
+    width = lower.shape[0]
+    values = inputs.float()
+    block = max(_SMALLEST_BLOCK, -(-width // _BLOCKS))
+    with _exact_bfloat16_products(inputs.dtype):
+        for begin in range(0, width, block):
+            end = min(begin + block, width)
+            lower[begin:end, :end].addmm_(values[:, begin:end].T, values[:, :end])
+
+
+@contextmanager
+def _exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let the CPU multiply float32 values that are bfloat16 numbers as bfloat16, summing in float32.
+
+    The products are exact either way; the processor's bfloat16 units are only faster. The setting is restored.
+    """
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # a class torch's own stubs leave out
+    before = settings.fp32_precision
+    if dtype is torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -1,0 +1,22 @@
+"""Masks that keep the largest scores, exact in number and stable in order (methods.md §3.4, §3.5)."""
+
+import torch
+
+
+def pruned_count(share: float, total: int) -> int:
+    """``floor(share * total)``, safe against binary rounding just below a whole number."""
+    return int(share * total + 1e-9)
+
+
+def keep_largest(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """Mask (bool, shape of ``scores``) without the ``floor(share n)`` smallest of all; of equals the earlier goes."""
+    flat = scores.flatten()
+    kept = torch.ones_like(flat, dtype=torch.bool)
+    kept[torch.argsort(flat, stable=True)[: pruned_count(share, flat.numel())]] = False
+    return kept.view(scores.shape)
+
+
+def keep_largest_by_row(scores: torch.Tensor, dropped: int) -> torch.Tensor:
+    """Mask (bool ``[rows, n]``) without the ``dropped`` smallest of each row; of equal scores the earlier goes."""
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    return kept.scatter_(1, torch.argsort(scores, dim=1, stable=True)[:, :dropped], False)

@@ -1,0 +1,26 @@
+"""Models by hub id: resolved to a revision first, then fetched at that revision."""
+
+from pathlib import Path
+
+from calibrant.errors import CalibrantError
+
+_PREFIX = "hub:"
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+
+
+def model_path(name: str | Path) -> Path:
+    """A local folder: ``name`` itself, or for ``hub:owner/name`` the cached snapshot of its current revision.
+
+    Raises:
+        CalibrantError: the hub cannot be reached or has no such model.
+    """
+    if not str(name).startswith(_PREFIX):
+        return Path(name)
+    import huggingface_hub
+
+    repository = str(name).removeprefix(_PREFIX)
+    try:
+        revision = huggingface_hub.HfApi().model_info(repository).sha
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_WANTED))
+    except Exception as error:  # the hub client raises many unrelated classes for "not reachable" and "not there"
+        raise CalibrantError(f"{name}: cannot be fetched from the hub ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,124 @@
+"""What enters the first block and what each block is called with, recorded by running the model up to its blocks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from calibrant.errors import CalibrantError
+
+
+@dataclass
+class MicroBatch:
+    """Some rows of one length on their way through the blocks.
+
+    ``hidden`` ``[rows, length, width]`` is what enters the next block, ``mask`` ``[rows, length]`` the counted
+    tokens, ``calls[i]`` the further arguments of block ``i``.
+    """
+
+    hidden: torch.Tensor
+    mask: torch.Tensor
+    calls: "BlockCalls"
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """Arguments of every block besides the hidden states: positional and by name."""
+
+    args: tuple[tuple[Any, ...], ...]
+    kwargs: tuple[dict[str, Any], ...]
+
+    def same_as(self, other: "BlockCalls") -> bool:
+        """Whether both hold equal values, so that one can stand for the other."""
+        return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
+
+
+class _BlocksReachedError(Exception):
+    """The last block has been called; the rest of the forward pass is not needed."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its arguments and hands the hidden states on."""
+
+    def __init__(self, block: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], as_tuple: bool) -> None:
+        super().__init__()
+        self._plain = {name: value for name, value in vars(block).items() if not name.startswith("_")}
+        self._calls, self._as_tuple, self._last = calls, as_tuple, False
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read per-layer settings off their blocks (layer types and the like).
+        plain = self.__dict__.get("_plain", {})
+        return plain[name] if name in plain else super().__getattr__(name)
+
+    def mark_last(self) -> None:
+        self._last = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._calls.append((args, kwargs))
+        if self._last:
+            raise _BlocksReachedError
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if self._as_tuple else hidden
+
+
+def record_inputs(
+    model: transformers.PreTrainedModel, blocks: list[str], tokens: torch.Tensor
+) -> tuple[torch.Tensor, BlockCalls]:
+    """Run ``tokens`` ``[rows, length]`` through everything before the blocks.
+
+    Returns the hidden states that enter block 0 and the further arguments of every block.
+
+    Raises:
+        CalibrantError: the model does not call its blocks one after the other.
+    """
+    for as_tuple in (False, True):
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        originals = [model.get_submodule(name) for name in blocks]
+        recorders = [_Recorder(block, calls, as_tuple) for block in originals]
+        recorders[-1].mark_last()
+        _replace(model, blocks, recorders)
+        try:
+            model.base_model(input_ids=tokens, use_cache=False)
+        except _BlocksReachedError:
+            return _split(calls)
+        except (IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            # Blocks that return a tuple make the model take element 0; handed a tensor it stumbles, so try that form.
+            problem = error
+        else:
+            problem = RuntimeError("the last block was never called")
+        finally:
+            _replace(model, blocks, originals)
+    raise CalibrantError(f"{type(model).__name__}: its blocks cannot be run one at a time ({problem})")
+
+
+def _replace(model: nn.Module, names: list[str], modules: Any) -> None:
+    parent = model.get_submodule(names[0].rpartition(".")[0])
+    for index, module in enumerate(modules):
+        parent[index] = module  # type: ignore[operator]
+
+
+def _split(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> tuple[torch.Tensor, BlockCalls]:
+    args, kwargs = calls[0]
+    hidden = args[0] if args else kwargs["hidden_states"]
+    rest = tuple(call_args[1:] for call_args, _ in calls)
+    named = tuple({k: v for k, v in call_kwargs.items() if k != "hidden_states"} for _, call_kwargs in calls)
+    return hidden, BlockCalls(rest, named)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, tuple | list):
+        return type(left) is type(right) and len(left) == len(right) and all(map(_equal, left, right))
+    if isinstance(left, dict):
+        return isinstance(right, dict) and left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
+    return bool(left is right or left == right)
+
+
+def call_block(block: nn.Module, index: int, batch: MicroBatch) -> torch.Tensor:
+    """Hidden states after block ``index``."""
+    output = block(batch.hidden, *batch.calls.args[index], **batch.calls.kwargs[index])
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

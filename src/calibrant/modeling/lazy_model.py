@@ -1,0 +1,155 @@
+"""A model whose weights are on disk: a skeleton without storage, filled and emptied one part at a time."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from calibrant.errors import CalibrantError
+from calibrant.modeling.checkpoint import ModelFolder
+
+
+class LazyModel:
+    """The module tree of a model folder with parameters on the meta device.
+
+    Checkpoint names become module names through transformers' own conversion rules, so checkpoints whose layout
+    differs from the modules' (experts stored one by one, legacy names) load and save like any other.
+
+    Args:
+        folder: the model.
+        dtype: what parameters are loaded as for computing.
+        device: where they are loaded to.
+    """
+
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> None:
+        self.folder, self.dtype, self.device = folder, dtype, device
+        self.module = _skeleton(folder, dtype, device)
+        self._rules = get_model_conversion_mapping(self.module)
+        self._converted: set[str] = set()
+        self._sources = self._sources_by_parameter()
+
+    def _sources_by_parameter(self) -> dict[str, list[str]]:
+        """Parameter name to the checkpoint tensors it is made of."""
+        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
+        known = self.module.state_dict()
+        sources: dict[str, list[str]] = {}
+        for name in self.folder.tensors:
+            target, pattern = rename_source_key(name, renamings, converters, self.module.base_model_prefix, known)
+            if target not in known and name in known:
+                target, pattern = name, None
+            if pattern is not None:
+                self._converted.add(target)
+            sources.setdefault(target, []).append(name)
+        tied = set(self.module.all_tied_weights_keys)
+        missing = [name for name, _ in self.module.named_parameters() if name not in sources and name not in tied]
+        # A converter that makes several parameters lists its sources under the first of them only.
+        if missing and not converters:
+            raise CalibrantError(f"{self.folder.path}: the checkpoint has no weights for {missing[0]}")
+        return sources
+
+    def is_stored_alone(self, parameter: str) -> bool:
+        """Whether the checkpoint holds this parameter as one tensor of its own, shaped as the module has it."""
+        return len(self._sources.get(parameter, ())) == 1 and parameter not in self._converted
+
+    def stored_name(self, parameter: str) -> str:
+        """The checkpoint's name of a parameter that ``is_stored_alone``."""
+        return self._sources[parameter][0]
+
+    def checkpoint_names(self, prefix: str) -> list[str]:
+        """Names of the checkpoint tensors that fill the module at ``prefix``, in the checkpoint's spelling."""
+        dotted = prefix + "."
+        return [name for target, names in self._sources.items() if target.startswith(dotted) for name in names]
+
+    @contextlib.contextmanager
+    def loaded(self, prefix: str) -> Iterator[nn.Module]:
+        """The module at ``prefix`` with its weights in memory; they are dropped again on leaving."""
+        self.load(self.checkpoint_names(prefix))
+        module = self.module.get_submodule(prefix)
+        try:
+            yield module
+        finally:
+            drop(module)
+
+    def load(self, names: list[str]) -> None:
+        """Read checkpoint tensors into the parameters they belong to."""
+        state = {name: self.folder.read(name) for name in names}
+        settings = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]  # its own list type
+        )
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.module, state, settings)
+        problems = [*info.error_msgs, *map(str, info.mismatched_keys), *map(str, info.conversion_errors)]
+        if problems:
+            raise CalibrantError(f"{self.folder.path}: weights do not fit the configuration ({problems[0]})")
+
+    def names_outside(self, prefixes: list[str]) -> list[str]:
+        """Checkpoint tensors of nothing below one of ``prefixes``: embeddings, final norm, head."""
+        inside = tuple(prefix + "." for prefix in prefixes)
+        return [n for target, names in self._sources.items() if not target.startswith(inside) for n in names]
+
+    def load_outside(self, prefixes: list[str]) -> None:
+        """Read what lies outside ``prefixes`` (module names of the blocks)."""
+        self.load(self.names_outside(prefixes))
+        self.module.tie_weights()
+
+    def to_checkpoint(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Module parameters as checkpoint tensors: the inverse of loading, for the parameters loaded last."""
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.module, parameters)
+        return reverted
+
+
+def drop(module: nn.Module) -> None:
+    """Give the memory of a module's parameters back."""
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            child.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _skeleton(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
+    """Modules with parameters on meta but real buffers, which are computed, not stored."""
+    model_class = _model_class(folder.architecture)
+    with init_empty_weights(include_buffers=False), _quiet():
+        model: transformers.PreTrainedModel = model_class._from_config(folder.config, dtype=dtype)
+    if model._can_set_experts_implementation():
+        # The plain loop over experts is the one whose products can be seen one expert at a time.
+        model.set_experts_implementation("eager")
+    model.requires_grad_(False).eval()
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        persistent = leaf not in model.get_submodule(owner)._non_persistent_buffers_set
+        model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=persistent)
+    return model
+
+
+def _model_class(architecture: str) -> type[transformers.PreTrainedModel]:
+    model_class: type[transformers.PreTrainedModel] = vars(transformers).get(architecture) or getattr(
+        transformers, architecture
+    )
+    return model_class
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of the library's own."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()

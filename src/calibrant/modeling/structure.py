@@ -1,0 +1,236 @@
+"""What compression needs to know of a model, found by looking at it run: blocks, linears and input groups."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from calibrant.errors import CalibrantError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear map of a block: ``y = x W^T`` with ``W`` ``[out_features, in_features]``.
+
+    ``parameter`` is the parameter's name in the block. ``transposed``: it is stored ``[in, out]`` (Conv1D, some
+    experts). ``expert``: index into a fused ``[experts, ., .]`` parameter, or None.
+    """
+
+    name: str
+    parameter: str
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    expert: int | None = None
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        """This linear's weight ``[out_features, in_features]`` as a view of the value of ``self.parameter``."""
+        tensor = parameter if self.expert is None else parameter[self.expert]
+        return tensor.T if self.transposed else tensor
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of one block that read the same tensor; ``module`` is the one called first."""
+
+    module: str
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A module with fused expert weights; ``groups[k]`` holds the linears of its k-th product, one per expert."""
+
+    module: str
+    groups: tuple[tuple[Linear, ...], ...]
+
+
+Stage = InputGroup | Experts
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """The stages of a block in the order they run, and the fused parameters no linear product was seen of."""
+
+    stages: tuple[Stage, ...]
+    unseen: tuple[str, ...]
+
+    def without(self, ignored: Callable[[str], bool]) -> "BlockStructure":
+        """The structure less the linears whose name ``ignored`` says yes to."""
+        stages: list[Stage] = []
+        for stage in self.stages:
+            if isinstance(stage, InputGroup):
+                linears = tuple(linear for linear in stage.linears if not ignored(linear.name))
+                stages += [InputGroup(stage.module, linears)] if linears else []
+            else:
+                groups = tuple(group for group in stage.groups if not ignored(group[0].parameter))
+                stages += [Experts(stage.module, groups)] if groups else []
+        return BlockStructure(tuple(stages), self.unseen)
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear, in stage order."""
+        for stage in self.stages:
+            if isinstance(stage, InputGroup):
+                yield from stage.linears
+            else:
+                for group in stage.groups:
+                    yield from group
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks: the longest list of modules of one class that lies in no other list (DESIGN §4).
+
+    Ties go to the list with more parameters.
+
+    Raises:
+        CalibrantError: the model has no such list.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {
+        name: module
+        for name, module in lists.items()
+        if len({type(child) for child in module}) == 1 and not any(name.startswith(other + ".") for other in lists)
+    }
+    if not outer:
+        raise CalibrantError(f"{type(model).__name__}: no list of like blocks found, so it cannot be compressed")
+    best = max(outer, key=lambda name: (len(outer[name]), sum(p.numel() for p in outer[name].parameters())))
+    return [f"{best}.{index}" for index in range(len(outer[best]))]
+
+
+def probe_block(block: nn.Module, run: Callable[[], Any]) -> BlockStructure:
+    """Run ``block`` once through ``run`` and see which linears are handed which tensors, in which order."""
+    probe = _Probe(block)
+    handles = [
+        module.register_forward_pre_hook(probe.linear_reached(name))
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    fused = _fused_parameters(block)
+    for owner in {name.rpartition(".")[0] for name in fused}:
+        handles.append(block.get_submodule(owner).register_forward_pre_hook(probe.experts_reached(owner)))
+    try:
+        with watch_experts(block, probe.product_seen):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return probe.structure()
+
+
+class _Probe:
+    """What one forward pass of a block shows."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._fused = _fused_parameters(block)
+        self._inputs: list[torch.Tensor] = []  # kept alive so that no storage is reused while addresses are compared
+        self._groups: dict[tuple[int, int, int], int] = {}
+        self._stages: list[tuple[str, list[Linear]]] = []
+        self._products: dict[str, tuple[Linear, ...]] = {}
+
+    def linear_reached(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """A hook for a linear: the same input tensor as an earlier one joins its group."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs = args[0]
+            self._inputs.append(inputs)
+            key = (inputs.data_ptr(), inputs.shape[-1], inputs.numel())
+            if key not in self._groups:
+                self._groups[key] = len(self._stages)
+                self._stages.append((name, []))
+            self._stages[self._groups[key]][1].append(_as_linear(name, module))
+
+        return hook
+
+    def experts_reached(self, owner: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """A hook for a module with fused expert weights: a stage without linears of its own."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._stages.append((owner, []))
+
+        return hook
+
+    def product_seen(self, use: "ExpertUse") -> None:
+        """The first product with any expert of a parameter shows its orientation, and the order of the products."""
+        if use.parameter in self._products:
+            return
+        experts, first, second = self._fused[use.parameter].shape
+        out_features, in_features = (second, first) if use.transposed else (first, second)
+        self._products[use.parameter] = tuple(
+            Linear(f"{use.parameter}.{e}", use.parameter, out_features, in_features, use.transposed, e)
+            for e in range(experts)
+        )
+
+    def structure(self) -> BlockStructure:
+        """The stages in the order they were reached."""
+        stages: list[Stage] = []
+        for module, linears in self._stages:
+            groups = tuple(g for name, g in self._products.items() if name.rpartition(".")[0] == module)
+            if linears:
+                stages.append(InputGroup(module, tuple(linears)))
+            elif groups:
+                stages.append(Experts(module, groups))
+        return BlockStructure(tuple(stages), tuple(name for name in self._fused if name not in self._products))
+
+
+def _as_linear(name: str, module: nn.Module) -> Linear:
+    rows, columns = module.get_parameter("weight").shape
+    if isinstance(module, Conv1D):
+        return Linear(name, f"{name}.weight", columns, rows, transposed=True)
+    return Linear(name, f"{name}.weight", rows, columns)
+
+
+def _fused_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in block.named_parameters() if parameter.ndim == 3}
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """A product of ``inputs`` ``[tokens, in]`` with expert ``expert`` of a fused parameter."""
+
+    parameter: str
+    expert: int
+    transposed: bool
+    inputs: torch.Tensor
+
+
+def expert_product(func: Callable[..., Any], args: tuple[Any, ...], fused: dict[str, nn.Parameter]) -> ExpertUse | None:
+    """Recognize ``linear(x, P[e])`` and ``x @ P[e]`` by the address of the weight."""
+    if func is torch.nn.functional.linear:
+        transposed = False
+    elif func in (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm):
+        transposed = True
+    else:
+        return None
+    inputs, weight = args[0], args[1]
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.device.type == "meta":
+        return None
+    for name, parameter in fused.items():
+        offset = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        expert, rest = divmod(offset, parameter.stride(0))
+        if rest == 0 and 0 <= expert < parameter.shape[0] and weight.shape == parameter.shape[1:]:
+            return ExpertUse(name, int(expert), transposed, inputs)
+    return None
+
+
+@contextmanager
+def watch_experts(block: nn.Module, seen: Callable[[ExpertUse], None]) -> Iterator[None]:
+    """Report every expert product that runs inside the context."""
+    fused = _fused_parameters(block)
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            use = expert_product(func, args, fused)
+            if use is not None:
+                seen(use)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        yield

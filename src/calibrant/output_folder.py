@@ -1,0 +1,53 @@
+"""An output folder that appears whole or not at all."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from calibrant.errors import CalibrantError
+
+
+def check_output(target: str | Path, overwrite: bool) -> Path:
+    """The output path, if something may be written there.
+
+    Raises:
+        CalibrantError: it exists (and is not to be replaced), or its parent is not a folder.
+    """
+    path = Path(target)
+    if path.exists() and not path.is_dir():
+        raise CalibrantError(f"{path}: exists and is not a folder; choose another output")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise CalibrantError(f"{path}: exists and is not empty; choose another output or pass --overwrite")
+    parent = path.absolute().parent
+    existing = next(p for p in (parent, *parent.parents) if p.exists())
+    if not existing.is_dir():
+        raise CalibrantError(f"{existing}: is not a folder, so {path} cannot be made in it")
+    return path
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` to write into; renamed to ``target`` at the end, removed on any failure.
+
+    Raises:
+        CalibrantError: the disk is full or the place cannot be written.
+    """
+    staging = target.absolute().parent / f".{target.absolute().name}.partial"
+    try:
+        if staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+        yield staging
+        if target.exists():
+            shutil.rmtree(target)
+        staging.rename(target)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "no space left on the disk, free some or choose another output" if full else str(error)
+        raise CalibrantError(f"{target}: cannot be written ({reason})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

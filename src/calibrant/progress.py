@@ -1,0 +1,38 @@
+"""How long work reports where it is, without knowing who listens."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One running piece of work."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Count ``steps`` more as done."""
+
+
+class Progress(Protocol):
+    """Receiver of progress; the command line draws bars, a library call may pass nothing."""
+
+    def task(self, label: str, total: int) -> AbstractContextManager[Task]:
+        """Open a task of ``total`` steps; used as a context manager."""
+
+    def note(self, text: str) -> None:
+        """Say one line that the user should see."""
+
+
+class _SilentTask:
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+
+class Silent:
+    """Progress that goes nowhere."""
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        yield _SilentTask()
+
+    def note(self, text: str) -> None:
+        pass
