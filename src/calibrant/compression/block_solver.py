@@ -88,7 +88,8 @@ class BlockSolver:
     ) -> Task:
         hessian = statistic.matrix() if isinstance(statistic, Hessian) else None
         norms = statistic.sum_of_squares if isinstance(statistic, ColumnNorm) else None
-        for values in (hessian, norms):
+        # An input that is not finite shows on the diagonal: |S_ij|^2 <= S_ii S_jj.
+        for values in (hessian.diagonal() if hessian is not None else None, norms):
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise CalibrantError(
                     f"{self.prefix}.{unit[0].name}: its inputs hold values that are not finite; "
@@ -101,7 +102,7 @@ class BlockSolver:
     ) -> None:
         solved = solution.weight[rows]
         # Before the copy: in float32 models ``weight`` is a view of what is overwritten.
-        error, measure = _relative_error(weight, solved, task)
+        error, measure = _relative_error(weight, solved, solution.errors[rows] if solution.errors is not None else None, task)
         stored = linear.view(self.state[linear.parameter])
         stored.copy_(solved)
         linear.view(self.block.get_parameter(linear.parameter).data).copy_(stored)
@@ -118,10 +119,13 @@ class BlockSolver:
         )
 
 
-def _relative_error(weight: torch.Tensor, solved: torch.Tensor, task: Task) -> tuple[float, str]:
+def _relative_error(
+    weight: torch.Tensor, solved: torch.Tensor, errors: torch.Tensor | None, task: Task
+) -> tuple[float, str]:
     if task.hessian is not None:
         nothing = torch.zeros_like(weight)
-        error = layer_errors(weight, solved, task.hessian).double().sum()
+        known = errors if errors is not None else layer_errors(weight, solved, task.hessian)
+        error = known.double().sum()
         whole, measure = layer_errors(weight, nothing, task.hessian).double().sum(), "hessian"
     elif task.sum_of_squares is not None:
         error = ((weight - solved).square() @ task.sum_of_squares).double().sum()

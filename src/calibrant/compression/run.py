@@ -21,6 +21,7 @@ from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes, format_for, quantization_config
 from calibrant.formats.shards import ShardWriter, copy_side_files
 from calibrant.hashing import canonical_json, sha256_bytes
+from calibrant.modeling.attention import use_fast_attention
 from calibrant.modeling.inputs import BlockCalls, MicroBatch, record_inputs
 from calibrant.modeling.lazy_model import LazyModel, drop
 from calibrant.modeling.structure import BlockStructure, probe_block
@@ -156,6 +157,7 @@ def _enter(
     model: LazyModel, plan: Plan, calibration: CalibrationSet | None, settings: Settings
 ) -> tuple[MicroBatch, list[MicroBatch]]:
     """A tiny batch to probe structure with, and the calibration set as it enters block 0."""
+    use_fast_attention(model.module, settings.dtype, settings.device)
     model.load_outside(plan.blocks)
     for parameter_owner in model.module.modules():
         _cast(parameter_owner, settings.dtype, recurse=False)

@@ -42,4 +42,5 @@ class ColumnNorm:
 
     def add(self, inputs: torch.Tensor) -> None:
         self.tokens += inputs.shape[0]
-        self.sum_of_squares += torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).square_()
+        # Ten times faster on a CPU than a norm over the first axis.
+        self.sum_of_squares += inputs.float().square().sum(0)

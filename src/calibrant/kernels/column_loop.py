@@ -1,8 +1,9 @@
 """The column loop of GPTQ and SparseGPT: choose a value for each column, push its error into the later ones.
 
-``solve_columns`` runs blocks of columns through a kernel and applies each block's errors to the rest by one matrix
-product ("lazy batch"). The kernel exists in Numba, parallel over rows, and as a plain PyTorch twin; both do the same
-operations in the same order and give the same bits.
+Rows are independent, so they are laid out in tiles of ``LANES`` rows, ``[tiles, columns, LANES]``: one column of a tile
+is one or two vector registers wide, and a whole tile stays in a core's cache. The kernel exists in Numba, parallel over
+tiles, and as a plain PyTorch twin. A column's error reaches every later weight in column order, one multiplication and
+one subtraction at a time in both, so both give the same bits, and how columns are blocked changes none.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,11 @@ import torch
 
 from calibrant.kernels.masks import keep_largest
 
+LANES = 32
 BLOCK_SIZE = 128
+# Errors of this many columns are applied to the rest at once, while the weights they change are in registers.
+_PANEL = 8
+_LARGEST_PANEL = 32
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,8 @@ class ColumnProblem:
 
     ``weight`` ``[rows, n]`` float32; ``factor`` ``[n, n]`` the upper factor U. Quantization: ``scale`` and ``zero``
     ``[rows, groups]`` and ``group`` ``[n]`` (int64), with codes in ``lowest ... highest``, or all None to keep values.
-    Pruning: ``pruned_of = (k, m)`` masks k of every m consecutive columns; ``sparsity`` masks a share of each block
-    of columns over the rows of each of ``segments`` (lengths of consecutive runs of rows); at most one of them.
+    Pruning: ``pruned_of = (k, m)`` masks k of every m consecutive columns (m <= 32); ``sparsity`` masks a share of each
+    block of ``block_size`` columns over the rows of each of ``segments`` (lengths of consecutive runs of rows).
     """
 
     weight: torch.Tensor
@@ -41,7 +46,7 @@ class ColumnProblem:
 
 @dataclass(frozen=True)
 class ColumnSolution:
-    """``weight`` float32 and ``kept`` bool ``[rows, n]``, ``codes`` int8 (zeros without quantization), ``loss`` ``[rows]``.
+    """``weight`` float32 and ``kept`` bool ``[rows, n]``, ``codes`` int8 (zeros if not quantized), ``loss`` ``[rows]``.
 
     ``loss`` is ``sum_j e_j^2`` of a row: its part of ``tr((W - Q) H (W - Q)^T)`` with the damped H (methods.md §7).
     """
@@ -53,138 +58,240 @@ class ColumnSolution:
 
 
 def solve_columns(problem: ColumnProblem, block_size: int = BLOCK_SIZE, compiled: bool = True) -> ColumnSolution:
-    """Solve all columns; ``compiled=False`` or tensors on a GPU use the PyTorch twin."""
-    work = problem.weight.clone()
-    rows, columns = work.shape
-    solved = torch.empty_like(work)
-    codes = torch.zeros(rows, columns, dtype=torch.int8, device=work.device)
-    kept = torch.ones(rows, columns, dtype=torch.bool, device=work.device)
-    loss = torch.zeros(rows, dtype=torch.float32, device=work.device)
-    run = _numba_block if compiled and work.device.type == "cpu" else _torch_block
-    for begin in range(0, columns, block_size):
-        end = min(begin + block_size, columns)
-        block = _block(problem, work, begin, end)
-        errors = run(block, problem)
-        solved[:, begin:end], codes[:, begin:end], kept[:, begin:end] = block.work, block.codes, block.kept
-        loss += errors.square().sum(1)
-        if end < columns:
-            work[:, end:].addmm_(errors, problem.factor[begin:end, end:], alpha=-1)
-    return ColumnSolution(solved, codes, kept, loss)
+    """Solve all columns; ``compiled=False`` or tensors on a GPU use the PyTorch twin.
+
+    ``block_size`` matters only with ``sparsity``, whose mask is chosen block by block.
+    """
+    rows, columns = problem.weight.shape
+    tiles = _Tiles.of(problem)
+    run = _numba_columns if compiled and problem.weight.device.type == "cpu" else _torch_columns
+    step = block_size if problem.sparsity > 0 else columns
+    for begin in range(0, columns, step):
+        end = min(begin + step, columns)
+        if problem.sparsity > 0:
+            tiles.kept[:, begin:end] = _tiled(_block_mask(problem, tiles, begin, end), True)
+        run(tiles, problem, begin, end)
+    loss = tiles.loss.reshape(-1)[:rows]
+    return ColumnSolution(_untiled(tiles.work, rows), _untiled(tiles.codes, rows), _untiled(tiles.kept, rows), loss)
 
 
 @dataclass(frozen=True)
-class _Block:
-    """One block of columns, changed in place by a kernel: ``work`` ends as the chosen values."""
+class _Tiles:
+    """The problem in tiles, changed in place: ``work`` ends as the chosen values; ``loss`` ``[tiles, LANES]``."""
 
     work: torch.Tensor
     factor: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
+    group: torch.Tensor
     codes: torch.Tensor
     kept: torch.Tensor
+    loss: torch.Tensor
+
+    @classmethod
+    def of(cls, problem: ColumnProblem) -> "_Tiles":
+        work = _tiled(problem.weight, 0.0)
+        empty = work.new_zeros(0, 0, LANES)
+        group = problem.group if problem.group is not None else torch.zeros(0, dtype=torch.int64, device=work.device)
+        return cls(
+            work,
+            problem.factor.contiguous(),
+            _tiled(problem.scale, 1.0) if problem.scale is not None else empty,
+            _tiled(problem.zero, 0.0) if problem.zero is not None else empty,
+            group.contiguous(),
+            torch.zeros_like(work, dtype=torch.int8),
+            torch.ones_like(work, dtype=torch.bool),
+            work.new_zeros(work.shape[0], LANES),
+        )
 
 
-def _block(problem: ColumnProblem, work: torch.Tensor, begin: int, end: int) -> _Block:
-    columns = work[:, begin:end].contiguous()
-    factor = problem.factor[begin:end, begin:end].contiguous()
-    if problem.scale is not None and problem.zero is not None and problem.group is not None:
-        group = problem.group[begin:end]
-        scale, zero = problem.scale[:, group].contiguous(), problem.zero[:, group].contiguous()
-    else:
-        scale = zero = columns.new_zeros(0, 0)
-    kept = torch.ones(columns.shape, dtype=torch.bool, device=columns.device)
-    if problem.sparsity > 0:
-        scores = (columns / factor.diagonal()).square()
-        runs = scores.split(list(problem.segments or (len(scores),)))
-        kept = torch.cat([keep_largest(run, problem.sparsity) for run in runs])
-    return _Block(columns, factor, scale, zero, torch.zeros_like(columns, dtype=torch.int8), kept)
+def _tiled(matrix: torch.Tensor, padding: float | bool) -> torch.Tensor:
+    """``[rows, n]`` to ``[tiles, n, LANES]``; missing rows are filled with ``padding``."""
+    rows, columns = matrix.shape
+    missing = -rows % LANES
+    if missing:
+        matrix = torch.cat([matrix, matrix.new_full((missing, columns), padding)])
+    return matrix.view(-1, LANES, columns).transpose(1, 2).contiguous()
 
 
-def _torch_block(block: _Block, problem: ColumnProblem) -> torch.Tensor:
-    """The plain twin: returns the errors ``[rows, columns]``."""
-    work, factor = block.work, block.factor
-    errors = torch.empty_like(work)
-    diagonal = factor.diagonal()
-    for column in range(work.shape[1]):
+def _untiled(tiles: torch.Tensor, rows: int) -> torch.Tensor:
+    return tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:rows].contiguous()
+
+
+def _block_mask(problem: ColumnProblem, tiles: _Tiles, begin: int, end: int) -> torch.Tensor:
+    """Keep all but the smallest ``w^2 / U_jj^2`` of a block of columns, segment by segment of rows."""
+    columns = _untiled(tiles.work[:, begin:end], problem.weight.shape[0])
+    scores = (columns / problem.factor.diagonal()[begin:end]).square()
+    runs = scores.split(list(problem.segments or (len(scores),)))
+    return torch.cat([keep_largest(run, problem.sparsity) for run in runs])
+
+
+def _torch_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) -> None:
+    """The plain twin."""
+    work, factor, diagonal = tiles.work, tiles.factor, tiles.factor.diagonal()
+    for column in range(begin, end):
         if problem.pruned_of is not None and column % problem.pruned_of[1] == 0:
             pruned, of = problem.pruned_of
-            scores = (work[:, column : column + of] / diagonal[column : column + of]).square()
+            scores = (work[:, column : column + of] / diagonal[column : column + of, None]).square()
             smallest = torch.argsort(scores, dim=1, stable=True)[:, :pruned]
-            block.kept[:, column : column + of].scatter_(1, smallest, False)
-        value = torch.where(block.kept[:, column], work[:, column], 0.0)
+            tiles.kept[:, column : column + of].scatter_(1, smallest, False)
+        kept = tiles.kept[:, column]
+        value = torch.where(kept, work[:, column], 0.0)
         if problem.scale is not None:
-            scale, zero = block.scale[:, column], block.zero[:, column]
+            scale, zero = tiles.scale[:, tiles.group[column]], tiles.zero[:, tiles.group[column]]
             code = torch.round(torch.clamp(value / scale + zero, problem.lowest, problem.highest))
-            code = torch.where(block.kept[:, column], code, zero)
-            block.codes[:, column] = code.to(torch.int8)
+            code = torch.where(kept, code, zero)
+            tiles.codes[:, column] = code.to(torch.int8)
             value = (code - zero) * scale
         error = (work[:, column] - value) / diagonal[column]
         work[:, column] = value
-        errors[:, column] = error
-        work[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
-    return errors
+        tiles.loss.add_(error * error)
+        work[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :, None]
 
 
-def _numba_block(block: _Block, problem: ColumnProblem) -> torch.Tensor:
-    errors = torch.empty_like(block.work)
+def _numba_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) -> None:
     pruned, of = problem.pruned_of or (0, 0)
-    _compiled_block(
-        block.work.numpy(),
-        block.factor.numpy(),
-        block.scale.numpy(),
-        block.zero.numpy(),
-        block.codes.numpy(),
-        block.kept.numpy(),
-        errors.numpy(),
+    # A group of m must lie in one panel or start one, so that its weights are up to date when it is chosen.
+    panel = _PANEL if of == 0 or _PANEL % of == 0 or of % _PANEL == 0 else of
+    _compiled(
+        tiles.work.numpy(),
+        tiles.factor.numpy(),
+        tiles.scale.numpy(),
+        tiles.zero.numpy(),
+        tiles.group.numpy(),
+        tiles.codes.numpy(),
+        tiles.kept.numpy(),
+        tiles.loss.numpy(),
         np.float32(problem.lowest),
         np.float32(problem.highest),
         pruned,
         of,
+        panel,
+        begin,
+        end,
     )
-    return errors
 
 
-def _rows(
-    work: np.ndarray,
+def _columns(
+    works: np.ndarray,
     factor: np.ndarray,
-    scale: np.ndarray,
-    zero: np.ndarray,
-    codes: np.ndarray,
-    kept: np.ndarray,
-    errors: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    group: np.ndarray,
+    all_codes: np.ndarray,
+    all_kept: np.ndarray,
+    losses: np.ndarray,
     lowest: np.float32,
     highest: np.float32,
     pruned: int,
     of: int,
+    panel: int,
+    begin: int,
+    end: int,
 ) -> None:
-    rows, columns = work.shape
-    quantize = scale.shape[0] > 0
-    for row in numba.prange(rows):
-        for column in range(columns):
-            if of > 0 and column % of == 0:
-                for _ in range(pruned):
-                    best = -1
-                    best_score = np.float32(0)
-                    for place in range(column, column + of):
-                        if kept[row, place]:
-                            ratio = work[row, place] / factor[place, place]
-                            score = ratio * ratio
-                            if best < 0 or score < best_score:
-                                best, best_score = place, score
-                    kept[row, best] = False
-            value = work[row, column] if kept[row, column] else np.float32(0)
-            if quantize:
-                step, shift = scale[row, column], zero[row, column]
-                code = shift
-                if kept[row, column]:
-                    code = np.rint(min(max(value / step + shift, lowest), highest))
-                codes[row, column] = np.int8(code)
-                value = (code - shift) * step
-            error = (work[row, column] - value) / factor[column, column]
-            work[row, column] = value
-            errors[row, column] = error
-            for later in range(column + 1, columns):
-                work[row, later] -= error * factor[column, later]
+    quantize = scales.shape[0] > 0
+    columns = works.shape[1]
+    for tile in numba.prange(works.shape[0]):
+        work, codes, kept, loss = works[tile], all_codes[tile], all_kept[tile], losses[tile]
+        errors = np.empty((_LARGEST_PANEL, LANES), dtype=np.float32)
+        for first in range(begin, end, panel):
+            last = min(first + panel, end)
+            for column in range(first, last):
+                if of > 0 and column % of == 0:
+                    _choose(work, factor, kept, column, pruned, of)
+                error = errors[column - first]
+                if quantize:
+                    scale, zero = scales[tile, group[column]], zeros[tile, group[column]]
+                    _quantize(work[column], kept[column], scale, zero, codes[column], error, lowest, highest)
+                else:
+                    _zero(work[column], kept[column], error)
+                pivot = factor[column, column]
+                for lane in range(LANES):
+                    error[lane] = error[lane] / pivot
+                    loss[lane] += error[lane] * error[lane]
+                for later in range(column + 1, last):
+                    share, target = factor[column, later], work[later]
+                    for lane in range(LANES):
+                        target[lane] -= error[lane] * share
+            if last - first == _PANEL:
+                _apply_panel(work, factor, errors, first, columns)
+            else:
+                for column in range(first, last):
+                    error = errors[column - first]
+                    for later in range(last, columns):
+                        share, target = factor[column, later], work[later]
+                        for lane in range(LANES):
+                            target[lane] -= error[lane] * share
 
 
-_compiled_block: Callable[..., None] = numba.njit(parallel=True, cache=True)(_rows)
+def _choose_lanes(
+    work: np.ndarray, factor: np.ndarray, kept: np.ndarray, column: int, pruned: int, of: int
+) -> None:
+    """Mask the ``pruned`` smallest scores of columns ``column ... column + of - 1`` in every lane; ties go to the earlier."""
+    for lane in range(LANES):
+        for _ in range(pruned):
+            best, best_score = -1, np.float32(0)
+            for place in range(column, column + of):
+                if kept[place, lane]:
+                    ratio = work[place, lane] / factor[place, place]
+                    score = ratio * ratio
+                    if best < 0 or score < best_score:
+                        best, best_score = place, score
+            kept[best, lane] = False
+
+
+def _quantize_lanes(
+    work: np.ndarray,
+    kept: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    codes: np.ndarray,
+    error: np.ndarray,
+    lowest: np.float32,
+    highest: np.float32,
+) -> None:
+    """Round one column to its grid (masked weights to zero); leaves the difference in ``error``."""
+    for lane in range(LANES):
+        code = np.rint(min(max(work[lane] / scale[lane] + zero[lane], lowest), highest))
+        code = code if kept[lane] else zero[lane]
+        value = (code - zero[lane]) * scale[lane]
+        codes[lane] = np.int8(code)
+        error[lane] = work[lane] - value
+        work[lane] = value
+
+
+def _zero_lanes(work: np.ndarray, kept: np.ndarray, error: np.ndarray) -> None:
+    """Zero the masked weights of one column; leaves the difference in ``error``."""
+    for lane in range(LANES):
+        value = work[lane] if kept[lane] else np.float32(0)
+        error[lane] = work[lane] - value
+        work[lane] = value
+
+
+def _apply_eight(work: np.ndarray, factor: np.ndarray, errors: np.ndarray, first: int, columns: int) -> None:
+    """Subtract the errors of eight columns from all later ones, in column order."""
+    for later in range(first + 8, columns):
+        target = work[later]
+        u0, u1, u2, u3 = factor[first, later], factor[first + 1, later], factor[first + 2, later], factor[first + 3, later]
+        u4, u5 = factor[first + 4, later], factor[first + 5, later]
+        u6, u7 = factor[first + 6, later], factor[first + 7, later]
+        for lane in range(LANES):
+            value = target[lane]
+            value = value - errors[0, lane] * u0
+            value = value - errors[1, lane] * u1
+            value = value - errors[2, lane] * u2
+            value = value - errors[3, lane] * u3
+            value = value - errors[4, lane] * u4
+            value = value - errors[5, lane] * u5
+            value = value - errors[6, lane] * u6
+            value = value - errors[7, lane] * u7
+            target[lane] = value
+
+
+# Division by zero needs no check (factors and scales are positive), and a check would keep loops from vectorizing.
+_settings = {"error_model": "numpy", "cache": True}
+_choose = numba.njit(**_settings)(_choose_lanes)
+_quantize = numba.njit(**_settings)(_quantize_lanes)
+_zero = numba.njit(**_settings)(_zero_lanes)
+_apply_panel = numba.njit(**_settings)(_apply_eight)
+_compiled: Callable[..., None] = numba.njit(parallel=True, **_settings)(_columns)

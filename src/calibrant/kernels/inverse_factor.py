@@ -3,6 +3,8 @@
 import torch
 
 _RETRIES = 3
+# Triangles up to this size are inverted directly; larger ones by halves, where matrix products do the work.
+_DIRECT_SIZE = 192
 
 
 class NotPositiveDefiniteError(Exception):
@@ -18,16 +20,29 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor,
     Raises:
         NotPositiveDefiniteError: no damping helped.
     """
-    size = hessian.shape[0]
-    mean = hessian.diagonal().mean()
-    identity = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
+    diagonal = hessian.diagonal().flip(0)
+    mean = diagonal.mean()
+    flipped = hessian.flip(0, 1)
     for attempt in range(_RETRIES + 1):
         used = damping * 10**attempt
-        damped = hessian.clone()
-        damped.diagonal().add_(used * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        flipped.diagonal().copy_(diagonal + used * mean)
+        lower, failed = torch.linalg.cholesky_ex(flipped)
         if not failed:
-            factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-            if bool(torch.isfinite(factor).all()):
+            factor = _invert_lower(lower).flip(0, 1)
+            if bool(torch.isfinite(factor.diagonal()).all()):
                 return factor.contiguous(), used
     raise NotPositiveDefiniteError
+
+
+def _invert_lower(lower: torch.Tensor) -> torch.Tensor:
+    """Inverse of a lower triangular matrix: ``[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]``."""
+    size = lower.shape[0]
+    if size <= _DIRECT_SIZE:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = _invert_lower(lower[:half, :half])
+    inverse[half:, half:] = _invert_lower(lower[half:, half:])
+    inverse[half:, :half] = -(inverse[half:, half:] @ lower[half:, :half] @ inverse[:half, :half])
+    return inverse

@@ -38,10 +38,15 @@ def gptq(
     problem = quantization_problem(prepared.weight, prepared.factor, prepared.order, grid)
     solved = solve_columns(problem, block_size, compiled)
     values, codes = undo(prepared.order, solved.weight), undo(prepared.order, solved.codes)
-    worse = layer_errors(weight, values, hessian) > layer_errors(weight, rounded.weight, hessian)
+    # The loop's loss is the error on the damped Hessian; dead columns have no error on the one that was given.
+    strength = prepared.damping * prepared.mean_diagonal
+    errors = solved.loss - strength * (prepared.weight - solved.weight).square().sum(1)
+    rounded_errors = layer_errors(weight, rounded.weight, hessian)
+    worse = errors > rounded_errors
     values[worse], codes[worse] = rounded.weight[worse], rounded.codes[worse]
+    errors = torch.minimum(errors, rounded_errors)
     record = SolverRecord(prepared.damping, prepared.damping > damping, prepared.dead_columns, int(worse.sum()))
-    return Solution(values, codes, grid, rounded=worse, record=record)
+    return Solution(values, codes, grid, errors=errors, rounded=worse, record=record)
 
 
 def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> ColumnProblem:

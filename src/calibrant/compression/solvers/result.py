@@ -6,6 +6,8 @@ import torch
 
 from calibrant.compression.grids import Grid
 
+_COLUMN_BLOCK = 256
+
 
 @dataclass(frozen=True)
 class SolverRecord:
@@ -22,6 +24,7 @@ class SolverRecord:
 class Solution:
     """``weight`` float32 ``[rows, in]``; ``codes`` int8 and their ``grid`` if quantized; ``kept`` bool if pruned.
 
+    ``errors`` float32 ``[rows]``: ``layer_errors`` of the result, where the solver computed them anyway.
     ``rounded`` bool ``[rows]``: rows for which a better-than-nearest rounding was tried and round-to-nearest kept.
     """
 
@@ -29,6 +32,7 @@ class Solution:
     codes: torch.Tensor | None = None
     grid: Grid | None = None
     kept: torch.Tensor | None = None
+    errors: torch.Tensor | None = None
     rounded: torch.Tensor | None = None
     record: SolverRecord = SolverRecord()
 
@@ -36,4 +40,12 @@ class Solution:
 def layer_errors(weight: torch.Tensor, solved: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """``diag((W - Q) S (W - Q)^T)`` of every row, float32 ``[rows]``: the layer's squared output error by row."""
     difference = weight - solved
-    return ((difference @ hessian) * difference).sum(1)
+    errors = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
+    # S is symmetric: products with its lower blocks, doubled off the diagonal, cost little more than half.
+    for begin in range(0, hessian.shape[0], _COLUMN_BLOCK):
+        end = min(begin + _COLUMN_BLOCK, hessian.shape[0])
+        here = difference[:, begin:end]
+        product = here @ hessian[begin:end, begin:end]
+        product.addmm_(difference[:, end:], hessian[end:, begin:end], alpha=2)
+        errors += (product * here).sum(1)
+    return errors

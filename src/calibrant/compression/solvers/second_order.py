@@ -9,12 +9,16 @@ from calibrant.kernels.inverse_factor import inverse_factor
 
 @dataclass(frozen=True)
 class Prepared:
-    """``weight`` and ``factor`` with columns in solving ``order`` (int64 ``[in]``)."""
+    """``weight`` and ``factor`` with columns in solving ``order`` (int64 ``[in]``).
+
+    ``damping`` times ``mean_diagonal`` is what was added to the Hessian's diagonal.
+    """
 
     weight: torch.Tensor
     factor: torch.Tensor
     order: torch.Tensor
     damping: float
+    mean_diagonal: float
     dead_columns: int
 
 
@@ -24,21 +28,20 @@ def prepare(weight: torch.Tensor, hessian: torch.Tensor, damping: float, act_ord
     Raises:
         NotPositiveDefiniteError: the Hessian cannot be factored.
     """
-    hessian, weight = hessian.clone(), weight.clone()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     diagonal[dead] = 1
-    weight[:, dead] = 0
     order = torch.arange(len(dead), device=weight.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-        hessian, weight = hessian[order][:, order], weight[:, order]
-    factor, used = inverse_factor(hessian, damping)
-    return Prepared(weight.contiguous(), factor, order, used, int(dead.sum()))
+    ordered = hessian.index_select(0, order).index_select(1, order)
+    ordered.diagonal().copy_(diagonal[order])
+    alive = weight.index_select(1, order)
+    alive[:, dead[order]] = 0
+    factor, used = inverse_factor(ordered, damping)
+    return Prepared(alive, factor, order, used, float(diagonal.mean()), int(dead.sum()))
 
 
 def undo(order: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Columns from solving order back to the layer's."""
-    result = torch.empty_like(columns)
-    result[:, order] = columns
-    return result
+    return columns.index_select(1, torch.argsort(order))

@@ -1,0 +1,45 @@
+"""A faster attention for models that transformers would run with ``sdpa`` on a CPU in bfloat16."""
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from calibrant.kernels.causal_attention import causal_attention
+
+_NAME = "calibrant_causal"
+
+
+def use_fast_attention(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Route plain causal attention of ``model`` through ``causal_attention``; anything else stays with ``sdpa``."""
+    if dtype is not torch.bfloat16 or device.type != "cpu" or model.config._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(_NAME, _forward)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
+
+
+def _forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    causal = is_causal if is_causal is not None else vars(module).get("is_causal", True)
+    plain = attention_mask is None and causal and dropout == 0.0 and query.shape[2] == key.shape[2] > 1
+    same_width = query.shape[-1] == value.shape[-1]
+    if plain and same_width and query.dtype is torch.bfloat16:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return causal_attention(query, key, value, scale), None
+    result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+    )
+    return result
