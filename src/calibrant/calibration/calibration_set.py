@@ -94,7 +94,7 @@ class CalibrationSet:
         save_file(
             {"tokens": self.tokens, "mask": self.mask.to(torch.uint8)},
             folder / TENSORS_NAME,
-            metadata={"format": "pt", "calibrant.set_sha256": self.sha256},
+            metadata={"calibrant.set_sha256": self.sha256},  # one entry: the writer orders several at random
         )
         (folder / MANIFEST_NAME).write_text(canonical_json(self.manifest.model_dump()), encoding="utf-8")
 

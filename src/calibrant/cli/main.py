@@ -44,6 +44,7 @@ def main() -> None:
     except CalibrantError as error:
         print(f"calibrant: {error}", file=sys.stderr)
         sys.exit(_USAGE)
-    except KeyboardInterrupt:
-        print("calibrant: interrupted, nothing was left behind", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            print("calibrant: interrupted, nothing was left behind", file=sys.stderr)
+        raise

@@ -102,7 +102,9 @@ class BlockSolver:
     ) -> None:
         solved = solution.weight[rows]
         # Before the copy: in float32 models ``weight`` is a view of what is overwritten.
-        error, measure = _relative_error(weight, solved, solution.errors[rows] if solution.errors is not None else None, task)
+        error, measure = _relative_error(
+            weight, solved, solution.errors[rows] if solution.errors is not None else None, task
+        )
         stored = linear.view(self.state[linear.parameter])
         stored.copy_(solved)
         linear.view(self.block.get_parameter(linear.parameter).data).copy_(stored)

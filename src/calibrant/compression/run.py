@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 import calibrant
+from calibrant.allocator import map_large_blocks, return_freed_memory
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.clock import Clock
 from calibrant.compression.block_engine import OrderDiffersError, sequential_pass, two_passes
@@ -42,7 +43,7 @@ class Settings:
     device: torch.device
     sequential: bool = True
     propagate: bool = True
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 1024
     overwrite: bool = False
 
     def describe(self) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def run_compression(
     """
     clock = Clock()
     identity = calibration.sha256 if calibration is not None else "none"
+    map_large_blocks()
     with staged(output) as folder, torch.inference_mode():
         writer = _Writer(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
         notes = list(plan.notes)
@@ -149,6 +151,7 @@ def _compress_blocks(
             with clock.stage("write"):
                 writer.write_block(prefix, solver)
             layers += solver.layers
+            return_freed_memory()
             task.advance()
     return layers
 

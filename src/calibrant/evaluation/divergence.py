@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import transformers
-from scipy import stats
 
 from calibrant.progress import Progress
 
@@ -113,6 +112,8 @@ def _compare(
 
 def _half_width(values: np.ndarray) -> float:
     """Half the 95 % interval of the mean of one value a window; infinite for a single window."""
+    from scipy import stats  # heavy, and only evaluation needs it
+
     if len(values) < 2:
         return math.inf
     return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))

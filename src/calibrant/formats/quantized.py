@@ -16,7 +16,7 @@ _STORED_WIDTHS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Codes:
-    """Finished integers: ``codes`` int8 ``[out, in]``; ``scale`` (storage dtype) and ``zero`` int8 ``[out, groups]``."""
+    """Finished integers: ``codes`` int8 ``[out, in]``; ``[out, groups]`` ``scale`` (storage dtype), ``zero`` int8."""
 
     codes: torch.Tensor
     scale: torch.Tensor

@@ -29,16 +29,19 @@ def available() -> bool:
 
 
 def add_gram_bfloat16(lower: torch.Tensor, inputs: torch.Tensor) -> None:
-    """Add ``inputs^T inputs`` to the lower triangle of ``lower`` (float32 ``[in, in]``); ``inputs`` bfloat16 ``[tokens, in]``.
+    """Add ``inputs^T inputs`` to the lower triangle of ``lower``, in place.
 
-    Entries above the diagonal hold unspecified values afterwards.
+    ``lower`` float32 ``[in, in]``, ``inputs`` bfloat16 ``[tokens, in]``. Entries above the
+    diagonal hold unspecified values afterwards.
     """
     tokens, width = inputs.shape
     values = inputs.contiguous().view(torch.int16).numpy().view(np.uint16)
-    panels = -(-width // _COLUMNS)
-    packed = np.empty((panels, -(-tokens // 2), _COLUMNS), dtype=np.uint32)
-    _pack(values, packed)
-    _accumulate(packed, lower.numpy())
+    # Chunk by chunk, so that the packed copy is small enough to stay in the cache until it is used.
+    packed = np.empty((-(-width // _COLUMNS), min(_PAIRS, -(-tokens // 2)), _COLUMNS), dtype=np.uint32)
+    for begin in range(0, tokens, 2 * _PAIRS):
+        chunk = values[begin : begin + 2 * _PAIRS]
+        _pack(chunk, packed)
+        _accumulate(packed, -(-len(chunk) // 2), lower.numpy())
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite has no type hints
@@ -54,8 +57,8 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite has no type hint
         return hash(_BFloat)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _multiply_tile(typing_context: Any, left: Any, right: Any, pairs: Any, sums: Any, stride: Any) -> Any:
+@intrinsic
+def _tile_product(typing_context: Any, left: Any, right: Any, pairs: Any, sums: Any, stride: Any) -> Any:
     """Add ``sum_k left[k, i] . right[k, j]`` to ``sums[i, j]`` for ``_ROWS x _COLUMNS`` entries.
 
     ``left`` and ``right`` address panels (uint32, one pair of bfloat16 each, ``_COLUMNS`` a step), ``sums`` float32
@@ -68,7 +71,7 @@ def _multiply_tile(typing_context: Any, left: Any, right: Any, pairs: Any, sums:
         word, single = ir.IntType(32), ir.FloatType()
         vector, pair_vector = ir.VectorType(single, _WIDTH), ir.VectorType(_BFloat(), 2 * _WIDTH)
         words = ir.VectorType(word, _WIDTH)
-        dot = cgutils.get_or_insert_function(
+        dot = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
             builder.module,
             ir.FunctionType(vector, [vector, pair_vector, pair_vector]),
             "llvm.x86.avx512bf16.dpbf16ps.512",
@@ -96,9 +99,7 @@ def _multiply_tile(typing_context: Any, left: Any, right: Any, pairs: Any, sums:
         for row in range(_ROWS):
             value = builder.load(builder.gep(left_pointer, [builder.add(offset, ir.Constant(size, row))]), align=4)
             start = builder.insert_element(ir.Constant(words, ir.Undefined), value, ir.Constant(word, 0))
-            spread = builder.shuffle_vector(
-                start, ir.Constant(words, ir.Undefined), ir.Constant(words, [0] * _WIDTH)
-            )
+            spread = builder.shuffle_vector(start, ir.Constant(words, ir.Undefined), ir.Constant(words, [0] * _WIDTH))
             spread = builder.bitcast(spread, pair_vector)
             for index in range(_VECTORS):
                 updated.append(builder.call(dot, [totals[row * _VECTORS + index], spread, columns[index]]))
@@ -121,13 +122,18 @@ def _multiply_tile(typing_context: Any, left: Any, right: Any, pairs: Any, sums:
     return signature, generate
 
 
+# Called from compiled code, where the typing context is not passed.
+_multiply_tile: Callable[..., None] = _tile_product
+
+
 def _pack_panels(values: np.ndarray, packed: np.ndarray) -> None:
     """Interleave tokens ``2k`` and ``2k + 1``; what is missing at the edges is zero."""
     tokens, width = values.shape
+    pairs = (tokens + 1) // 2
     for panel in numba.prange(packed.shape[0]):
         first = panel * _COLUMNS
         count = min(_COLUMNS, width - first)
-        for pair in range(packed.shape[1]):
+        for pair in range(pairs):
             target = packed[panel, pair]
             even = values[2 * pair]
             if 2 * pair + 1 < tokens:
@@ -141,9 +147,9 @@ def _pack_panels(values: np.ndarray, packed: np.ndarray) -> None:
                 target[column] = np.uint32(0)
 
 
-def _accumulate_panels(packed: np.ndarray, lower: np.ndarray) -> None:
+def _accumulate_panels(packed: np.ndarray, pairs: int, lower: np.ndarray) -> None:
     """All tiles on or below the diagonal; panels are paired first with last, so that threads have equal work."""
-    panels, pairs, _ = packed.shape
+    panels = packed.shape[0]
     width = lower.shape[0]
     for iteration in numba.prange((panels + 1) // 2):
         index = np.intp(iteration)  # prange counts unsigned, which would turn differences into floats
@@ -152,23 +158,20 @@ def _accumulate_panels(packed: np.ndarray, lower: np.ndarray) -> None:
             column_panel = index if side == 0 else panels - 1 - index
             if side == 1 and column_panel == index:
                 continue
-            for begin in range(0, pairs, _PAIRS):
-                count = min(_PAIRS, pairs - begin)
-                right = np.intp(packed[column_panel, begin:].ctypes.data)
-                for row in range(column_panel * _COLUMNS, width, _ROWS):
-                    left = np.intp(packed[row // _COLUMNS, begin:].ctypes.data) + 4 * (row % _COLUMNS)
-                    first = column_panel * _COLUMNS
-                    if row + _ROWS <= width and first + _COLUMNS <= width:
-                        sums = np.intp(lower[row, first:].ctypes.data)
-                        _multiply_tile(left, right, count, sums, width)
-                    else:
-                        edge[:] = 0
-                        _multiply_tile(left, right, count, np.intp(edge.ctypes.data), _COLUMNS)
-                        for i in range(min(_ROWS, width - row)):
-                            for j in range(min(_COLUMNS, width - first)):
-                                lower[row + i, first + j] += edge[i, j]
+            first = column_panel * _COLUMNS
+            right = np.intp(packed[column_panel].ctypes.data)
+            for row in range(first, width, _ROWS):
+                left = np.intp(packed[row // _COLUMNS].ctypes.data) + 4 * (row % _COLUMNS)
+                if row + _ROWS <= width and first + _COLUMNS <= width:
+                    sums = np.intp(lower[row, first:].ctypes.data)
+                    _multiply_tile(left, right, pairs, sums, width)
+                else:
+                    edge[:] = 0
+                    _multiply_tile(left, right, pairs, np.intp(edge.ctypes.data), _COLUMNS)
+                    for i in range(min(_ROWS, width - row)):
+                        for j in range(min(_COLUMNS, width - first)):
+                            lower[row + i, first + j] += edge[i, j]
 
 
-_settings = {"error_model": "numpy", "cache": True}
-_pack: Callable[..., None] = numba.njit(parallel=True, **_settings)(_pack_panels)
-_accumulate: Callable[..., None] = numba.njit(parallel=True, **_settings)(_accumulate_panels)
+_pack: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_pack_panels)
+_accumulate: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_accumulate_panels)

@@ -11,9 +11,10 @@ _QUERY_BLOCK = 128
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of ``query`` ``[batch, heads, length, width]`` to ``key`` and ``value`` ``[batch, kv heads, length, width]``.
+    """Attention of every position to itself and earlier ones.
 
-    ``heads`` is a multiple of ``kv heads``. Returns ``[batch, length, heads, width]``.
+    ``query`` ``[batch, heads, length, width]``; ``key``, ``value`` ``[batch, kv heads, length, width]``; ``heads`` is a
+    multiple of ``kv heads``. Returns ``[batch, length, heads, width]``.
     """
     batch, heads, length, width = query.shape
     shared = key.shape[1]

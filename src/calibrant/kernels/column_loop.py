@@ -224,10 +224,8 @@ def _columns(
                             target[lane] -= error[lane] * share
 
 
-def _choose_lanes(
-    work: np.ndarray, factor: np.ndarray, kept: np.ndarray, column: int, pruned: int, of: int
-) -> None:
-    """Mask the ``pruned`` smallest scores of columns ``column ... column + of - 1`` in every lane; ties go to the earlier."""
+def _choose_lanes(work: np.ndarray, factor: np.ndarray, kept: np.ndarray, column: int, pruned: int, of: int) -> None:
+    """Mask the ``pruned`` smallest scores of ``of`` columns in every lane; of equal ones the earlier."""
     for lane in range(LANES):
         for _ in range(pruned):
             best, best_score = -1, np.float32(0)
@@ -272,7 +270,12 @@ def _apply_eight(work: np.ndarray, factor: np.ndarray, errors: np.ndarray, first
     """Subtract the errors of eight columns from all later ones, in column order."""
     for later in range(first + 8, columns):
         target = work[later]
-        u0, u1, u2, u3 = factor[first, later], factor[first + 1, later], factor[first + 2, later], factor[first + 3, later]
+        u0, u1, u2, u3 = (
+            factor[first, later],
+            factor[first + 1, later],
+            factor[first + 2, later],
+            factor[first + 3, later],
+        )
         u4, u5 = factor[first + 4, later], factor[first + 5, later]
         u6, u7 = factor[first + 6, later], factor[first + 7, later]
         for lane in range(LANES):
@@ -289,9 +292,8 @@ def _apply_eight(work: np.ndarray, factor: np.ndarray, errors: np.ndarray, first
 
 
 # Division by zero needs no check (factors and scales are positive), and a check would keep loops from vectorizing.
-_settings = {"error_model": "numpy", "cache": True}
-_choose = numba.njit(**_settings)(_choose_lanes)
-_quantize = numba.njit(**_settings)(_quantize_lanes)
-_zero = numba.njit(**_settings)(_zero_lanes)
-_apply_panel = numba.njit(**_settings)(_apply_eight)
-_compiled: Callable[..., None] = numba.njit(parallel=True, **_settings)(_columns)
+_choose: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_choose_lanes)
+_quantize: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_quantize_lanes)
+_zero: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_zero_lanes)
+_apply_panel: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_apply_eight)
+_compiled: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_columns)

@@ -39,7 +39,8 @@ def _invert_lower(lower: torch.Tensor) -> torch.Tensor:
     size = lower.shape[0]
     if size <= _DIRECT_SIZE:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        solved: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return solved
     half = size // 2
     inverse = torch.zeros_like(lower)
     inverse[:half, :half] = _invert_lower(lower[:half, :half])

@@ -19,7 +19,7 @@ _ARGMAX_BELOW = 1e-4
 
 @dataclass(frozen=True)
 class TemperatureSchedule:
-    """Temperature of step 1, 2, ... of a generation: linear from ``initial`` to ``final`` over ``steps``, then ``final``.
+    """Temperatures of a generation: linear from ``initial`` to ``final`` over ``steps`` steps, then ``final``.
 
     ``t_i = initial + (i / steps) (final - initial)`` for ``i <= steps`` (paper §3.2); ``steps = 0`` is constant.
     """
@@ -111,7 +111,7 @@ def _generate(
         logits = (
             model(
                 input_ids=previous[:, None],
-                attention_mask=attended[:, :column],
+                attention_mask=attended,
                 position_ids=position[:, None],
                 past_key_values=cache,
                 use_cache=True,

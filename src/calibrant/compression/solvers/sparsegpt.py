@@ -28,10 +28,10 @@ def sparsegpt(
     """Prune ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
 
     Unstructured: exactly ``floor(p n)`` weights of every block of ``block_size`` columns, over the rows of each of
-    ``segments`` (matrices stacked by rows; none means one), so the block size is part of the method; n:m: chosen on the compensated weights at each group's first column. With
-    ``spec`` the kept weights are quantized in the same loop on grids fitted to the original weight (ours: groups;
-    the reference has one grid a row). If no damping makes the Hessian factor, the layer is pruned by magnitude (and
-    rounded), and the record says so.
+    ``segments`` (matrices stacked by rows; none means one), so the block size is part of the method. n:m: chosen on
+    the compensated weights at each group's first column. With ``spec`` the kept weights are quantized in the same
+    loop on grids fitted to the original weight (ours: groups; the reference has one grid a row). If no damping makes
+    the Hessian factor, the layer is pruned by magnitude (and rounded), and the record says so.
     """
     try:
         prepared = prepare(weight, hessian, damping, act_order=False)
@@ -44,8 +44,6 @@ def sparsegpt(
     pattern = (sparsity.pruned, sparsity.of) if sparsity.structured else None
     share = 0.0 if pattern else sparsity.share
     problem = replace(problem, pruned_of=pattern, sparsity=share, segments=segments)
-    if sparsity.structured:
-        block_size -= block_size % sparsity.of  # a group of m never straddles two blocks
     solved = solve_columns(problem, block_size, compiled)
     record = SolverRecord(prepared.damping, prepared.damping > damping, prepared.dead_columns)
     codes = undo(prepared.order, solved.codes) if grid is not None else None

@@ -1,0 +1,241 @@
+"""The command line as a user meets it: results, and one clear sentence with status 2 for every bad input."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calibrant.cli import main as cli
+from tests.conftest import random_set, write_tokenizer
+
+ENTRY = "from calibrant.cli.main import main; main()"
+
+
+def call(
+    *arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["calibrant", *map(str, arguments)])
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    return lambda *arguments: call(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_help_needs_no_heavy_library() -> None:
+    heavy = ("torch", "transformers", "numba", "rich.table")
+    code = f"import sys, calibrant.cli.main; print([m for m in {heavy} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+COMMANDS = ["", "compress", "data", "data generate", "data select", "data inspect", "evaluate", "recipes", "demo"]
+
+
+@pytest.mark.parametrize("command", [name.split() for name in COMMANDS], ids=COMMANDS)
+def test_every_command_explains_itself(run, command: list[str]) -> None:
+    status, out, _ = run(*command, "--help")
+    assert status == 0
+    assert "Usage" in out
+    if command and command != ["data"]:
+        assert "Example: calibrant" in " ".join(out.split())
+
+
+def test_the_whole_way(run, llama: Path, tmp_path: Path) -> None:
+    made, out = tmp_path / "set", tmp_path / "out"
+    status, _, _ = run("data", "generate", llama, "-o", made, "-n", 8, "-l", 32, "--seed", 1, "-q")
+    assert status == 0
+    status, shown, _ = run("compress", llama, "-c", made, "-o", out, "-r", "gptq-w4a16-g32", "--json")
+    report = json.loads(shown)
+    assert status == 0
+    assert report["tensors_verified"] > 0
+    assert {"forward", "statistics", "solve", "write", "verify"} <= set(report["seconds"])
+    status, shown, _ = run("evaluate", out, "--against", llama, "--length", 32, "--limit", 4, "--json")
+    assert status == 0
+    assert json.loads(shown)["divergence"]["kl_mean"] > 0
+    status, shown, _ = run("data", "inspect", out / "calibration", "-m", llama)
+    assert status == 0
+    assert "set_sha256" in shown
+
+
+def test_the_summary_names_what_matters(run, llama: Path, tmp_path: Path) -> None:
+    status, shown, _ = run("compress", llama, "-o", tmp_path / "out", "-n", 4, "-l", 16)
+    assert status == 0
+    for word in ("size", "time", "peak memory", "worst layers", "fell back", "verified"):
+        assert word in shown
+
+
+def test_quiet_is_quiet_and_a_dry_run_writes_nothing(run, llama: Path, tmp_path: Path) -> None:
+    status, out, err = run("compress", llama, "-o", tmp_path / "out", "-r", "rtn-w8a8", "-q")
+    assert (status, out, err) == (0, "", "")
+    status, out, _ = run("compress", llama, "-o", tmp_path / "dry", "--dry-run", "--json")
+    assert status == 0
+    assert json.loads(out)["memory_bytes"] > 0
+    assert not (tmp_path / "dry").exists()
+
+
+def test_a_recipe_from_a_file(run, llama: Path, tmp_path: Path) -> None:
+    _, shown, _ = run("recipes", "wanda-2:4")
+    (tmp_path / "mine.yaml").write_text(shown)
+    status, _, _ = run("compress", llama, "-r", tmp_path / "mine.yaml", "-o", tmp_path / "out", "-n", 4, "-l", 16, "-q")
+    assert status == 0
+
+
+def no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def truncated(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def header_only(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"\x10")
+
+
+def missing_shard(model: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def escaping_shard(model: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def edited_config(**changes: object):
+    def edit(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (no_config, "config.json is missing"),
+    (no_weights, "only safetensors"),
+    (truncated, "truncated"),
+    (header_only, "not a complete safetensors"),
+    (missing_shard, "shard is missing"),
+    (escaping_shard, "leaves the folder"),
+    (edited_config(architectures=["BertForSequenceClassification"]), "not a causal language model"),
+    (edited_config(model_type="nonsense"), "config.json"),
+    (edited_config(quantization_config={"quant_method": "gptq"}), "quantized already"),
+    (edited_config(num_hidden_layers=3), "no weights for"),
+])  # fmt: skip
+def test_damaged_models(run, llama: Path, tmp_path: Path, damage, said: str) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    damage(model)
+    status, out, err = run("compress", model, "-o", tmp_path / "out", "-q", "-n", 2, "-l", 8)
+    refused(status, out, err, said, tmp_path)
+
+
+def refused(status: int, out: str, err: str, said: str, place: Path) -> None:
+    assert status == 2
+    assert said in err
+    assert err.startswith("calibrant: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+    assert not [p for p in place.iterdir() if p.name.startswith((".out", "out"))]
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["-r", "nonsense"], "no recipe of that name"),
+    (["-r", "bad.yaml"], "no such key"),
+    (["-r", "text.yaml"], "not YAML"),
+    (["-r", "gptq-w4a16-g128"], "sizes that fit every layer: 32"),
+    (["--group-size", 48], "does not divide"),
+    (["-r", "wanda-2:4", "--bits", 3], "does not quantize"),
+    (["--bits", 9], "bits"),
+    (["-l", 65], "context of 64"),
+    (["-n", 0], "at least 1 sample"),
+    (["-c", "missing"], "not a calibration set"),
+    (["-c", "foreign"], "another tokenizer"),
+    (["-c", "long"], "context of 64"),
+    (["--device", "tpu"], "cpu and cuda"),
+    (["--dtype", "int3"], "float32"),
+    (["-o", "file"], "not a folder"),
+    (["-o", "full"], "--overwrite"),
+])  # fmt: skip
+def test_bad_options(run, llama: Path, tmp_path: Path, monkeypatch, options: list[str], said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(
+        "name: x\ndescription: x\nmethod: {name: gptq, dampening: 1}\nscheme: {weights: {bits: 4}}\n"
+    )
+    (tmp_path / "text.yaml").write_text("just: [text")
+    write_tokenizer(tmp_path / "tokenizer")
+    random_set(llama, length=60).save(tmp_path / "short")
+    random_set(llama, length=70).save(tmp_path / "long")
+    random_set(None).save(tmp_path / "foreign")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    output = [] if "-o" in options else ["-o", "out"]
+    status, out, err = run("compress", llama, *output, *options, "-q")
+    refused(status, out, err, said, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("nowhere.txt", None, "no such corpus"),
+    ("empty.txt", b"", "is empty"),
+    ("broken.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], "is it complete"),
+    ("short.txt", b"few words", "only 0 windows"),
+])  # fmt: skip
+def test_bad_corpora(run, llama: Path, tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    corpus = tmp_path / name
+    if content is not None:
+        corpus.write_bytes(content)
+    status, out, err = run("data", "select", corpus, "-m", llama, "-o", tmp_path / "out", "-n", 4, "-l", 32, "-q")
+    refused(status, out, err, said, tmp_path)
+
+
+def test_a_model_that_does_not_exist_is_not_asked_for_on_the_network(run, tmp_path: Path) -> None:
+    for command in (
+        ["compress", "o/n", "-o", tmp_path / "out"],
+        ["evaluate", "o/n"],
+        ["data", "generate", "o/n", "-o", tmp_path / "out"],
+    ):
+        status, out, err = run(*command, "-q")
+        refused(status, out, err, "o/n", tmp_path)
+
+
+def test_a_full_disk(run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from calibrant.formats import shards
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards, "save_file", full)
+    status, out, err = run("compress", llama, "-o", tmp_path / "out", "-r", "rtn-w8a8", "-q")
+    refused(status, out, err, "no space left", tmp_path)
+
+
+def test_an_interrupt_leaves_nothing_behind(run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from calibrant.compression import run as engine
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._Writer, "write_block", interrupted)
+    status, _, err = run("compress", llama, "-o", tmp_path / "out", "-r", "rtn-w8a8", "-q")
+    assert status == 130
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,114 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibrant.compression.grids import GridSpec, fit_grid
+from calibrant.compression.solvers.gptq import quantization_problem
+from calibrant.kernels import bfloat16_gram
+from calibrant.kernels.causal_attention import causal_attention
+from calibrant.kernels.column_loop import ColumnProblem, solve_columns
+from calibrant.kernels.gram import add_gram
+from calibrant.kernels.inverse_factor import NotPositiveDefiniteError, inverse_factor
+from calibrant.kernels.masks import keep_largest_by_row
+from tests import references
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 193, 400])
+def test_one_factorization_gives_the_three_step_factor(size: int) -> None:
+    _, hessian = references.problem(1, size, tokens=3 * size + 10)
+    factor, used = inverse_factor(hessian.double(), 0.01)
+    assert used == 0.01
+    expected = references.inverse_factor(hessian, 0.01)
+    torch.testing.assert_close(factor, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(factor, factor.triu())
+
+
+def test_a_matrix_that_is_not_positive_definite_is_refused() -> None:
+    with pytest.raises(NotPositiveDefiniteError):
+        inverse_factor(-torch.eye(4), 0.01)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    groups=st.integers(1, 4),
+    pattern=st.sampled_from([None, (2, 4), (3, 6), (8, 16), (9, 12), (1, 2)]),
+    share=st.sampled_from([0.0, 0.37]),
+    quantize=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_compiled_loop_and_its_twin_give_the_same_bits(
+    rows: int, groups: int, pattern: tuple[int, int] | None, share: float, quantize: bool, seed: int
+) -> None:
+    columns = 48 * groups
+    weight, hessian = references.problem(rows, columns, seed)
+    factor, _ = inverse_factor(hessian, 0.01)
+    problem = ColumnProblem(weight, factor)
+    if quantize:
+        grid = fit_grid(weight, GridSpec(3, False, 24, torch.float32))
+        problem = quantization_problem(weight, factor, torch.arange(columns), grid)
+    problem = replace(problem, pruned_of=pattern, sparsity=0.0 if pattern else share)
+    compiled, plain = solve_columns(problem, 32), solve_columns(problem, 32, compiled=False)
+    for name in ("weight", "codes", "kept", "loss"):
+        assert torch.equal(vars(compiled)[name], vars(plain)[name]), name
+
+
+def test_loss_is_the_layer_error_on_the_damped_hessian() -> None:
+    """``Q = W - E U`` makes ``tr((W - Q) H (W - Q)^T) = |E|^2`` (methods.md §7, invariant 3)."""
+    weight, hessian = references.problem(40, 64)
+    factor, _ = inverse_factor(hessian, 0.01)
+    grid = fit_grid(weight, GridSpec(3, True, 16, torch.float32))
+    solved = solve_columns(quantization_problem(weight, factor, torch.arange(64), grid))
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    difference = (weight - solved.weight).double()
+    expected = ((difference @ damped) * difference).sum(1)
+    torch.testing.assert_close(solved.loss.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (7, 30), (64, 48), (333, 100), (2049, 131)])
+def test_the_symmetric_product(dtype: torch.dtype, tokens: int, width: int) -> None:
+    inputs = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    lower = torch.zeros(width, width)
+    for part in inputs.split(700):
+        add_gram(lower, part)
+    expected = inputs.double().T @ inputs.double()
+    torch.testing.assert_close(lower.tril().double(), expected.tril(), rtol=1e-4, atol=1e-4 * tokens**0.5)
+
+
+@pytest.mark.skipif(not bfloat16_gram.available(), reason="this processor has no AVX512-BF16")
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 120), st.integers(0, 99))
+def test_the_bfloat16_kernel_adds_to_what_is_there(tokens: int, width: int, seed: int) -> None:
+    inputs = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    lower = torch.ones(width, width)
+    bfloat16_gram.add_gram_bfloat16(lower, inputs)
+    expected = 1 + inputs.double().T @ inputs.double()
+    torch.testing.assert_close(lower.tril().double(), expected.tril(), rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.data())
+def test_short_rows_are_ranked_as_sorting_would(width: int, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(0, 3), min_size=width, max_size=width))
+    dropped = data.draw(st.integers(0, width))
+    scores = torch.tensor([values], dtype=torch.float32)
+    expected = torch.ones(1, width, dtype=torch.bool)
+    expected[0, scores[0].argsort(stable=True)[:dropped]] = False
+    assert torch.equal(keep_largest_by_row(scores, dropped), expected)
+
+
+@pytest.mark.parametrize("length", [1, 5, 128, 200])
+@pytest.mark.parametrize("shared", [1, 2, 4])
+def test_blocked_attention_is_attention(length: int, shared: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, length, 16, generator=generator).bfloat16()
+    key, value = (torch.randn(2, shared, length, 16, generator=generator).bfloat16() for _ in range(2))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), is_causal=True, enable_gqa=True
+    )
+    ours = causal_attention(query, key, value, 0.25)
+    torch.testing.assert_close(ours.float(), expected.transpose(1, 2), rtol=0.03, atol=0.03)
