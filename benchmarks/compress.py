@@ -2,7 +2,7 @@
 
     python benchmarks/compress.py MODEL --corpus c4.utf8.gz --text wiki.test.raw.gz --rounds 3
 
-Both get the same tokens, scheme and compute dtype. The peer runs in its own virtual environment with the versions pinned
+Both get the same tokens, scheme and compute dtype. The peer runs in its own virtual environment, the versions pinned
 beside its script, made on the first call. The JSON holds every run, the machine, the versions and the date.
 """
 

@@ -1,6 +1,7 @@
 """An output folder that appears whole or not at all."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def staged(target: Path) -> Iterator[Path]:
     Raises:
         CalibrantError: the disk is full or the place cannot be written.
     """
-    staging = target.absolute().parent / f".{target.absolute().name}.partial"
+    staging = target.absolute().parent / f".{target.absolute().name}.{os.getpid()}.partial"
     try:
         if staging.exists():
             shutil.rmtree(staging)

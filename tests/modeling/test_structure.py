@@ -50,7 +50,7 @@ def test_blocks_and_groups_are_found_and_blocks_replay(model_folder, architectur
     # Falcon's parallel attention and some others reach an equal tensor in another order; the groups are what counts.
     assert structures == [EXPECTED[architecture]] * 2
 
-    whole = ARCHITECTURES[architecture].__call__().__class__.from_pretrained(folder.path).eval()
+    whole = type(ARCHITECTURES[architecture]()).from_pretrained(folder.path).eval()
     captured = []
     whole.get_submodule(blocks[-1]).register_forward_hook(lambda m, a, out: captured.append(out))
     with torch.no_grad():

@@ -14,7 +14,7 @@ from calibrant.errors import CalibrantError
 from calibrant.hashing import sha256_file, sha256_json
 
 BUILTIN = "builtin"
-_TEXT_SUFFIXES = {".txt", ".text", ".md", ".utf8"}
+_TEXT_SUFFIXES = {".txt", ".text", ".md", ".raw", ".utf8"}
 _SUFFIXES = _TEXT_SUFFIXES | {".jsonl", ".parquet"}
 
 

@@ -52,7 +52,8 @@ def demo(
             report = compress(
                 model, output=target, recipe=recipe, calibration=made, overwrite=True, progress=screen.progress
             )
-            screen.result({}, *summary(report)) if not as_json else None
+            if not as_json:
+                screen.result({}, *summary(report))
             evaluations[recipe] = evaluate(
                 target, against=model, text="builtin", limit=_WINDOWS, dtype="auto", progress=screen.progress
             )

@@ -1,5 +1,6 @@
 """The ``calibrant`` command."""
 
+import signal
 import sys
 
 import typer
@@ -11,7 +12,7 @@ from calibrant.cli.evaluate import evaluate
 from calibrant.cli.recipes import recipes
 from calibrant.errors import CalibrantError
 
-_USAGE, _INTERRUPTED = 2, 130
+_USAGE, _INTERRUPTED, _TERMINATED = 2, 130, 143
 
 app = typer.Typer(
     name="calibrant",
@@ -39,6 +40,8 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> None:
     """Run the command line; user errors are one sentence and exit status 2."""
+    # A polite kill unwinds like any exit, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:
         app()
     except CalibrantError as error:

@@ -2,7 +2,7 @@
 
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from calibrant.formats.quantized import Codes, format_for, quantization_config
 from calibrant.formats.shards import ShardWriter, copy_side_files
 from calibrant.hashing import canonical_json, sha256_bytes
 from calibrant.modeling.attention import use_fast_attention
-from calibrant.modeling.inputs import BlockCalls, MicroBatch, record_inputs
+from calibrant.modeling.inputs import BlockCalls, MicroBatch, call_block, record_inputs
 from calibrant.modeling.lazy_model import LazyModel, drop
 from calibrant.modeling.structure import BlockStructure, probe_block
 from calibrant.output_folder import staged
@@ -97,12 +97,15 @@ def run_compression(
         writer = _Writer(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
         notes = list(plan.notes)
         layers = _compress_blocks(model, plan, calibration, settings, writer, clock, notes, progress)
+        uncalled = sorted(set(plan.linears) - {layer.name for layer in layers})
+        if uncalled:
+            notes.append(f"left as they are, since the model does not call them: {', '.join(uncalled)}")
         with clock.stage("write"):
             for name in model.names_outside(plan.blocks):
                 writer.write({name: model.folder.read(name)})
             files = writer.shards.finish()
             copy_side_files(model.folder.path, folder)
-            _write_config(model, plan, folder)
+            _write_config(model, plan, {layer.name for layer in layers}, folder)
             if calibration is not None:
                 calibration.save(folder / "calibration")
             record = _record(model, plan, calibration, settings, layers, notes)
@@ -243,14 +246,10 @@ def _opened(
     notes: list[str],
 ) -> Iterator[tuple[BlockSolver, BlockStructure]]:
     """A block in memory, its structure and its solver; dropped on leaving."""
-    from calibrant.modeling.inputs import call_block
-
     prefix = plan.blocks[index]
-    with clock.stage("load"):
-        loading = model.loaded(prefix)
-        block = loading.__enter__()
-    try:
+    with ExitStack() as stack:
         with clock.stage("load"):
+            block = stack.enter_context(model.loaded(prefix))
             state = {name: value.data for name, value in block.state_dict().items()}
             for module in block.modules():
                 _cast(module, settings.dtype, recurse=False, copy=True)
@@ -261,8 +260,6 @@ def _opened(
                 )
             structure = structure.without(lambda name: plan.ignored(f"{prefix}.{name}"))
         yield BlockSolver(prefix, block, state, plan.recipe, plan.spec, plan.sparsity, clock), structure
-    finally:
-        loading.__exit__(None, None, None)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype, recurse: bool, copy: bool = False) -> None:
@@ -341,13 +338,13 @@ def _codes_hash(codes: Codes) -> str:
     return "".join(map(_tensor_hash, (codes.codes, codes.scale, codes.zero)))
 
 
-def _write_config(model: LazyModel, plan: Plan, folder: Path) -> None:
+def _write_config(model: LazyModel, plan: Plan, solved: set[str], folder: Path) -> None:
     config = dict(model.folder.config_dict)
     if plan.layout is not None:
         kept = [
             name
             for name, module in model.module.named_modules()
-            if isinstance(module, nn.Linear) and name not in plan.linears
+            if isinstance(module, nn.Linear) and name not in solved
         ]
         config["quantization_config"] = quantization_config(plan.layout, sorted(kept))
     (folder / "config.json").write_text(canonical_json(config), encoding="utf-8")

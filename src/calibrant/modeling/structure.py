@@ -129,6 +129,7 @@ class _Probe:
         self._block = block
         self._fused = _fused_parameters(block)
         self._inputs: list[torch.Tensor] = []  # kept alive so that no storage is reused while addresses are compared
+        self._seen: set[str] = set()
         self._groups: dict[tuple[int, int, int], int] = {}
         self._stages: list[tuple[str, list[Linear]]] = []
         self._products: dict[str, tuple[Linear, ...]] = {}
@@ -137,6 +138,9 @@ class _Probe:
         """A hook for a linear: the same input tensor as an earlier one joins its group."""
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in self._seen:
+                return
+            self._seen.add(name)
             inputs = args[0]
             self._inputs.append(inputs)
             key = (inputs.data_ptr(), inputs.shape[-1], inputs.numel())

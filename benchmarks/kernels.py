@@ -1,0 +1,106 @@
+"""The kernels beside what they replace: ratios of the best of several runs, in one session.
+
+python benchmarks/kernels.py
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from calibrant.compression.grids import GridSpec, fit_grid
+from calibrant.compression.solvers.gptq import quantization_problem
+from calibrant.kernels.causal_attention import causal_attention
+from calibrant.kernels.column_loop import solve_columns
+from calibrant.kernels.gram import add_gram
+from calibrant.kernels.inverse_factor import inverse_factor
+
+REPEATS = 9
+
+
+def best(work: Callable[[], object]) -> float:
+    """Least seconds of several runs, after one that is not counted."""
+    work()
+    seconds = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def gram(width: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Symmetric accumulation against a full float32 product."""
+    inputs, sums = torch.randn(2048, width).to(dtype), torch.zeros(width, width)
+    return best(lambda: add_gram(sums, inputs)), best(lambda: sums.addmm_(inputs.float().T, inputs.float()))
+
+
+def attention(length: int) -> tuple[float, float]:
+    """Blocked attention against the fused one of PyTorch, 9 heads that share 3, width 64."""
+    query = torch.randn(4, length, 9, 64).bfloat16().transpose(1, 2)
+    key, value = (torch.randn(4, length, 3, 64).bfloat16().transpose(1, 2) for _ in range(2))
+    fused = torch.nn.functional.scaled_dot_product_attention
+    return (
+        best(lambda: causal_attention(query, key, value, 0.125)),
+        best(lambda: fused(query, key, value, is_causal=True, enable_gqa=True)),
+    )
+
+
+def columns(rows: int, width: int) -> tuple[float, float]:
+    """The compiled column loop against its PyTorch twin."""
+    weight, inputs = torch.randn(rows, width), torch.randn(2 * width, width)
+    factor, _ = inverse_factor(inputs.T @ inputs, 0.01)
+    grid = fit_grid(weight, GridSpec(4, True, 64, torch.float32))
+    problem = quantization_problem(weight, factor, torch.arange(width), grid)
+    return best(lambda: solve_columns(problem)), best(lambda: solve_columns(problem, compiled=False))
+
+
+def factor(width: int) -> tuple[float, float]:
+    """One factorization against the three steps of the papers' code."""
+    inputs = torch.randn(2 * width, width)
+    hessian = inputs.T @ inputs + torch.eye(width)
+
+    def three_steps() -> torch.Tensor:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        return torch.linalg.cholesky(inverse, upper=True)
+
+    return best(lambda: inverse_factor(hessian, 0.01)), best(three_steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
+    options = parser.parse_args()
+    with torch.inference_mode():
+        found = {
+            "gram bfloat16 576": gram(576, torch.bfloat16),
+            "gram bfloat16 1536": gram(1536, torch.bfloat16),
+            "gram float32 1536": gram(1536, torch.float32),
+            "attention 512": attention(512),
+            "attention 2048": attention(2048),
+            "columns 3072 x 576": columns(3072, 576),
+            "columns 576 x 1536": columns(576, 1536),
+            "factor 1536": factor(1536),
+        }
+    table = Table("kernel", "ms", "replaced ms", "ratio")
+    for name, (ours, other) in found.items():
+        table.add_row(name, f"{ours * 1e3:.2f}", f"{other * 1e3:.2f}", f"{other / ours:.2f}")
+    Console().print(table)
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "seconds": {name: {"calibrant": ours, "replaced": other} for name, (ours, other) in found.items()},
+    }
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The main job on the real demo model, small."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import calibrant as cb
+from calibrant.compression.grids import Grid, GridSpec, decode
+from calibrant.formats.quantized import Layout, PackQuantized
+
+
+@pytest.fixture(scope="module")
+def made(smollm2: Path) -> cb.CalibrationSet:
+    return cb.generate(smollm2, samples=8, length=64)
+
+
+@pytest.fixture(scope="module")
+def compressed(smollm2: Path, made: cb.CalibrationSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("real") / "out"
+    cb.compress(smollm2, output=output, recipe="gptq-w4a16-g64", calibration=made)
+    return output
+
+
+def test_the_written_model_computes_what_was_solved(smollm2: Path, compressed: Path) -> None:
+    original = transformers.AutoModelForCausalLM.from_pretrained(smollm2).eval()
+    stored = load_file(compressed / "model.safetensors")
+    for name, module in original.named_modules():
+        tensors = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
+        if "weight_scale" in tensors:
+            codes = PackQuantized().read(tensors, Layout(4, True, 64, False))
+            grid = Grid(GridSpec(4, True, 64, torch.float32), codes.scale.float(), codes.zero.float())
+            module.weight.data = decode(codes.codes, grid)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(compressed).eval()
+    tokens = torch.arange(5, 69)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, original(tokens).logits, rtol=1e-5, atol=1e-4)
+
+
+def test_it_stays_close_to_the_original(smollm2: Path, compressed: Path) -> None:
+    found = cb.evaluate(compressed, against=smollm2, length=128, limit=8)
+    assert found.divergence is not None
+    assert found.divergence.kl_mean < 0.5
+    assert found.divergence.same_top > 0.7
+
+
+def test_the_text_it_wrote_is_text(smollm2: Path, made: cb.CalibrationSet) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    words = tokenizer.decode(made.tokens.flatten()).split()
+    assert sum(word.isalpha() for word in words) > 0.5 * len(words)
+
+
+def test_real_text_and_a_pruned_model(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
+    corpus = shared_data / "exllama_cal" / "wiki.utf8.gz"
+    data = cb.select(corpus, tokenizer=smollm2, samples=8, length=64)
+    cb.compress(smollm2, output=tmp_path / "out", recipe="wanda-2:4", calibration=data)
+    record = json.loads((tmp_path / "out" / "calibrant.json").read_text())
+    assert all(layer["zeros"] >= layer["elements"] // 2 for layer in record["layers"])
+    assert record["calibration"]["corpus"]["name"] == "wiki.utf8.gz"

@@ -1,0 +1,70 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import calibrant as cb
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.evaluation.divergence import evaluate_models
+from calibrant.evaluation.windows import evaluation_windows
+from calibrant.progress import Silent
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "t.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    return path
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss(llama: Path, text: Path) -> None:
+    found = cb.evaluate(llama, text=text, length=32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    windows = evaluation_windows(Corpus(text), Tokenizer(llama), 32, None).windows
+    with torch.no_grad():
+        losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in windows]
+    assert found.perplexity.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert found.perplexity.low < found.perplexity.value < found.perplexity.high
+
+
+def test_a_model_does_not_diverge_from_itself(llama: Path, text: Path) -> None:
+    divergence = cb.evaluate(llama, against=llama, text=text, length=32).divergence
+    assert divergence is not None
+    assert abs(divergence.kl_mean) < 1e-7
+    assert divergence.same_top == 1.0
+    assert divergence.log_ratio == 0.0
+
+
+def test_divergence_equals_its_definition(model_folder, llama: Path, text: Path) -> None:
+    """Against a model with scaled logits, in float64."""
+    original = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    other = transformers.AutoModelForCausalLM.from_pretrained(model_folder("mistral")).eval()
+    windows = evaluation_windows(Corpus(text), Tokenizer(llama), 32, 5).windows
+    found = evaluate_models(other, original, windows, Silent()).divergence
+    with torch.no_grad():
+        p = original(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
+        q = other(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    target = windows[:, 1:, None]
+    ratio = (p.gather(2, target) - q.gather(2, target)).mean((1, 2))
+    assert found is not None
+    assert found.kl_mean == pytest.approx(float(kl.mean()), rel=1e-3, abs=1e-7)
+    assert found.kl_standard_error == pytest.approx(float(kl.mean(1).std() / math.sqrt(5)), rel=1e-2, abs=1e-8)
+    assert found.kl_percentiles["99"] == pytest.approx(float(kl.flatten().quantile(0.99)), rel=1e-2, abs=1e-7)
+    assert found.same_top == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert found.log_ratio == pytest.approx(float(ratio.mean()), rel=1e-3, abs=1e-6)
+
+
+def test_windows_do_not_overlap_and_the_rest_is_counted(llama: Path, text: Path) -> None:
+    found = evaluation_windows(Corpus(text), Tokenizer(llama), 32, 3)
+    assert found.windows.shape == (3, 32)
+    assert found.tokens_dropped == found.tokens_found - 3 * 32
+
+
+def test_a_short_text_is_refused(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.txt").write_text("short")
+    with pytest.raises(cb.CalibrantError, match="fewer than one window"):
+        cb.evaluate(llama, text=tmp_path / "s.txt", length=32)
