@@ -29,6 +29,29 @@ class Visitor(Protocol):
         """All inputs have been added: replace the weights in the block."""
 
 
+class _Releasable:
+    """Tensors of one suspended forward whose memory can be given back before Python drops them.
+
+    The callers' frames hold a block's input and each group's input until they return, long after their last use.
+    """
+
+    def __init__(self, structure: BlockStructure, batch: MicroBatch) -> None:
+        self._structure, self._batch = structure, batch
+        self._held: list[tuple[int, torch.Tensor]] = [(structure.hidden_last_use, batch.hidden)]
+
+    def reached(self, number: int, inputs: torch.Tensor) -> None:
+        """Stage ``number`` was reached with ``inputs``: free what was last used before it."""
+        for _, tensor in [held for held in self._held if held[0] <= number]:
+            tensor.set_()  # type: ignore[call-overload]  # now empty: a use after all would be an error, not a wrong result
+        self._held = [held for held in self._held if held[0] > number]
+        self._held.append((self._structure.last_use[number], inputs))
+
+    @property
+    def intact(self) -> bool:
+        """Whether the block's input is still there."""
+        return self._batch.hidden.numel() > 0
+
+
 class OrderDiffersError(Exception):
     """Two micro-batches reach the stages in different orders, so one suspended pass cannot serve them."""
 
@@ -40,6 +63,7 @@ def sequential_pass(
 
     Raises:
         OrderDiffersError: before anything is solved out of order; the block's weights may be changed already.
+        CalibrantError: the same, when the inputs are gone already.
     """
     main = greenlet.getcurrent()
 
@@ -50,14 +74,16 @@ def sequential_pass(
 
     handles = _hook(block, structure, suspend)
     runs = [greenlet.greenlet(lambda batch=batch: call_block(block, index, batch)) for batch in batches]
+    memory = [_Releasable(structure, batch) for batch in batches]
     try:
-        for stage in structure.stages:
+        for number, stage in enumerate(structure.stages):
             arrivals = []
-            for run, batch in zip(runs, batches, strict=True):
+            for run, batch, tensors in zip(runs, batches, memory, strict=True):
                 arrived = run.switch()
                 if run.dead or arrived[0] is not stage:
-                    raise OrderDiffersError(stage.module)
+                    raise _order_differs(stage.module, memory)
                 if isinstance(stage, InputGroup):
+                    tensors.reached(number, arrived[1][0])
                     visitor.add(stage.linears, _counted(arrived[1][0], batch.mask, stage))
                 else:
                     arrivals.append((arrived[1], arrived[2]))
@@ -67,7 +93,7 @@ def sequential_pass(
                 _solve_experts(block, stage, arrivals, batches, visitor)
         outputs = [run.switch() for run in runs]
         if not all(run.dead for run in runs):
-            raise OrderDiffersError("an input group reached twice")
+            raise _order_differs("an input group twice", memory)
         return outputs
     finally:
         for handle in handles:
@@ -75,6 +101,12 @@ def sequential_pass(
         for run in runs:
             if run and not run.dead:
                 run.throw()
+
+
+def _order_differs(where: str, memory: list[_Releasable]) -> Exception:
+    if all(tensors.intact for tensors in memory):
+        return OrderDiffersError(where)
+    return CalibrantError(f"{where}: sequences reach it in different orders; run again with --two-pass")
 
 
 def two_passes(

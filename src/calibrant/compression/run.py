@@ -31,6 +31,8 @@ from calibrant.progress import Progress
 from calibrant.report.model_card import model_card
 
 _PROBE_TOKENS = 16
+# Giving memory back costs page faults afterwards; what the heap holds on to grows slowly.
+_BLOCKS_BETWEEN_TRIMS = 4
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def _compress_blocks(
             with clock.stage("write"):
                 writer.write_block(prefix, solver)
             layers += solver.layers
-            return_freed_memory()
+            if index % _BLOCKS_BETWEEN_TRIMS == 0:
+                return_freed_memory()
             task.advance()
     return layers
 
@@ -253,7 +256,7 @@ def _opened(
             state = {name: value.data for name, value in block.state_dict().items()}
             for module in block.modules():
                 _cast(module, settings.dtype, recurse=False, copy=True)
-            structure = probe_block(block, lambda: call_block(block, index, probe))
+            structure = probe_block(block, probe.hidden, lambda: call_block(block, index, probe))
             if structure.unseen:
                 notes.append(
                     f"{prefix}: {', '.join(structure.unseen)} left as they are, no product with one expert was seen"

@@ -1,5 +1,6 @@
 """What compression needs to know of a model, found by looking at it run: blocks, linears and input groups."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError
@@ -51,26 +53,44 @@ class Experts:
 
 
 Stage = InputGroup | Experts
+_ALWAYS = sys.maxsize
 
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """The stages of a block in the order they run, and the fused parameters no linear product was seen of."""
+    """The stages of a block in the order they run.
+
+    ``unseen`` names fused parameters no linear product was seen of. ``last_use[i]`` is the number of stages already
+    reached when the input of stage ``i`` was last used, ``hidden_last_use`` the same for the block's own input: at a
+    later stage their memory can be given back.
+    """
 
     stages: tuple[Stage, ...]
     unseen: tuple[str, ...]
+    last_use: tuple[int, ...]
+    hidden_last_use: int
 
     def without(self, ignored: Callable[[str], bool]) -> "BlockStructure":
         """The structure less the linears whose name ``ignored`` says yes to."""
-        stages: list[Stage] = []
-        for stage in self.stages:
+        kept: list[tuple[int, Stage]] = []
+        for index, stage in enumerate(self.stages):
             if isinstance(stage, InputGroup):
                 linears = tuple(linear for linear in stage.linears if not ignored(linear.name))
-                stages += [InputGroup(stage.module, linears)] if linears else []
+                kept += [(index, InputGroup(stage.module, linears))] if linears else []
             else:
                 groups = tuple(group for group in stage.groups if not ignored(group[0].parameter))
-                stages += [Experts(stage.module, groups)] if groups else []
-        return BlockStructure(tuple(stages), self.unseen)
+                kept += [(index, Experts(stage.module, groups))] if groups else []
+
+        def reached(count: int) -> int:
+            """How many of the kept stages are among the first ``count``."""
+            return sum(index < count for index, _ in kept)
+
+        return BlockStructure(
+            tuple(stage for _, stage in kept),
+            self.unseen,
+            tuple(reached(self.last_use[index]) for index, _ in kept),
+            reached(self.hidden_last_use),
+        )
 
     def linears(self) -> Iterator[Linear]:
         """Every linear, in stage order."""
@@ -102,9 +122,9 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{best}.{index}" for index in range(len(outer[best]))]
 
 
-def probe_block(block: nn.Module, run: Callable[[], Any]) -> BlockStructure:
-    """Run ``block`` once through ``run`` and see which linears are handed which tensors, in which order."""
-    probe = _Probe(block)
+def probe_block(block: nn.Module, hidden: torch.Tensor, run: Callable[[], torch.Tensor]) -> BlockStructure:
+    """Run ``block`` once on ``hidden`` through ``run``: which linears are handed which tensors, in which order."""
+    probe = _Probe(block, hidden)
     handles = [
         module.register_forward_pre_hook(probe.linear_reached(name))
         for name, module in block.named_modules()
@@ -114,8 +134,8 @@ def probe_block(block: nn.Module, run: Callable[[], Any]) -> BlockStructure:
     for owner in {name.rpartition(".")[0] for name in fused}:
         handles.append(block.get_submodule(owner).register_forward_pre_hook(probe.experts_reached(owner)))
     try:
-        with watch_experts(block, probe.product_seen):
-            run()
+        with watch_experts(block, probe.product_seen), _Uses(probe.tensor_used):
+            probe.tensor_returned(run())
     finally:
         for handle in handles:
             handle.remove()
@@ -125,13 +145,14 @@ def probe_block(block: nn.Module, run: Callable[[], Any]) -> BlockStructure:
 class _Probe:
     """What one forward pass of a block shows."""
 
-    def __init__(self, block: nn.Module) -> None:
-        self._block = block
+    def __init__(self, block: nn.Module, hidden: torch.Tensor) -> None:
+        self._hidden = hidden
+        self._last_use: dict[int, int] = {}
         self._fused = _fused_parameters(block)
         self._inputs: list[torch.Tensor] = []  # kept alive so that no storage is reused while addresses are compared
         self._seen: set[str] = set()
         self._groups: dict[tuple[int, int, int], int] = {}
-        self._stages: list[tuple[str, list[Linear]]] = []
+        self._stages: list[tuple[str, list[Linear], torch.Tensor | None]] = []
         self._products: dict[str, tuple[Linear, ...]] = {}
 
     def linear_reached(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -146,7 +167,7 @@ class _Probe:
             key = (inputs.data_ptr(), inputs.shape[-1], inputs.numel())
             if key not in self._groups:
                 self._groups[key] = len(self._stages)
-                self._stages.append((name, []))
+                self._stages.append((name, [], inputs))
             self._stages[self._groups[key]][1].append(_as_linear(name, module))
 
         return hook
@@ -155,7 +176,7 @@ class _Probe:
         """A hook for a module with fused expert weights: a stage without linears of its own."""
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._stages.append((owner, []))
+            self._stages.append((owner, [], None))
 
         return hook
 
@@ -170,16 +191,51 @@ class _Probe:
             for e in range(experts)
         )
 
+    def tensor_used(self, tensor: torch.Tensor) -> None:
+        """An operation reads or writes ``tensor``."""
+        self._inputs.append(tensor)
+        self._last_use[_storage(tensor)] = len(self._stages)
+
+    def tensor_returned(self, output: torch.Tensor) -> None:
+        """What the block returns is used after every stage."""
+        self._last_use[_storage(output)] = len(self._stages) + 1
+
     def structure(self) -> BlockStructure:
         """The stages in the order they were reached."""
         stages: list[Stage] = []
-        for module, linears in self._stages:
+        last_use = []
+        for module, linears, inputs in self._stages:
             groups = tuple(g for name, g in self._products.items() if name.rpartition(".")[0] == module)
             if linears:
                 stages.append(InputGroup(module, tuple(linears)))
             elif groups:
                 stages.append(Experts(module, groups))
-        return BlockStructure(tuple(stages), tuple(name for name in self._fused if name not in self._products))
+            else:
+                continue
+            last_use.append(self._last_use[_storage(inputs)] if inputs is not None else _ALWAYS)
+        unseen = tuple(name for name in self._fused if name not in self._products)
+        return BlockStructure(tuple(stages), unseen, tuple(last_use), self._last_use[_storage(self._hidden)])
+
+
+class _Uses(TorchFunctionMode):
+    """Reports every tensor that an operation is given."""
+
+    def __init__(self, used: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self._used = used
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                self._used(leaf)
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage().data_ptr()
 
 
 def _as_linear(name: str, module: nn.Module) -> Linear:
