@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
@@ -16,7 +17,7 @@ from calibrant.calibration.windows import Policy
 from calibrant.compression.plan import Estimate, Plan, estimate, make_plan
 from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from calibrant.compression.run import RunReport, Settings, run_compression
-from calibrant.errors import CalibrantError
+from calibrant.errors import CalibrantError, first_line
 from calibrant.evaluation.divergence import Evaluation, evaluate_models
 from calibrant.evaluation.windows import evaluation_windows
 from calibrant.modeling.checkpoint import ModelFolder
@@ -54,7 +55,7 @@ def generate(
     Raises:
         CalibrantError: the model folder or an option does not fit.
     """
-    _check_size(samples, length, draw)
+    _check_size(samples, length, seed, draw)
     folder = ModelFolder(model_path(model))
     _check_length(folder, length)
     tokenizer = Tokenizer(folder.path)
@@ -65,7 +66,7 @@ def generate(
     if batch_size < 1:
         raise CalibrantError(f"batch size {batch_size}: must be at least 1")
     return generate_self_calibration(
-        _load_whole(folder.path, device, dtype),
+        _load_whole(folder, device, dtype),
         tokenizer,
         samples=samples,
         length=length,
@@ -95,7 +96,7 @@ def select(
     Raises:
         CalibrantError: the corpus cannot be read, is empty or too small.
     """
-    _check_size(samples, length, draw)
+    _check_size(samples, length, seed, draw)
     if strategy != "uniform":
         raise CalibrantError(f"{strategy}: no selection of that name; there is uniform")
     if windows not in ("pack", "window"):
@@ -123,7 +124,13 @@ class PreparedRun:
     output: Path
 
     def estimate(self, samples: int, length: int) -> Estimate:
-        """Seconds, memory and disk of the run with a set of that size, roughly."""
+        """Seconds, memory and disk of the run with a set of that size, roughly.
+
+        Raises:
+            CalibrantError: such a set could not be made for this model.
+        """
+        _check_size(samples, length, 0, 0)
+        _check_length(self.model.folder, length)
         return estimate(self.model, self.plan, samples, length, self.settings.dtype)
 
     def run(self, calibration: CalibrationSet | None, progress: Progress) -> RunReport:
@@ -149,11 +156,9 @@ def prepare(
     Raises:
         CalibrantError: model, recipe, set or output do not fit.
     """
-    target = check_output(output, overwrite)
+    target = check_output(output, overwrite, [model])
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = ModelFolder(model_path(model), allow_encoder)
-    if target.resolve() == folder.path.resolve():
-        raise CalibrantError(f"{target}: is the model itself; choose another output")
     if calibration is not None and chosen.needs_data:
         _check_calibration(folder, calibration)
     place = _device(device)
@@ -206,7 +211,9 @@ def compress(
     if given is None and needs_data:
         context = prepared.model.folder.context_length or DEFAULT_LENGTH
         length = min(DEFAULT_LENGTH, context)
-        given = generate(model, length=length, seed=seed, device=device, dtype=dtype, progress=listener)
+        given = generate(
+            prepared.model.folder.path, length=length, seed=seed, device=device, dtype=dtype, progress=listener
+        )
     return prepared.run(given if needs_data else None, listener)
 
 
@@ -228,26 +235,37 @@ def evaluate(
     Raises:
         CalibrantError: a model or the text does not fit.
     """
-    if length < 2:
-        raise CalibrantError(f"length {length}: must be at least 2")
-    path = model_path(model)
-    tokenizer = Tokenizer(path)
-    corpus = text if isinstance(text, Corpus) else Corpus(text)
-    loaded = _load_whole(path, device, dtype)
-    original = None
-    if against is not None:
-        against_path = model_path(against)
-        if Tokenizer(against_path).sha256 != tokenizer.sha256:
-            raise CalibrantError(f"{against}: its tokenizer differs from {model}'s, so their tokens cannot be compared")
-        original = _load_whole(against_path, device, dtype)
-    windows = evaluation_windows(corpus, tokenizer, length, limit).windows
-    return evaluate_models(loaded, original, windows, progress or Silent())
-
-
-def _check_size(samples: int, length: int, draw: int) -> None:
-    if samples < 1 or length < 2 or draw < 0:
+    if length < 2 or (limit is not None and limit < 1):
         raise CalibrantError(
-            f"{samples} samples of {length} tokens, draw {draw}: need at least 1 sample, 2 tokens and draw 0"
+            f"length {length}, limit {limit}: need windows of at least 2 tokens, and at least 1 window"
+        )
+    folder = ModelFolder(model_path(model), allow_quantized=True)
+    _check_length(folder, length)
+    tokenizer = Tokenizer(folder.path)
+    reference = None
+    if against is not None:
+        reference = ModelFolder(model_path(against), allow_quantized=True)
+        same = Tokenizer(reference.path).sha256 == tokenizer.sha256 and reference.vocabulary == folder.vocabulary
+        if not same:
+            raise CalibrantError(
+                f"{against}: its tokenizer or vocabulary differs from {model}'s, so they cannot be compared"
+            )
+    corpus = text if isinstance(text, Corpus) else Corpus(text)
+    found = evaluation_windows(corpus, tokenizer, length, limit)
+    if int(found.windows.max()) >= folder.vocabulary:
+        raise CalibrantError(
+            f"{folder.path}: its tokenizer gives ids beyond the model's vocabulary of {folder.vocabulary}"
+        )
+    loaded = _load_whole(folder, device, dtype)
+    original = _load_whole(reference, device, dtype) if reference is not None else None
+    return evaluate_models(loaded, original, found, progress or Silent())
+
+
+def _check_size(samples: int, length: int, seed: int, draw: int) -> None:
+    if samples < 1 or length < 2 or draw < 0 or seed < 0:
+        raise CalibrantError(
+            f"{samples} samples of {length} tokens, seed {seed}, draw {draw}: "
+            "need at least 1 sample of 2 tokens, and a seed and draw of at least 0"
         )
 
 
@@ -268,7 +286,7 @@ def _check_calibration(folder: ModelFolder, calibration: CalibrationSet) -> None
             f"({calibration.manifest.tokenizer_sha256[:12]} instead of {tokenizer.sha256[:12]}); "
             "make it again for this model"
         )
-    vocabulary = int(folder.config.get_text_config().vocab_size)
+    vocabulary = folder.vocabulary
     if int(calibration.tokens.max()) >= vocabulary or int(calibration.tokens.min()) < 0:
         raise CalibrantError(f"the calibration set holds token ids outside {folder.path}'s vocabulary of {vocabulary}")
 
@@ -296,16 +314,18 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def _load_whole(path: Path, device: str, dtype: str) -> transformers.PreTrainedModel:
-    if not path.is_dir() or not (path / "config.json").is_file():
-        raise CalibrantError(f"{path}: no model folder with a config.json there")
+def _load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.PreTrainedModel:
     place = _device(device)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=_dtype(dtype, place), local_files_only=True
+            str(folder.path),
+            dtype=_dtype(dtype, place),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrantError(f"{path}: transformers cannot load it ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CalibrantError(f"{folder.path}: transformers cannot load it ({first_line(error)})") from error
     model.to(device=place)  # type: ignore[call-arg]  # transformers wraps it without a signature
     loaded: transformers.PreTrainedModel = model.eval()
     return loaded

@@ -1,6 +1,12 @@
 """The one exception a user is meant to see."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library said, or the name of its error where it said nothing."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class CalibrantError(Exception):
     """A problem the user can mend.
 

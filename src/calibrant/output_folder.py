@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,13 +12,19 @@ from safetensors import SafetensorError
 from calibrant.errors import CalibrantError
 
 
-def check_output(target: str | Path, overwrite: bool) -> Path:
-    """The output path, if something may be written there.
+def check_output(target: str | Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> Path:
+    """The output path, if something may be written there; ``inputs`` are what is read and must survive.
 
     Raises:
-        CalibrantError: it exists (and is not to be replaced), or its parent is not a folder.
+        CalibrantError: it exists (and is not to be replaced), holds an input, or its parent is not a folder.
     """
     path = Path(target)
+    for place in inputs:
+        read = Path(place).resolve()
+        if read.exists() and (read == path.resolve() or path.resolve() in read.parents):
+            raise CalibrantError(f"{path}: holds the input {place}; choose another output")
+    if path.is_symlink():
+        raise CalibrantError(f"{path}: is a link; name the folder itself")
     if path.exists() and not path.is_dir():
         raise CalibrantError(f"{path}: exists and is not a folder; choose another output")
     if path.is_dir() and any(path.iterdir()) and not overwrite:

@@ -101,6 +101,19 @@ def test_short_documents_are_counted(corpus: Path, llama: Path) -> None:
     assert counts["documents_used"] - counts["documents_too_short"] == 10
 
 
+def test_the_tokenizer_is_the_same_before_and_after_use(llama: Path, tmp_path: Path) -> None:
+    """Files that ask for truncation or padding keep that state until the first call."""
+    import shutil
+
+    folder = shutil.copytree(llama, tmp_path / "t")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    fresh, used = Tokenizer(folder), Tokenizer(folder)
+    assert len(used.encode("more than five characters")) == 25
+    assert fresh.sha256 == used.sha256 == Tokenizer(llama).sha256
+
+
 def test_vocabulary_draws_every_ordinary_token_and_no_special_one(llama: Path) -> None:
     made = cb.generate(llama, strategy="vocabulary", samples=40, length=60, seed=1)
     assert set(made.tokens.flatten().tolist()) == set(range(4, 99))

@@ -168,6 +168,7 @@ def refused(status: int, out: str, err: str, said: str, place: Path) -> None:
     (["-c", "missing"], "not a calibration set"),
     (["-c", "foreign"], "another tokenizer"),
     (["-c", "long"], "context of 64"),
+    (["--seed", -1], "seed"),
     (["--device", "tpu"], "cpu and cuda"),
     (["--dtype", "int3"], "float32"),
     (["-o", "file"], "not a folder"),
@@ -213,6 +214,55 @@ def test_a_model_that_does_not_exist_is_not_asked_for_on_the_network(run, tmp_pa
     ):
         status, out, err = run(*command, "-q")
         refused(status, out, err, "o/n", tmp_path)
+
+
+def test_inputs_are_never_replaced(run, llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "deep" / "model")
+    for target in (model, tmp_path / "deep"):
+        select = ["data", "select", model, "-m", model]
+        for command in (["compress", model, "-r", "rtn-w8a8"], ["data", "generate", model], select):
+            status, _, err = run(*command, "-o", target, "--overwrite", "-q")
+            assert status == 2
+            assert "holds the input" in err
+    assert (model / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("damage", "options", "said"), [
+    (truncated, [], "truncated"),
+    (no_weights, [], "only safetensors"),
+    (edited_config(vocab_size=50), [], "vocabulary"),
+    (edited_config(hidden_size="64"), [], "config.json"),
+    (edited_config(architectures=5), [], "not a causal language model"),
+    (edited_config(), ["--length", 65], "context of 64"),
+    (edited_config(), ["--length", 1], "at least 2"),
+    (edited_config(), ["--text", "nowhere.txt"], "no such corpus"),
+])  # fmt: skip
+def test_evaluate_refuses_bad_input(run, llama: Path, tmp_path: Path, damage, options: list[str], said: str) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    damage(model)
+    status, out, err = run("evaluate", model, "--length", 32, *options, "-q")
+    refused(status, out, err, said, tmp_path)
+
+
+def test_one_window_has_no_interval(run, llama: Path) -> None:
+    status, out, _ = run("evaluate", llama, "--against", llama, "--length", 32, "--limit", 1, "--json")
+    assert status == 0
+    assert json.loads(out)["perplexity"]["low"] is None
+    status, out, _ = run("evaluate", llama, "--against", llama, "--length", 32, "--limit", 1)
+    assert status == 0
+
+
+def test_brackets_in_text_are_shown_as_they_are(run, llama: Path, tmp_path: Path) -> None:
+    from calibrant.calibration.calibration_set import CalibrationSet
+    from calibrant.calibration.tokenizer import Tokenizer
+
+    made = random_set(llama, samples=1, length=10)
+    tokens = made.tokens.clone()
+    tokens[0] = tokens.new_tensor(Tokenizer(llama).encode("[/INST][x]"))
+    CalibrationSet.build(tokens, made.mask, made.manifest).save(tmp_path / "set")
+    status, out, _ = run("data", "inspect", tmp_path / "set", "-m", llama)
+    assert status == 0
+    assert "[/INST][x]" in out
 
 
 def test_a_full_disk(run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

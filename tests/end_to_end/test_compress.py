@@ -66,10 +66,20 @@ def test_every_architecture_compresses_saves_reloads_and_matches(
     before = logits(load(model, architecture))
     assert not torch.equal(ours, before)
     if architecture in ("mixtral", "qwen3_moe"):
-        # Experts are stored one by one and fused on loading; the solved values come back as they were solved.
-        weights = loaded.model.layers[0].mlp.experts.down_proj
-        if recipe == "wanda-2:4":
-            assert ((weights == 0).view(*weights.shape[:2], -1, 4).sum(-1) >= 2).all()
+        # Experts are stored one by one and fused on loading: each comes back in its place and orientation.
+        original = load(model, architecture)
+        for name, parameter in loaded.named_parameters():
+            if "experts" not in name:
+                continue
+            before_weights = original.get_parameter(name)
+            if recipe == "wanda-2:4":
+                kept = parameter != 0
+                assert (kept.view(*parameter.shape[:2], -1, 4).sum(-1) == 2).all()
+                assert torch.equal(parameter[kept], before_weights[kept])
+            else:
+                error = (parameter - before_weights).square().sum((1, 2)) / before_weights.square().sum((1, 2))
+                assert (error < 0.05).all()
+                assert (error > 0).all()
     else:
         torch.testing.assert_close(ours, logits(in_memory(model, output, architecture)), rtol=1e-5, atol=1e-6)
 
@@ -259,6 +269,39 @@ def test_values_that_are_not_finite_name_the_layer(tmp_path: Path) -> None:
     with pytest.raises(cb.CalibrantError, match=r"layers\.1\.self_attn"):
         run(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_name_the_layer(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(cb.CalibrantError, match=r"layers\.1\.mlp\.up_proj: its weights"):
+        cb.compress(model, output=tmp_path / "out", recipe="rtn-w8a8")
+
+
+def test_tensors_that_are_not_compressed_keep_their_bytes(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama", torch.bfloat16)
+    tensors = load_file(model / "model.safetensors")
+    norm = "model.layers.0.input_layernorm.weight"
+    tensors[norm] = torch.rand(64) + 0.5  # float32 in a bfloat16 checkpoint
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    run(model, tmp_path / "out", "wanda-2:4")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[norm], tensors[norm])
+
+
+def test_experts_can_be_left_alone(model_folder, tmp_path: Path) -> None:
+    for expression in ("experts$", "gate_up_proj$|down_proj$"):
+        recipe = load_recipe("wanda-2:4").model_copy(update={"ignore": [expression]})
+        report = cb.compress(
+            model_folder("mixtral"),
+            output=tmp_path / expression[:4],
+            recipe=recipe,
+            calibration=random_set(model_folder("mixtral")),
+            dtype="float32",
+        )
+        assert len(report.layers) == 8
+        assert not any("experts" in layer.name for layer in report.layers)
 
 
 def test_the_output_says_what_made_it(llama: Path, tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def test_divergence_equals_its_definition(model_folder, llama: Path, text: Path)
     """Against a model with scaled logits, in float64."""
     original = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
     other = transformers.AutoModelForCausalLM.from_pretrained(model_folder("mistral")).eval()
-    windows = evaluation_windows(Corpus(text), Tokenizer(llama), 32, 5).windows
-    found = evaluate_models(other, original, windows, Silent()).divergence
+    text_windows = evaluation_windows(Corpus(text), Tokenizer(llama), 32, 5)
+    windows = text_windows.windows
+    found = evaluate_models(other, original, text_windows, Silent()).divergence
     with torch.no_grad():
         p = original(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
         q = other(input_ids=windows).logits[:, :-1].double().log_softmax(-1)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from calibrant.errors import CalibrantError
+from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import canonical_json, sha256_bytes
 
 TENSORS_NAME = "tokens.safetensors"
@@ -111,21 +111,21 @@ class CalibrationSet:
                 raise CalibrantError(f"{folder}: not a calibration set, {name} is missing")
         try:
             manifest = Manifest.model_validate(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")))
+            canonical_json(manifest.model_dump()).encode()  # numbers and texts that could not be written again
         except (ValidationError, ValueError) as error:
             raise CalibrantError(
-                f"{folder / MANIFEST_NAME}: not a calibration manifest ({_first_line(error)})"
+                f"{folder / MANIFEST_NAME}: not a calibration manifest ({first_line(error)})"
             ) from error
         try:
             tensors = load_file(folder / TENSORS_NAME)
-            tokens, mask = tensors["tokens"], tensors["mask"].to(torch.bool)
+            tokens, mask = tensors["tokens"], tensors["mask"]
         except (SafetensorError, KeyError, OSError) as error:
-            raise CalibrantError(f"{folder / TENSORS_NAME}: unreadable ({_first_line(error)})") from error
+            raise CalibrantError(f"{folder / TENSORS_NAME}: unreadable ({first_line(error)})") from error
+        shape = (manifest.samples, manifest.length)
+        if tokens.dtype != torch.int32 or mask.dtype != torch.uint8 or not tokens.shape == mask.shape == shape:
+            raise CalibrantError(f"{folder / TENSORS_NAME}: not int32 tokens and a uint8 mask of shape {list(shape)}")
         if set_hash(tokens, mask) != manifest.set_sha256:
             raise CalibrantError(
                 f"{folder}: the tokens do not match the hash in {MANIFEST_NAME}; the set was changed, make it again"
             )
-        return cls(tokens, mask, manifest)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+        return cls.build(tokens, mask, manifest)

@@ -1,4 +1,4 @@
-"""Corpora: documents with stable ids, read lazily from files, folders, the hub or Python's own documentation."""
+"""Corpora: documents with stable ids, read from files, folders, the hub or Python's own documentation."""
 
 import gzip
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from calibrant.errors import CalibrantError
+from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_file, sha256_json
 
 BUILTIN = "builtin"
@@ -158,6 +158,12 @@ def _json_text(line: str, field: str, path: Path, number: int) -> str:
     if not isinstance(text, str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise CalibrantError(f"{path}, line {number}: no text under {field!r} (found: {found}); name it with --field")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrantError(
+            f"{path}, line {number}: text with half of a surrogate pair, which is not Unicode"
+        ) from error
     return text
 
 
@@ -181,7 +187,7 @@ def _parquet_rows(path: Path, name: str, field: str) -> Iterator[Document]:
                     )
                 yield Document(f"{name}:{row}", text or "")
     except (pyarrow.ArrowException, OSError) as error:
-        raise CalibrantError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        raise CalibrantError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 class _HubDataset:
@@ -203,14 +209,19 @@ class _HubDataset:
         try:
             return str(huggingface_hub.HfApi().dataset_info(self.name, revision=revision).sha)
         except Exception as error:  # the hub client raises many unrelated classes for "not reachable" and "not there"
-            raise CalibrantError(
-                f"hub:{self.name}: cannot be resolved on the hub ({str(error).splitlines()[0]})"
-            ) from error
+            raise CalibrantError(f"hub:{self.name}: cannot be resolved on the hub ({first_line(error)})") from error
 
     def documents(self, field: str) -> Iterator[Document]:
-        import datasets
+        try:
+            import datasets
 
-        rows = datasets.load_dataset(self.name, self.config, split=self.split, revision=self.revision, streaming=True)
+            rows = datasets.load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+        except ImportError as error:
+            raise CalibrantError("hub data sets need the extra: pip install 'calibrant[hub]'") from error
+        except Exception as error:  # many unrelated classes for a wrong name of a configuration or split
+            raise CalibrantError(f"hub:{self.name}: cannot be opened ({first_line(error)})") from error
         for number, row in enumerate(rows, start=1):
             if not isinstance(row.get(field), str):
                 raise CalibrantError(

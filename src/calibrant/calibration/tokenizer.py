@@ -1,12 +1,13 @@
 """The tokenizer as calibration sees it: encode, the special ids, and a hash of what it does."""
 
+import json
 from functools import cached_property
 from pathlib import Path
 
 import transformers
 
-from calibrant.errors import CalibrantError
-from calibrant.hashing import sha256_bytes, sha256_json
+from calibrant.errors import CalibrantError, first_line
+from calibrant.hashing import sha256_json
 
 
 class Tokenizer:
@@ -22,10 +23,10 @@ class Tokenizer:
             raise CalibrantError(f"{folder}: no such folder, name the folder that holds the model's tokenizer")
         try:
             self.hf: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True
+                str(folder), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CalibrantError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # the tokenizers library raises plain Exception for damaged files
+            raise CalibrantError(f"{folder}: no usable tokenizer ({first_line(error)})") from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens."""
@@ -39,7 +40,10 @@ class Tokenizer:
     def sha256(self) -> str:
         """Hash of the tokenizer's own definition (merges, vocabulary, normalization), not of its files."""
         if self.hf.is_fast:
-            return sha256_bytes(self.hf.backend_tokenizer.to_str().encode())
+            definition = json.loads(self.hf.backend_tokenizer.to_str())
+            # State of the last call, not part of what the tokenizer is.
+            definition["truncation"] = definition["padding"] = None
+            return sha256_json(definition)
         return sha256_json(self.hf.get_vocab())
 
     @property

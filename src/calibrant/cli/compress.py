@@ -97,6 +97,8 @@ def compress(
         )
         for note in prepared.plan.notes:
             screen.note(f"note: {note}")
+        if given is not None and not chosen.needs_data:
+            screen.note(f"note: {chosen.name} uses no data, the calibration set is left out")
         if dry_run:
             size = given.tokens.shape if given is not None else (samples, length)
             estimate = prepared.estimate(int(size[0]), int(size[1]))
@@ -132,8 +134,9 @@ def compress(
 
 def summary(report: "RunReport") -> "list[Table | str]":
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{report.output} ({report.recipe})", show_header=False)
+    table = Table(title=Text(f"{report.output} ({report.recipe})"), show_header=False)
     table.add_column(style="bold")
     table.add_column()
     table.add_row("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after")
@@ -142,7 +145,7 @@ def summary(report: "RunReport") -> "list[Table | str]":
     table.add_row("peak memory", size_text(report.peak_memory_bytes))
     worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:_WORST_LAYERS]
     table.add_row(
-        "worst layers", "\n".join(f"{layer.name}  relative error {layer.relative_error:.4f}" for layer in worst)
+        "worst layers", "\n".join(f"{layer.name}  relative error {layer.relative_error:.3g}" for layer in worst)
     )
     table.add_row(
         "fell back", "\n".join(f"{layer.name}: {layer.record.fallback}" for layer in report.fallbacks) or "none"

@@ -53,11 +53,11 @@ class Terminal:
     def result(self, value: dict[str, Any], *renderables: Any) -> None:
         """Print the result: as JSON, or as the given tables and lines."""
         if self.json:
-            print(json.dumps(value, indent=2, default=str))
+            print(json.dumps(value, indent=2, default=str, allow_nan=False))
         elif not self.quiet:
             from rich.console import Console
 
-            console = Console(soft_wrap=False)
+            console = Console(markup=False)
             for renderable in renderables:
                 console.print(renderable)
 
@@ -109,7 +109,7 @@ class _Bars:
             yield Handle()
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
 
 class _Lines:

@@ -63,7 +63,7 @@ def generate(
         from calibrant.calibration.sources.self_calibration import TemperatureSchedule
         from calibrant.output_folder import check_output
 
-        check_output(output, overwrite)
+        check_output(output, overwrite, [model])
         schedule = TemperatureSchedule(temperature, temperature, 0)
         if initial_temperature is not None:
             schedule = TemperatureSchedule(initial_temperature, temperature, temperature_steps)
@@ -118,7 +118,7 @@ def select(
         from calibrant.calibration.corpus import Corpus
         from calibrant.output_folder import check_output
 
-        check_output(output, overwrite)
+        check_output(output, overwrite, [corpus, model])
         made = run(
             Corpus(corpus, field),
             tokenizer=model,
@@ -155,6 +155,8 @@ def inspect(
             tokenizer = Tokenizer(model)
             if tokenizer.sha256 != loaded.manifest.tokenizer_sha256:
                 raise CalibrantError(f"{folder}: was made with another tokenizer than {model}'s")
+            if int(loaded.tokens.min()) < 0 or int(loaded.tokens.max()) >= tokenizer.size:
+                raise CalibrantError(f"{folder}: holds token ids outside the tokenizer's {tokenizer.size}")
             texts = [tokenizer.decode(row.tolist()) for row in loaded.tokens[:rows]]
         _show(loaded, texts, screen)
 
@@ -187,11 +189,11 @@ def _show(loaded: "CalibrationSet", texts: list[str], screen: Terminal, output: 
         **found,
         "set_sha256": manifest.set_sha256,
     }
-    table = Table(title=str(output) if output else None, show_header=False)
+    table = Table(title=Text(str(output)) if output else None, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
         if value is not None:
-            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+            table.add_row(name, Text(f"{value:.4f}" if isinstance(value, float) else str(value)))
     panels = [Panel(Text(text), title=f"row {index}") for index, text in enumerate(texts)]
     screen.result({**facts, **({"rows": texts} if texts else {})}, table, *panels)

@@ -34,6 +34,7 @@ def demo(
         from dataclasses import asdict
 
         from rich.panel import Panel
+        from rich.text import Text
 
         from calibrant.api import compress, evaluate, generate
         from calibrant.cli.compress import summary
@@ -58,7 +59,7 @@ def demo(
                 target, against=model, text="builtin", limit=_WINDOWS, dtype="auto", progress=screen.progress
             )
             samples[recipe] = continue_text(target, _PROMPT)
-        panels = [Panel(text, title=name) for name, text in samples.items()]
+        panels = [Panel(Text(text), title=name) for name, text in samples.items()]
         screen.result(
             {"evaluations": {name: asdict(found) for name, found in evaluations.items()}, "samples": samples},
             evaluation_table(evaluations),

@@ -63,13 +63,14 @@ def evaluate(
 def evaluation_table(found: "dict[str, Evaluation]") -> "Table":
     """Evaluations side by side, a row a measure."""
     from rich.table import Table
+    from rich.text import Text
 
     first = next(iter(found.values()))
     table = Table(title=f"{first.windows} windows of {first.length} tokens")
     table.add_column("")
     rows: dict[str, list[str]] = {}
     for name, evaluation in found.items():
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
         cells = {
             "perplexity": _interval(evaluation.perplexity.value, evaluation.perplexity.low, evaluation.perplexity.high)
         }
@@ -78,11 +79,11 @@ def evaluation_table(found: "dict[str, Evaluation]") -> "Table":
             cells["perplexity of the original"] = _interval(original.value, original.low, original.high)
             ratio = (divergence.log_ratio, divergence.log_ratio_low, divergence.log_ratio_high)
             cells["log perplexity ratio"] = _interval(*ratio)
-            cells["mean KL"] = f"{divergence.kl_mean:.4f} ± {divergence.kl_standard_error:.4f}"
+            cells["mean KL"] = _with_error(divergence.kl_mean, divergence.kl_standard_error, ".4f")
             cells["KL percentiles 50 / 90 / 99"] = " / ".join(
                 f"{divergence.kl_percentiles[p]:.4f}" for p in ("50", "90", "99")
             )
-            cells["same top token"] = f"{divergence.same_top:.1%} ± {divergence.same_top_standard_error:.1%}"
+            cells["same top token"] = _with_error(divergence.same_top, divergence.same_top_standard_error, ".1%")
         for label, cell in cells.items():
             rows.setdefault(label, []).append(cell)
     for label, values in rows.items():
@@ -90,5 +91,9 @@ def evaluation_table(found: "dict[str, Evaluation]") -> "Table":
     return table
 
 
-def _interval(value: float, low: float, high: float) -> str:
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+def _interval(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _with_error(value: float, error: float | None, form: str) -> str:
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"

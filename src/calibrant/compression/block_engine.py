@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import greenlet
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from calibrant.errors import CalibrantError
 from calibrant.modeling.inputs import MicroBatch, call_block
@@ -37,11 +38,13 @@ class _Releasable:
 
     def __init__(self, structure: BlockStructure, batch: MicroBatch) -> None:
         self._structure, self._batch = structure, batch
+        # What blocks are called with besides the hidden states is shared by blocks and batches.
+        self._shared = {id(leaf) for leaf in tree_leaves((batch.calls.args, batch.calls.kwargs))}
         self._held: list[tuple[int, torch.Tensor]] = [(structure.hidden_last_use, batch.hidden)]
 
     def reached(self, number: int, inputs: torch.Tensor) -> None:
         """Stage ``number`` was reached with ``inputs``: free what was last used before it."""
-        for _, tensor in [held for held in self._held if held[0] <= number]:
+        for _, tensor in [held for held in self._held if held[0] <= number and id(held[1]) not in self._shared]:
             tensor.set_()  # type: ignore[call-overload]  # now empty: a use after all would be an error, not a wrong result
         self._held = [held for held in self._held if held[0] > number]
         self._held.append((self._structure.last_use[number], inputs))

@@ -52,6 +52,7 @@ class BlockSolver:
     clock: Clock
     codes: dict[str, Codes] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
+    solved_parameters: set[str] = field(default_factory=set)
     _statistics: dict[Unit, Hessian | ColumnNorm] = field(default_factory=dict)
 
     def add(self, unit: Unit, inputs: torch.Tensor) -> None:
@@ -70,6 +71,9 @@ class BlockSolver:
     def _solve(self, unit: Unit, statistic: Hessian | ColumnNorm | None) -> None:
         entry = METHODS[self.recipe.method.name]
         weights = [linear.view(self.state[linear.parameter]).float() for linear in unit]
+        for linear, weight in zip(unit, weights, strict=True):
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrantError(f"{self.prefix}.{linear.name}: its weights hold values that are not finite")
         task = self._task(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
         if entry.statistic is not None and statistic is None:
             solution = entry.data_free(task)
@@ -107,6 +111,7 @@ class BlockSolver:
         )
         stored = linear.view(self.state[linear.parameter])
         stored.copy_(solved)
+        self.solved_parameters.add(linear.parameter)
         linear.view(self.block.get_parameter(linear.parameter).data).copy_(stored)
         if solution.codes is not None and solution.grid is not None:
             scale = solution.grid.scale[rows].to(solution.grid.spec.scale_dtype)

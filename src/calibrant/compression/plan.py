@@ -36,8 +36,8 @@ class Plan:
     notes: list[str]
 
     def ignored(self, name: str) -> bool:
-        """Whether the recipe leaves the module of that full name alone."""
-        return any(re.search(expression, name) for expression in self.recipe.ignore)
+        """Whether the recipe leaves the linear of that full name alone; for experts also by their module's name."""
+        return _ignored(self.recipe, name)
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Estimate:
     disk_bytes: int
 
 
-def make_plan(model: LazyModel, blocks: list[str], recipe: Recipe) -> Plan:
-    """Fit ``recipe`` to ``model``.
+def make_plan(model: LazyModel, blocks: list[str], chosen: Recipe) -> Plan:
+    """Fit the ``chosen`` recipe to ``model``.
 
     Raises:
         CalibrantError: a group or pattern does not divide a layer (with the sizes that do), nothing is left to
@@ -59,9 +59,10 @@ def make_plan(model: LazyModel, blocks: list[str], recipe: Recipe) -> Plan:
     linears: dict[str, tuple[int, int]] = {}
     fused: dict[str, tuple[int, ...]] = {}
     stored_otherwise: list[str] = []
-    skip = re.compile("|".join(f"(?:{expression})" for expression in recipe.ignore) or "(?!)")
     for name, module in model.module.named_modules():
-        if not any(name.startswith(block + ".") for block in blocks) or skip.search(name):
+        if not any(name.startswith(block + ".") for block in blocks):
+            continue
+        if isinstance(module, nn.Linear | Conv1D) and _ignored(chosen, name):
             continue
         if isinstance(module, nn.Linear):
             linears[name] = (module.out_features, module.in_features)
@@ -72,15 +73,19 @@ def make_plan(model: LazyModel, blocks: list[str], recipe: Recipe) -> Plan:
             linears[name] = (module.weight.shape[1], module.weight.shape[0])
             stored_otherwise.append(name)
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3:
+            if parameter.ndim == 3 and not _ignored(chosen, f"{name}.{parameter_name}"):
                 fused[f"{name}.{parameter_name}"] = tuple(parameter.shape)
                 stored_otherwise.append(f"{name}.{parameter_name}")
     if not linears and not fused:
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
-    recipe = _fit_groups(recipe, linears, fused)
+    recipe = _fit_groups(chosen, linears, fused)
     _check_pattern(recipe, linears, fused)
     weights, notes = recipe.scheme.weights, []
     spec = layout = None
+    asked = chosen.scheme.weights.group_size if chosen.scheme.weights is not None else None
+    if asked == "auto":
+        fitted = recipe.scheme.weights.group_size if recipe.scheme.weights is not None else None
+        notes.append(f"groups of {fitted}" if fitted else "no group size fits every layer: one scale a channel")
     if weights is not None:
         group = weights.group_size if isinstance(weights.group_size, int) else None
         spec = GridSpec(weights.bits, weights.symmetric, group, model.folder.dtype, weights.mse_search)
@@ -103,6 +108,10 @@ def make_plan(model: LazyModel, blocks: list[str], recipe: Recipe) -> Plan:
     else:
         notes.append("pruned weights are stored dense: the zeros are there, the files do not get smaller")
     return Plan(recipe, blocks, linears, fused, spec, _sparsity(recipe), layout, notes)
+
+
+def _ignored(recipe: Recipe, name: str) -> bool:
+    return any(re.search(expression, text) for expression in recipe.ignore for text in (name, name.rpartition(".")[0]))
 
 
 def _sparsity(recipe: Recipe) -> Sparsity | None:
@@ -166,7 +175,9 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
     parameters = sum(out * into for out, into in plan.linears.values()) + sum(
         torch.Size(shape).numel() for shape in plan.fused.values()
     )
-    widths = {into for _, into in plan.linears.values()}
+    widths = {into for _, into in plan.linears.values()} | {
+        width for shape in plan.fused.values() for width in shape[1:]
+    }
     groups = 4 * len(plan.blocks)
     hessian = 0.0
     if METHODS[plan.recipe.method.name].statistic is Hessian:

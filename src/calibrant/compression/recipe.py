@@ -63,7 +63,9 @@ class Scheme(_Strict):
             return text
         if not pattern and re.fullmatch(r"0?\.\d+", text) and 0 < float(text) < 1:
             return text
-        raise ValueError(f"{text} is neither a share between 0 and 1 nor a pattern n:m with 0 < n < m <= 32")
+        raise ValueError(
+            f'{text} is neither a share between 0 and 1 nor a pattern n:m with 0 < n < m <= 32 (in quotes: "2:4")'
+        )
 
     @model_validator(mode="after")
     def _something(self) -> "Scheme":
@@ -159,10 +161,14 @@ class Recipe(_Strict):
         if self.scheme.weights is None:
             raise CalibrantError(f"recipe {self.name}: it does not quantize, so --bits and --group-size do not apply")
         changed = self.model_dump()
+        said = []
         if bits is not None:
             changed["scheme"]["weights"]["bits"] = bits
+            said.append(f"{bits} bits")
         if group_size is not None:
             changed["scheme"]["weights"]["group_size"] = group_size or None
+            said.append(f"groups of {group_size}" if group_size else "one scale a channel")
+        changed["description"] += f"; changed to {' and '.join(said)}"
         return _validate(changed, f"recipe {self.name} with --bits or --group-size")
 
 
@@ -195,7 +201,7 @@ def load_recipe(name: str | Path) -> Recipe:
 def _parse(text: str, origin: str) -> Recipe:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise CalibrantError(f"{origin}: not YAML ({' '.join(str(error).split())})") from error
     return _validate(value, origin)
 
@@ -209,4 +215,6 @@ def _validate(value: object, origin: str) -> Recipe:
         said = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             said = "no such key"
+        if first["type"] == "model_type":
+            said = "expected keys name, description, method, scheme (calibrant recipes NAME shows an example)"
         raise CalibrantError(f"{origin}: {place}: {said}") from error

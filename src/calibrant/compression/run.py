@@ -53,7 +53,7 @@ class Settings:
         return {
             "compute_dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
-            "sequential": self.sequential,
+            "sequential": self.sequential and self.propagate,
             "propagate": self.propagate,
             "micro_batch_tokens": self.micro_batch_tokens,
         }
@@ -168,9 +168,8 @@ def _enter(
     """A tiny batch to probe structure with, and the calibration set as it enters block 0."""
     use_fast_attention(model.module, settings.dtype, settings.device)
     model.load_outside(plan.blocks)
-    for parameter_owner in model.module.modules():
-        _cast(parameter_owner, settings.dtype, recurse=False)
-    vocabulary = model.folder.config.get_text_config().vocab_size
+    _cast(model.module, settings.dtype)
+    vocabulary = model.folder.vocabulary
     tokens = torch.arange(_PROBE_TOKENS, device=settings.device)[None] % vocabulary
     hidden, calls = record_inputs(model.module, plan.blocks, tokens)
     probe = MicroBatch(hidden, torch.ones_like(tokens, dtype=torch.bool), calls)
@@ -254,20 +253,22 @@ def _opened(
         with clock.stage("load"):
             block = stack.enter_context(model.loaded(prefix))
             state = {name: value.data for name, value in block.state_dict().items()}
-            for module in block.modules():
-                _cast(module, settings.dtype, recurse=False, copy=True)
+            _cast(block, settings.dtype, copy=True)
             structure = probe_block(block, probe.hidden, lambda: call_block(block, index, probe))
             if structure.unseen:
                 notes.append(
                     f"{prefix}: {', '.join(structure.unseen)} left as they are, no product with one expert was seen"
                 )
+            for text in structure.partly(lambda name: plan.ignored(f"{prefix}.{name}")):
+                if text not in notes:
+                    notes.append(text)
             structure = structure.without(lambda name: plan.ignored(f"{prefix}.{name}"))
         yield BlockSolver(prefix, block, state, plan.recipe, plan.spec, plan.sparsity, clock), structure
 
 
-def _cast(module: nn.Module, dtype: torch.dtype, recurse: bool, copy: bool = False) -> None:
-    """Parameters to ``dtype``; buffers (rotary frequencies) keep theirs."""
-    for parameter in module.parameters(recurse=recurse):
+def _cast(module: nn.Module, dtype: torch.dtype, copy: bool = False) -> None:
+    """All parameters to ``dtype``; buffers (rotary frequencies) keep theirs."""
+    for parameter in module.parameters():
         if parameter.device.type != "meta":
             parameter.data = parameter.data.to(dtype, copy=copy)
 
@@ -290,6 +291,12 @@ class _Writer:
         """Write a solved block: codes in the quantized layout if the plan has one, everything else dense."""
         packed: dict[str, torch.Tensor] = {}
         dense = {f"{prefix}.{name}": value for name, value in solver.state.items()}
+        solved = {f"{prefix}.{linear}" for linear in solver.solved_parameters}
+        untouched = [name for name in dense if name not in solved and self._model.is_stored_alone(name)]
+        for name in untouched:
+            del dense[name]
+            stored_name = self._model.stored_name(name)
+            packed[stored_name] = self._model.folder.read(stored_name)  # in its own dtype, bit for bit
         if self._plan.layout is not None:
             layout_format = format_for(self._plan.layout)
             for name, codes in solver.codes.items():
@@ -311,10 +318,11 @@ class _Writer:
         places: dict[str, Path] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dictionary)
-                    places[name] = file
-                    if self._hashes.get(name) != _tensor_hash(opened.get_tensor(name)):
-                        raise CalibrantError(f"{file}: tensor {name} is not what was solved; the disk may be failing")
+                places.update(dict.fromkeys(opened.keys(), file))
+        for name, file in places.items():
+            # Opened anew for each tensor: what a mapped file has shown counts as memory until it is closed.
+            if self._hashes.get(name) != _tensor_hash(_read(file, name)):
+                raise CalibrantError(f"{file}: tensor {name} is not what was solved; the disk may be failing")
         if set(places) != set(self._hashes):
             raise CalibrantError(f"{files[0].parent}: tensors are missing after writing; the disk may be failing")
         for base, expected in self._codes.items():
@@ -326,10 +334,15 @@ class _Writer:
         tensors = {}
         for name, file in places.items():
             if name.startswith(base) and "." not in name.removeprefix(base):
-                with safe_open(file, framework="pt") as opened:
-                    tensors[name.removeprefix(base)] = opened.get_tensor(name)
+                tensors[name.removeprefix(base)] = _read(file, name)
         if _codes_hash(format_for(self._plan.layout).read(tensors, self._plan.layout)) != expected:
             raise CalibrantError(f"{places[base + 'weight_scale']}: {base}* does not unpack to what was solved")
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(name)
+    return tensor
 
 
 def _tensor_hash(tensor: torch.Tensor) -> str:
@@ -366,7 +379,7 @@ def _record(
         "calibrant_version": calibrant.__version__,
         "recipe": plan.recipe.model_dump(),
         "format": format_for(plan.layout).name if plan.layout else "dense",
-        "model": {"name": model.folder.path.resolve().name, **model.folder.identity()},
+        "model": {"name": model.folder.name, **model.folder.identity()},
         "calibration": calibration.manifest.model_dump(exclude={"rows"}) if calibration is not None else None,
         "settings": settings.describe(),
         "libraries": library_versions(),

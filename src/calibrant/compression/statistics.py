@@ -1,19 +1,10 @@
-"""What solvers need to know of a layer's input, accumulated over counted tokens only."""
-
-from typing import Protocol
+"""What solvers need to know of a layer's input, accumulated over counted tokens only; ``tokens`` counts them."""
 
 import torch
 
 from calibrant.kernels.gram import add_gram
 
-
-class Statistic(Protocol):
-    """A sum over tokens; ``tokens`` counts them."""
-
-    tokens: int
-
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add the rows of ``inputs`` ``[tokens, in_features]``."""
+_CHUNK_ROWS = 256
 
 
 class Hessian:
@@ -42,5 +33,6 @@ class ColumnNorm:
 
     def add(self, inputs: torch.Tensor) -> None:
         self.tokens += inputs.shape[0]
-        # Ten times faster on a CPU than a norm over the first axis.
-        self.sum_of_squares += inputs.float().square().sum(0)
+        # Squaring chunks that stay in the cache is ten times faster on a CPU than a norm over the first axis.
+        for rows in inputs.split(_CHUNK_ROWS):
+            self.sum_of_squares += rows.to(torch.float32, copy=True).square_().sum(0)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import transformers
 
+from calibrant.evaluation.windows import EvaluationText
 from calibrant.progress import Progress
 
 # Positions whose distributions are held at a time: vocabulary x positions x 8 bytes, twice.
@@ -16,11 +17,11 @@ _PERCENTILES = (50, 90, 95, 99)
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``exp`` of the mean negative log-likelihood; the interval is 95 %, over windows (Student's t)."""
+    """``exp`` of the mean negative log-likelihood; a 95 % interval over windows (Student's t), None for one window."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,32 @@ class Divergence:
     ``kl_mean`` is the mean of ``KL(original || compressed)`` in nats and ``kl_standard_error`` its standard error over
     windows, since tokens of one window are not independent (ours). ``same_top`` is the share of tokens with the same
     most likely next token. ``log_ratio`` is ``log(ppl compressed / ppl original)``, paired by window, with its 95 %
-    interval.
+    interval. What needs two windows is None for one.
     """
 
     kl_mean: float
-    kl_standard_error: float
+    kl_standard_error: float | None
     kl_percentiles: dict[str, float]
     kl_max: float
     same_top: float
-    same_top_standard_error: float
+    same_top_standard_error: float | None
     log_ratio: float
-    log_ratio_low: float
-    log_ratio_high: float
+    log_ratio_low: float | None
+    log_ratio_high: float | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of one model; ``original`` and ``divergence`` are None if it was compared with nothing."""
+    """Results of one model.
+
+    ``tokens_dropped`` of the text fell into no window that was used; ``original`` and ``divergence`` are None if the
+    model was compared with nothing.
+    """
 
     windows: int
     length: int
     tokens: int
+    tokens_dropped: int
     perplexity: Perplexity
     original: Perplexity | None = None
     divergence: Divergence | None = None
@@ -59,10 +65,11 @@ class Evaluation:
 def evaluate_models(
     model: transformers.PreTrainedModel,
     original: transformers.PreTrainedModel | None,
-    windows: torch.Tensor,
+    text: EvaluationText,
     progress: Progress,
 ) -> Evaluation:
-    """Run both models over ``windows`` int64 ``[n, length]``, one window at a time, in float32 statistics."""
+    """Run both models over the windows of ``text``, one at a time, in float32 statistics."""
+    windows = text.windows
     losses, original_losses, divergences, agreements = [], [], [], []
     with progress.task("evaluating", len(windows)) as task, torch.inference_mode():
         for window in windows:
@@ -81,11 +88,10 @@ def evaluate_models(
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     loss = np.array(losses)
     if original is None:
-        return Evaluation(len(windows), windows.shape[1], tokens, _perplexity(loss))
+        return Evaluation(len(windows), windows.shape[1], tokens, text.tokens_dropped, _perplexity(loss))
     divergence = _divergence(np.concatenate(divergences), np.concatenate(agreements), loss, np.array(original_losses))
-    return Evaluation(
-        len(windows), windows.shape[1], tokens, _perplexity(loss), _perplexity(np.array(original_losses)), divergence
-    )
+    sizes = (len(windows), windows.shape[1], tokens, text.tokens_dropped)
+    return Evaluation(*sizes, _perplexity(loss), _perplexity(np.array(original_losses)), divergence)
 
 
 def _compare(
@@ -110,22 +116,28 @@ def _compare(
     return loss / count, reference_loss / count, np.concatenate(divergences)[None], np.concatenate(agreements)[None]
 
 
-def _half_width(values: np.ndarray) -> float:
-    """Half the 95 % interval of the mean of one value a window; infinite for a single window."""
+def _half_width(values: np.ndarray) -> float | None:
+    """Half the 95 % interval of the mean of one value a window."""
     from scipy import stats  # heavy, and only evaluation needs it
 
-    if len(values) < 2:
-        return math.inf
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    error = _standard_error(values)
+    return None if error is None else float(stats.t.ppf(0.975, len(values) - 1)) * error
+
+
+def _standard_error(by_window: np.ndarray) -> float | None:
+    return float(by_window.std(ddof=1) / math.sqrt(len(by_window))) if len(by_window) > 1 else None
 
 
 def _perplexity(losses: np.ndarray) -> Perplexity:
     mean, half = float(losses.mean()), _half_width(losses)
-    return Perplexity(math.exp(mean), math.exp(mean - half), math.exp(min(mean + half, 700.0)))
+    if half is None:
+        return Perplexity(_exp(mean), None, None)
+    return Perplexity(_exp(mean), _exp(mean - half), _exp(mean + half))
 
 
-def _standard_error(by_window: np.ndarray) -> float:
-    return float(by_window.std(ddof=1) / math.sqrt(len(by_window))) if len(by_window) > 1 else math.inf
+def _exp(value: float) -> float:
+    """Clamped, so that a broken model gives a huge number and not an overflow."""
+    return math.exp(min(value, 700.0))
 
 
 def _divergence(kl: np.ndarray, same: np.ndarray, losses: np.ndarray, original_losses: np.ndarray) -> Divergence:
@@ -140,6 +152,6 @@ def _divergence(kl: np.ndarray, same: np.ndarray, losses: np.ndarray, original_l
         same_top=float(same.mean()),
         same_top_standard_error=_standard_error(same.mean(1)),
         log_ratio=float(difference.mean()),
-        log_ratio_low=float(difference.mean()) - half,
-        log_ratio_high=float(difference.mean()) + half,
+        log_ratio_low=None if half is None else float(difference.mean()) - half,
+        log_ratio_high=None if half is None else float(difference.mean()) + half,
     )

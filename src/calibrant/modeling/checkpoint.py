@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from calibrant.errors import CalibrantError
+from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_file, sha256_json
 
 SINGLE_FILE = "model.safetensors"
@@ -35,13 +35,14 @@ class ModelFolder:
     Args:
         path: the folder.
         allow_encoder: also accept architectures that are not causal language models (BERT classifiers).
+        allow_quantized: also accept a model that is quantized already.
 
     Raises:
         CalibrantError: the folder, its configuration or one of its shards is missing, damaged or of a kind that
             cannot be compressed.
     """
 
-    def __init__(self, path: str | Path, allow_encoder: bool = False) -> None:
+    def __init__(self, path: str | Path, allow_encoder: bool = False, allow_quantized: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CalibrantError(f"{self.path}: no such model folder (a model on the hub is written hub:owner/name)")
@@ -50,9 +51,22 @@ class ModelFolder:
         self.config_dict = _read_json(self.path / "config.json")
         self.config = _read_config(self.path)
         self.architecture = _architecture(self.path, self.config_dict, allow_encoder)
-        if "quantization_config" in self.config_dict:
+        if "quantization_config" in self.config_dict and not allow_quantized:
             raise CalibrantError(f"{self.path}: the model is quantized already; start from its original weights")
         self.tensors = _tensor_table(self.path)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, or for a snapshot from the hub its repository and revision."""
+        path = self.path.resolve()
+        if path.parent.name == "snapshots":
+            return path.parent.parent.name.removeprefix("models--").replace("--", "/") + "@" + path.name
+        return path.name
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids the embedding holds."""
+        return int(self.config.get_text_config().vocab_size)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as it is stored."""
@@ -79,7 +93,8 @@ class ModelFolder:
     def context_length(self) -> int | None:
         """The longest sequence the configuration promises, or None where it names none."""
         text = self.config.get_text_config()
-        return int(text.max_position_embeddings) if hasattr(text, "max_position_embeddings") else None
+        length = vars(text).get("max_position_embeddings", vars(text).get("n_positions"))
+        return int(length) if isinstance(length, int) else None
 
     def identity(self) -> dict[str, str]:
         """Hashes of configuration and weights for manifests and reports; no paths."""
@@ -102,21 +117,28 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _is_file_map(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(name, str) for name in value.values())
+
+
 def _read_config(path: Path) -> transformers.PretrainedConfig:
     try:
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrantError(f"{path / 'config.json'}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # wrong values raise whatever the configuration class happens to stumble over
+        raise CalibrantError(f"{path / 'config.json'}: {first_line(error)}") from error
     return config
 
 
 def _architecture(path: Path, config: dict[str, Any], allow_encoder: bool) -> str:
-    named = (config.get("architectures") or [""])[0]
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if named in causal or (allow_encoder and hasattr(transformers, named or "-")):
-        return str(named)
+    listed = config.get("architectures")
+    named = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
+    if named in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return named
+    known = getattr(transformers, named, None) if allow_encoder and named else None
+    if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
+        return named
     raise CalibrantError(
         f"{path / 'config.json'}: architecture {named or 'not named'} is not a causal language model that transformers "
         f"{transformers.__version__} knows"
@@ -128,9 +150,9 @@ def _tensor_table(path: Path) -> dict[str, TensorInfo]:
     index = path / INDEX_FILE
     weight_map: dict[str, str] = {}
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map") or {}
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CalibrantError(f"{index}: no weight_map in it")
+        weight_map = _read_json(index).get("weight_map", {})
+        if not _is_file_map(weight_map):
+            raise CalibrantError(f"{index}: no weight_map of tensor names to files in it")
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name:
@@ -144,7 +166,12 @@ def _tensor_table(path: Path) -> dict[str, TensorInfo]:
         raise CalibrantError(f"{path}: no {SINGLE_FILE} in it; only safetensors weights are read")
     table: dict[str, TensorInfo] = {}
     for file in files:
-        table.update(_shard_table(file))
+        try:
+            table.update(_shard_table(file))
+        except (OSError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CalibrantError(f"{file}: not a readable safetensors file ({first_line(error)})") from error
+    if not table:
+        raise CalibrantError(f"{path}: its safetensors hold no tensor")
     if set(weight_map) - set(table):
         missing = sorted(set(weight_map) - set(table))[0]
         raise CalibrantError(f"{index}: names tensor {missing}, which is in no shard")

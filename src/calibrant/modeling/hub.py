@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from calibrant.errors import CalibrantError
+from calibrant.errors import CalibrantError, first_line
 
 _PREFIX = "hub:"
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
@@ -23,4 +23,4 @@ def model_path(name: str | Path) -> Path:
         revision = huggingface_hub.HfApi().model_info(repository).sha
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_WANTED))
     except Exception as error:  # the hub client raises many unrelated classes for "not reachable" and "not there"
-        raise CalibrantError(f"{name}: cannot be fetched from the hub ({str(error).splitlines()[0]})") from error
+        raise CalibrantError(f"{name}: cannot be fetched from the hub ({first_line(error)})") from error

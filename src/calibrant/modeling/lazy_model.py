@@ -103,8 +103,13 @@ class LazyModel:
         return [n for target, names in self._sources.items() if not target.startswith(inside) for n in names]
 
     def load_outside(self, prefixes: list[str]) -> None:
-        """Read what lies outside ``prefixes`` (module names of the blocks)."""
-        self.load(self.names_outside(prefixes))
+        """Read what the base model has outside ``prefixes`` (module names of the blocks): embeddings, final norm."""
+        inside = tuple(prefix + "." for prefix in prefixes)
+        base = self.module.base_model_prefix + "."
+        wanted = [target for target in self._sources if not target.startswith(inside)]
+        if any(target.startswith(base) for target in wanted):
+            wanted = [target for target in wanted if target.startswith(base)]  # the head is not needed
+        self.load([name for target in wanted for name in self._sources[target]])
         self.module.tie_weights()
 
     def to_checkpoint(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -70,6 +70,19 @@ class BlockStructure:
     last_use: tuple[int, ...]
     hidden_last_use: int
 
+    def partly(self, ignored: Callable[[str], bool]) -> list[str]:
+        """A sentence for each group of which only some linears are ignored; inference engines fuse such groups."""
+        sentences = []
+        for stage in self.stages:
+            if isinstance(stage, InputGroup):
+                names = [linear.name for linear in stage.linears if ignored(linear.name)]
+                if names and len(names) < len(stage.linears):
+                    sentences.append(
+                        f"{', '.join(names)} read the same input as layers that are compressed: engines that fuse such "
+                        "layers, like vLLM, may not load the result"
+                    )
+        return sentences
+
     def without(self, ignored: Callable[[str], bool]) -> "BlockStructure":
         """The structure less the linears whose name ``ignored`` says yes to."""
         kept: list[tuple[int, Stage]] = []

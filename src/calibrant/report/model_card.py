@@ -37,7 +37,7 @@ def model_card(record: dict[str, Any]) -> str:
         ]
     lines += ["", "## Layers with the largest relative error", "", "| layer | relative error |", "| --- | --- |"]
     worst = sorted(record["layers"], key=lambda layer: -layer["relative_error"])[:_WORST_LAYERS]
-    lines += [f"| `{layer['name']}` | {layer['relative_error']:.4f} |" for layer in worst]
+    lines += [f"| `{layer['name']}` | {layer['relative_error']:.3g} |" for layer in worst]
     if record["notes"]:
         lines += ["", "## Notes", ""] + [f"- {note}" for note in record["notes"]]
     lines += ["", "Everything that determined this result is in `calibrant.json`.", ""]

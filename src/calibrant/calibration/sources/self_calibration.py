@@ -1,5 +1,6 @@
 """Self-calibration: the model writes its own calibration text from BOS alone (arXiv 2410.17170 §3; methods.md §24)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,8 +30,8 @@ class TemperatureSchedule:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.initial < 0 or self.final < 0 or self.steps < 0:
-            raise CalibrantError("temperatures and temperature steps must not be negative")
+        if not (0 <= self.initial < math.inf and 0 <= self.final < math.inf and self.steps >= 0):
+            raise CalibrantError("temperatures must be finite, and like temperature steps not negative")
 
     def table(self, length: int) -> torch.Tensor:
         """Temperatures of steps 1 ... ``length`` as float64 ``[length]``."""
@@ -61,10 +62,11 @@ def generate_self_calibration(
     """
     uniforms = np.stack([generator(seed, "self", draw, row).random(length) for row in range(samples)])
     rows: list[torch.Tensor] = []
+    counts = {"generations": samples}
     with progress.task("generating", samples * length) as task, torch.inference_mode():
         for begin in range(0, samples, batch_size):
             chunk = torch.from_numpy(uniforms[begin : begin + batch_size]).to(model.device)
-            for column in _generate(model, tokenizer, chunk, schedule, rows):
+            for column in _generate(model, tokenizer, chunk, schedule, rows, counts):
                 task.advance(column)
     tokens = torch.cat(rows).to(torch.int32)
     manifest = Manifest(
@@ -83,7 +85,7 @@ def generate_self_calibration(
         length=length,
         tokenizer_sha256=tokenizer.sha256,
         model=dict(provenance),
-        counts={"generations": int((tokens == tokenizer.start_id).sum())},
+        counts=counts,
     )
     return CalibrationSet.build(tokens, torch.ones_like(tokens, dtype=torch.bool), manifest)
 
@@ -94,6 +96,7 @@ def _generate(
     uniforms: torch.Tensor,
     schedule: TemperatureSchedule,
     rows: list[torch.Tensor],
+    counts: dict[str, int],
 ) -> Iterator[int]:
     """Fill one batch column by column; yields the number of tokens of each finished column."""
     batch, length = uniforms.shape
@@ -122,6 +125,7 @@ def _generate(
         chosen = _sample(logits, temperatures[position], uniforms[:, column])
         # A row whose last token ended its text starts over: BOS next, nothing before it attended.
         ended = torch.isin(previous, ends) & (position > 0)
+        counts["generations"] += int(ended.sum())
         tokens[:, column] = torch.where(ended, tokenizer.start_id, chosen)
         attended[ended] = 0
         position = torch.where(ended, 0, position + 1)

@@ -2,7 +2,7 @@
 
 import torch
 
-from calibrant.compression.grids import Grid, GridSpec, fit_grid
+from calibrant.compression.grids import Grid, GridSpec
 from calibrant.compression.solvers.result import Solution, SolverRecord, layer_errors
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.compression.solvers.second_order import prepare, undo
@@ -28,13 +28,14 @@ def gptq(
     If no damping makes the Hessian factor, the whole layer is rounded to nearest and the record says so.
     """
     rounded = rtn(weight, spec)
-    assert rounded.codes is not None
+    codes_of_rounding, grid = rounded.codes, rounded.grid
+    assert codes_of_rounding is not None
+    assert grid is not None
     try:
         prepared = prepare(weight, hessian, damping, act_order)
     except NotPositiveDefiniteError:
         record = SolverRecord(fallback="Hessian not positive definite, rounded to nearest")
         return Solution(rounded.weight, rounded.codes, rounded.grid, record=record)
-    grid = fit_grid(weight, spec)
     problem = quantization_problem(prepared.weight, prepared.factor, prepared.order, grid)
     solved = solve_columns(problem, block_size, compiled)
     values, codes = undo(prepared.order, solved.weight), undo(prepared.order, solved.codes)
@@ -43,7 +44,7 @@ def gptq(
     errors = solved.loss - strength * (prepared.weight - solved.weight).square().sum(1)
     rounded_errors = layer_errors(weight, rounded.weight, hessian)
     worse = errors > rounded_errors
-    values[worse], codes[worse] = rounded.weight[worse], rounded.codes[worse]
+    values[worse], codes[worse] = rounded.weight[worse], codes_of_rounding[worse]
     errors = torch.minimum(errors, rounded_errors)
     record = SolverRecord(prepared.damping, prepared.damping > damping, prepared.dead_columns, int(worse.sum()))
     return Solution(values, codes, grid, errors=errors, rounded=worse, record=record)
