@@ -39,7 +39,7 @@ def generate(
     *,
     strategy: str = "self",
     samples: int = DEFAULT_SAMPLES,
-    length: int = DEFAULT_LENGTH,
+    length: int | None = None,
     seed: int = 0,
     draw: int = 0,
     temperature: TemperatureSchedule | None = None,
@@ -50,13 +50,15 @@ def generate(
 ) -> CalibrationSet:
     """Make a calibration set without a corpus: ``strategy`` "self" (the model writes it) or "vocabulary".
 
-    ``draw`` numbers independent sets of one seed. ``length`` may not exceed the model's context.
+    ``draw`` numbers independent sets of one seed. ``length`` may not exceed the model's context; left out, it is 512 or
+    the context, whichever is shorter.
 
     Raises:
         CalibrantError: the model folder or an option does not fit.
     """
-    _check_size(samples, length, seed, draw)
     folder = ModelFolder(model_path(model))
+    length = length if length is not None else _default_length(folder)
+    _check_size(samples, length, seed, draw)
     _check_length(folder, length)
     tokenizer = Tokenizer(folder.path)
     if strategy == "vocabulary":
@@ -123,12 +125,13 @@ class PreparedRun:
     settings: Settings
     output: Path
 
-    def estimate(self, samples: int, length: int) -> Estimate:
-        """Seconds, memory and disk of the run with a set of that size, roughly.
+    def estimate(self, samples: int, length: int | None) -> Estimate:
+        """Seconds, memory and disk of the run with a set of that size (None: the default length), roughly.
 
         Raises:
             CalibrantError: such a set could not be made for this model.
         """
+        length = length if length is not None else _default_length(self.model.folder)
         _check_size(samples, length, 0, 0)
         _check_length(self.model.folder, length)
         return estimate(self.model, self.plan, samples, length, self.settings.dtype)
@@ -209,11 +212,7 @@ def compress(
     )
     needs_data = prepared.plan.recipe.needs_data
     if given is None and needs_data:
-        context = prepared.model.folder.context_length or DEFAULT_LENGTH
-        length = min(DEFAULT_LENGTH, context)
-        given = generate(
-            prepared.model.folder.path, length=length, seed=seed, device=device, dtype=dtype, progress=listener
-        )
+        given = generate(prepared.model.folder.path, seed=seed, device=device, dtype=dtype, progress=listener)
     return prepared.run(given if needs_data else None, listener)
 
 
@@ -267,6 +266,10 @@ def _check_size(samples: int, length: int, seed: int, draw: int) -> None:
             f"{samples} samples of {length} tokens, seed {seed}, draw {draw}: "
             "need at least 1 sample of 2 tokens, and a seed and draw of at least 0"
         )
+
+
+def _default_length(folder: ModelFolder) -> int:
+    return min(DEFAULT_LENGTH, folder.context_length or DEFAULT_LENGTH)
 
 
 def _check_length(folder: ModelFolder, length: int) -> None:

@@ -10,8 +10,8 @@ from calibrant.cli.console import (
     DrawOption,
     DtypeOption,
     JsonOption,
-    LengthOption,
     ModelArgument,
+    ModelLengthOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
@@ -40,7 +40,7 @@ def compress(
         typer.Option("--calibration", "-c", help="Calibration set folder; left out, the model writes its own."),
     ] = None,
     samples: SamplesOption = 128,
-    length: LengthOption = 512,
+    length: ModelLengthOption = None,
     seed: SeedOption = 0,
     draw: DrawOption = 0,
     bits: Annotated[int | None, typer.Option("--bits", help="Weight bits instead of the recipe's.")] = None,
@@ -100,8 +100,8 @@ def compress(
         if given is not None and not chosen.needs_data:
             screen.note(f"note: {chosen.name} uses no data, the calibration set is left out")
         if dry_run:
-            size = given.tokens.shape if given is not None else (samples, length)
-            estimate = prepared.estimate(int(size[0]), int(size[1]))
+            made = given.manifest if given is not None else None
+            estimate = prepared.estimate(made.samples if made else samples, made.length if made else length)
             lines = {
                 "model": model,
                 "recipe": prepared.plan.recipe.name,

@@ -21,6 +21,9 @@ ModelArgument = Annotated[
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
 SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="Rows of the calibration set.")]
 LengthOption = Annotated[int, typer.Option("--length", "-l", help="Tokens of a row or window.")]
+ModelLengthOption = Annotated[
+    int | None, typer.Option("--length", "-l", help="Tokens of a row; 512, or the model's context if that is shorter.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 DrawOption = Annotated[int, typer.Option("--draw", help="Which of the independent sets of a seed: 0, 1, ...")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]

@@ -13,6 +13,7 @@ from calibrant.cli.console import (
     JsonOption,
     LengthOption,
     ModelArgument,
+    ModelLengthOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
@@ -24,6 +25,7 @@ from calibrant.cli.console import (
 
 if TYPE_CHECKING:
     from calibrant.calibration.calibration_set import CalibrationSet
+    from calibrant.calibration.tokenizer import Tokenizer
 
 app = typer.Typer(help="Make, choose and look at calibration sets.", no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -36,7 +38,7 @@ def generate(
         str, typer.Option("--strategy", help="self (the model writes) or vocabulary (random tokens).")
     ] = "self",
     samples: SamplesOption = 128,
-    length: LengthOption = 512,
+    length: ModelLengthOption = None,
     seed: SeedOption = 0,
     draw: DrawOption = 0,
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature after the first steps.")] = 1.0,
@@ -155,10 +157,15 @@ def inspect(
             tokenizer = Tokenizer(model)
             if tokenizer.sha256 != loaded.manifest.tokenizer_sha256:
                 raise CalibrantError(f"{folder}: was made with another tokenizer than {model}'s")
-            if int(loaded.tokens.min()) < 0 or int(loaded.tokens.max()) >= tokenizer.size:
-                raise CalibrantError(f"{folder}: holds token ids outside the tokenizer's {tokenizer.size}")
-            texts = [tokenizer.decode(row.tolist()) for row in loaded.tokens[:rows]]
+            texts = [_readable(tokenizer, row.tolist()) for row in loaded.tokens[:rows]]
         _show(loaded, texts, screen)
+
+
+def _readable(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    """Text of a row; a model's embedding may hold more ids than its tokenizer knows."""
+    known = [index for index in ids if 0 <= index < tokenizer.size]
+    unknown = len(ids) - len(known)
+    return tokenizer.decode(known) + (f"\n({unknown} ids that the tokenizer does not know)" if unknown else "")
 
 
 def _save(made: "CalibrationSet", output: Path, screen: Terminal) -> None:
