@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.compression.grids import Grid, GridSpec, decode
+from calibrant.compression.grids import GridSpec
 from calibrant.compression.recipe import builtin_recipes, load_recipe
 from calibrant.compression.solvers.rtn import rtn
-from calibrant.formats.quantized import Layout, PackQuantized
+from tests.checkpoints import put_stored_weights
 from tests.conftest import ARCHITECTURES, random_set, write_model
 
 # How the scheme of each recipe looks on a tiny model whose widths 128 does not divide.
@@ -40,17 +40,9 @@ def logits(model: transformers.PreTrainedModel) -> torch.Tensor:
 
 
 def in_memory(model: Path, output: Path, architecture: str) -> transformers.PreTrainedModel:
-    """The original model with the weights that the output's own codes decode to."""
+    """The original model with what the output stores put in."""
     original = load(model, architecture)
-    stored = load_file(output / "model.safetensors")
-    for name, module in original.named_modules():
-        tensors = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
-        if "weight_scale" in tensors:
-            codes = PackQuantized().read(tensors, Layout(4, True, 32, False))
-            grid = Grid(GridSpec(4, True, 32, torch.float32), codes.scale.float(), codes.zero.float())
-            module.weight.data = decode(codes.codes, grid)
-        elif "weight" in tensors:
-            module.weight.data = tensors["weight"]
+    put_stored_weights(original, output, group_size=32)
     return original
 
 

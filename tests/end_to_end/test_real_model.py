@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import calibrant as cb
-from calibrant.compression.grids import Grid, GridSpec, decode
 from calibrant.compression.recipe import load_recipe
-from calibrant.formats.quantized import Layout, PackQuantized
+from tests.checkpoints import put_stored_weights
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +26,7 @@ def compressed(smollm2: Path, made: cb.CalibrationSet, tmp_path_factory: pytest.
 
 def test_the_written_model_computes_what_was_solved(smollm2: Path, compressed: Path) -> None:
     original = transformers.AutoModelForCausalLM.from_pretrained(smollm2).eval()
-    stored = load_file(compressed / "model.safetensors")
-    for name, module in original.named_modules():
-        tensors = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
-        if "weight_scale" in tensors:
-            codes = PackQuantized().read(tensors, Layout(4, True, 64, False))
-            grid = Grid(GridSpec(4, True, 64, torch.float32), codes.scale.float(), codes.zero.float())
-            module.weight.data = decode(codes.codes, grid)
+    put_stored_weights(original, compressed, group_size=64)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(compressed).eval()
     tokens = torch.arange(5, 69)[None]
     with torch.no_grad():

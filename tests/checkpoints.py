@@ -1,0 +1,22 @@
+"""What an output folder stores, put into a model by this project's own reading of the format."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from calibrant.compression.grids import Grid, GridSpec, decode
+from calibrant.formats.quantized import Layout, PackQuantized
+
+
+def put_stored_weights(model: torch.nn.Module, output: Path, group_size: int) -> None:
+    """Overwrite the weights of ``model`` with those of ``output``: symmetric 4-bit codes decoded, or dense values."""
+    stored = load_file(output / "model.safetensors")
+    for name, module in model.named_modules():
+        tensors = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
+        if "weight_scale" in tensors:
+            codes = PackQuantized().read(tensors, Layout(4, True, group_size, False))
+            spec = GridSpec(4, True, group_size, torch.float32)
+            module.weight.data = decode(codes.codes, Grid(spec, codes.scale.float(), codes.zero.float()))
+        elif "weight" in tensors:
+            module.weight.data = tensors["weight"]
