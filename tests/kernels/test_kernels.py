@@ -7,13 +7,15 @@ from hypothesis import strategies as st
 
 from calibrant.compression.grids import GridSpec, fit_grid
 from calibrant.compression.solvers.gptq import quantization_problem
-from calibrant.kernels import bfloat16_gram
+from calibrant.kernels import bfloat16_gram, bfloat16_tile
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
 from calibrant.kernels.gram import add_gram
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError, inverse_factor
 from calibrant.kernels.masks import keep_largest_by_row
 from tests import references
+
+needs_bfloat16_tile = pytest.mark.skipif(not bfloat16_tile.available(), reason="this processor has no AVX512-BF16")
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 193, 400])
@@ -79,7 +81,7 @@ def test_the_symmetric_product(dtype: torch.dtype, tokens: int, width: int) -> N
     torch.testing.assert_close(lower.tril().double(), expected.tril(), rtol=1e-4, atol=1e-4 * tokens**0.5)
 
 
-@pytest.mark.skipif(not bfloat16_gram.available(), reason="this processor has no AVX512-BF16")
+@needs_bfloat16_tile
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 120), st.integers(0, 99))
 def test_the_bfloat16_kernel_adds_to_what_is_there(tokens: int, width: int, seed: int) -> None:
@@ -101,14 +103,49 @@ def test_short_rows_are_ranked_as_sorting_would(width: int, data: st.DataObject)
     assert torch.equal(keep_largest_by_row(scores, dropped), expected)
 
 
-@pytest.mark.parametrize("length", [1, 5, 128, 200])
-@pytest.mark.parametrize("shared", [1, 2, 4])
-def test_blocked_attention_is_attention(length: int, shared: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 4, length, 16, generator=generator).bfloat16()
-    key, value = (torch.randn(2, shared, length, 16, generator=generator).bfloat16() for _ in range(2))
+def _attention_inputs(batch: int, heads: int, shared: int, length: int, width: int, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, length, count, width, generator=generator).bfloat16().transpose(1, 2)
+        for count in (heads, shared, shared)
+    ]
+
+
+@needs_bfloat16_tile
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 130), st.integers(1, 40), st.integers(0, 9)
+)
+def test_causal_attention_is_attention(batch: int, shared: int, group: int, length: int, half: int, seed: int) -> None:
+    query, key, value = _attention_inputs(batch, shared * group, shared, length, 2 * half, seed)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        query.float(), key.float(), value.float(), is_causal=True, enable_gqa=True
+        query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True, scale=0.25
     )
     ours = causal_attention(query, key, value, 0.25)
-    torch.testing.assert_close(ours.float(), expected.transpose(1, 2), rtol=0.03, atol=0.03)
+    torch.testing.assert_close(ours.double(), expected.transpose(1, 2), rtol=0.01, atol=0.01)
+
+
+@needs_bfloat16_tile
+def test_causal_attention_never_looks_ahead() -> None:
+    query, key, value = _attention_inputs(1, 2, 1, 100, 16, 0)
+    before = causal_attention(query, key, value, 0.25)
+    key[:, :, 60:], value[:, :, 60:] = 1e4, -1e4
+    after = causal_attention(query, key, value, 0.25)
+    assert torch.equal(before[:, :60], after[:, :60])
+
+
+@needs_bfloat16_tile
+def test_causal_attention_of_scores_far_apart_is_the_largest() -> None:
+    query, key, value = _attention_inputs(1, 1, 1, 64, 16, 0)
+    query[:], key[:] = 1, -100
+    key[:, :, 0] = 100
+    torch.testing.assert_close(causal_attention(query, key, value, 1.0)[0, :, 0], value[0, 0, :1].expand(64, -1))
+
+
+@needs_bfloat16_tile
+def test_causal_attention_takes_views_that_no_pair_of_numbers_fits() -> None:
+    query, key, value = _attention_inputs(1, 1, 1, 20, 16, 0)
+    wide = torch.empty(1, 1, 20, 17, dtype=torch.bfloat16)
+    shifted = wide[..., 1:]
+    shifted.copy_(query)
+    assert torch.equal(causal_attention(shifted, key, value, 0.25), causal_attention(query, key, value, 0.25))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from calibrant.allocator import return_freed_memory
 from calibrant.errors import CalibrantError
 from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.structure import BlockStructure, Experts, ExpertUse, InputGroup, Linear, Stage, watch_experts
@@ -90,6 +91,7 @@ def sequential_pass(
                     visitor.add(stage.linears, _counted(arrived[1][0], batch.mask, stage))
                 else:
                     arrivals.append((arrived[1], arrived[2]))
+            return_freed_memory()
             if isinstance(stage, InputGroup):
                 visitor.solve(stage.linears)
             else:

@@ -45,7 +45,7 @@ class Settings:
     device: torch.device
     sequential: bool = True
     propagate: bool = True
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int = 2048
     overwrite: bool = False
 
     def describe(self) -> dict[str, Any]:

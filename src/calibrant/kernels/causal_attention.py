@@ -1,33 +1,185 @@
-"""Causal attention in bfloat16 on a CPU, block of queries by block of queries.
+"""Causal attention in bfloat16 on a CPU with the bfloat16 register tile.
 
-PyTorch's fused CPU attention runs its bfloat16 products well below the rate of the processor's matrix units. Plain
-batched products over blocks of queries, which skip the keys above the diagonal, take about 40 % of its time for
-sequences of 512 (``benchmarks/kernels.py``). Scores and probabilities are rounded to bfloat16, as in unfused attention.
+Scores are built transposed, keys by queries: the softmax over the keys then runs down the columns, a vector of queries
+at a time, and its result already lies as the second product wants it. Keys after the last query of a panel are never
+looked at. Scores, their maximum and their sum are float32; probabilities are rounded to bfloat16 before they weigh the
+values and the sum divides afterwards, as in FlashAttention (arXiv 2205.14135, algorithm 1).
 """
 
+from collections.abc import Callable
+
+import numba
+import numpy as np
 import torch
 
-_QUERY_BLOCK = 128
+from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile
+
+_LOG2_E = 1.4426950408889634
+# Below this power of two a float32 would be denormal; such a probability counts as zero.
+_LEAST_POWER = -126.0
+# 2^f for f in [-1/2, 1/2]: Taylor's polynomial of degree 6, relative error below 2e-7.
+_C1, _C2, _C3, _C4, _C5, _C6 = (np.log(2.0) ** k / f for k, f in ((1, 1), (2, 2), (3, 6), (4, 24), (5, 120), (6, 720)))
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of every position to itself and earlier ones.
+    """Attention of every position to itself and earlier ones; needs ``bfloat16_tile.available()``.
 
     ``query`` ``[batch, heads, length, width]``; ``key``, ``value`` ``[batch, kv heads, length, width]``; ``heads`` is a
-    multiple of ``kv heads``. Returns ``[batch, length, heads, width]``.
+    multiple of ``kv heads``, ``width`` is even, ``scale`` positive. Returns ``[batch, length, heads, width]``; all
+    bfloat16.
     """
     batch, heads, length, width = query.shape
-    shared = key.shape[1]
-    grouped = query.reshape(batch * shared, heads // shared, length, width)
-    keys, values = key.reshape(-1, length, width), value.reshape(-1, length, width)
-    output = torch.empty(batch, length, shared, heads // shared, width, dtype=query.dtype)
-    for begin in range(0, length, _QUERY_BLOCK):
-        end = min(begin + _QUERY_BLOCK, length)
-        rows = grouped[:, :, begin:end].reshape(batch * shared, -1, width)
-        scores = torch.baddbmm(rows.new_empty(1), rows, keys[:, :end].transpose(1, 2), beta=0, alpha=scale)
-        future = torch.full((end - begin, end - begin), float("-inf"), dtype=query.dtype).triu(1)
-        scores.view(batch * shared, heads // shared, end - begin, end)[..., begin:] += future
-        mixed = torch.bmm(torch.softmax(scores, dim=-1), values[:, :end])
-        mixed = mixed.view(batch, shared, heads // shared, end - begin, width)
-        output[:, begin:end] = mixed.permute(0, 3, 1, 2, 4)
-    return output.view(batch, length, heads, width)
+    output = torch.empty(batch, length, heads, width, dtype=query.dtype)
+    panels = -(-length // COLUMNS)
+    shared = batch * key.shape[1]
+    keys = np.empty((shared, panels, width // 2, COLUMNS), dtype=np.uint32)
+    values = np.empty((shared, -(-width // COLUMNS), -(-length // 2), COLUMNS), dtype=np.uint32)
+    _pack(_pairs(key), _words(value), keys, values)
+    _attend(_pairs(query), keys, values, np.float32(scale * _LOG2_E), _words(output))
+    return output
+
+
+def _words(tensor: torch.Tensor) -> np.ndarray:
+    """The bfloat16 numbers as 16-bit words."""
+    return tensor.view(torch.int16).numpy().view(np.uint16)
+
+
+def _pairs(tensor: torch.Tensor) -> np.ndarray:
+    """Neighbours on the last axis as one 32-bit word."""
+    last = tensor if tensor.stride(-1) == 1 and tensor.storage_offset() % 2 == 0 else tensor.contiguous()
+    even = all(stride % 2 == 0 for stride in last.stride()[:-1])
+    return (
+        (last if even else last.clone(memory_format=torch.contiguous_format)).view(torch.int32).numpy().view(np.uint32)
+    )
+
+
+def _pack_keys_and_values(key_pairs: np.ndarray, value_words: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+    """Keys: panels of keys, pairs along the width; values: panels of the width, pairs of keys. Edges are zero."""
+    shared, length, width = key_pairs.shape[1], key_pairs.shape[2], value_words.shape[3]
+    for index in numba.prange(keys.shape[0]):
+        row, head = index // shared, index % shared
+        for panel in range(keys.shape[1]):
+            _transpose(key_pairs[row, head], panel * COLUMNS, keys[index, panel])
+        for pair in range(values.shape[2]):
+            even = value_words[row, head, 2 * pair]
+            odd = value_words[row, head, min(2 * pair + 1, length - 1)]
+            kept = np.uint32(0xFFFF0000 if 2 * pair + 1 < length else 0)
+            for panel in range(values.shape[1]):
+                first = panel * COLUMNS
+                count = min(COLUMNS, width - first)
+                target = values[index, panel, pair]
+                for column in range(count):
+                    high = (np.uint32(odd[first + column]) << np.uint32(16)) & kept
+                    target[column] = np.uint32(even[first + column]) | high
+                target[count:] = 0
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _transpose(pairs: np.ndarray, first: int, panel: np.ndarray) -> None:
+    """``panel[k, i] = pairs[first + i, k]``, zero past the last row."""
+    count = min(COLUMNS, pairs.shape[0] - first)
+    for column in range(count):
+        source = pairs[first + column]
+        for pair in range(panel.shape[0]):
+            panel[pair, column] = source[pair]
+    for column in range(count, COLUMNS):
+        panel[:, column] = 0
+
+
+def _attend_queries(
+    query_pairs: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: np.float32, output: np.ndarray
+) -> None:
+    """One head of one sequence after the other, panel of queries by panel; ``scale`` includes ``log2 e``."""
+    heads, length, half = query_pairs.shape[1:]
+    shared = keys.shape[0] // query_pairs.shape[0]
+    width = output.shape[3]
+    for task in numba.prange(query_pairs.shape[0] * heads):
+        row, head = task // heads, task % heads
+        source = row * shared + head // (heads // shared)
+        scores = np.empty((keys.shape[1] * COLUMNS, COLUMNS), dtype=np.float32)
+        weights = np.empty((values.shape[2] + 1, COLUMNS), dtype=np.uint32)
+        queries = np.empty((half, COLUMNS), dtype=np.uint32)
+        mixed = np.empty((values.shape[1] * COLUMNS, COLUMNS), dtype=np.float32)
+        divisor = np.empty(COLUMNS, dtype=np.float32)
+        for first in range(0, length, COLUMNS):
+            count = min(first + COLUMNS, length)
+            _transpose(query_pairs[row, head], first, queries)
+            _score(keys[source], queries, count, first, scores)
+            _normalize(scores, count, scale, weights, divisor)
+            _mix(values[source], weights, (count + 1) // 2, width, mixed)
+            for column in range(min(COLUMNS, length - first)):
+                target = output[row, first + column, head]
+                inverse = np.float32(1.0) / divisor[column]
+                for channel in range(width):
+                    target[channel] = np.uint16(_rounded(mixed[channel, column] * inverse) >> np.uint32(16))
+
+
+@numba.njit(error_model="numpy")
+def _score(keys: np.ndarray, queries: np.ndarray, count: int, first: int, scores: np.ndarray) -> None:
+    """Products of keys ``0 .. count`` with the panel of queries that begins at ``first``; later keys get ``-inf``."""
+    right = np.intp(queries.ctypes.data)
+    for begin in range(0, count, ROWS):
+        scores[begin : begin + ROWS] = 0
+        left = np.intp(keys[begin // COLUMNS].ctypes.data) + 4 * (begin % COLUMNS)
+        multiply_tile(left, right, queries.shape[0], np.intp(scores[begin].ctypes.data), COLUMNS)
+    for key in range(first + 1, count):
+        scores[key, : key - first] = -np.inf
+
+
+@numba.njit(error_model="numpy")
+def _normalize(scores: np.ndarray, count: int, scale: np.float32, weights: np.ndarray, divisor: np.ndarray) -> None:
+    """``2^(scale (score - largest))`` down every column as pairs of bfloat16; their sums."""
+    largest = np.full(COLUMNS, -np.inf, dtype=np.float32)
+    for key in range(count):
+        for column in range(COLUMNS):
+            largest[column] = max(largest[column], scores[key, column])
+    divisor[:] = 0
+    for pair in range(count // 2):
+        for column in range(COLUMNS):
+            even = _power(scale * (scores[2 * pair, column] - largest[column]))
+            odd = _power(scale * (scores[2 * pair + 1, column] - largest[column]))
+            divisor[column] += even + odd
+            weights[pair, column] = (_rounded(even) >> np.uint32(16)) | (_rounded(odd) & np.uint32(0xFFFF0000))
+    if count % 2:
+        for column in range(COLUMNS):
+            even = _power(scale * (scores[count - 1, column] - largest[column]))
+            divisor[column] += even
+            weights[count // 2, column] = _rounded(even) >> np.uint32(16)
+
+
+@numba.njit(error_model="numpy")
+def _mix(values: np.ndarray, weights: np.ndarray, pairs: int, width: int, mixed: np.ndarray) -> None:
+    """Values weighed, transposed: ``mixed[channel, query]``."""
+    right = np.intp(weights.ctypes.data)
+    for begin in range(0, width, ROWS):
+        mixed[begin : begin + ROWS] = 0
+        left = np.intp(values[begin // COLUMNS].ctypes.data) + 4 * (begin % COLUMNS)
+        multiply_tile(left, right, pairs, np.intp(mixed[begin].ctypes.data), COLUMNS)
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _power(exponent: np.float32) -> np.float32:
+    """``2^exponent`` for exponents up to 0; zero where it would be denormal."""
+    kept = max(exponent, np.float32(_LEAST_POWER))
+    whole = np.floor(kept + np.float32(0.5))
+    part = kept - whole
+    result = np.float32(_C6)
+    result = result * part + np.float32(_C5)
+    result = result * part + np.float32(_C4)
+    result = result * part + np.float32(_C3)
+    result = result * part + np.float32(_C2)
+    result = result * part + np.float32(_C1)
+    result = result * part + np.float32(1.0)
+    power = np.int32((np.int32(whole) + 127) << 23).view(np.float32)
+    return result * power if exponent > np.float32(_LEAST_POWER) else np.float32(0.0)
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _rounded(number: np.float32) -> np.uint32:
+    """Bits of a float32 whose upper half is the nearest bfloat16, ties to even."""
+    bits = np.float32(number).view(np.uint32)
+    return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+
+
+_pack: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_pack_keys_and_values)
+_attend: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_attend_queries)

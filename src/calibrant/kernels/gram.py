@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from calibrant.kernels import bfloat16_gram
+from calibrant.kernels import bfloat16_gram, bfloat16_tile
 
 # Column blocks of the lower triangle: narrow enough to skip most of the upper half, wide enough for full-rate products.
 _BLOCKS = 6
@@ -18,7 +18,7 @@ def add_gram(lower: torch.Tensor, inputs: torch.Tensor) -> None:
     ``inputs`` ``[tokens, in]`` of any floating dtype. Products and sums are float32; entries above the diagonal
     blocks are left alone, those inside them hold unspecified values.
     """
-    if inputs.dtype is torch.bfloat16 and inputs.device.type == "cpu" and bfloat16_gram.available():
+    if inputs.dtype is torch.bfloat16 and inputs.device.type == "cpu" and bfloat16_tile.available():
         bfloat16_gram.add_gram_bfloat16(lower, inputs)
         return
     width = lower.shape[0]

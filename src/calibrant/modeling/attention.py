@@ -1,4 +1,4 @@
-"""A faster attention for models that transformers would run with ``sdpa`` on a CPU in bfloat16."""
+"""A faster attention for models that transformers would run with ``sdpa`` in bfloat16 on a CPU that multiplies it."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from calibrant.kernels import bfloat16_tile
 from calibrant.kernels.causal_attention import causal_attention
 
 _NAME = "calibrant_causal"
@@ -16,6 +17,8 @@ _NAME = "calibrant_causal"
 def use_fast_attention(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     """Route plain causal attention of ``model`` through ``causal_attention``; anything else stays with ``sdpa``."""
     if dtype is not torch.bfloat16 or device.type != "cpu" or model.config._attn_implementation != "sdpa":
+        return
+    if not bfloat16_tile.available():
         return
     AttentionInterface.register(_NAME, _forward)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
@@ -35,9 +38,9 @@ def _forward(
 ) -> tuple[torch.Tensor, None]:
     causal = is_causal if is_causal is not None else vars(module).get("is_causal", True)
     plain = attention_mask is None and causal and dropout == 0.0 and query.shape[2] == key.shape[2] > 1
-    same_width = query.shape[-1] == value.shape[-1]
-    if plain and same_width and query.dtype is torch.bfloat16:
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    fits = query.shape[-1] == value.shape[-1] and query.shape[-1] % 2 == 0 and scale > 0
+    if plain and fits and query.dtype is torch.bfloat16:
         return causal_attention(query, key, value, scale), None
     result: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
