@@ -145,7 +145,9 @@ def test_causal_attention_of_scores_far_apart_is_the_largest() -> None:
 @needs_bfloat16_tile
 def test_causal_attention_takes_views_that_no_pair_of_numbers_fits() -> None:
     query, key, value = _attention_inputs(1, 1, 1, 20, 16, 0)
-    wide = torch.empty(1, 1, 20, 17, dtype=torch.bfloat16)
-    shifted = wide[..., 1:]
-    shifted.copy_(query)
-    assert torch.equal(causal_attention(shifted, key, value, 0.25), causal_attention(query, key, value, 0.25))
+    expected = causal_attention(query, key, value, 0.25)
+    wide = torch.empty(1, 1, 20, 17, dtype=torch.bfloat16)[..., 1:]
+    shifted = torch.empty(20 * 16 + 1, dtype=torch.bfloat16)[1:].view(1, 1, 20, 16)
+    for odd in (wide, shifted):
+        odd.copy_(query)
+        assert torch.equal(causal_attention(odd, key, value, 0.25), expected)

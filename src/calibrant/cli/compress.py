@@ -142,7 +142,7 @@ def summary(report: "RunReport") -> "list[Table | str]":
     table.add_row("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after")
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     table.add_row("time", f"{sum(report.seconds.values()):.1f} s: {stages}")
-    table.add_row("peak memory", size_text(report.peak_memory_bytes))
+    table.add_row("peak memory", f"{size_text(report.peak_memory_bytes)} (of the process so far)")
     worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:_WORST_LAYERS]
     table.add_row(
         "worst layers", "\n".join(f"{layer.name}  relative error {layer.relative_error:.3g}" for layer in worst)

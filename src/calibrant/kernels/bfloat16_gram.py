@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import torch
 
-from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile
+from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_rows
 
 # Pairs of tokens summed in registers before they are added to S: a panel of them stays in a core's cache.
 _PAIRS = 512
@@ -34,22 +34,13 @@ def add_gram_bfloat16(lower: torch.Tensor, inputs: torch.Tensor) -> None:
 
 
 def _pack_panels(values: np.ndarray, packed: np.ndarray) -> None:
-    """Interleave tokens ``2k`` and ``2k + 1``; what is missing at the edges is zero."""
-    tokens, width = values.shape
-    pairs = (tokens + 1) // 2
+    """Panels of channels, pairs of tokens."""
+    pairs = (values.shape[0] + 1) // 2
     for group in numba.prange((pairs + _PACKED_TOGETHER - 1) // _PACKED_TOGETHER):
         begin = group * _PACKED_TOGETHER
         for panel in range(packed.shape[0]):
-            first = panel * COLUMNS
-            count = min(COLUMNS, width - first)
             for pair in range(begin, min(begin + _PACKED_TOGETHER, pairs)):
-                target = packed[panel, pair]
-                even, odd = values[2 * pair], values[min(2 * pair + 1, tokens - 1)]
-                kept = np.uint32(0xFFFF0000 if 2 * pair + 1 < tokens else 0)
-                for column in range(count):
-                    high = (np.uint32(odd[first + column]) << np.uint32(16)) & kept
-                    target[column] = np.uint32(even[first + column]) | high
-                target[count:] = 0
+                pack_rows(values, pair, panel * COLUMNS, packed[panel, pair])
 
 
 def _accumulate_panels(packed: np.ndarray, pairs: int, lower: np.ndarray) -> None:

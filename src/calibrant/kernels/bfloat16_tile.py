@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
+import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -102,3 +104,19 @@ def _tile_product(typing_context: Any, left: Any, right: Any, pairs: Any, sums: 
 
 # Called from compiled code, where the typing context is not passed.
 multiply_tile: Callable[..., None] = _tile_product
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def pack_rows(values: np.ndarray, pair: int, first: int, step: np.ndarray) -> None:
+    """Write one step of a panel: rows ``2 pair`` and ``2 pair + 1`` of ``values`` from column ``first`` on.
+
+    ``values`` is uint16 ``[rows, width]``, ``step`` uint32 ``[COLUMNS]``; beyond the last row or column it is zero.
+    """
+    rows, width = values.shape
+    count = min(COLUMNS, width - first)
+    even, odd = values[2 * pair], values[min(2 * pair + 1, rows - 1)]
+    kept = np.uint32(0xFFFF0000 if 2 * pair + 1 < rows else 0)
+    for column in range(count):
+        high = (np.uint32(odd[first + column]) << np.uint32(16)) & kept
+        step[column] = np.uint32(even[first + column]) | high
+    step[count:] = 0

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import torch
 
-from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile
+from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_rows
 
 _LOG2_E = 1.4426950408889634
 # Below this power of two a float32 would be denormal; such a probability counts as zero.
@@ -46,32 +46,21 @@ def _words(tensor: torch.Tensor) -> np.ndarray:
 
 def _pairs(tensor: torch.Tensor) -> np.ndarray:
     """Neighbours on the last axis as one 32-bit word."""
-    last = tensor if tensor.stride(-1) == 1 and tensor.storage_offset() % 2 == 0 else tensor.contiguous()
-    even = all(stride % 2 == 0 for stride in last.stride()[:-1])
-    return (
-        (last if even else last.clone(memory_format=torch.contiguous_format)).view(torch.int32).numpy().view(np.uint32)
-    )
+    even = tensor.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in tensor.stride()[:-1])
+    fitting = tensor if even and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    return fitting.view(torch.int32).numpy().view(np.uint32)
 
 
 def _pack_keys_and_values(key_pairs: np.ndarray, value_words: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
-    """Keys: panels of keys, pairs along the width; values: panels of the width, pairs of keys. Edges are zero."""
-    shared, length, width = key_pairs.shape[1], key_pairs.shape[2], value_words.shape[3]
+    """Keys: panels of keys, pairs along the width; values: panels of the width, pairs of keys."""
+    shared = key_pairs.shape[1]
     for index in numba.prange(keys.shape[0]):
         row, head = index // shared, index % shared
         for panel in range(keys.shape[1]):
             _transpose(key_pairs[row, head], panel * COLUMNS, keys[index, panel])
         for pair in range(values.shape[2]):
-            even = value_words[row, head, 2 * pair]
-            odd = value_words[row, head, min(2 * pair + 1, length - 1)]
-            kept = np.uint32(0xFFFF0000 if 2 * pair + 1 < length else 0)
             for panel in range(values.shape[1]):
-                first = panel * COLUMNS
-                count = min(COLUMNS, width - first)
-                target = values[index, panel, pair]
-                for column in range(count):
-                    high = (np.uint32(odd[first + column]) << np.uint32(16)) & kept
-                    target[column] = np.uint32(even[first + column]) | high
-                target[count:] = 0
+                pack_rows(value_words[row, head], pair, panel * COLUMNS, values[index, panel, pair])
 
 
 @numba.njit(forceinline=True, error_model="numpy")
