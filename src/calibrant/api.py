@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
@@ -197,6 +197,7 @@ def compress(
         CalibrantError: something does not fit, or the output cannot be written; nothing is left behind.
     """
     listener: Progress = progress or Silent()
+    check_output(output, overwrite, [place for place in (calibration, recipe) if isinstance(place, str | Path)])
     given = CalibrationSet.load(calibration) if isinstance(calibration, str | Path) else calibration
     prepared = prepare(
         model,
@@ -317,18 +318,32 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
+def _unpacking(folder: ModelFolder) -> dict[str, Any]:
+    """Packed weights are unpacked: transformers 5.23 fails to load asymmetric ones otherwise."""
+    settings = folder.config_dict.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("format") != "pack-quantized":
+        return {}
+    return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+
+
 def _load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.PreTrainedModel:
     place = _device(device)
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained  # typed by transformers for the model alone
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = load(
             str(folder.path),
             dtype=_dtype(dtype, place),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
+            **_unpacking(folder),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a config can fail in as many ways as transformers has models
         raise CalibrantError(f"{folder.path}: transformers cannot load it ({first_line(error)})") from error
-    model.to(device=place)  # type: ignore[call-arg]  # transformers wraps it without a signature
-    loaded: transformers.PreTrainedModel = model.eval()
+    if found["missing_keys"]:
+        # transformers fills them with random numbers.
+        missing = min(found["missing_keys"])
+        raise CalibrantError(f"{folder.path}: its files lack {missing}; copy or download it again")
+    loaded: transformers.PreTrainedModel = model.to(device=place).eval()
     return loaded

@@ -11,6 +11,9 @@ from safetensors import SafetensorError
 
 from calibrant.errors import CalibrantError
 
+# A file that every finished output holds: a compressed model's, a calibration set's.
+_MARKS = ("calibrant.json", "manifest.json")
+
 
 def check_output(target: str | Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> Path:
     """The output path, if something may be written there; ``inputs`` are what is read and must survive.
@@ -27,8 +30,7 @@ def check_output(target: str | Path, overwrite: bool, inputs: Sequence[str | Pat
         raise CalibrantError(f"{path}: is a link; name the folder itself")
     if path.exists() and not path.is_dir():
         raise CalibrantError(f"{path}: exists and is not a folder; choose another output")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CalibrantError(f"{path}: exists and is not empty; choose another output or pass --overwrite")
+    _check_replaceable(path, overwrite)
     parent = path.absolute().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not existing.is_dir():
@@ -36,12 +38,24 @@ def check_output(target: str | Path, overwrite: bool, inputs: Sequence[str | Pat
     return path
 
 
+def _check_replaceable(path: Path, overwrite: bool) -> None:
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise CalibrantError(f"{path}: exists and is not empty; choose another output or pass --overwrite")
+    if not any((path / mark).is_file() for mark in _MARKS):
+        raise CalibrantError(f"{path}: is no earlier output of Calibrant, so it is not replaced; choose another output")
+
+
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside ``target`` to write into; renamed to ``target`` at the end, removed on any failure.
 
+    What lies at ``target`` by then is replaced only with ``overwrite`` and only if it is an earlier output; it is moved
+    aside first, so that there is a whole folder at every moment.
+
     Raises:
-        CalibrantError: the disk is full or the place cannot be written.
+        CalibrantError: the disk is full, the place cannot be written or may not be replaced.
     """
     staging = target.absolute().parent / f".{target.absolute().name}.{os.getpid()}.partial"
     try:
@@ -49,9 +63,12 @@ def staged(target: Path) -> Iterator[Path]:
             shutil.rmtree(staging)
         staging.mkdir(parents=True)
         yield staging
+        _check_replaceable(target, overwrite)
+        replaced = staging.with_suffix(".replaced")
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(replaced)
         staging.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "no space left on the disk, free some or choose another output" if full else str(error)

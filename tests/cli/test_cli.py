@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from calibrant.cli import main as cli
+from calibrant.errors import CalibrantError
+from calibrant.output_folder import staged
 from tests.conftest import random_set, write_tokenizer
 
 ENTRY = "from calibrant.cli.main import main; main()"
@@ -225,6 +228,67 @@ def test_inputs_are_never_replaced(run, llama: Path, tmp_path: Path) -> None:
             assert status == 2
             assert "holds the input" in err
     assert (model / "model.safetensors").is_file()
+
+
+def test_calibration_sets_and_recipes_are_never_replaced(run, llama: Path, tmp_path: Path) -> None:
+    random_set(llama).save(tmp_path / "set")
+    kept = (tmp_path / "set" / "tokens.safetensors").read_bytes()
+    status, _, err = run("compress", llama, "-c", tmp_path / "set", "-o", tmp_path / "set", "--overwrite", "-q")
+    assert status == 2
+    assert "holds the input" in err
+    assert (tmp_path / "set" / "tokens.safetensors").read_bytes() == kept
+
+
+def test_only_earlier_outputs_are_overwritten(run, llama: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"x")
+    status, out, err = run("compress", llama, "-r", "rtn-w8a8", "-o", photos, "--overwrite", "-q")
+    refused(status, out, err, "no earlier output", photos)
+    assert (photos / "a.jpg").is_file()
+    for _ in range(2):
+        assert run("compress", llama, "-r", "rtn-w8a8", "-o", tmp_path / "out", "--overwrite", "-q")[0] == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_appears_during_the_run_is_kept(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with staged(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "precious.txt").write_text("")
+
+    with pytest.raises(CalibrantError, match="--overwrite"):
+        interrupted()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious.txt"]
+
+
+def test_asymmetric_models_are_evaluated(run, llama: Path, tmp_path: Path) -> None:
+    options = ["-r", "gptq-w4a16-g128-asym", "--group-size", 32, "-n", 4, "-l", 32]
+    status, _, err = run("compress", llama, *options, "-o", tmp_path / "out")
+    assert status == 0
+    assert "dequantize=True" in err
+    assert run("evaluate", tmp_path / "out", "--against", llama, "--length", 32, "--limit", 2, "-q")[0] == 0
+
+
+def test_missing_weights_are_not_made_up(run, llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    for command in (["evaluate", model, "--length", 32], ["data", "generate", model, "-o", tmp_path / "out"]):
+        status, out, err = run(*command, "-q")
+        refused(status, out, err, "lack model.norm.weight", tmp_path)
+
+
+@pytest.mark.parametrize("setting", ['"rope_theta": Infinity', '"hidden_act": "none"', '"hidden_size": -64'])
+def test_configs_that_make_no_model(run, llama: Path, tmp_path: Path, setting: str) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    text = (model / "config.json").read_text().rstrip().removesuffix("}").rstrip()
+    name = setting.partition(":")[0]
+    kept = "\n".join(line for line in text.splitlines() if name not in line).rstrip(",")
+    (model / "config.json").write_text(kept + ",\n" + setting + "}")
+    status, out, err = run("compress", model, "-r", "rtn-w8a8", "-o", tmp_path / "out", "-q")
+    refused(status, out, err, "config.json", tmp_path)
 
 
 @pytest.mark.parametrize(("damage", "options", "said"), [

@@ -102,3 +102,12 @@ def test_damping_is_raised_where_needed_and_recorded() -> None:
     solved = gptq(weight, (one.T @ one) - 0.02 * torch.eye(64), SPEC, damping=0.001)
     assert solved.record.damping_raised
     assert solved.record.fallback is None
+
+
+def test_errors_of_one_token_are_not_negative() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(64, 576, generator=generator), torch.randn(1, 576, generator=generator)
+    solved = gptq(weight, inputs.T @ inputs, GridSpec(4, True, 64, torch.float32), damping=1e-6)
+    assert solved.errors is not None
+    exact = ((weight - solved.weight).double() @ inputs.double().T).square().sum(1)
+    torch.testing.assert_close(solved.errors.double(), exact, rtol=1e-2, atol=1e-3)

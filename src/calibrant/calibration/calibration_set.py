@@ -112,7 +112,7 @@ class CalibrationSet:
         try:
             manifest = Manifest.model_validate(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")))
             canonical_json(manifest.model_dump()).encode()  # numbers and texts that could not be written again
-        except (ValidationError, ValueError) as error:
+        except (ValidationError, ValueError, RecursionError) as error:
             raise CalibrantError(
                 f"{folder / MANIFEST_NAME}: not a calibration manifest ({first_line(error)})"
             ) from error

@@ -152,7 +152,7 @@ def _json_lines(path: Path, name: str, field: str) -> Iterator[Document]:
 def _json_text(line: str, field: str, path: Path, number: int) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrantError(f"{path}, line {number}: not JSON ({error})") from error
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):

@@ -80,8 +80,11 @@ def compress(
         from calibrant.calibration.calibration_set import CalibrationSet
         from calibrant.compression.recipe import load_recipe
         from calibrant.compression.run import report_dict
+        from calibrant.output_folder import check_output
 
         chosen = load_recipe(recipe).with_weights(bits, group_size)
+        inputs = [place for place in (calibration, recipe) if place is not None]
+        check_output(output, overwrite, [model, *inputs])
         given = CalibrationSet.load(calibration) if calibration is not None else None
         prepared = prepare(
             model,

@@ -82,7 +82,7 @@ def generate(
             dtype=dtype,
             progress=screen.progress,
         )
-        _save(made, output, screen)
+        _save(made, output, overwrite, screen)
 
 
 @app.command()
@@ -132,7 +132,7 @@ def select(
             windows=windows,  # type: ignore[arg-type]  # checked by select, which names the choices
             progress=screen.progress,
         )
-        _save(made, output, screen)
+        _save(made, output, overwrite, screen)
 
 
 @app.command()
@@ -168,10 +168,10 @@ def _readable(tokenizer: "Tokenizer", ids: list[int]) -> str:
     return tokenizer.decode(known) + (f"\n({unknown} ids that the tokenizer does not know)" if unknown else "")
 
 
-def _save(made: "CalibrationSet", output: Path, screen: Terminal) -> None:
+def _save(made: "CalibrationSet", output: Path, overwrite: bool, screen: Terminal) -> None:
     from calibrant.output_folder import staged
 
-    with staged(output) as folder:
+    with staged(output, overwrite) as folder:
         made.save(folder)
     _show(made, [], screen, output)
 

@@ -1,5 +1,6 @@
 """Solving the linears of one block as their inputs come in, and holding the results until they are written."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -139,4 +140,7 @@ def _relative_error(
         whole, measure = (weight.square() @ task.sum_of_squares).double().sum(), "diagonal"
     else:
         error, whole, measure = (weight - solved).square().double().sum(), weight.square().double().sum(), "weights"
-    return (float(error / whole) if whole > 0 else 0.0), measure
+    relative = float(error / whole) if whole > 0 else 0.0
+    if not math.isfinite(relative):
+        raise CalibrantError("a layer's weights or inputs are too large for float32; check the model")
+    return relative, measure

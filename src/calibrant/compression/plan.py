@@ -101,6 +101,11 @@ def make_plan(model: LazyModel, blocks: list[str], chosen: Recipe) -> Plan:
                 "loads can hold: the quantized values are stored dense, so the files do not get smaller"
             )
             layout = None
+        elif not layout.symmetric and not layout.dynamic_activations:
+            notes.append(
+                "transformers 5.23 loads asymmetric packed weights only unpacked: pass from_pretrained "
+                "quantization_config=CompressedTensorsConfig(dequantize=True)"
+            )
         elif layout.stored_bits != layout.bits:
             notes.append(
                 f"{layout.bits}-bit values are stored in {layout.stored_bits} bits, which every loader reads alike"

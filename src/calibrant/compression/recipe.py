@@ -201,7 +201,7 @@ def load_recipe(name: str | Path) -> Recipe:
 def _parse(text: str, origin: str) -> Recipe:
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CalibrantError(f"{origin}: not YAML ({' '.join(str(error).split())})") from error
     return _validate(value, origin)
 

@@ -95,7 +95,7 @@ def run_compression(
     clock = Clock()
     identity = calibration.sha256 if calibration is not None else "none"
     map_large_blocks()
-    with staged(output) as folder, torch.inference_mode():
+    with staged(output, settings.overwrite) as folder, torch.inference_mode():
         writer = _Writer(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
         notes = list(plan.notes)
         layers = _compress_blocks(model, plan, calibration, settings, writer, clock, notes, progress)

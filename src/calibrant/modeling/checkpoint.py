@@ -109,12 +109,16 @@ class ModelFolder:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise CalibrantError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise CalibrantError(f"{path}: expected a JSON object")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that JSON knows")
 
 
 def _is_file_map(value: object) -> bool:
@@ -187,7 +191,7 @@ def _shard_table(file: Path) -> dict[str, TensorInfo]:
             raise CalibrantError(f"{file}: not a complete safetensors file; copy or download it again")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrantError(f"{file}: damaged safetensors header; copy or download it again") from error
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)

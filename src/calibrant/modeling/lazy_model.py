@@ -17,7 +17,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from calibrant.errors import CalibrantError
+from calibrant.errors import CalibrantError, first_line
 from calibrant.modeling.checkpoint import ModelFolder
 
 
@@ -128,8 +128,13 @@ def drop(module: nn.Module) -> None:
 def _skeleton(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
     """Modules with parameters on meta but real buffers, which are computed, not stored."""
     model_class = _model_class(folder.architecture)
-    with init_empty_weights(include_buffers=False), _quiet():
-        model: transformers.PreTrainedModel = model_class._from_config(folder.config, dtype=dtype)
+    try:
+        with init_empty_weights(include_buffers=False), _quiet():
+            model: transformers.PreTrainedModel = model_class._from_config(folder.config, dtype=dtype)
+    except Exception as error:  # a config can fail in as many ways as transformers has models
+        raise CalibrantError(
+            f"{folder.path}: no model can be made from its config.json ({first_line(error)})"
+        ) from error
     if model._can_set_experts_implementation():
         # The plain loop over experts is the one whose products can be seen one expert at a time.
         model.set_experts_implementation("eager")

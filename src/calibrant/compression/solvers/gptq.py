@@ -39,9 +39,7 @@ def gptq(
     problem = quantization_problem(prepared.weight, prepared.factor, prepared.order, grid)
     solved = solve_columns(problem, block_size, compiled)
     values, codes = undo(prepared.order, solved.weight), undo(prepared.order, solved.codes)
-    # The loop's loss is the error on the damped Hessian; dead columns have no error on the one that was given.
-    strength = prepared.damping * prepared.mean_diagonal
-    errors = solved.loss - strength * (prepared.weight - solved.weight).square().sum(1)
+    errors = layer_errors(weight, values, hessian)
     rounded_errors = layer_errors(weight, rounded.weight, hessian)
     worse = errors > rounded_errors
     values[worse], codes[worse] = rounded.weight[worse], codes_of_rounding[worse]

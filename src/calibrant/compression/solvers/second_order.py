@@ -11,14 +11,13 @@ from calibrant.kernels.inverse_factor import inverse_factor
 class Prepared:
     """``weight`` and ``factor`` with columns in solving ``order`` (int64 ``[in]``).
 
-    ``damping`` times ``mean_diagonal`` is what was added to the Hessian's diagonal.
+    ``damping`` times the diagonal's mean is what was added to the Hessian's diagonal.
     """
 
     weight: torch.Tensor
     factor: torch.Tensor
     order: torch.Tensor
     damping: float
-    mean_diagonal: float
     dead_columns: int
 
 
@@ -39,7 +38,7 @@ def prepare(weight: torch.Tensor, hessian: torch.Tensor, damping: float, act_ord
     alive = weight.index_select(1, order)
     alive[:, dead[order]] = 0
     factor, used = inverse_factor(ordered, damping)
-    return Prepared(alive, factor, order, used, float(diagonal.mean()), int(dead.sum()))
+    return Prepared(alive, factor, order, used, int(dead.sum()))
 
 
 def undo(order: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
