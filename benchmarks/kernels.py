@@ -21,6 +21,7 @@ from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import solve_columns
 from calibrant.kernels.gram import add_gram
 from calibrant.kernels.inverse_factor import inverse_factor
+from calibrant.kernels.rms_norm import rms_norm
 
 REPEATS = 9
 
@@ -51,6 +52,17 @@ def attention(length: int) -> tuple[float, float]:
         best(lambda: causal_attention(query, key, value, 0.125)),
         best(lambda: fused(query, key, value, is_causal=True, enable_gqa=True)),
     )
+
+
+def norm(width: int) -> tuple[float, float]:
+    """One pass over memory against the operations of transformers' modules, 2,048 rows."""
+    weight, inputs = torch.randn(width).bfloat16(), torch.randn(2048, width).bfloat16()
+
+    def operations() -> torch.Tensor:
+        wide = inputs.to(torch.float32)
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(torch.bfloat16)
+
+    return best(lambda: rms_norm(inputs, weight, 1e-5)), best(operations)
 
 
 def columns(rows: int, width: int) -> tuple[float, float]:
@@ -85,6 +97,7 @@ def main() -> None:
             "gram float32 1536": gram(1536, torch.float32),
             "attention 512": attention(512),
             "attention 2048": attention(2048),
+            "norm 576": norm(576),
             "columns 3072 x 576": columns(3072, 576),
             "columns 576 x 1536": columns(576, 1536),
             "factor 1536": factor(1536),

@@ -1,7 +1,7 @@
 """Keeping the C library's heap from holding on to memory that long runs of large tensors free.
 
 On glibc, blocks under a threshold that grows with use come from one heap, where a freed activation leaves a hole that
-the next, slightly larger one cannot use: peak memory of a run measured 300 MB above what was in use. A mapping of its
+the next, slightly larger one cannot use, and peak memory ends far above what is in use. A mapping of its
 own for every large block would cost a page fault for each 4 KiB; so blocks stay on the heap up to the largest threshold
 there is, and the run returns what was freed where it waits anyway. Elsewhere these functions do nothing.
 """

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,6 @@ def test_short_documents_are_counted(corpus: Path, llama: Path) -> None:
 
 def test_the_tokenizer_is_the_same_before_and_after_use(llama: Path, tmp_path: Path) -> None:
     """Files that ask for truncation or padding keep that state until the first call."""
-    import shutil
-
     folder = shutil.copytree(llama, tmp_path / "t")
     definition = json.loads((folder / "tokenizer.json").read_text())
     definition["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}

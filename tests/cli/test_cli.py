@@ -112,6 +112,30 @@ def header_only(model: Path) -> None:
     (model / "model.safetensors").write_bytes(b"\x10")
 
 
+def edited_header(**changes: object):
+    """One tensor's entry in the header changed; sizes stay right."""
+
+    def edit(model: Path) -> None:
+        file = model / "model.safetensors"
+        data = file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        header["model.norm.weight"].update(changes)
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    return edit
+
+
+def without(name: str):
+    def edit(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
 def missing_shard(model: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -135,6 +159,8 @@ def edited_config(**changes: object):
     (no_weights, "only safetensors"),
     (truncated, "truncated"),
     (header_only, "not a complete safetensors"),
+    (edited_header(shape=["a"]), "damaged safetensors header at model.norm.weight"),
+    (edited_header(dtype=5), "damaged safetensors header at model.norm.weight"),
     (missing_shard, "shard is missing"),
     (escaping_shard, "leaves the folder"),
     (edited_config(architectures=["BertForSequenceClassification"]), "not a causal language model"),
@@ -147,6 +173,24 @@ def test_damaged_models(run, llama: Path, tmp_path: Path, damage, said: str) -> 
     damage(model)
     status, out, err = run("compress", model, "-o", tmp_path / "out", "-q", "-n", 2, "-l", 8)
     refused(status, out, err, said, tmp_path)
+
+
+def test_a_mixture_of_experts_without_its_attention(run, model_folder, tmp_path: Path) -> None:
+    model = shutil.copytree(model_folder("mixtral"), tmp_path / "model")
+    without("model.layers.1.self_attn.q_proj.weight")(model)
+    status, out, err = run("compress", model, "-r", "rtn-w8a8", "-o", tmp_path / "out", "-q")
+    refused(status, out, err, "no weights for model.layers.1.self_attn.q_proj.weight", tmp_path)
+
+
+def test_generate_refuses_what_gives_no_text(run, llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    status, out, err = run("data", "generate", model, "-o", tmp_path / "out", "-n", 2, "-l", 8, "-q")
+    refused(status, out, err, "not finite", tmp_path)
+    status, out, err = run("data", "generate", llama, "-o", tmp_path / ("out" + 400 * "x"), "-n", 2, "-l", 8, "-q")
+    refused(status, out, err, "File name too long", tmp_path)
 
 
 def refused(status: int, out: str, err: str, said: str, place: Path) -> None:

@@ -83,8 +83,7 @@ def compress(
         from calibrant.output_folder import check_output
 
         chosen = load_recipe(recipe).with_weights(bits, group_size)
-        inputs = [place for place in (calibration, recipe) if place is not None]
-        check_output(output, overwrite, [model, *inputs])
+        check_output(output, overwrite, [place for place in (model, calibration, recipe) if place is not None])
         given = CalibrationSet.load(calibration) if calibration is not None else None
         prepared = prepare(
             model,

@@ -12,7 +12,9 @@ from calibrant.cli.evaluate import evaluate
 from calibrant.cli.recipes import recipes
 from calibrant.errors import CalibrantError
 
-_USAGE, _INTERRUPTED, _TERMINATED = 2, 130, 143
+_USAGE, _INTERRUPTED = 2, 130
+# What shells add to the number of the signal that ended a command.
+_SIGNALLED = 128
 
 app = typer.Typer(
     name="calibrant",
@@ -40,11 +42,12 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> None:
     """Run the command line; user errors are one sentence and exit status 2."""
-    # A polite kill unwinds like any exit, so that nothing half-written stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+    # A polite kill and a closed terminal unwind like any exit, so that nothing half-written stays.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(_SIGNALLED + received))
     try:
         app()
-    except CalibrantError as error:
+    except (CalibrantError, OSError) as error:
         print(f"calibrant: {error}", file=sys.stderr)
         sys.exit(_USAGE)
     except SystemExit as stop:

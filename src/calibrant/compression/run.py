@@ -1,6 +1,7 @@
 """One compression, from a model folder to a verified output folder."""
 
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -25,14 +26,13 @@ from calibrant.hashing import canonical_json, sha256_bytes
 from calibrant.modeling.attention import use_fast_attention
 from calibrant.modeling.inputs import BlockCalls, MicroBatch, call_block, record_inputs
 from calibrant.modeling.lazy_model import LazyModel, drop
+from calibrant.modeling.norms import use_fast_norms
 from calibrant.modeling.structure import BlockStructure, probe_block
 from calibrant.output_folder import staged
 from calibrant.progress import Progress
 from calibrant.report.model_card import model_card
 
 _PROBE_TOKENS = 16
-# Giving memory back costs page faults afterwards; what the heap holds on to grows slowly.
-_BLOCKS_BETWEEN_TRIMS = 4
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def run_compression(
             layers,
             notes,
             {name: round(value, 3) for name, value in clock.seconds.items()},
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            _peak_memory(),
             sum({info.file: info.file.stat().st_size for info in model.folder.tensors.values()}.values()),
             sum(file.stat().st_size for file in files),
             verified,
@@ -156,10 +156,15 @@ def _compress_blocks(
             with clock.stage("write"):
                 writer.write_block(prefix, solver)
             layers += solver.layers
-            if index % _BLOCKS_BETWEEN_TRIMS == 0:
-                return_freed_memory()
+            return_freed_memory()
             task.advance()
     return layers
+
+
+def _peak_memory() -> int:
+    """Bytes; macOS counts them, other systems count units of 1,024."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _enter(
@@ -167,6 +172,7 @@ def _enter(
 ) -> tuple[MicroBatch, list[MicroBatch]]:
     """A tiny batch to probe structure with, and the calibration set as it enters block 0."""
     use_fast_attention(model.module, settings.dtype, settings.device)
+    use_fast_norms(model.module, settings.dtype, settings.device)
     model.load_outside(plan.blocks)
     _cast(model.module, settings.dtype)
     vocabulary = model.folder.vocabulary

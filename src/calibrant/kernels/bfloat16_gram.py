@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_rows
+from calibrant.kernels.bfloat16_words import words
 
 # Pairs of tokens summed in registers before they are added to S: a panel of them stays in a core's cache.
 _PAIRS = 512
@@ -24,7 +25,7 @@ def add_gram_bfloat16(lower: torch.Tensor, inputs: torch.Tensor) -> None:
     diagonal hold unspecified values afterwards.
     """
     tokens, width = inputs.shape
-    values = inputs.contiguous().view(torch.int16).numpy().view(np.uint16)
+    values = words(inputs.contiguous())
     # Chunk by chunk, so that the packed copy is small enough to stay in the cache until it is used.
     packed = np.empty((-(-width // COLUMNS), min(_PAIRS, -(-tokens // 2)), COLUMNS), dtype=np.uint32)
     for begin in range(0, tokens, 2 * _PAIRS):

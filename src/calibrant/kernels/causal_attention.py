@@ -3,7 +3,7 @@
 Scores are built transposed, keys by queries: the softmax over the keys then runs down the columns, a vector of queries
 at a time, and its result already lies as the second product wants it. Keys after the last query of a panel are never
 looked at. Scores, their maximum and their sum are float32; probabilities are rounded to bfloat16 before they weigh the
-values and the sum divides afterwards, as in FlashAttention (arXiv 2205.14135, algorithm 1).
+values, and the sum divides afterwards.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_rows
+from calibrant.kernels.bfloat16_words import rounded, words
 
 _LOG2_E = 1.4426950408889634
 # Below this power of two a float32 would be denormal; such a probability counts as zero.
@@ -34,14 +35,9 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     shared = batch * key.shape[1]
     keys = np.empty((shared, panels, width // 2, COLUMNS), dtype=np.uint32)
     values = np.empty((shared, -(-width // COLUMNS), -(-length // 2), COLUMNS), dtype=np.uint32)
-    _pack(_pairs(key), _words(value), keys, values)
-    _attend(_pairs(query), keys, values, np.float32(scale * _LOG2_E), _words(output))
+    _pack(_pairs(key), words(value), keys, values)
+    _attend(_pairs(query), keys, values, np.float32(scale * _LOG2_E), words(output))
     return output
-
-
-def _words(tensor: torch.Tensor) -> np.ndarray:
-    """The bfloat16 numbers as 16-bit words."""
-    return tensor.view(torch.int16).numpy().view(np.uint16)
 
 
 def _pairs(tensor: torch.Tensor) -> np.ndarray:
@@ -95,22 +91,28 @@ def _attend_queries(
             _transpose(query_pairs[row, head], first, queries)
             _score(keys[source], queries, count, first, scores)
             _normalize(scores, count, scale, weights, divisor)
-            _mix(values[source], weights, (count + 1) // 2, width, mixed)
+            _multiply(values[source], weights, (count + 1) // 2, width, mixed)
             for column in range(min(COLUMNS, length - first)):
                 target = output[row, first + column, head]
                 inverse = np.float32(1.0) / divisor[column]
                 for channel in range(width):
-                    target[channel] = np.uint16(_rounded(mixed[channel, column] * inverse) >> np.uint32(16))
+                    target[channel] = np.uint16(rounded(mixed[channel, column] * inverse) >> np.uint32(16))
+
+
+@numba.njit(error_model="numpy")
+def _multiply(panels: np.ndarray, right: np.ndarray, pairs: int, rows: int, product: np.ndarray) -> None:
+    """``product[i, j] = sum_k panels[.., k, i] . right[k, j]`` over ``pairs`` steps, for the first ``rows`` rows."""
+    address = np.intp(right.ctypes.data)
+    for begin in range(0, rows, ROWS):
+        product[begin : begin + ROWS] = 0
+        left = np.intp(panels[begin // COLUMNS].ctypes.data) + 4 * (begin % COLUMNS)
+        multiply_tile(left, address, pairs, np.intp(product[begin].ctypes.data), COLUMNS)
 
 
 @numba.njit(error_model="numpy")
 def _score(keys: np.ndarray, queries: np.ndarray, count: int, first: int, scores: np.ndarray) -> None:
     """Products of keys ``0 .. count`` with the panel of queries that begins at ``first``; later keys get ``-inf``."""
-    right = np.intp(queries.ctypes.data)
-    for begin in range(0, count, ROWS):
-        scores[begin : begin + ROWS] = 0
-        left = np.intp(keys[begin // COLUMNS].ctypes.data) + 4 * (begin % COLUMNS)
-        multiply_tile(left, right, queries.shape[0], np.intp(scores[begin].ctypes.data), COLUMNS)
+    _multiply(keys, queries, queries.shape[0], count, scores)
     for key in range(first + 1, count):
         scores[key, : key - first] = -np.inf
 
@@ -128,22 +130,12 @@ def _normalize(scores: np.ndarray, count: int, scale: np.float32, weights: np.nd
             even = _power(scale * (scores[2 * pair, column] - largest[column]))
             odd = _power(scale * (scores[2 * pair + 1, column] - largest[column]))
             divisor[column] += even + odd
-            weights[pair, column] = (_rounded(even) >> np.uint32(16)) | (_rounded(odd) & np.uint32(0xFFFF0000))
+            weights[pair, column] = (rounded(even) >> np.uint32(16)) | (rounded(odd) & np.uint32(0xFFFF0000))
     if count % 2:
         for column in range(COLUMNS):
             even = _power(scale * (scores[count - 1, column] - largest[column]))
             divisor[column] += even
-            weights[count // 2, column] = _rounded(even) >> np.uint32(16)
-
-
-@numba.njit(error_model="numpy")
-def _mix(values: np.ndarray, weights: np.ndarray, pairs: int, width: int, mixed: np.ndarray) -> None:
-    """Values weighed, transposed: ``mixed[channel, query]``."""
-    right = np.intp(weights.ctypes.data)
-    for begin in range(0, width, ROWS):
-        mixed[begin : begin + ROWS] = 0
-        left = np.intp(values[begin // COLUMNS].ctypes.data) + 4 * (begin % COLUMNS)
-        multiply_tile(left, right, pairs, np.intp(mixed[begin].ctypes.data), COLUMNS)
+            weights[count // 2, column] = rounded(even) >> np.uint32(16)
 
 
 @numba.njit(forceinline=True, error_model="numpy")
@@ -161,13 +153,6 @@ def _power(exponent: np.float32) -> np.float32:
     result = result * part + np.float32(1.0)
     power = np.int32((np.int32(whole) + 127) << 23).view(np.float32)
     return result * power if exponent > np.float32(_LEAST_POWER) else np.float32(0.0)
-
-
-@numba.njit(forceinline=True, error_model="numpy")
-def _rounded(number: np.float32) -> np.uint32:
-    """Bits of a float32 whose upper half is the nearest bfloat16, ties to even."""
-    bits = np.float32(number).view(np.uint32)
-    return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
 
 
 _pack: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_pack_keys_and_values)

@@ -46,15 +46,11 @@ class ColumnProblem:
 
 @dataclass(frozen=True)
 class ColumnSolution:
-    """``weight`` float32 and ``kept`` bool ``[rows, n]``, ``codes`` int8 (zeros if not quantized), ``loss`` ``[rows]``.
-
-    ``loss`` is ``sum_j e_j^2`` of a row: its part of ``tr((W - Q) H (W - Q)^T)`` with the damped H (methods.md §7).
-    """
+    """``weight`` float32, ``kept`` bool and ``codes`` int8 (zeros if not quantized), each ``[rows, n]``."""
 
     weight: torch.Tensor
     codes: torch.Tensor
     kept: torch.Tensor
-    loss: torch.Tensor
 
 
 def solve_columns(problem: ColumnProblem, block_size: int = BLOCK_SIZE, compiled: bool = True) -> ColumnSolution:
@@ -71,13 +67,12 @@ def solve_columns(problem: ColumnProblem, block_size: int = BLOCK_SIZE, compiled
         if problem.sparsity > 0:
             tiles.kept[:, begin:end] = _tiled(_block_mask(problem, tiles, begin, end), True)
         run(tiles, problem, begin, end)
-    loss = tiles.loss.reshape(-1)[:rows]
-    return ColumnSolution(_untiled(tiles.work, rows), _untiled(tiles.codes, rows), _untiled(tiles.kept, rows), loss)
+    return ColumnSolution(_untiled(tiles.work, rows), _untiled(tiles.codes, rows), _untiled(tiles.kept, rows))
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """The problem in tiles, changed in place: ``work`` ends as the chosen values; ``loss`` ``[tiles, LANES]``."""
+    """The problem in tiles, changed in place: ``work`` ends as the chosen values."""
 
     work: torch.Tensor
     factor: torch.Tensor
@@ -86,7 +81,6 @@ class _Tiles:
     group: torch.Tensor
     codes: torch.Tensor
     kept: torch.Tensor
-    loss: torch.Tensor
 
     @classmethod
     def of(cls, problem: ColumnProblem) -> "_Tiles":
@@ -101,7 +95,6 @@ class _Tiles:
             group.contiguous(),
             torch.zeros_like(work, dtype=torch.int8),
             torch.ones_like(work, dtype=torch.bool),
-            work.new_zeros(work.shape[0], LANES),
         )
 
 
@@ -145,7 +138,6 @@ def _torch_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) 
             value = (code - zero) * scale
         error = (work[:, column] - value) / diagonal[column]
         work[:, column] = value
-        tiles.loss.add_(error * error)
         work[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :, None]
 
 
@@ -161,7 +153,6 @@ def _numba_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) 
         tiles.group.numpy(),
         tiles.codes.numpy(),
         tiles.kept.numpy(),
-        tiles.loss.numpy(),
         np.float32(problem.lowest),
         np.float32(problem.highest),
         pruned,
@@ -180,7 +171,6 @@ def _columns(
     group: np.ndarray,
     all_codes: np.ndarray,
     all_kept: np.ndarray,
-    losses: np.ndarray,
     lowest: np.float32,
     highest: np.float32,
     pruned: int,
@@ -192,7 +182,7 @@ def _columns(
     quantize = scales.shape[0] > 0
     columns = works.shape[1]
     for tile in numba.prange(works.shape[0]):
-        work, codes, kept, loss = works[tile], all_codes[tile], all_kept[tile], losses[tile]
+        work, codes, kept = works[tile], all_codes[tile], all_kept[tile]
         errors = np.empty((_LARGEST_PANEL, LANES), dtype=np.float32)
         for first in range(begin, end, panel):
             last = min(first + panel, end)
@@ -208,7 +198,6 @@ def _columns(
                 pivot = factor[column, column]
                 for lane in range(LANES):
                     error[lane] = error[lane] / pivot
-                    loss[lane] += error[lane] * error[lane]
                 for later in range(column + 1, last):
                     share, target = factor[column, later], work[later]
                     for lane in range(LANES):

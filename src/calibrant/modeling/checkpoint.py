@@ -182,6 +182,15 @@ def _tensor_table(path: Path) -> dict[str, TensorInfo]:
     return table
 
 
+def _is_tensor_entry(entry: object) -> bool:
+    """Whether a header's entry says dtype, shape and place."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    return all(type(number) is int and number >= 0 for number in numbers) and len(offsets or ()) == 2
+
+
 def _shard_table(file: Path) -> dict[str, TensorInfo]:
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -194,6 +203,9 @@ def _shard_table(file: Path) -> dict[str, TensorInfo]:
         except (ValueError, RecursionError) as error:
             raise CalibrantError(f"{file}: damaged safetensors header; copy or download it again") from error
     header.pop("__metadata__", None)
+    wrong = next((name for name, entry in header.items() if not _is_tensor_entry(entry)), None)
+    if wrong is not None:
+        raise CalibrantError(f"{file}: damaged safetensors header at {first_line(wrong)}; copy or download it again")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if _HEADER_LENGTH_BYTES + length + end != size:
         raise CalibrantError(

@@ -96,7 +96,7 @@ def record_inputs(
 def _replace(model: nn.Module, names: list[str], modules: Any) -> None:
     parent = model.get_submodule(names[0].rpartition(".")[0])
     for index, module in enumerate(modules):
-        parent[index] = module  # type: ignore[operator]
+        parent[index] = module  # type: ignore[operator]  # find_blocks saw a ModuleList
 
 
 def _split(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> tuple[torch.Tensor, BlockCalls]:

@@ -137,9 +137,10 @@ def _end_ids(model: transformers.PreTrainedModel, tokenizer: Tokenizer) -> set[i
     """Every id that ends a text: the tokenizer's EOS and those of the model's generation settings."""
     ends = {int(tokenizer.hf.eos_token_id)} if tokenizer.hf.eos_token_id is not None else set()
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if configured is not None:
-        ends |= set(configured) if isinstance(configured, list) else {int(configured)}
-    return ends
+    listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    if not all(isinstance(end, int) for end in listed):
+        raise CalibrantError(f"the model's generation settings name {configured!r} as eos_token_id, which is no id")
+    return ends | set(listed)
 
 
 def _sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -147,6 +148,8 @@ def _sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tens
 
     ``logits`` float32 ``[rows, vocabulary]``; ``temperature`` and ``uniform`` float64 ``[rows]``.
     """
+    if not bool(torch.isfinite(logits).all()):
+        raise CalibrantError("the model gives numbers that are not finite; compute in float32 or check its weights")
     greedy = temperature < _ARGMAX_BELOW
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].float()
     cumulative = torch.softmax(scaled, dim=-1).double().cumsum(dim=-1)

@@ -1,0 +1,81 @@
+"""Bfloat16 models on a CPU run on our attention and norms, and give what transformers' own give."""
+
+import pytest
+import torch
+from torch import nn
+
+from calibrant.kernels import bfloat16_tile
+from calibrant.modeling import attention, norms
+from tests.conftest import ARCHITECTURES
+
+CPU = torch.device("cpu")
+needs_bfloat16_tile = pytest.mark.skipif(not bfloat16_tile.available(), reason="this processor has no AVX512-BF16")
+
+
+@pytest.fixture(params=["llama", "qwen3", "gemma2", "gpt2", "mixtral"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return ARCHITECTURES[request.param]().bfloat16().eval()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(4, 100, (2, 33), generator=torch.Generator().manual_seed(0))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[int]:
+    """Calls of ``owner.name`` from now on."""
+    calls: list[int] = []
+    original = vars(owner)[name]
+    monkeypatch.setattr(owner, name, lambda *args: (calls.append(1), original(*args))[1])
+    return calls
+
+
+@needs_bfloat16_tile
+@torch.inference_mode()
+def test_models_run_on_our_attention(model, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch, attention, "causal_attention")
+    expected = model(tokens).logits
+    softcapped = model.config._attn_implementation != "sdpa"  # Gemma 2
+    attention.use_fast_attention(model, torch.bfloat16, CPU)
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=0.05, atol=0.05)
+    assert len(calls) == (0 if softcapped else 2)
+
+
+@torch.inference_mode()
+def test_norms_are_known_by_what_they_compute(model, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's norm adds 1 to its weight and GPT-2's subtracts the mean: neither is ours."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.add_(torch.randn_like(parameter))
+    expected = model(tokens).logits
+    norms.use_fast_norms(model, torch.bfloat16, CPU)
+    calls = counted(monkeypatch, norms, "rms_norm")
+    assert torch.equal(model(tokens).logits, expected)
+    blocks = {"llama": 2 * 2 + 1, "mixtral": 2 * 2 + 1, "qwen3": 2 * 4 + 1}
+    assert len(calls) == blocks.get(model.config.model_type, 0)
+
+
+@torch.inference_mode()
+def test_an_epsilon_is_not_guessed() -> None:
+    """A module that hides its epsilon keeps its own forward."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.other = nn.Parameter(torch.ones(8)), 0.5
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            wide = x.float()
+            return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    module = Hidden()
+    norms.use_fast_norms(module, torch.bfloat16, CPU)
+    assert "forward" not in vars(module)
+
+
+def test_other_dtypes_keep_their_own_parts(model) -> None:
+    norms.use_fast_norms(model, torch.float32, CPU)
+    attention.use_fast_attention(model, torch.float32, CPU)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model.config._attn_implementation != "calibrant_causal"
