@@ -12,29 +12,35 @@ _HOMES = {
     "CalibrationSet": "calibrant.calibration.calibration_set",
     "Corpus": "calibrant.calibration.corpus",
     "TemperatureSchedule": "calibrant.calibration.sources.self_calibration",
+    "FilterRequest": "calibrant.calibration.selection.request",
     "Recipe": "calibrant.compression.recipe",
     "compress": "calibrant.api",
     "evaluate": "calibrant.api",
-    "generate": "calibrant.api",
-    "select": "calibrant.api",
+    "generate": "calibrant.calibration.making",
+    "rebuild": "calibrant.calibration.making",
+    "select": "calibrant.calibration.making",
 }
 __all__ = [
     "CalibrantError",
     "CalibrationSet",
     "Corpus",
+    "FilterRequest",
     "Recipe",
     "TemperatureSchedule",
     "__version__",
     "compress",
     "evaluate",
     "generate",
+    "rebuild",
     "select",
 ]
 
 if TYPE_CHECKING:
-    from calibrant.api import compress, evaluate, generate, select
+    from calibrant.api import compress, evaluate
     from calibrant.calibration.calibration_set import CalibrationSet
     from calibrant.calibration.corpus import Corpus
+    from calibrant.calibration.making import generate, rebuild, select
+    from calibrant.calibration.selection.request import FilterRequest
     from calibrant.calibration.sources.self_calibration import TemperatureSchedule
     from calibrant.compression.recipe import Recipe
     from calibrant.errors import CalibrantError

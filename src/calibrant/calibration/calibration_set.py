@@ -35,7 +35,9 @@ class Segment(BaseModel):
 class Manifest(BaseModel):
     """Where a calibration set came from, and its hash.
 
-    ``rows[i]`` lists the segments of row ``i``; sources that read no corpus leave it empty.
+    ``rows[i]`` lists the segments of row ``i``; sources that read no corpus leave it empty. With several ``corpora`` a
+    segment's document begins with its corpus's number. ``model`` is the one that wrote or scored text. ``locations``
+    are the model and the corpora as they were named, ``versions`` those of the libraries at work.
     ``counts`` holds what was read, dropped and used. ``set_sha256`` covers shape, token ids and mask.
     """
 
@@ -49,8 +51,10 @@ class Manifest(BaseModel):
     samples: int
     length: int
     tokenizer_sha256: str
-    corpus: dict[str, Any] | None = None
+    corpora: list[dict[str, Any]] = []
     model: dict[str, Any] | None = None
+    locations: dict[str, list[str]] = {}
+    versions: dict[str, str] = {}
     rows: list[list[Segment]] = []
     counts: dict[str, int] = {}
     set_sha256: str = ""

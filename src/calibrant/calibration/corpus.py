@@ -1,5 +1,6 @@
 """Corpora: documents with stable ids, read from files, folders, the hub or Python's own documentation."""
 
+import codecs
 import gzip
 import io
 import json
@@ -7,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlsplit
 
 from calibrant.errors import CalibrantError, first_line
@@ -16,6 +17,9 @@ from calibrant.hashing import sha256_file, sha256_json
 BUILTIN = "builtin"
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".raw", ".utf8"}
 _SUFFIXES = _TEXT_SUFFIXES | {".jsonl", ".parquet"}
+# Text files are read in pieces and rows are dropped beyond this many characters, so that no text fills the memory.
+LONGEST_TEXT = 4_000_000
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class Corpus:
 
     ``location`` is a file (``.txt``, ``.jsonl``, ``.parquet``, each also as ``.gz``), a folder of such files,
     ``builtin`` (the Python language reference that ships with the interpreter), or a data set on the Hugging
-    Face hub as ``hub:owner/name?config=en&split=train``. A text file is one document; in JSON Lines and Parquet
-    a row is one, its text under ``field``.
+    Face hub as ``hub:owner/name?config=en&split=train``. A text file is one document, or one for each ``LONGEST_TEXT``
+    characters, cut at a line's end; in JSON Lines and Parquet a row is one, its text under ``field``. Rows without text
+    and rows longer than ``LONGEST_TEXT`` characters are skipped and counted.
 
     Raises:
         CalibrantError: the location does not exist or holds nothing readable.
@@ -40,7 +45,7 @@ class Corpus:
 
     def __init__(self, location: str | Path, field: str = "text") -> None:
         self.location, self.field = str(location), field
-        self.counts = {"documents_empty": 0}
+        self._reset()
         if self.location == BUILTIN:
             self._files: list[Path] = []
         elif self.location.startswith("hub:"):
@@ -49,14 +54,25 @@ class Corpus:
         else:
             self._files = _corpus_files(Path(self.location))
 
+    def _reset(self) -> None:
+        self.counts = {"documents_empty": 0, "documents_too_long": 0}
+        self.position = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, 0 where that is not known; ``position`` says how many of them an iteration has read."""
+        return sum(path.stat().st_size for path in self._files)
+
     def __iter__(self) -> Iterator[Document]:
-        """Yield the non-empty documents in a fixed order; empty ones are counted in ``counts``."""
-        self.counts = {"documents_empty": 0}
+        """Yield the documents with text in a fixed order; the others are counted in ``counts``."""
+        self._reset()
         for document in self._read():
-            if document.text.strip():
-                yield document
-            else:
+            if len(document.text) > LONGEST_TEXT:
+                self.counts["documents_too_long"] += 1
+            elif not document.text or document.text.isspace():
                 self.counts["documents_empty"] += 1
+            else:
+                yield document
 
     def _read(self) -> Iterator[Document]:
         if self.location == BUILTIN:
@@ -67,7 +83,17 @@ class Corpus:
             root = Path(self.location)
             for path in self._files:
                 name = path.name if root.is_file() else path.relative_to(root).as_posix()
-                yield from _file_documents(path, name, self.field)
+                yield from self._read_file(path, name)
+
+    def _read_file(self, path: Path, name: str) -> Iterator[Document]:
+        before = self.position
+        try:
+            with path.open("rb") as raw:
+                for document in _file_documents(path, raw, name, self.field):
+                    self.position = before + raw.tell()
+                    yield document
+        except (OSError, EOFError, zlib.error) as error:
+            raise CalibrantError(f"{path}: cannot be read ({error}); is it complete?") from error
 
     def describe(self) -> dict[str, Any]:
         """The corpus's identity for a manifest: names and content hashes, no absolute paths."""
@@ -110,43 +136,44 @@ def _builtin_documents() -> Iterator[Document]:
         yield Document(f"python/{name}", topics[name])
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix.lower() == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise CalibrantError(f"{path}: cannot be read ({error}); is it complete?") from error
-
-
-def _file_documents(path: Path, name: str, field: str) -> Iterator[Document]:
-    suffix = _suffix(path)
-    if suffix == ".jsonl":
-        yield from _json_lines(path, name, field)
-    elif suffix == ".parquet":
-        yield from _parquet_rows(path, name, field)
+def _file_documents(path: Path, raw: BinaryIO, name: str, field: str) -> Iterator[Document]:
+    packed = path.suffix.lower() == ".gz"
+    if _suffix(path) == ".parquet":
+        yield from _parquet_rows(path, io.BytesIO(gzip.decompress(raw.read())) if packed else raw, name, field)
+        return
+    stream: Any = io.BufferedReader(gzip.GzipFile(fileobj=raw), _BLOCK_BYTES) if packed else raw
+    if _suffix(path) == ".jsonl":
+        yield from _json_lines(path, stream, name, field)
     else:
-        yield Document(name, _decode(_read_bytes(path), path))
+        yield from _text_pieces(path, stream, name)
 
 
-def _decode(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrantError(f"{path}: not UTF-8 text at byte {error.start}; convert the file first") from error
+def _text_pieces(path: Path, stream: BinaryIO, name: str) -> Iterator[Document]:
+    """The file as one document; a longer one as several, each but the last ending with a line."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    number, rest, done = 0, "", False
+    while not done:
+        block = stream.read(_BLOCK_BYTES)
+        done = not block
+        try:
+            rest += decoder.decode(block, final=done)
+        except UnicodeDecodeError as error:
+            raise CalibrantError(f"{path}: not UTF-8 text ({error.reason}); convert the file first") from error
+        while len(rest) > LONGEST_TEXT or (done and rest):
+            number += 1
+            end = len(rest) if len(rest) <= LONGEST_TEXT else rest.rfind("\n", 0, LONGEST_TEXT) + 1 or LONGEST_TEXT
+            yield Document(name if done and number == 1 and end == len(rest) else f"{name}#{number}", rest[:end])
+            rest = rest[end:]
 
 
-def _json_lines(path: Path, name: str, field: str) -> Iterator[Document]:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield Document(f"{name}:{number}", _json_text(line, field, path, number))
-    except UnicodeDecodeError as error:
-        raise CalibrantError(f"{path}: not UTF-8 text after line {number}; convert the file first") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise CalibrantError(f"{path}: cannot be read after line {number} ({error}); is it complete?") from error
+def _json_lines(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Document]:
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise CalibrantError(f"{path}, line {number}: not UTF-8 text; convert the file first") from error
+        if not text.isspace():
+            yield Document(f"{name}:{number}", _json_text(text, field, path, number))
 
 
 def _json_text(line: str, field: str, path: Path, number: int) -> str:
@@ -167,12 +194,11 @@ def _json_text(line: str, field: str, path: Path, number: int) -> str:
     return text
 
 
-def _parquet_rows(path: Path, name: str, field: str) -> Iterator[Document]:
+def _parquet_rows(path: Path, source: Any, name: str, field: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        source: Any = io.BytesIO(_read_bytes(path)) if path.suffix.lower() == ".gz" else path
         table = pyarrow.parquet.ParquetFile(source)
         columns = table.schema_arrow.names
         if field not in columns:

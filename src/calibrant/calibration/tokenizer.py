@@ -3,7 +3,9 @@
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import tokenizers
 import transformers
 
 from calibrant.errors import CalibrantError, first_line
@@ -31,6 +33,31 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens."""
         return list(self.hf(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """``encode`` of every text, on all cores where the tokenizer can."""
+        if not self.hf.is_fast:
+            return [self.encode(text) for text in texts]
+        backend = self._plain_backend
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def _plain_backend(self) -> Any:
+        """The tokenizer's core without the truncation and padding that its file may ask for."""
+        backend = tokenizers.Tokenizer.from_str(self.hf.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    def pieces(self) -> list[str]:
+        """The text of every id alone, ``size`` of them; empty for special tokens."""
+        special = self.special_ids
+        ids = [[index] for index in range(self.size)]
+        if self.hf.is_fast:
+            texts = self._plain_backend.decode_batch(ids, skip_special_tokens=False)
+        else:
+            texts = [self.decode(one) for one in ids]
+        return ["" if index in special else text for index, text in enumerate(texts)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens included."""

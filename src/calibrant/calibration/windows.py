@@ -1,4 +1,4 @@
-"""From documents to fixed-length token windows, each remembering where its tokens came from."""
+"""From tokenized documents to token windows, each remembering where its tokens came from."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,78 +7,99 @@ from typing import Literal
 import numpy as np
 
 from calibrant.calibration.calibration_set import Segment
-from calibrant.calibration.corpus import Document
-from calibrant.calibration.tokenizer import Tokenizer
 
-Policy = Literal["pack", "window"]
+Policy = Literal["pack", "window", "document"]
+
+
+@dataclass(frozen=True)
+class TokenizedDocument:
+    """A document's token ids; ``ordinal`` counts the corpus's documents from 0."""
+
+    ordinal: int
+    id: str
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
 class Window:
-    """``length`` token ids and the segments they were cut from (separators belong to no segment)."""
+    """Token ids and the segments they were cut from (separators belong to no segment).
+
+    It begins at token ``begin`` of document ``first`` (at the separator behind it, where ``begin`` is the document's
+    length) and ends in document ``last``; both are ordinals.
+    """
 
     tokens: list[int]
     segments: list[Segment]
+    first: int
+    begin: int
+    last: int
 
 
-def windows(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    length: int,
-    policy: Policy,
-    rng: np.random.Generator,
-    counts: dict[str, int],
-) -> Iterator[Window]:
-    """Cut windows of ``length`` tokens from documents, in their order.
+@dataclass(frozen=True)
+class Cutting:
+    """How windows of at most ``length`` tokens are cut (methods.md §21).
 
-    ``pack`` joins the documents with a separator after each and cuts the stream; ``window`` takes one window at a
+    ``pack`` joins the documents with ``separator`` after each and cuts the stream; ``window`` takes one window at a
     uniform position of every document of at least ``length`` tokens and counts the shorter ones as dropped in
-    ``counts["documents_too_short"]`` (methods.md §21).
+    ``counts["documents_too_short"]``; ``document`` takes the first ``length`` tokens of every document, which may be
+    fewer.
     """
-    cut = _packed if policy == "pack" else _one_per_document
-    return cut(documents, tokenizer, length, rng, counts)
+
+    policy: Policy
+    length: int
+    separator: int
+
+    def windows(
+        self, documents: Iterable[TokenizedDocument], rng: np.random.Generator, counts: dict[str, int]
+    ) -> Iterator[Window]:
+        """Every window, in the documents' order; ``counts["documents_used"]`` counts what was looked at."""
+        used = _counted(documents, counts)
+        if self.policy == "pack":
+            yield from self._packed(used, 0)
+            return
+        for document in used:
+            if self.policy == "document":
+                yield self._slice(document, 0)
+            elif len(document.tokens) < self.length:
+                counts["documents_too_short"] += 1
+            else:
+                yield self._slice(document, int(rng.integers(0, len(document.tokens) - self.length + 1)))
+
+    def again(self, begin: int, documents: list[TokenizedDocument]) -> Window:
+        """A window that was cut before, from its documents (``first`` to ``last``)."""
+        if self.policy == "pack":
+            return next(self._packed(documents, begin))
+        return self._slice(documents[0], begin)
+
+    def _slice(self, document: TokenizedDocument, begin: int) -> Window:
+        tokens = document.tokens[begin : begin + self.length]
+        segment = Segment(document=document.id, offset=begin, start=0, length=len(tokens))
+        return Window(tokens, [segment], document.ordinal, begin, document.ordinal)
+
+    def _packed(self, documents: Iterable[TokenizedDocument], begin: int) -> Iterator[Window]:
+        tokens: list[int] = []
+        segments: list[Segment] = []
+        start = (0, 0)
+        for document in documents:
+            offset, begin = begin, 0
+            size = len(document.tokens)
+            while offset <= size:
+                if not tokens:
+                    start = (document.ordinal, offset)
+                taken = min(self.length - len(tokens), size - offset)
+                if taken:
+                    segments.append(Segment(document=document.id, offset=offset, start=len(tokens), length=taken))
+                    tokens += document.tokens[offset : offset + taken]
+                    offset += taken
+                if offset == size and len(tokens) < self.length:
+                    tokens.append(self.separator)
+                    offset += 1
+                if len(tokens) == self.length:
+                    yield Window(tokens, segments, *start, document.ordinal)
+                    tokens, segments = [], []
 
 
-def _one_per_document(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    length: int,
-    rng: np.random.Generator,
-    counts: dict[str, int],
-) -> Iterator[Window]:
+def _counted(documents: Iterable[TokenizedDocument], counts: dict[str, int]) -> Iterator[TokenizedDocument]:
     for document in documents:
         counts["documents_used"] += 1
-        ids = tokenizer.encode(document.text)
-        if len(ids) < length:
-            counts["documents_too_short"] += 1
-            continue
-        offset = int(rng.integers(0, len(ids) - length + 1))
-        segment = Segment(document=document.id, offset=offset, start=0, length=length)
-        yield Window(ids[offset : offset + length], [segment])
-
-
-def _packed(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    length: int,
-    rng: np.random.Generator,
-    counts: dict[str, int],
-) -> Iterator[Window]:
-    tokens: list[int] = []
-    segments: list[Segment] = []
-    for document in documents:
-        counts["documents_used"] += 1
-        ids = tokenizer.encode(document.text)
-        offset = 0
-        while offset < len(ids):
-            taken = min(length - len(tokens), len(ids) - offset)
-            segments.append(Segment(document=document.id, offset=offset, start=len(tokens), length=taken))
-            tokens += ids[offset : offset + taken]
-            offset += taken
-            if len(tokens) == length:
-                yield Window(tokens, segments)
-                tokens, segments = [], []
-        tokens.append(tokenizer.separator_id)
-        if len(tokens) == length:
-            yield Window(tokens, segments)
-            tokens, segments = [], []
+        yield document

@@ -76,8 +76,9 @@ def compress(
     Example: calibrant compress ./SmolLM2-135M -r gptq-w4a16-g64 -o ./SmolLM2-w4
     """
     with terminal(quiet, as_json) as screen:
-        from calibrant.api import generate, prepare
+        from calibrant.api import prepare
         from calibrant.calibration.calibration_set import CalibrationSet
+        from calibrant.calibration.making import generate
         from calibrant.compression.recipe import load_recipe
         from calibrant.compression.run import report_dict
         from calibrant.output_folder import check_output

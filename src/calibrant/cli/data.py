@@ -61,7 +61,7 @@ def generate(
     Example: calibrant data generate ./SmolLM2-135M -o ./set --samples 128 --length 512
     """
     with terminal(quiet, as_json) as screen:
-        from calibrant.api import generate as run
+        from calibrant.calibration.making import generate as run
         from calibrant.calibration.sources.self_calibration import TemperatureSchedule
         from calibrant.output_folder import check_output
 
@@ -87,52 +87,163 @@ def generate(
 
 @app.command()
 def select(
-    corpus: Annotated[
-        str,
+    corpora: Annotated[
+        list[str],
         typer.Argument(
-            help="File (.txt, .jsonl, .parquet, or .gz of these), folder, hub:owner/name or builtin.",
+            help="Files (.txt, .jsonl, .parquet, or .gz of these), folders, hub:owner/name or builtin.",
             show_default=False,
         ),
     ],
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Model folder whose tokenizer is used.", show_default=False)
+        str,
+        typer.Option(
+            "--model", "-m", help="Model folder: its tokenizer is used, and by perplexity and cola the model itself."
+        ),
     ],
     output: OutputOption,
-    strategy: Annotated[str, typer.Option("--strategy", help="How documents are chosen: uniform.")] = "uniform",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            "--strategy",
+            help="uniform; zipcal (covers the vocabulary), zipcal-multi (in each corpus, then spread out); zipf (rare "
+            "words); unigram (words in random order); perplexity; k-centre, herding (by embeddings); cola (by the "
+            "model's activations).",
+        ),
+    ] = "uniform",
     windows: Annotated[
-        str, typer.Option("--windows", help="pack (join documents, cut) or window (one of each long enough document).")
+        str,
+        typer.Option(
+            "--windows",
+            help="pack (join documents, cut), window (one of each long enough document) or document (its beginning).",
+        ),
     ] = "pack",
     field: FieldOption = "text",
     samples: SamplesOption = 128,
     length: LengthOption = 512,
     seed: SeedOption = 0,
     draw: DrawOption = 0,
+    shards: Annotated[
+        int, typer.Option("--shards", help="Disjoint random parts of the corpus; draw k of a strategy sees part k.")
+    ] = 1,
+    pool: Annotated[
+        int | None,
+        typer.Option("--pool", help="zipcal: look at this many random candidates a pick (paper's code: 2000)."),
+    ] = None,
+    keep: Annotated[str, typer.Option("--keep", help="perplexity: lowest, middle or below (a percentile).")] = "below",
+    percentile: Annotated[
+        float, typer.Option("--percentile", help="perplexity, below: keep candidates under it.")
+    ] = 80.0,
+    embedding: Annotated[
+        str, typer.Option("--embedding", help="lexical (no model), or a sentence-transformers model's folder.")
+    ] = "lexical",
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Shares of the samples for several corpora: 2,1,1.")
+    ] = None,
+    duplicates: Annotated[
+        str, typer.Option("--duplicates", help="keep them, or drop exact or near (and exact) ones.")
+    ] = "keep",
+    min_characters: Annotated[int, typer.Option("--min-characters", help="Drop shorter documents.")] = 0,
+    max_characters: Annotated[int | None, typer.Option("--max-characters", help="Drop longer documents.")] = None,
+    max_repetition: Annotated[
+        float | None,
+        typer.Option("--max-repetition", help="Drop documents with a larger share of repeated runs of ten words."),
+    ] = None,
+    script: Annotated[
+        str | None, typer.Option("--script", help="Keep documents of one script: latin, cyrillic, arabic, cjk, ...")
+    ] = None,
+    leakage: Annotated[
+        list[str] | None,
+        typer.Option("--leakage", help="Evaluation text; documents that share a run of words with it are dropped."),
+    ] = None,
+    leakage_field: Annotated[str, typer.Option("--leakage-field", help="Field of the evaluation texts.")] = "text",
+    leakage_run: Annotated[int, typer.Option("--leakage-run", help="Words of such a run.")] = 13,
+    keep_leaked: Annotated[bool, typer.Option("--keep-leaked", help="Count documents with leakage only.")] = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Pick a calibration set out of a corpus.
+    """Pick a calibration set out of corpora.
 
-    Example: calibrant data select c4.jsonl.gz -m ./SmolLM2-135M -o ./set
+    Example: calibrant data select c4.jsonl.gz -m ./SmolLM2-135M -o ./set --strategy zipcal --duplicates near
     """
     with terminal(quiet, as_json) as screen:
-        from calibrant.api import select as run
         from calibrant.calibration.corpus import Corpus
+        from calibrant.calibration.making import select as run
+        from calibrant.calibration.selection.request import filter_request
         from calibrant.output_folder import check_output
 
-        check_output(output, overwrite, [corpus, model])
+        check_output(output, overwrite, [*corpora, model])
         made = run(
-            Corpus(corpus, field),
+            [Corpus(corpus, field) for corpus in corpora],
             tokenizer=model,
-            strategy=strategy,
+            strategy=strategy,  # type: ignore[arg-type]  # checked by the request, which names the choices
             samples=samples,
             length=length,
             seed=seed,
             draw=draw,
-            windows=windows,  # type: ignore[arg-type]  # checked by select, which names the choices
+            windows=windows,  # type: ignore[arg-type]  # the same
+            shards=shards,
+            pool=pool,
+            keep=keep,  # type: ignore[arg-type]  # the same
+            percentile=percentile,
+            embedding=embedding,
+            weights=_numbers(weights),
+            filters=filter_request(
+                duplicates=duplicates,
+                min_characters=min_characters,
+                max_characters=max_characters,
+                max_repetition=max_repetition,
+                script=script,
+                leakage=leakage or [],
+                leakage_field=leakage_field,
+                leakage_run=leakage_run,
+                keep_leaked=keep_leaked,
+            ),
+            device=device,
+            dtype=dtype,
             progress=screen.progress,
         )
         _save(made, output, overwrite, screen)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    from calibrant.errors import CalibrantError
+
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise CalibrantError(f"--weights {text}: numbers with commas between are expected, like 2,1,1") from error
+
+
+@app.command()
+def rebuild(
+    manifest: Annotated[Path, typer.Argument(help="Manifest, or folder of the set.", show_default=False)],
+    output: OutputOption,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model, if it is not where the manifest says.")
+    ] = None,
+    corpus: Annotated[
+        list[str] | None, typer.Option("--corpus", help="The corpus, if it is not where the manifest says.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a calibration set again, byte for byte, from its manifest; say what changed where that fails.
+
+    Example: calibrant data rebuild ./set/manifest.json -o ./again
+    """
+    with terminal(quiet, as_json) as screen:
+        from calibrant.calibration.making import rebuild as run
+        from calibrant.output_folder import check_output
+
+        check_output(output, overwrite, [manifest])
+        again = run(manifest, model=model, corpora=corpus, progress=screen.progress)
+        for change in again.changes:
+            screen.note(f"changed, without effect on the tokens: {change}")
+        _save(again.calibration, output, overwrite, screen)
 
 
 @app.command()
@@ -191,7 +302,7 @@ def _show(loaded: "CalibrationSet", texts: list[str], screen: Terminal, output: 
         "seed": manifest.seed,
         "draw": manifest.draw,
         "parameters": manifest.parameters,
-        "corpus": manifest.corpus,
+        "corpora": manifest.corpora or None,
         **manifest.counts,
         **found,
         "set_sha256": manifest.set_sha256,

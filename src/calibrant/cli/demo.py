@@ -36,7 +36,8 @@ def demo(
         from rich.panel import Panel
         from rich.text import Text
 
-        from calibrant.api import compress, evaluate, generate
+        from calibrant.api import compress, evaluate
+        from calibrant.calibration.making import generate
         from calibrant.cli.compress import summary
         from calibrant.cli.demo_model import continue_text, demo_model
         from calibrant.cli.evaluate import evaluation_table

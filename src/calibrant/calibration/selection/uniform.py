@@ -1,69 +1,58 @@
 """Uniform selection: non-overlapping sets cut from one shuffle of the corpus (methods.md §21)."""
 
-import torch
+from array import array
+from collections.abc import Iterator
 
-from calibrant.calibration.calibration_set import CalibrationSet, Manifest
-from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.randomness import generator
+import numpy as np
+
+from calibrant.calibration.document_stream import DocumentStream, tokenized
+from calibrant.calibration.selection.selector import too_few
 from calibrant.calibration.tokenizer import Tokenizer
-from calibrant.calibration.windows import Policy, Window, windows
-from calibrant.errors import CalibrantError
+from calibrant.calibration.windows import Cutting, TokenizedDocument, Window
 from calibrant.progress import Progress
 
 
-def select_uniform(
-    corpus: Corpus,
+def uniform_windows(
+    stream: DocumentStream,
     tokenizer: Tokenizer,
-    *,
+    cutting: Cutting,
     samples: int,
-    length: int,
-    seed: int,
     draw: int,
-    policy: Policy,
+    rng: np.random.Generator,
+    offsets: np.random.Generator,
     progress: Progress,
-) -> CalibrationSet:
-    """Draw ``draw`` (0, 1, ...) of the sets of ``samples`` windows that one seeded shuffle gives.
+) -> list[Window]:
+    """Windows ``draw * samples`` to ``(draw + 1) * samples`` of those that one shuffle of the documents gives.
 
-    Draw ``k`` is windows ``k * samples`` to ``(k + 1) * samples`` of that shuffle, so two draws of one seed share
-    no window and the union does not depend on how many draws are made.
+    Two draws share no window and their union does not depend on how many draws are made. The corpus is read once to
+    count it and once for every doubling of the documents needed; only those are held in memory.
 
     Raises:
         CalibrantError: the corpus is empty or too small for this draw; the message says how much there is.
     """
-    documents = list(corpus)
-    if not documents:
-        raise CalibrantError(f"{corpus.location}: the corpus is empty, it has no document with text")
-    order = generator(seed, "shuffle").permutation(len(documents))
-    counts = {"documents": len(documents), "documents_used": 0, "documents_too_short": 0, **corpus.counts}
-    first, wanted = draw * samples, (draw + 1) * samples
-    shuffled = (documents[index] for index in order)
-    stream = windows(shuffled, tokenizer, length, policy, generator(seed, "offset"), counts)
+    kept = array("q", (ordinal for ordinal, _ in stream.kept(progress)))
+    order = np.asarray(kept)[rng.permutation(len(kept))]
+    wanted = (draw + 1) * samples
+    documents = _shuffled(stream, tokenizer, order, 2 * wanted)
     chosen: list[Window] = []
     found = 0
     with progress.task("selecting windows", wanted) as task:
-        for found, window in enumerate(stream, start=1):
-            if found > first:
+        for found, window in enumerate(cutting.windows(documents, offsets, stream.counts), start=1):
+            if found > draw * samples:
                 chosen.append(window)
             task.advance()
             if found == wanted:
-                break
-    if found < wanted:
-        raise CalibrantError(
-            f"{corpus.location}: only {found} windows of {length} tokens in {len(documents)} documents, "
-            f"draw {draw} of {samples} needs {wanted}; use fewer samples, a shorter length"
-            + (" or --windows pack" if policy == "window" else " or more text")
-        )
-    manifest = Manifest(
-        strategy="uniform",
-        parameters={"windows": policy},
-        seed=seed,
-        draw=draw,
-        samples=samples,
-        length=length,
-        tokenizer_sha256=tokenizer.sha256,
-        corpus=corpus.describe(),
-        rows=[window.segments for window in chosen],
-        counts=counts,
-    )
-    tokens = torch.tensor([window.tokens for window in chosen], dtype=torch.int32)
-    return CalibrationSet.build(tokens, torch.ones_like(tokens, dtype=torch.bool), manifest)
+                return chosen
+    raise too_few(stream, cutting, found, wanted)
+
+
+def _shuffled(
+    stream: DocumentStream, tokenizer: Tokenizer, order: np.ndarray, size: int
+) -> Iterator[TokenizedDocument]:
+    """The documents in shuffled order, fetched a part at a time, each part twice as large as the one before."""
+    begin = 0
+    while begin < len(order):
+        part = [int(ordinal) for ordinal in order[begin : begin + size]]
+        found = stream.fetch(part)
+        yield from tokenized(((ordinal, found[ordinal]) for ordinal in part), tokenizer)
+        begin, size = begin + size, 2 * size

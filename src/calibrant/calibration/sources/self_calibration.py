@@ -77,6 +77,7 @@ def generate_self_calibration(
             "temperature_steps": schedule.steps,
             "batch_size": batch_size,
             "start_token": tokenizer.start_id,
+            "device": model.device.type,
             "compute_dtype": str(model.dtype).removeprefix("torch."),
         },
         seed=seed,

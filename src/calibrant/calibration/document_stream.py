@@ -1,0 +1,101 @@
+"""The documents of a corpus as selections read them: pass by pass, filtered once, tokenized in batches."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from calibrant.calibration.corpus import Corpus, Document
+from calibrant.calibration.filters import Filter
+from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.calibration.windows import TokenizedDocument
+from calibrant.errors import CalibrantError
+from calibrant.progress import Progress
+
+# Enough text at a time to keep every core busy, little enough not to count as memory.
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 512
+
+
+class DocumentStream:
+    """Documents of a corpus that pass every filter and belong to one shard.
+
+    ``shards`` splits the corpus at random into disjoint parts, of which ``shard`` is read. Ordinals number the
+    corpus's non-empty documents from 0, whatever the filters drop.
+    """
+
+    def __init__(
+        self, corpus: Corpus, filters: Sequence[Filter], rng: np.random.Generator, shard: int = 0, shards: int = 1
+    ) -> None:
+        self.corpus, self._filters = corpus, filters
+        self._rng, self._shard, self._shards = rng, shard, shards
+        self.counts = {"documents": 0, "documents_used": 0, "documents_too_short": 0}
+
+    def kept(self, progress: Progress) -> Iterator[tuple[int, Document]]:
+        """One pass over the documents that are candidates; counts what every filter drops.
+
+        Raises:
+            CalibrantError: no document is left.
+        """
+        self.counts |= {filter_.count_name: 0 for filter_ in self._filters}
+        kept, read = 0, 0
+        with progress.task("reading corpus", self.corpus.size) as task:
+            for ordinal, document in enumerate(self.corpus):
+                task.advance(self.corpus.position - read)
+                read = self.corpus.position
+                self.counts["documents"] += 1
+                mine = self._shards == 1 or int(self._rng.integers(self._shards)) == self._shard
+                if mine and self._passes(document):
+                    kept += 1
+                    yield ordinal, document
+            task.advance(self.corpus.size - read)
+        self.counts |= self.corpus.counts
+        if not self.counts["documents"]:
+            raise CalibrantError(f"{self.corpus.location}: the corpus is empty, it has no document with text")
+        if not kept:
+            raise CalibrantError(f"{self.corpus.location}: no document is left {self._dropped()}")
+
+    def _passes(self, document: Document) -> bool:
+        for filter_ in self._filters:
+            if not filter_.keeps(document):
+                self.counts[filter_.count_name] += 1
+                return False
+        return True
+
+    def _dropped(self) -> str:
+        drops = ", ".join(f"{filter_.count_name} {self.counts[filter_.count_name]}" for filter_ in self._filters)
+        return f"after the filters ({drops or 'none'}) and shards"
+
+    def fetch(self, ordinals: Iterable[int]) -> dict[int, Document]:
+        """The documents with these ordinals, in one pass that ends with the last of them.
+
+        Raises:
+            CalibrantError: some are not there any more.
+        """
+        wanted = set(ordinals)
+        found: dict[int, Document] = {}
+        for ordinal, document in enumerate(self.corpus):
+            if ordinal in wanted:
+                found[ordinal] = document
+                if len(found) == len(wanted):
+                    return found
+        if wanted:
+            raise CalibrantError(f"{self.corpus.location}: the corpus changed while it was read; run again")
+        return found
+
+
+def tokenized(documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+    """The documents' tokens, many encoded at a time."""
+    batch: list[tuple[int, Document]] = []
+    characters = 0
+    for ordinal, document in documents:
+        batch.append((ordinal, document))
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield from _encoded(batch, tokenizer)
+            batch, characters = [], 0
+    yield from _encoded(batch, tokenizer)
+
+
+def _encoded(batch: list[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+    tokens = tokenizer.encode_batch([document.text for _, document in batch])
+    for (ordinal, document), ids in zip(batch, tokens, strict=True):
+        yield TokenizedDocument(ordinal, document.id, ids)

@@ -1,0 +1,105 @@
+"""COLA, stage 3: one text of each cluster of the model's activations (arXiv 2510.10618; methods.md §31)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from calibrant.calibration.windows import Window
+from calibrant.modeling.structure import find_blocks
+
+_DIMENSIONS = 64
+_STARTS = 10
+
+
+class Cola:
+    """Clusters candidates by their activations and takes the one closest to each centre.
+
+    A candidate's vector: the mean over its tokens of every block's output (the paper: of the feed-forward part), each
+    block's scaled to length 1, all of them joined and projected to 64 dimensions with ``N(0, 1) / sqrt(64)``. k-means
+    with ten k-means++ starts. Empty clusters are made up for from the largest ones (ours).
+    """
+
+    def __init__(self, model: transformers.PreTrainedModel, rng: np.random.Generator) -> None:
+        self._model, self._rng = model, rng
+        self._vectors: list[np.ndarray] = []
+        self._projection: np.ndarray | None = None
+        self._clusters = 0
+
+    @torch.inference_mode()
+    def see(self, windows: list[Window]) -> None:
+        """Run the model over further candidates."""
+        with _block_means(self._model) as means:
+            for window in windows:
+                means.clear()
+                self._model.base_model(input_ids=torch.tensor([window.tokens], device=self._model.device))
+                joined = torch.cat([mean / mean.norm().clamp(min=1e-12) for mean in means]).cpu().numpy()
+                self._vectors.append(joined @ self._random_projection(len(joined)))
+
+    def _random_projection(self, width: int) -> np.ndarray:
+        if self._projection is None:
+            normal = self._rng.standard_normal((width, _DIMENSIONS), dtype=np.float32)
+            self._projection = normal / np.sqrt(_DIMENSIONS, dtype=np.float32)
+        return self._projection
+
+    def choose(self, count: int) -> list[int]:
+        """The member closest to each of ``count`` centres, in the order of the clusters."""
+        vectors = np.stack(self._vectors).astype(np.float64)
+        chosen, self._clusters = closest_to_centres(vectors, count, self._rng)
+        return chosen
+
+    def counts(self) -> dict[str, int]:
+        """How many clusters had a member."""
+        return {"clusters": self._clusters}
+
+
+def closest_to_centres(vectors: np.ndarray, count: int, rng: np.random.Generator) -> tuple[list[int], int]:
+    """One point of each of ``count`` clusters and how many clusters had any.
+
+    Equal points are one point, so of duplicates none is chosen twice while there are ``count`` different ones.
+    """
+    different, first = np.unique(vectors, axis=0, return_index=True)
+    centres, labels = _k_means(different, min(count, len(different)), rng)
+    distances = ((different - centres[labels]) ** 2).sum(axis=1)
+    members = [np.flatnonzero(labels == cluster) for cluster in range(len(centres))]
+    ranked = [list(first[own[np.argsort(distances[own], kind="stable")]]) for own in members if len(own)]
+    chosen = [int(own.pop(0)) for own in ranked]
+    while len(chosen) < count and any(ranked):
+        chosen.append(int(max(ranked, key=len).pop(0)))
+    if len(chosen) < count:
+        rest = np.setdiff1d(np.arange(len(vectors)), chosen)
+        chosen += [int(index) for index in rest[: count - len(chosen)]]
+    return chosen, sum(len(own) > 0 for own in members)
+
+
+def _k_means(points: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.cluster.vq import kmeans2  # heavy, and only this needs it
+
+    best: tuple[float, Any, Any] | None = None
+    for _ in range(_STARTS):
+        centres, labels = kmeans2(points, count, minit="++", rng=rng, missing="warn")
+        spread = float(((points - centres[labels]) ** 2).sum())
+        if best is None or spread < best[0]:
+            best = (spread, centres, labels)
+    assert best is not None
+    return best[1], best[2]
+
+
+@contextmanager
+def _block_means(model: transformers.PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """A list that fills with every block's mean output, float32 ``[width]``, as the model runs."""
+    means: list[torch.Tensor] = []
+
+    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        means.append(hidden.float().mean(dim=(0, 1)))
+
+    handles = [model.get_submodule(name).register_forward_hook(note) for name in find_blocks(model)]
+    try:
+        yield means
+    finally:
+        for handle in handles:
+            handle.remove()

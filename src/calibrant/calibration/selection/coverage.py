@@ -1,0 +1,147 @@
+"""Greedy maximum coverage: pick the sets that together hold the most different members."""
+
+import tempfile
+import weakref
+from array import array
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Picks:
+    """``chosen`` indices in the order they were picked; ``covered[i]`` members are covered after pick ``i``."""
+
+    chosen: np.ndarray
+    covered: np.ndarray
+
+
+class SetFamily:
+    """Many small sets of integers below ``universe``, kept in a temporary file: memory is 8 bytes a set."""
+
+    def __init__(self, universe: int) -> None:
+        self.universe = universe
+        self._dtype = np.dtype(np.uint16 if universe <= 1 << 16 else np.uint32)
+        self._file = tempfile.TemporaryFile(prefix="calibrant-sets-")  # noqa: SIM115  # lives as long as the family
+        weakref.finalize(self, self._file.close)
+        self._bounds = array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def append(self, members: np.ndarray, sizes: np.ndarray) -> None:
+        """Add sets: their ``members`` one after the other, ``sizes`` how many each has; members of a set differ."""
+        members.astype(self._dtype, copy=False).tofile(self._file)
+        last = self._bounds[-1]
+        self._bounds.extend((last + np.cumsum(sizes, dtype=np.int64)).tolist())
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Set ``i`` is ``members[bounds[i] : bounds[i + 1]]``; int64 ``[sets + 1]``."""
+        return np.frombuffer(self._bounds, dtype=np.int64)
+
+    @property
+    def members(self) -> np.ndarray:
+        """All members, mapped from the file."""
+        self._file.flush()
+        if self._bounds[-1] == 0:
+            return np.empty(0, dtype=self._dtype)
+        return np.memmap(self._file, dtype=self._dtype, mode="r", shape=(self._bounds[-1],))
+
+
+def greedy_cover(family: SetFamily, count: int) -> Picks:
+    """Pick ``count`` sets, each time the one that adds most; ties go to the larger set, then to the lower index.
+
+    Lazy evaluation (Minoux 1978): what a set adds only shrinks while others are picked, so an old value is an upper
+    bound and a set whose fresh value still leads is the one full greedy picks. Covers at least 1 - 1/e of what the
+    best ``count`` sets cover.
+    """
+    sizes = np.diff(family.bounds)
+    order = np.argsort(-sizes, kind="stable")
+    covered = np.zeros(family.universe, dtype=np.bool_)
+    return Picks(*_lazy(family.bounds, family.members, order, sizes, covered, min(count, len(family))))
+
+
+def pooled_cover(family: SetFamily, count: int, pool: int, rng: np.random.Generator) -> Picks:
+    """Like ``greedy_cover``, but every pick looks only at ``pool`` sets drawn without replacement from the rest.
+
+    What the released code of ZipCal does (methods.md §27); with no more than ``pool`` sets left it looks at all.
+    """
+    bounds, members, sizes = family.bounds, family.members, np.diff(family.bounds)
+    covered = np.zeros(family.universe, dtype=np.bool_)
+    remaining = np.arange(len(family))
+    chosen, totals, total = [], [], 0
+    for _ in range(min(count, len(family))):
+        looked = np.sort(rng.choice(len(remaining), pool, replace=False)) if len(remaining) > pool else None
+        candidates = remaining if looked is None else remaining[looked]
+        gains = _gains(bounds, members, candidates, covered)
+        place = int(np.lexsort((candidates, -sizes[candidates], -gains))[0])
+        picked = candidates[place]
+        covered[members[bounds[picked] : bounds[picked + 1]]] = True
+        remaining = np.delete(remaining, place if looked is None else looked[place])
+        total += int(gains[place])
+        chosen.append(picked)
+        totals.append(total)
+    return Picks(np.array(chosen, dtype=np.int64), np.array(totals, dtype=np.int64))
+
+
+@numba.njit(cache=True)
+def _gain(bounds: np.ndarray, members: np.ndarray, index: int, covered: np.ndarray) -> int:
+    gain = 0
+    for place in range(bounds[index], bounds[index + 1]):
+        gain += not covered[members[place]]
+    return gain
+
+
+@numba.njit(cache=True)
+def _gains(bounds: np.ndarray, members: np.ndarray, candidates: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    return np.array([_gain(bounds, members, index, covered) for index in candidates], dtype=np.int64)
+
+
+@numba.njit(cache=True)
+def _lazy(
+    bounds: np.ndarray, members: np.ndarray, order: np.ndarray, sizes: np.ndarray, covered: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``order`` sorts the sets by size: with nothing covered that is a heap of their gains already."""
+    heap, gains = order.copy(), sizes.copy()
+    fresh = np.full(len(sizes), -1, dtype=np.int64)
+    chosen, totals = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+    left, total = len(heap), 0
+    for step in range(count):
+        while fresh[heap[0]] != step:
+            gains[heap[0]] = _gain(bounds, members, heap[0], covered)
+            fresh[heap[0]] = step
+            _sift_down(heap, left, gains, sizes)
+        picked = heap[0]
+        for place in range(bounds[picked], bounds[picked + 1]):
+            covered[members[place]] = True
+        total += gains[picked]
+        chosen[step], totals[step] = picked, total
+        left -= 1
+        heap[0] = heap[left]
+        _sift_down(heap, left, gains, sizes)
+    return chosen, totals
+
+
+@numba.njit(cache=True)
+def _leads(left: int, right: int, gains: np.ndarray, sizes: np.ndarray) -> bool:
+    if gains[left] != gains[right]:
+        return bool(gains[left] > gains[right])
+    if sizes[left] != sizes[right]:
+        return bool(sizes[left] > sizes[right])
+    return left < right
+
+
+@numba.njit(cache=True)
+def _sift_down(heap: np.ndarray, length: int, gains: np.ndarray, sizes: np.ndarray) -> None:
+    """Move the first entry of ``heap[:length]`` to where it belongs."""
+    place = 0
+    while 2 * place + 1 < length:
+        child = 2 * place + 1
+        if child + 1 < length and _leads(heap[child + 1], heap[child], gains, sizes):
+            child += 1
+        if not _leads(heap[child], heap[place], gains, sizes):
+            return
+        heap[child], heap[place] = heap[place], heap[child]
+        place = child

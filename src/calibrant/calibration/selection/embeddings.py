@@ -1,0 +1,91 @@
+"""Vectors of texts for selections that need distances: a lexical one without a model, or a sentence encoder."""
+
+from typing import Protocol
+
+import numpy as np
+
+from calibrant.calibration.selection.coverage import SetFamily
+from calibrant.calibration.selection.zipcal import subword_classes
+from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.calibration.windows import Window
+from calibrant.errors import CalibrantError, first_line
+
+# Random projections keep distances of n points to a tenth with about log(n) / 0.01 dimensions at worst, and texts with
+# far fewer (Johnson-Lindenstrauss); this many cost half a kilobyte a candidate.
+_WIDTH = 128
+
+
+class Embedding(Protocol):
+    """Sees windows in order and gives a unit vector for each at the end."""
+
+    def see(self, windows: list[Window]) -> None:
+        """Take note of the next windows."""
+
+    def vectors(self) -> np.ndarray:
+        """float32 ``[windows, width]``, rows of length 1 (0 for a window without any class)."""
+
+
+class LexicalEmbedding:
+    """TF-IDF over normalised sub-words, projected to 128 dimensions by a seeded normal matrix (ours; methods.md §28).
+
+    ``idf = ln((1 + n) / (1 + df)) + 1`` over the windows seen.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
+        self._classes = subword_classes(tokenizer)
+        self._universe = int(self._classes.max(initial=-1)) + 1
+        self._projection = rng.standard_normal((self._universe, _WIDTH), dtype=np.float32) / np.sqrt(_WIDTH)
+        self._bags = SetFamily(self._universe)
+
+    def see(self, windows: list[Window]) -> None:
+        """Keep the classes of the windows, with repetition."""
+        bags = [self._classes[np.array(window.tokens, dtype=np.int64)] for window in windows]
+        bags = [bag[bag >= 0] for bag in bags]
+        self._bags.append(np.concatenate(bags), np.array([len(bag) for bag in bags]))
+
+    def vectors(self) -> np.ndarray:
+        """TF-IDF, projected and scaled to length 1."""
+        bounds, members = self._bags.bounds, self._bags.members
+        rows = [np.unique(members[bounds[i] : bounds[i + 1]], return_counts=True) for i in range(len(self._bags))]
+        frequency = np.zeros(self._universe)
+        for classes, _ in rows:
+            frequency[classes] += 1
+        weight = (np.log((1 + len(rows)) / (1 + frequency)) + 1).astype(np.float32)
+        projected = np.stack(
+            [(count * weight[classes]).astype(np.float32) @ self._projection[classes] for classes, count in rows]
+        )
+        return normalized(projected)
+
+
+class SentenceEmbedding:
+    """A sentence-transformers model, by folder or (with a network) by name."""
+
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise CalibrantError(
+                "sentence encoders need the extra: pip install 'calibrant[embeddings]'; --embedding lexical needs none"
+            ) from error
+        try:
+            self._encoder = SentenceTransformer(model)
+        except Exception as error:  # many unrelated classes for a folder that holds no such model
+            raise CalibrantError(f"{model}: no sentence encoder can be loaded ({first_line(error)})") from error
+        self._tokenizer = tokenizer
+        self._parts: list[np.ndarray] = []
+
+    def see(self, windows: list[Window]) -> None:
+        """Encode the windows' texts."""
+        texts = [self._tokenizer.decode(window.tokens) for window in windows]
+        self._parts.append(np.asarray(self._encoder.encode(texts, show_progress_bar=False), dtype=np.float32))
+
+    def vectors(self) -> np.ndarray:
+        """The encoder's vectors, scaled to length 1."""
+        return normalized(np.concatenate(self._parts))
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1; rows of zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    result: np.ndarray = vectors / np.where(lengths > 0, lengths, 1)
+    return result

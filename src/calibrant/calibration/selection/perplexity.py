@@ -1,0 +1,60 @@
+"""Choosing by perplexity under a model: the lowest, a middle band, or any below a percentile (methods.md §32)."""
+
+import math
+
+import numpy as np
+import torch
+import transformers
+
+from calibrant.calibration.windows import Window
+from calibrant.errors import CalibrantError
+from calibrant.modeling.row_losses import row_losses
+
+
+class PerplexitySelector:
+    """Scores every candidate with ``model`` and chooses by rank.
+
+    ``keep`` "lowest" takes the smallest perplexities; "middle" those nearest to the median rank; "below" draws
+    uniformly among candidates strictly below ``percentile`` (arXiv 2410.17711 keeps those below the 80th). BOS is not
+    added: a window's first token has nothing before it and does not count.
+    """
+
+    def __init__(
+        self, model: transformers.PreTrainedModel, keep: str, percentile: float, rng: np.random.Generator
+    ) -> None:
+        self._model, self._keep, self._percentile, self._rng = model, keep, percentile, rng
+        self._losses: list[float] = []
+        self._left = 0
+
+    def see(self, windows: list[Window]) -> None:
+        """Score further candidates."""
+        for window in windows:
+            tokens = torch.tensor([window.tokens])
+            loss = row_losses(self._model, tokens, torch.ones_like(tokens, dtype=torch.bool))[0]
+            self._losses.append(loss if math.isfinite(loss) else math.inf)
+
+    def choose(self, count: int) -> list[int]:
+        """The chosen candidates, from low to high perplexity; for "below" in random order.
+
+        Raises:
+            CalibrantError: fewer than ``count`` lie below the percentile.
+        """
+        losses = np.array(self._losses)
+        order = np.argsort(losses, kind="stable")
+        if self._keep == "lowest":
+            return [int(index) for index in order[:count]]
+        if self._keep == "middle":
+            begin = (len(order) - count) // 2
+            return [int(index) for index in order[begin : begin + count]]
+        below = np.flatnonzero(losses < np.percentile(losses, self._percentile))
+        self._left = len(below)
+        if len(below) < count:
+            raise CalibrantError(
+                f"only {len(below)} of {len(losses)} candidates lie below percentile {self._percentile:g} of the "
+                f"perplexity, {count} are needed; raise --percentile or use fewer samples"
+            )
+        return [int(index) for index in self._rng.permutation(below)[:count]]
+
+    def counts(self) -> dict[str, int]:
+        """How many candidates the percentile left."""
+        return {"below_percentile": self._left} if self._keep == "below" else {}

@@ -1,0 +1,115 @@
+"""What a selection was asked for: everything that decides its result, as it is recorded and run again."""
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from calibrant.calibration.filters.leakage import DEFAULT_RUN
+from calibrant.calibration.windows import Policy
+from calibrant.errors import CalibrantError
+
+Strategy = Literal["uniform", "zipcal", "zipf", "unigram", "perplexity", "k-centre", "herding", "cola", "zipcal-multi"]
+# The embedding that needs no model: TF-IDF over normalised sub-words, projected at random.
+LEXICAL = "lexical"
+# The others choose by rule: all they can draw is the part of the corpus that they look at.
+WITH_DRAWS = ("uniform", "unigram")
+_USED_BY = {
+    "pool": ("zipcal", "zipcal-multi"),
+    "keep": ("perplexity",),
+    "percentile": ("perplexity",),
+    "embedding": ("k-centre", "herding", "zipcal-multi"),
+}
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class FilterRequest(BaseModel):
+    """Which documents may become candidates; every filter is off by default.
+
+    ``script`` is the first word of letters' Unicode names ("LATIN"); ``leakage`` lists evaluation corpora, runs of
+    ``leakage_run`` words of which are looked for, ``keep_leaked`` counts such documents only.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    min_characters: int = Field(default=0, ge=0)
+    max_characters: int | None = Field(default=None, ge=1)
+    max_repetition: float | None = Field(default=None, ge=0, le=1)
+    script: str | None = None
+    leakage: tuple[str, ...] = ()
+    leakage_field: str = "text"
+    leakage_run: int = Field(default=DEFAULT_RUN, ge=1)
+    keep_leaked: bool = False
+
+
+class SelectionRequest(BaseModel):
+    """One selection; a field that the strategy does not use must keep its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: Strategy = "uniform"
+    windows: Policy = "pack"
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=2)
+    seed: int = Field(default=0, ge=0)
+    draw: int = Field(default=0, ge=0)
+    shards: int = Field(default=1, ge=1)
+    pool: int | None = Field(default=None, ge=1)
+    keep: Literal["lowest", "middle", "below"] = "below"
+    percentile: float = Field(default=80.0, gt=0, le=100)
+    embedding: str = LEXICAL
+    weights: tuple[float, ...] | None = None
+    filters: FilterRequest = FilterRequest()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SelectionRequest":
+        for name, strategies in _USED_BY.items():
+            default = type(self).model_fields[name].default
+            if vars(self)[name] != default and self.strategy not in strategies:
+                raise ValueError(f"{name} is for {' and '.join(strategies)} only, not for {self.strategy}")
+        if self.weights is not None and not (all(weight >= 0 for weight in self.weights) and sum(self.weights) > 0):
+            raise ValueError("weights must not be negative, and one at least more than 0")
+        if self.strategy not in WITH_DRAWS and self.draw >= self.shards:
+            raise ValueError(
+                f"{self.strategy} has no random draws; draw {self.draw} needs --shards {self.draw + 1} or more: "
+                "disjoint random parts of the corpus, of which draw k sees part k"
+            )
+        if self.strategy in WITH_DRAWS and self.shards != 1:
+            raise ValueError(f"{self.strategy} draws share nothing anyway; leave --shards out")
+        if self.strategy == "unigram" and self.windows != "pack":
+            raise ValueError("unigram draws words, it cuts no windows; leave --windows out")
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """The part of it that a manifest keeps under ``parameters``."""
+        return self.model_dump(mode="json", exclude={"strategy", "samples", "length", "seed", "draw"})
+
+
+def selection_request(**fields: Any) -> SelectionRequest:
+    """A request from plain values.
+
+    Raises:
+        CalibrantError: an option is unknown, out of range or does not go with the others.
+    """
+    return _validated(SelectionRequest, fields)
+
+
+def filter_request(**fields: Any) -> FilterRequest:
+    """Filters from plain values.
+
+    Raises:
+        CalibrantError: an option is unknown or out of range.
+    """
+    return _validated(FilterRequest, fields)
+
+
+def _validated(kind: type[_Model], fields: dict[str, Any]) -> _Model:
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise CalibrantError(f"{where} {problem['input']!r}: {message}" if where else message) from error

@@ -1,0 +1,223 @@
+"""One selection from request to calibration set."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+import transformers
+
+from calibrant.calibration.calibration_set import CalibrationSet, Manifest, Segment
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.document_stream import DocumentStream
+from calibrant.calibration.filters import Filter
+from calibrant.calibration.filters.content import LengthBetween, RepetitionBelow, ScriptIs
+from calibrant.calibration.filters.duplicates import ExactDuplicates, NearDuplicates
+from calibrant.calibration.filters.leakage import Leakage
+from calibrant.calibration.randomness import generator
+from calibrant.calibration.selection.cola import Cola
+from calibrant.calibration.selection.embeddings import Embedding, LexicalEmbedding, SentenceEmbedding
+from calibrant.calibration.selection.perplexity import PerplexitySelector
+from calibrant.calibration.selection.request import LEXICAL, WITH_DRAWS, FilterRequest, SelectionRequest
+from calibrant.calibration.selection.selector import Selector, select_windows
+from calibrant.calibration.selection.spread import EmbeddingSelector, herding, k_centre
+from calibrant.calibration.selection.uniform import uniform_windows
+from calibrant.calibration.selection.unigram import unigram_rows
+from calibrant.calibration.selection.zipcal import ZipCal
+from calibrant.calibration.selection.zipf_score import ZipfScore
+from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.calibration.windows import Cutting, Window
+from calibrant.errors import CalibrantError
+from calibrant.progress import Progress
+
+# Strategies that run the model over every candidate.
+WITH_MODEL = ("perplexity", "cola")
+LoadModel = Callable[[], transformers.PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one corpus gives: rows of at most ``length`` token ids, their segments, and counts."""
+
+    rows: list[list[int]]
+    segments: list[list[Segment]]
+    counts: dict[str, int]
+
+
+def select_from(
+    corpora: Sequence[Corpus],
+    tokenizer: Tokenizer,
+    request: SelectionRequest,
+    load_model: LoadModel,
+    progress: Progress,
+) -> CalibrationSet:
+    """Run ``request`` on one or several corpora; ``load_model`` is called by strategies that score with a model.
+
+    Several corpora share the samples by ``request.weights``, equally without; their rows follow one another, and the
+    documents' ids begin with the corpus's number.
+
+    Raises:
+        CalibrantError: a corpus cannot be read, is empty or too small.
+    """
+    if request.strategy == "zipcal-multi":
+        return _multi_domain(corpora, tokenizer, request, load_model, progress)
+    shares = _shares(request.samples, request.weights, len(corpora))
+    parts = [
+        _select(corpus, tokenizer, request.model_copy(update={"samples": share}), load_model, progress)
+        for corpus, share in zip(corpora, shares, strict=True)
+        if share
+    ]
+    used = [corpus for corpus, share in zip(corpora, shares, strict=True) if share]
+    return _assemble(used, parts, request, tokenizer)
+
+
+def _shares(samples: int, weights: tuple[float, ...] | None, count: int) -> list[int]:
+    """``samples`` split in proportion to ``weights``, by largest remainder."""
+    if weights is not None and len(weights) != count:
+        raise CalibrantError(f"{len(weights)} weights for {count} corpora; give one for each")
+    given = np.array(weights if weights is not None else [1.0] * count)
+    exact = samples * given / given.sum()
+    shares = np.floor(exact).astype(int)
+    for index in np.argsort(shares - exact, kind="stable")[: samples - int(shares.sum())]:
+        shares[index] += 1
+    return [int(share) for share in shares]
+
+
+def _select(
+    corpus: Corpus, tokenizer: Tokenizer, request: SelectionRequest, load_model: LoadModel, progress: Progress
+) -> _Part:
+    filters = _filters(request.filters, request.seed)
+    drawn = request.strategy in WITH_DRAWS
+    shard = 0 if drawn else request.draw
+    stream = DocumentStream(corpus, filters, generator(request.seed, "shard"), shard, request.shards)
+    cutting = Cutting(request.windows, request.length, tokenizer.separator_id)
+    offsets = generator(request.seed, "offset")
+    samples, draw = request.samples, request.draw
+    windows: list[Window] = []
+    rows: list[list[int]] = []
+    if request.strategy == "unigram":
+        rng = generator(request.seed, "unigram")
+        rows = unigram_rows(stream, tokenizer, samples, request.length, draw, rng, progress)
+    elif request.strategy == "uniform":
+        rng = generator(request.seed, "shuffle")
+        windows = uniform_windows(stream, tokenizer, cutting, samples, draw, rng, offsets, progress)
+    else:
+        selector = _selector(request, tokenizer, load_model)
+        windows = select_windows(stream, tokenizer, cutting, selector, samples, offsets, progress)
+    counts = dict(stream.counts)
+    for filter_ in filters:
+        if isinstance(filter_, Leakage):
+            counts["documents_with_leakage"] = filter_.leaked
+    return _Part(rows or [window.tokens for window in windows], [window.segments for window in windows], counts)
+
+
+def _selector(request: SelectionRequest, tokenizer: Tokenizer, load_model: LoadModel) -> Selector:
+    rng = generator(request.seed, request.strategy, request.draw)
+    if request.strategy == "zipcal":
+        return ZipCal(tokenizer, request.pool, rng)
+    if request.strategy == "zipf":
+        return ZipfScore(tokenizer)
+    if request.strategy == "perplexity":
+        return PerplexitySelector(load_model(), request.keep, request.percentile, rng)
+    if request.strategy == "cola":
+        return Cola(load_model(), rng)
+    embedding = _embedding(request, tokenizer)
+    if request.strategy == "herding":
+        return EmbeddingSelector(embedding, herding)
+    return EmbeddingSelector(embedding, _k_centre_from(rng))
+
+
+def _k_centre_from(rng: np.random.Generator) -> Callable[[np.ndarray, int], list[int]]:
+    """k-centre with a random first centre."""
+    return lambda vectors, count: k_centre(vectors, count, int(rng.integers(len(vectors))))[0]
+
+
+def _embedding(request: SelectionRequest, tokenizer: Tokenizer) -> Embedding:
+    if request.embedding == LEXICAL:
+        return LexicalEmbedding(tokenizer, generator(request.seed, "embedding"))
+    return SentenceEmbedding(request.embedding, tokenizer)
+
+
+def _filters(request: FilterRequest, seed: int) -> list[Filter]:
+    """In order of their cost."""
+    filters: list[Filter] = []
+    if request.min_characters or request.max_characters is not None:
+        filters.append(LengthBetween(request.min_characters, request.max_characters))
+    if request.script is not None:
+        filters.append(ScriptIs(request.script.upper()))
+    if request.max_repetition is not None:
+        filters.append(RepetitionBelow(request.max_repetition))
+    if request.duplicates != "keep":
+        filters.append(ExactDuplicates())
+    if request.duplicates == "near":
+        filters.append(NearDuplicates(generator(seed, "duplicates")))
+    if request.leakage:
+        evaluation = chain.from_iterable(Corpus(location, request.leakage_field) for location in request.leakage)
+        filters.append(Leakage(evaluation, request.leakage_run, not request.keep_leaked))
+    return filters
+
+
+def _multi_domain(
+    corpora: Sequence[Corpus],
+    tokenizer: Tokenizer,
+    request: SelectionRequest,
+    load_model: LoadModel,
+    progress: Progress,
+) -> CalibrationSet:
+    """ZipCal in every corpus, then k-centre over the embeddings of what it chose (arXiv 2603.16105, algorithm 2)."""
+    single = request.model_copy(update={"strategy": "zipcal"})
+    parts = [_select(corpus, tokenizer, single, load_model, progress) for corpus in corpora]
+    pooled = [(number, row) for number, part in enumerate(parts) for row in range(len(part.rows))]
+    embedding = _embedding(request, tokenizer)
+    embedding.see([Window(parts[number].rows[row], [], 0, 0, 0) for number, row in pooled])
+    rng = generator(request.seed, request.strategy, request.draw)
+    chosen = sorted(_k_centre_from(rng)(embedding.vectors(), request.samples))
+    kept: list[list[int]] = [[] for _ in parts]
+    for index in chosen:
+        number, row = pooled[index]
+        kept[number].append(row)
+    cut = [
+        _Part([part.rows[row] for row in rows], [part.segments[row] for row in rows], part.counts)
+        for part, rows in zip(parts, kept, strict=True)
+    ]
+    return _assemble(corpora, cut, request, tokenizer)
+
+
+def _assemble(
+    corpora: Sequence[Corpus], parts: Sequence[_Part], request: SelectionRequest, tokenizer: Tokenizer
+) -> CalibrationSet:
+    """One set of all parts' rows; shorter rows are filled up with the separator, which does not count."""
+    rows = [row for part in parts for row in part.rows]
+    tokens = torch.full((len(rows), request.length), tokenizer.separator_id, dtype=torch.int32)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        mask[index, : len(row)] = True
+    segments = [
+        [_numbered(segment, number) if len(parts) > 1 else segment for segment in row]
+        for number, part in enumerate(parts)
+        for row in part.segments
+    ]
+    counts: Counter[str] = Counter()
+    for part in parts:
+        counts.update(part.counts)
+    described = [{**corpus.describe(), "rows": len(part.rows)} for corpus, part in zip(corpora, parts, strict=True)]
+    manifest = Manifest(
+        strategy=request.strategy,
+        parameters=request.recorded(),
+        seed=request.seed,
+        draw=request.draw,
+        samples=request.samples,
+        length=request.length,
+        tokenizer_sha256=tokenizer.sha256,
+        corpora=described,
+        rows=segments,
+        counts=dict(counts),
+    )
+    return CalibrationSet.build(tokens, mask, manifest)
+
+
+def _numbered(segment: Segment, number: int) -> Segment:
+    return segment.model_copy(update={"document": f"{number}/{segment.document}"})

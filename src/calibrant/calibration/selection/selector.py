@@ -1,0 +1,121 @@
+"""How selections run: one pass that shows every window to a selector, one that reads the chosen ones again."""
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from calibrant.calibration.corpus import Document
+from calibrant.calibration.document_stream import DocumentStream, tokenized
+from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.calibration.windows import Cutting, TokenizedDocument, Window
+from calibrant.errors import CalibrantError
+from calibrant.progress import Progress
+
+# Windows shown to a selector at a time: a forward pass's worth.
+_BATCH = 64
+
+
+class Selector(Protocol):
+    """Looks at every candidate once, in order, keeps what it needs of it, and then chooses."""
+
+    def see(self, windows: list[Window]) -> None:
+        """Take note of the next candidates."""
+
+    def choose(self, count: int) -> list[int]:
+        """The indices of ``count`` different candidates, in the order they are picked.
+
+        Raises:
+            CalibrantError: fewer can be chosen.
+        """
+
+    def counts(self) -> dict[str, int]:
+        """What the manifest records of the choice."""
+
+
+class _Positions:
+    """Where every candidate lies, 24 bytes each, and which documents were kept, 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.kept = array("q")
+        self._first, self._begin, self._last = array("q"), array("q"), array("q")
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def note_document(self, documents: Iterator[tuple[int, Document]]) -> Iterator[tuple[int, Document]]:
+        """Pass documents on and remember their ordinals."""
+        for ordinal, document in documents:
+            self.kept.append(ordinal)
+            yield ordinal, document
+
+    def note(self, window: Window) -> None:
+        self._first.append(window.first)
+        self._begin.append(window.begin)
+        self._last.append(window.last)
+
+    def of(self, candidate: int) -> tuple[int, list[int]]:
+        """First token and documents of a candidate."""
+        begin = bisect_left(self.kept, self._first[candidate])
+        end = bisect_right(self.kept, self._last[candidate])
+        return self._begin[candidate], list(self.kept[begin:end])
+
+
+def select_windows(
+    stream: DocumentStream,
+    tokenizer: Tokenizer,
+    cutting: Cutting,
+    selector: Selector,
+    samples: int,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[Window]:
+    """The windows that ``selector`` chooses, in its order.
+
+    Raises:
+        CalibrantError: the corpus has fewer candidates than ``samples``; the message says how many.
+    """
+    positions = _Positions()
+    documents = tokenized(positions.note_document(stream.kept(progress)), tokenizer)
+    batch: list[Window] = []
+    for window in cutting.windows(documents, rng, stream.counts):
+        positions.note(window)
+        batch.append(window)
+        if len(batch) == _BATCH:
+            selector.see(batch)
+            batch = []
+    if batch:
+        selector.see(batch)
+    stream.counts["candidates"] = len(positions)
+    if len(positions) < samples:
+        raise too_few(stream, cutting, len(positions), samples)
+    chosen = selector.choose(samples)
+    stream.counts |= selector.counts()
+    return _read_again(stream, tokenizer, cutting, [positions.of(candidate) for candidate in chosen])
+
+
+def _read_again(
+    stream: DocumentStream, tokenizer: Tokenizer, cutting: Cutting, places: list[tuple[int, list[int]]]
+) -> list[Window]:
+    found = stream.fetch(ordinal for _, ordinals in places for ordinal in ordinals)
+    order = sorted(found)
+    tokens = dict(zip(order, tokenizer.encode_batch([found[ordinal].text for ordinal in order]), strict=True))
+    windows = []
+    for begin, ordinals in places:
+        documents = [TokenizedDocument(ordinal, found[ordinal].id, tokens[ordinal]) for ordinal in ordinals]
+        windows.append(cutting.again(begin, documents))
+    return windows
+
+
+def too_few(stream: DocumentStream, cutting: Cutting, found: int, wanted: int) -> CalibrantError:
+    """The error for a corpus that holds fewer windows than are asked for."""
+    short = stream.counts["documents_too_short"]
+    remedy = "--windows pack, " if cutting.policy == "window" and short else ""
+    return CalibrantError(
+        f"{stream.corpus.location}: only {found} windows of {cutting.length} tokens in "
+        f"{stream.counts['documents']} documents"
+        + (f" ({short} are too short)" if short else "")
+        + f", {wanted} are needed; use {remedy}fewer samples, a shorter length or more text"
+    )

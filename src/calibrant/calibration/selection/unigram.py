@@ -1,0 +1,54 @@
+"""Unigram sample: a bag of the corpus's words, which the released ZipCal code calls ``words_dataset`` (methods.md §23).
+
+No text is chosen: the words of all documents are pooled with their frequencies and drawn in random order.
+"""
+
+from array import array
+
+import numpy as np
+
+from calibrant.calibration.document_stream import DocumentStream
+from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.errors import CalibrantError
+from calibrant.progress import Progress
+
+
+def unigram_rows(
+    stream: DocumentStream,
+    tokenizer: Tokenizer,
+    samples: int,
+    length: int,
+    draw: int,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[list[int]]:
+    """Rows of exactly ``length`` tokens: words of a seeded permutation of the pool, joined by spaces.
+
+    Words are lower case, split at white space. Draws continue the same permutation, so they share no occurrence of a
+    word. Four bytes are kept for each word of the corpus, and each different word once.
+
+    Raises:
+        CalibrantError: the corpus has too few words; the message says how many tokens they give.
+    """
+    numbers: dict[str, int] = {}
+    pool = array("i")
+    for _, document in stream.kept(progress):
+        pool.extend([numbers.setdefault(word, len(numbers)) for word in document.text.lower().split()])
+    stream.counts |= {"words": len(pool), "different_words": len(numbers)}
+    words = list(numbers)
+    order = np.asarray(pool)[rng.permutation(len(pool))]
+    wanted = (draw + 1) * samples * length
+    tokens: list[int] = []
+    begin = 0
+    # A word is at least about a token, so the first part is mostly enough.
+    while len(tokens) < wanted and begin < len(order):
+        part = order[begin : begin + wanted]
+        tokens += tokenizer.encode((" " if begin else "") + " ".join(words[number] for number in part))
+        begin += wanted
+    if len(tokens) < wanted:
+        raise CalibrantError(
+            f"{stream.corpus.location}: its {len(pool)} words give {len(tokens)} tokens, {wanted} are needed; "
+            "use fewer samples, a shorter length or more text"
+        )
+    first = draw * samples * length
+    return [tokens[first + row * length : first + (row + 1) * length] for row in range(samples)]

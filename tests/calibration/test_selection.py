@@ -1,0 +1,219 @@
+"""Selections end to end on a small corpus: sizes, determinism, what each strategy prefers, and making a set again."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import calibrant as cb
+from calibrant.calibration.selection.zipcal import subword_classes
+from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.calibration.windows import Cutting, TokenizedDocument
+from calibrant.errors import CalibrantError
+
+STRATEGIES = ["uniform", "zipcal", "zipf", "unigram", "perplexity", "k-centre", "herding", "cola", "zipcal-multi"]
+
+
+def write_corpus(path: Path, texts: list[str]) -> Path:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    path.write_bytes(gzip.compress(lines.encode(), mtime=0) if path.suffix == ".gz" else lines.encode())
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz    "))
+    return write_corpus(
+        tmp_path / "c.jsonl.gz", ["".join(rng.choice(letters, rng.integers(5, 200))) + "." for _ in range(60)]
+    )
+
+
+documents = st.lists(st.lists(st.integers(0, 9), max_size=12), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents, st.integers(1, 9), st.sampled_from(["pack", "window", "document"]), st.integers(0, 3))
+def test_windows_are_cut_again_alike(texts: list[list[int]], length: int, policy, seed: int) -> None:
+    """Every window comes out the same from its own documents; packed windows are the stream, segments say the truth."""
+    tokenized = [TokenizedDocument(2 * i, f"d{i}", tokens) for i, tokens in enumerate(texts)]
+    counts = {"documents_used": 0, "documents_too_short": 0}
+    cutting = Cutting(policy, length, separator=99)
+    cut = list(cutting.windows(tokenized, np.random.default_rng(seed), counts))
+    for window in cut:
+        own = [document for document in tokenized if window.first <= document.ordinal <= window.last]
+        assert cutting.again(window.begin, own) == window
+        for segment in window.segments:
+            source = texts[int(segment.document[1:])][segment.offset : segment.offset + segment.length]
+            assert window.tokens[segment.start : segment.start + segment.length] == source
+    if policy == "pack":
+        stream = [token for tokens in texts for token in [*tokens, 99]]
+        assert [window.tokens for window in cut] == [
+            stream[i : i + length] for i in range(0, len(stream) - length + 1, length)
+        ]
+    if policy == "document":
+        assert [window.tokens for window in cut] == [tokens[:length] for tokens in texts]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_makes_a_set_that_can_be_made_again(corpus: Path, llama: Path, tmp_path: Path, strategy) -> None:
+    made = cb.select(corpus, tokenizer=llama, strategy=strategy, samples=6, length=40, seed=3)
+    assert made.tokens.shape == (6, 40)
+    assert made.mask.all()
+    again = cb.select(corpus, tokenizer=llama, strategy=strategy, samples=6, length=40, seed=3)
+    made.save(tmp_path / "a")
+    again.save(tmp_path / "b")
+    rebuilt = cb.rebuild(tmp_path / "a")
+    assert rebuilt.changes == []
+    rebuilt.calibration.save(tmp_path / "c")
+    for name in ("tokens.safetensors", "manifest.json"):
+        contents = {(tmp_path / folder / name).read_bytes() for folder in "abc"}
+        assert len(contents) == 1
+    if strategy != "unigram":
+        starts = {(row[0].document, row[0].offset) for row in made.manifest.rows}
+        assert len(starts) == 6
+
+
+@pytest.mark.parametrize("strategy", ["zipcal", "herding"])
+def test_draws_of_a_strategy_without_chance_see_disjoint_parts(corpus: Path, llama: Path, strategy) -> None:
+    with pytest.raises(CalibrantError, match="--shards 2"):
+        cb.select(corpus, tokenizer=llama, strategy=strategy, samples=3, length=40, draw=1)
+    draws = [
+        cb.select(corpus, tokenizer=llama, strategy=strategy, samples=3, length=40, draw=k, shards=3) for k in range(3)
+    ]
+    used = [{segment.document for row in draw.manifest.rows for segment in row} for draw in draws]
+    assert len(used[0] | used[1] | used[2]) == sum(map(len, used))
+
+
+def test_zipcal_covers_more_than_chance_and_says_how_much(corpus: Path, llama: Path) -> None:
+    table = subword_classes(Tokenizer(llama))
+
+    def covered(made: cb.CalibrationSet) -> int:
+        return len(np.unique(table[made.tokens.numpy()])) - (table[made.tokens.numpy()] < 0).any()
+
+    chosen = cb.select(corpus, tokenizer=llama, strategy="zipcal", samples=3, length=30)
+    pooled = cb.select(corpus, tokenizer=llama, strategy="zipcal", samples=3, length=30, pool=5)
+    random = cb.select(corpus, tokenizer=llama, samples=3, length=30)
+    assert covered(chosen) >= covered(random)
+    assert chosen.manifest.counts["classes_covered"] == covered(chosen) >= pooled.manifest.counts["classes_covered"]
+
+
+def test_classes_join_what_differs_in_case_only(llama: Path) -> None:
+    tokenizer = Tokenizer(llama)
+    table, ids = subword_classes(tokenizer), tokenizer.hf.get_vocab()
+    assert table[ids["a"]] == table[ids["A"]] != table[ids["b"]]
+    assert table[ids[" "]] == table[ids["<s>"]] == -1
+
+
+def test_zipf_prefers_rare_words(tmp_path: Path, llama: Path) -> None:
+    texts = ["the cat sat on the mat"] * 9 + ["quixotic jabberwocky zephyrs"]
+    path = write_corpus(tmp_path / "z.jsonl", texts)
+    made = cb.select(path, tokenizer=llama, strategy="zipf", samples=1, length=64, windows="document")
+    assert made.manifest.rows[0][0].document == "z.jsonl:10"
+    assert int(made.mask.sum()) == len(texts[-1])
+    assert (made.tokens[~made.mask] == 2).all()
+
+
+def test_perplexity_bands_lie_in_order(corpus: Path, llama: Path) -> None:
+    from calibrant.modeling.checkpoint import ModelFolder
+    from calibrant.modeling.row_losses import row_losses
+    from calibrant.modeling.whole_model import load_whole
+
+    model = load_whole(ModelFolder(llama), "cpu", "float32")
+
+    def loss(made: cb.CalibrationSet) -> np.ndarray:
+        return np.array(row_losses(model, made.tokens, made.mask))
+
+    common = {"tokenizer": llama, "strategy": "perplexity", "samples": 5, "length": 40, "dtype": "float32"}
+    lowest, middle = (cb.select(corpus, keep=keep, **common) for keep in ("lowest", "middle"))
+    below = cb.select(corpus, percentile=50, **common)
+    assert loss(lowest).max() < loss(middle).min()
+    everything = cb.select(corpus, **{**common, "keep": "lowest", "samples": below.manifest.counts["candidates"]})
+    assert (loss(below) < np.percentile(loss(everything), 50)).all()
+    with pytest.raises(CalibrantError, match="raise --percentile"):
+        cb.select(corpus, percentile=1, **common)
+
+
+def test_losses_match_a_plain_computation(llama: Path) -> None:
+    from calibrant.modeling.checkpoint import ModelFolder
+    from calibrant.modeling.row_losses import row_losses
+    from calibrant.modeling.whole_model import load_whole
+
+    model = load_whole(ModelFolder(llama), "cpu", "float32")
+    tokens = torch.randint(4, 90, (3, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, 12:] = False
+    mask[2, 1:] = False
+    losses = row_losses(model, tokens, mask)
+    for row, end in ((0, 20), (1, 12)):
+        expected = model(input_ids=tokens[row : row + 1, :end], labels=tokens[row : row + 1, :end]).loss
+        assert losses[row] == pytest.approx(expected.item(), rel=1e-4)
+    assert np.isnan(losses[2])
+
+
+def test_unigram_rows_are_the_words_of_the_corpus(tmp_path: Path, llama: Path) -> None:
+    path = write_corpus(tmp_path / "u.jsonl", ["Alpha beta", "beta gamma gamma"] * 20)
+    made = cb.select(path, tokenizer=llama, strategy="unigram", samples=2, length=30)
+    text = Tokenizer(llama).decode(made.tokens.flatten().tolist())
+    assert set(text.split()[1:-1]) == {"alpha", "beta", "gamma"}
+    other = cb.select(path, tokenizer=llama, strategy="unigram", samples=2, length=30, draw=1)
+    together = cb.select(path, tokenizer=llama, strategy="unigram", samples=4, length=30)
+    assert torch.equal(torch.cat([made.tokens, other.tokens]), together.tokens)
+    with pytest.raises(CalibrantError, match="100 words give 5"):
+        cb.select(path, tokenizer=llama, strategy="unigram", samples=100, length=30)
+
+
+def test_several_corpora_share_the_samples(tmp_path: Path, llama: Path) -> None:
+    first = write_corpus(tmp_path / "a.jsonl", ["aaaa bbbb cccc"] * 30)
+    second = write_corpus(tmp_path / "b.jsonl", ["xxxx yyyy zzzz"] * 30)
+    made = cb.select([first, second], tokenizer=llama, samples=8, length=20, weights=[3, 1])
+    owners = [row[0].document[0] for row in made.manifest.rows]
+    assert owners == ["0"] * 6 + ["1"] * 2
+    assert [part["rows"] for part in made.manifest.corpora] == [6, 2]
+    multi = cb.select([first, second], tokenizer=llama, strategy="zipcal-multi", samples=4, length=20)
+    assert {row[0].document[0] for row in multi.manifest.rows} == {"0", "1"}
+    with pytest.raises(CalibrantError, match="2 corpora"):
+        cb.select([first, second], tokenizer=llama, samples=8, length=20, weights=[1])
+
+
+def test_a_changed_corpus_is_named(tmp_path: Path, corpus: Path, llama: Path) -> None:
+    made = cb.select(corpus, tokenizer=llama, strategy="zipcal", samples=4, length=40)
+    made.save(tmp_path / "set")
+    moved = corpus.rename(tmp_path / "moved.jsonl.gz")
+    with pytest.raises(CalibrantError, match=r"c\.jsonl\.gz"):
+        cb.rebuild(tmp_path / "set")
+    again = cb.rebuild(tmp_path / "set" / "manifest.json", corpora=[moved])
+    assert again.calibration.sha256 == made.sha256
+    write_corpus(moved, ["something else entirely. " * 30] * 30)
+    with pytest.raises(CalibrantError, match=r"Changed: the corpus file c\.jsonl\.gz"):
+        cb.rebuild(tmp_path / "set", corpora=[moved])
+
+
+@pytest.mark.parametrize("strategy", ["self", "vocabulary"])
+def test_generated_sets_can_be_made_again(tmp_path: Path, llama: Path, strategy: str) -> None:
+    made = cb.generate(llama, strategy=strategy, samples=3, length=20, seed=4, draw=2)
+    made.save(tmp_path / "set")
+    again = cb.rebuild(tmp_path / "set")
+    again.calibration.save(tmp_path / "again")
+    assert (tmp_path / "again/manifest.json").read_bytes() == (tmp_path / "set/manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"strategy": "nonsense"}, "strategy 'nonsense'"),
+    ({"pool": 5}, "pool is for zipcal"),
+    ({"strategy": "zipcal", "pool": 0}, "pool 0"),
+    ({"percentile": 20.0}, "percentile is for perplexity"),
+    ({"windows": "slices"}, "windows 'slices'"),
+    ({"samples": 10_000}, "only 1"),
+    ({"strategy": "zipcal", "samples": 10_000}, "10000 are needed"),
+    ({"shards": 2}, "leave --shards out"),
+    ({"strategy": "herding", "embedding": "nowhere"}, "sentence"),
+])  # fmt: skip
+def test_options_that_do_not_fit(corpus: Path, llama: Path, options, said: str) -> None:
+    with pytest.raises(CalibrantError, match=said):
+        cb.select(corpus, tokenizer=llama, **{"samples": 3, "length": 40, **options})
