@@ -31,5 +31,6 @@ def canonical_json(value: Any) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Hex SHA-256 of ``canonical_json(value)``."""
-    return sha256_bytes(canonical_json(value).encode())
+    """Hex SHA-256 of ``value`` as JSON with sorted keys and no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return sha256_bytes(text.encode())

@@ -1,6 +1,7 @@
 """The documents of a corpus as selections read them: pass by pass, filtered once, tokenized in batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -83,19 +84,33 @@ class DocumentStream:
 
 
 def tokenized(documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
-    """The documents' tokens, many encoded at a time."""
+    """The documents' tokens, many encoded at a time; the next ones are encoded while these are looked at."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        pending: Future[list[TokenizedDocument]] | None = None
+        for batch in _batches(documents):
+            following = worker.submit(_encoded, batch, tokenizer)
+            if pending is not None:
+                yield from pending.result()
+            pending = following
+        if pending is not None:
+            yield from pending.result()
+
+
+def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
     batch: list[tuple[int, Document]] = []
     characters = 0
     for ordinal, document in documents:
         batch.append((ordinal, document))
         characters += len(document.text)
         if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield from _encoded(batch, tokenizer)
+            yield batch
             batch, characters = [], 0
-    yield from _encoded(batch, tokenizer)
+    if batch:
+        yield batch
 
 
-def _encoded(batch: list[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+def _encoded(batch: list[tuple[int, Document]], tokenizer: Tokenizer) -> list[TokenizedDocument]:
     tokens = tokenizer.encode_batch([document.text for _, document in batch])
-    for (ordinal, document), ids in zip(batch, tokens, strict=True):
-        yield TokenizedDocument(ordinal, document.id, ids)
+    return [
+        TokenizedDocument(ordinal, document.id, ids) for (ordinal, document), ids in zip(batch, tokens, strict=True)
+    ]
