@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_GATED)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GATED, head_dim=16)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_GATED, head_dim=16)),
-    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_GATED, head_dim=16)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_GATED, head_dim=16, sliding_window=16)),
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**{**_GATED, "num_key_value_heads": 4})),
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(

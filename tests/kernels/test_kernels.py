@@ -10,9 +10,11 @@ from calibrant.compression.solvers.gptq import quantization_problem
 from calibrant.kernels import bfloat16_gram, bfloat16_tile
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
+from calibrant.kernels.decode_attention import decode_attention
 from calibrant.kernels.gram import add_gram
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError, inverse_factor
 from calibrant.kernels.masks import keep_largest_by_row
+from calibrant.kernels.packed_linear import PackedLinear
 from calibrant.kernels.rms_norm import rms_norm
 from tests import references
 
@@ -151,3 +153,42 @@ def test_causal_attention_takes_views_that_no_pair_of_numbers_fits() -> None:
     for odd in (wide, shifted):
         odd.copy_(query)
         assert torch.equal(causal_attention(odd, key, value, 0.25), expected)
+
+
+@needs_bfloat16_tile
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 40), st.integers(1, 130), st.booleans(), st.integers(0, 9))
+def test_a_packed_linear_is_a_linear(rows: int, half: int, outputs: int, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    linear = torch.nn.Linear(2 * half, outputs, bias=bias).bfloat16()
+    inputs = torch.randn(rows, 1, 2 * half).bfloat16()
+    expected = torch.nn.functional.linear(
+        inputs.double(), linear.weight.detach().double(), linear.bias.detach().double() if bias else None
+    )
+    packed = PackedLinear(linear)
+    found = packed(inputs)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=1e-5)
+    assert torch.equal(packed(inputs[-1:]), found[-1:])
+
+
+@needs_bfloat16_tile
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 60), st.integers(1, 40), st.integers(0, 9)
+)
+def test_decode_attention_is_attention_over_a_rows_own_positions(
+    batch: int, shared: int, group: int, count: int, width: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, keys, values = (
+        torch.randn(batch, heads, length, width, generator=generator).bfloat16()
+        for heads, length in ((shared * group, 1), (shared, 70), (shared, 70))
+    )
+    first = torch.randint(0, count, (batch,), generator=generator)
+    found = decode_attention(query, keys.transpose(2, 3).contiguous(), values, first, count, 0.3)
+    for row in range(batch):
+        part = slice(int(first[row]), count)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[row].double(), keys[row, :, part].double(), values[row, :, part].double(), enable_gqa=True, scale=0.3
+        )
+        torch.testing.assert_close(found[row].double(), expected.transpose(0, 1), rtol=0.01, atol=0.01)

@@ -120,3 +120,15 @@ def pack_rows(values: np.ndarray, pair: int, first: int, step: np.ndarray) -> No
         high = (np.uint32(odd[first + column]) << np.uint32(16)) & kept
         step[column] = np.uint32(even[first + column]) | high
     step[count:] = 0
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def pack_columns(pairs: np.ndarray, first: int, panel: np.ndarray) -> None:
+    """Write a panel: ``panel[k, i] = pairs[first + i, k]``, zero past the last row."""
+    count = min(COLUMNS, pairs.shape[0] - first)
+    for column in range(count):
+        source = pairs[first + column]
+        for pair in range(panel.shape[0]):
+            panel[pair, column] = source[pair]
+    for column in range(count, COLUMNS):
+        panel[:, column] = 0

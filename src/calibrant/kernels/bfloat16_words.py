@@ -10,6 +10,13 @@ def words(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy().view(np.uint16)
 
 
+def pairs(tensor: torch.Tensor) -> np.ndarray:
+    """Neighbours on the last axis as one 32-bit word."""
+    even = tensor.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in tensor.stride()[:-1])
+    fitting = tensor if even and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    return fitting.view(torch.int32).numpy().view(np.uint32)
+
+
 @numba.njit(forceinline=True, error_model="numpy")
 def widened(word: np.uint16) -> np.float32:
     """The number as float32, exactly."""

@@ -12,8 +12,8 @@ import numba
 import numpy as np
 import torch
 
-from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_rows
-from calibrant.kernels.bfloat16_words import rounded, words
+from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_columns, pack_rows
+from calibrant.kernels.bfloat16_words import pairs, rounded, words
 
 _LOG2_E = 1.4426950408889634
 # Below this power of two a float32 would be denormal; such a probability counts as zero.
@@ -35,16 +35,9 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     shared = batch * key.shape[1]
     keys = np.empty((shared, panels, width // 2, COLUMNS), dtype=np.uint32)
     values = np.empty((shared, -(-width // COLUMNS), -(-length // 2), COLUMNS), dtype=np.uint32)
-    _pack(_pairs(key), words(value), keys, values)
-    _attend(_pairs(query), keys, values, np.float32(scale * _LOG2_E), words(output))
+    _pack(pairs(key), words(value), keys, values)
+    _attend(pairs(query), keys, values, np.float32(scale * _LOG2_E), words(output))
     return output
-
-
-def _pairs(tensor: torch.Tensor) -> np.ndarray:
-    """Neighbours on the last axis as one 32-bit word."""
-    even = tensor.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in tensor.stride()[:-1])
-    fitting = tensor if even and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
-    return fitting.view(torch.int32).numpy().view(np.uint32)
 
 
 def _pack_keys_and_values(key_pairs: np.ndarray, value_words: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
@@ -53,22 +46,10 @@ def _pack_keys_and_values(key_pairs: np.ndarray, value_words: np.ndarray, keys: 
     for index in numba.prange(keys.shape[0]):
         row, head = index // shared, index % shared
         for panel in range(keys.shape[1]):
-            _transpose(key_pairs[row, head], panel * COLUMNS, keys[index, panel])
+            pack_columns(key_pairs[row, head], panel * COLUMNS, keys[index, panel])
         for pair in range(values.shape[2]):
             for panel in range(values.shape[1]):
                 pack_rows(value_words[row, head], pair, panel * COLUMNS, values[index, panel, pair])
-
-
-@numba.njit(forceinline=True, error_model="numpy")
-def _transpose(pairs: np.ndarray, first: int, panel: np.ndarray) -> None:
-    """``panel[k, i] = pairs[first + i, k]``, zero past the last row."""
-    count = min(COLUMNS, pairs.shape[0] - first)
-    for column in range(count):
-        source = pairs[first + column]
-        for pair in range(panel.shape[0]):
-            panel[pair, column] = source[pair]
-    for column in range(count, COLUMNS):
-        panel[:, column] = 0
 
 
 def _attend_queries(
@@ -88,7 +69,7 @@ def _attend_queries(
         divisor = np.empty(COLUMNS, dtype=np.float32)
         for first in range(0, length, COLUMNS):
             count = min(first + COLUMNS, length)
-            _transpose(query_pairs[row, head], first, queries)
+            pack_columns(query_pairs[row, head], first, queries)
             _score(keys[source], queries, count, first, scores)
             _normalize(scores, count, scale, weights, divisor)
             _multiply(values[source], weights, (count + 1) // 2, width, mixed)

@@ -1,7 +1,7 @@
 """Self-calibration: the model writes its own calibration text from BOS alone (arXiv 2410.17170 §3; methods.md §24)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,12 @@ from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.calibration.randomness import generator
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.errors import CalibrantError
+from calibrant.modeling.decoding import Decoder, prepare_decoding
 from calibrant.progress import Progress
 
 # Below this a division would overflow the logits, and the distribution is a point mass anyway (ours).
 _ARGMAX_BELOW = 1e-4
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ def generate_self_calibration(
     rows: list[torch.Tensor] = []
     counts = {"generations": samples}
     with progress.task("generating", samples * length) as task, torch.inference_mode():
+        make_decoder = prepare_decoding(model)
         for begin in range(0, samples, batch_size):
             chunk = torch.from_numpy(uniforms[begin : begin + batch_size]).to(model.device)
-            for column in _generate(model, tokenizer, chunk, schedule, rows, counts):
+            for column in _generate(model, make_decoder, tokenizer, chunk, schedule, rows, counts):
                 task.advance(column)
     tokens = torch.cat(rows).to(torch.int32)
     manifest = Manifest(
@@ -93,6 +96,7 @@ def generate_self_calibration(
 
 def _generate(
     model: transformers.PreTrainedModel,
+    make_decoder: Callable[[int, int], Decoder],
     tokenizer: Tokenizer,
     uniforms: torch.Tensor,
     schedule: TemperatureSchedule,
@@ -103,32 +107,19 @@ def _generate(
     batch, length = uniforms.shape
     device = uniforms.device
     ends = torch.tensor(sorted(_end_ids(model, tokenizer)), device=device)
-    cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+    decoder = make_decoder(batch, length)
     temperatures = schedule.table(length).to(device)
     tokens = torch.full((batch, length), tokenizer.start_id, dtype=torch.long, device=device)
-    attended = torch.zeros((batch, length), dtype=torch.long, device=device)
     position = torch.zeros(batch, dtype=torch.long, device=device)
     yield batch
     for column in range(1, length):
         previous = tokens[:, column - 1]
-        attended[:, column - 1] = 1
-        logits = (
-            model(
-                input_ids=previous[:, None],
-                attention_mask=attended,
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            .logits[:, -1]
-            .float()
-        )
+        logits = decoder.step(previous, position)
         chosen = _sample(logits, temperatures[position], uniforms[:, column])
         # A row whose last token ended its text starts over: BOS next, nothing before it attended.
         ended = torch.isin(previous, ends) & (position > 0)
         counts["generations"] += int(ended.sum())
         tokens[:, column] = torch.where(ended, tokenizer.start_id, chosen)
-        attended[ended] = 0
         position = torch.where(ended, 0, position + 1)
         yield batch
     rows.append(tokens.cpu())
@@ -153,7 +144,14 @@ def _sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tens
         raise CalibrantError("the model gives numbers that are not finite; compute in float32 or check its weights")
     greedy = temperature < _ARGMAX_BELOW
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].float()
-    cumulative = torch.softmax(scaled, dim=-1).double().cumsum(dim=-1)
-    threshold = (uniform * cumulative[:, -1])[:, None]
-    index = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    # The sum runs over blocks first, then inside the one that is hit: a sixtieth of the additions in float64.
+    padding = -logits.shape[-1] % _BLOCK
+    shares = torch.nn.functional.pad(torch.softmax(scaled, dim=-1), (0, padding)).view(len(logits), -1, _BLOCK)
+    blocks = shares.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold = (uniform * blocks[:, -1])[:, None]
+    block = torch.searchsorted(blocks, threshold, right=True).clamp(max=blocks.shape[1] - 1)
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = shares.gather(1, block[:, :, None].expand(-1, 1, _BLOCK))[:, 0].double().cumsum(-1)
+    place = torch.searchsorted(inside, threshold - before, right=True).clamp(max=_BLOCK - 1)
+    index = (block * _BLOCK + place)[:, 0].clamp(max=logits.shape[-1] - 1)
     return torch.where(greedy, logits.argmax(dim=-1), index)

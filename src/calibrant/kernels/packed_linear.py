@@ -1,0 +1,67 @@
+"""Products of a few bfloat16 rows with a weight that is used again and again: the weight is packed once.
+
+Matrix libraries pack a plain weight at every call, which for a few dozen rows takes as long as the product.
+"""
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+from torch import nn
+
+from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_columns
+from calibrant.kernels.bfloat16_words import pairs, rounded, widened, words
+
+
+class PackedLinear(nn.Module):
+    """``y = x W^T + b`` for bfloat16 ``x`` on the CPU; needs ``bfloat16_tile.available()`` and an even input width.
+
+    A row's result does not depend on the rows beside it.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        panels = np.empty((-(-self.out_features // COLUMNS), self.in_features // 2, COLUMNS), dtype=np.uint32)
+        _pack(pairs(linear.weight.detach()), panels)
+        self._panels = panels
+        bias = linear.bias.detach() if linear.bias is not None else torch.zeros(self.out_features, dtype=torch.bfloat16)
+        self._bias = words(bias)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        rows = inputs.reshape(-1, self.in_features)
+        packed = np.empty((-(-len(rows) // COLUMNS), self.in_features // 2, COLUMNS), dtype=np.uint32)
+        _pack(pairs(rows), packed)
+        output = torch.empty(len(rows), self.out_features, dtype=torch.bfloat16)
+        _multiply(packed, self._panels, self._bias, words(output))
+        return output.view(*inputs.shape[:-1], self.out_features)
+
+
+@numba.njit(error_model="numpy", cache=True)
+def _pack(source: np.ndarray, panels: np.ndarray) -> None:
+    """Panels of rows, pairs along the width; a few dozen rows are packed before threads would have started."""
+    for panel in range(panels.shape[0]):
+        pack_columns(source, panel * COLUMNS, panels[panel])
+
+
+def _multiply_panels(packed: np.ndarray, panels: np.ndarray, bias: np.ndarray, output: np.ndarray) -> None:
+    """Panel of outputs by panel of outputs; ``packed`` holds the inputs' rows."""
+    rows, width = output.shape
+    pair_count = panels.shape[1]
+    for panel in numba.prange(panels.shape[0]):
+        sums = np.empty((ROWS, COLUMNS), dtype=np.float32)
+        right = np.intp(panels[panel].ctypes.data)
+        first = panel * COLUMNS
+        for begin in range(0, rows, ROWS):
+            sums[:] = 0
+            left = np.intp(packed[begin // COLUMNS].ctypes.data) + 4 * (begin % COLUMNS)
+            multiply_tile(left, right, pair_count, np.intp(sums.ctypes.data), COLUMNS)
+            for row in range(min(ROWS, rows - begin)):
+                target = output[begin + row]
+                for column in range(min(COLUMNS, width - first)):
+                    value = sums[row, column] + widened(bias[first + column])
+                    target[first + column] = np.uint16(rounded(value) >> np.uint32(16))
+
+
+_multiply: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_multiply_panels)

@@ -1,0 +1,94 @@
+"""Decoding step by step: what a decoder gives is what a forward over the whole row gives, on every path."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from calibrant.calibration.randomness import generator
+from calibrant.calibration.sources.self_calibration import _sample
+from calibrant.kernels import bfloat16_tile
+from calibrant.modeling.decoding import FastDecoder, PlainDecoder, prepare_decoding
+from tests.conftest import ARCHITECTURES
+
+FAST = {"llama", "mistral", "qwen2", "qwen3", "gemma3", "phi", "gpt2", "opt", "gpt_neox", "qwen3_moe", "mixtral"}
+CAUSAL = [name for name in ARCHITECTURES if name != "bert"]
+needs_bfloat16_tile = pytest.mark.skipif(not bfloat16_tile.available(), reason="this processor has no AVX512-BF16")
+ROWS, STEPS = 4, 40
+
+
+def model_of(architecture: str, dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return ARCHITECTURES[architecture]().to(dtype).eval().requires_grad_(False)
+
+
+def steps(decoder, tokens: torch.Tensor, restarts: dict[int, int]) -> torch.Tensor:
+    """Logits of every step; row ``r`` starts over at step ``restarts[r]``."""
+    positions = torch.zeros(len(tokens), dtype=torch.long)
+    logits = []
+    for step in range(tokens.shape[1]):
+        for row, begin in restarts.items():
+            if begin == step:
+                positions[row] = 0
+        logits.append(decoder.step(tokens[:, step], positions))
+        positions = positions + 1
+    return torch.stack(logits, 1)
+
+
+@needs_bfloat16_tile
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_every_step_gives_what_a_whole_forward_gives(architecture: str) -> None:
+    """With rows that start over at different steps; sliding windows (Gemma 3) are shorter than the text."""
+    tokens = torch.randint(4, 100, (ROWS, STEPS), generator=torch.Generator().manual_seed(0))
+    restarts = {1: 7, 3: 22}
+    model = model_of(architecture, torch.bfloat16)
+    expected = model_of(architecture, torch.float32)
+    make = prepare_decoding(model)
+    assert isinstance(make(1, 2), FastDecoder if architecture in FAST else PlainDecoder)
+    found = steps(make(ROWS, STEPS), tokens, restarts)
+    for row in range(ROWS):
+        begins = [0, restarts[row], STEPS] if row in restarts else [0, STEPS]
+        for begin, end in pairwise(begins):
+            whole = expected(tokens[row : row + 1, begin:end]).logits[0]
+            difference = (found[row, begin:end] - whole).abs().mean()
+            assert difference < 0.02 * whole.std()
+
+
+@torch.inference_mode()
+def test_float32_models_run_as_they_are() -> None:
+    assert isinstance(prepare_decoding(model_of("llama", torch.float32))(1, 2), PlainDecoder)
+
+
+@needs_bfloat16_tile
+@torch.inference_mode()
+def test_a_model_that_the_fast_path_does_not_fit_is_left_as_it_was() -> None:
+    model = model_of("gemma2", torch.bfloat16)
+    tokens = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    before = model(tokens).logits
+    prepare_decoding(model)
+    assert torch.equal(model(tokens).logits, before)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sampled_tokens_follow_the_models_distribution(dtype: torch.dtype) -> None:
+    """Thousands of short texts against as many that plain forwards and torch's own sampling give: chi-square."""
+    rows, length = 4000, 4
+    plain = model_of("llama", dtype)
+    reference = torch.ones(rows, 1, dtype=torch.long)
+    for _ in range(length):
+        chances = torch.softmax(plain(reference).logits[:, -1].float() * 3, -1)
+        drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(len(reference[0])))
+        reference = torch.cat([reference, drawn], 1)
+    decoder = prepare_decoding(model_of("llama", dtype))(rows, length + 1)
+    uniforms = torch.from_numpy(generator(1, "test").random((rows, length)))
+    tokens = torch.ones(rows, dtype=torch.long)
+    for column in range(length):
+        logits = decoder.step(tokens, torch.full((rows,), column))
+        tokens = _sample(logits, torch.full((rows,), 1 / 3, dtype=torch.float64), uniforms[:, column])
+        counts = [np.bincount(sample, minlength=128) for sample in (tokens.numpy(), reference[:, column + 1].numpy())]
+        table = np.array(counts)[:, np.sum(counts, axis=0) >= 10]
+        assert stats.chi2_contingency(table).pvalue > 0.001
