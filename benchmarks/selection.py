@@ -2,17 +2,13 @@
 
 python benchmarks/selection.py MODEL --text c4.utf8.gz wiki.utf8.gz
 
-Documents are runs of the given text with one word in twenty replaced by another of its words. With --gigabytes, files
-of these sizes are selected from under a memory limit that the operating system enforces.
+Documents are runs of the given text with one word in twenty replaced by another of its words.
 """
 
 import argparse
 import gzip
 import json
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +29,6 @@ from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Window
 
 PICKS, LENGTH, POOL = 128, 512, 2000
-MEMORY_LIMIT = 1_500_000_000
 
 
 def words_of(files: list[Path]) -> list[str]:
@@ -175,34 +170,12 @@ def beside_cola(path: Path, model: Path, samples: int) -> dict[str, float]:
     }
 
 
-LIMITED = """
-import resource, sys, json, time
-resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[4]), int(sys.argv[4])))
-begin = time.perf_counter()
-import calibrant as cb
-made = cb.select(sys.argv[1], tokenizer=sys.argv[2], strategy="zipcal", samples=128, length=512)
-made.save(sys.argv[3])
-usage = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"seconds": time.perf_counter() - begin, "peak_resident_bytes": usage.ru_maxrss * 1024,
-                  "candidates": made.manifest.counts["candidates"]}))
-"""
-
-
-def under_a_limit(path: Path, model: Path) -> dict[str, float]:
-    """One selection in a process that may not allocate more than ``MEMORY_LIMIT``."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", LIMITED, str(path), str(model), folder, str(MEMORY_LIMIT)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {"bytes": path.stat().st_size, **json.loads(done.stdout)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--documents", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--cola-documents", type=int, default=256)
-    parser.add_argument("--gigabytes", type=float, nargs="*", default=[])
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "selection.json")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -224,10 +197,6 @@ def main() -> None:
         note("end to end", end_to_end(path, options.model))
         write_documents(path, words, count=options.cola_documents)
         note("beside COLA", beside_cola(path, options.model, PICKS))
-        for size in options.gigabytes:
-            large = Path(folder) / "large.jsonl"
-            write_documents(large, words, size=int(size * 1e9))
-            note(f"{size:g} GB", under_a_limit(large, options.model))
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "cores": os.cpu_count(),
@@ -235,8 +204,6 @@ def main() -> None:
         "model": options.model.name,
         "picks": PICKS,
         "length": LENGTH,
-        "memory_limit_bytes": MEMORY_LIMIT,
-        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **found,
     }
     options.json.write_text(json.dumps(result, indent=2) + "\n")

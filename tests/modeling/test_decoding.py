@@ -57,6 +57,15 @@ def test_every_step_gives_what_a_whole_forward_gives(architecture: str) -> None:
             assert difference < 0.02 * whole.std()
 
 
+@needs_bfloat16_tile
+@torch.inference_mode()
+def test_a_model_can_be_prepared_twice() -> None:
+    model = model_of("llama", torch.bfloat16)
+    tokens = torch.randint(4, 100, (3, 5), generator=torch.Generator().manual_seed(0))
+    first, second = (steps(prepare_decoding(model)(3, 5), tokens, {}) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 @torch.inference_mode()
 def test_float32_models_run_as_they_are() -> None:
     assert isinstance(prepare_decoding(model_of("llama", torch.float32))(1, 2), PlainDecoder)

@@ -1,26 +1,197 @@
-"""Numbers that describe the tokens of a calibration set (arXiv 2410.17170 §6.3; methods.md §34)."""
+"""Numbers that describe a calibration set (arXiv 2410.17170 §6.3; methods.md §34), and its odd rows."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from calibrant.calibration.calibration_set import CalibrationSet
 
 _LONGEST_NGRAM = 4
+# A row is odd where one of its numbers lies this far from the set's median, in units of the spread of normal data
+# (Iglewicz and Hoaglin 1993 recommend 3.5).
+_ODD_SCORE = 3.5
+_NORMAL_SPREAD = 1.4826
 
 
-def token_statistics(calibration: CalibrationSet) -> dict[str, float]:
-    """Distinct tokens, repetition within rows and n-gram diversity, over sub-word ids.
+@dataclass(frozen=True)
+class RowNumbers:
+    """One row: counted tokens, share of repeated ones, share of characters that are no letters, perplexity."""
 
-    ``repetition``: share of tokens that occur earlier in their row. ``div_token``: mean over n = 1 ... 4 of distinct
-    n-grams over n-grams; n-grams do not cross rows (ours).
+    tokens: int
+    repetition: float
+    non_letters: float
+    perplexity: float | None
+
+
+@dataclass(frozen=True)
+class OddRow:
+    """A row to read before trusting the set, and why: phrases."""
+
+    row: int
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class SetStatistics:
+    """A set in numbers. ``numbers`` maps names to values (None: cannot be said), ``rows`` has one entry a row."""
+
+    numbers: dict[str, float | None]
+    rows: list[RowNumbers]
+    odd: list[OddRow]
+    token_frequencies: np.ndarray
+    coverage_growth: np.ndarray
+
+
+def describe_set(
+    calibration: CalibrationSet, texts: Sequence[str], vocabulary: int, losses: Sequence[float] | None
+) -> SetStatistics:
+    """Everything about the counted tokens of a set.
+
+    Args:
+        calibration: the set.
+        texts: the text of every row.
+        vocabulary: number of ids the tokenizer knows, special ones included.
+        losses: mean negative log-likelihood of every row under a model, if one was asked.
+
+    Names: ``perplexity`` is the mean of the rows' perplexities; ``repetition`` the share of tokens that occur earlier
+    in their row; ``coverage`` distinct ids over ``vocabulary``; ``div_*`` the mean over n = 1 ... 4 of distinct n-grams
+    over n-grams; ``zipf_*`` the exponent of frequency against rank by least squares on the logarithms, ``zipf_*_ml`` by
+    maximum likelihood on the ranks there are. ``*_token`` counts ids, ``*_word`` words split at white space. n-grams
+    do not cross rows (ours).
     """
-    tokens = calibration.tokens.numpy()
-    new = sum(len(np.unique(row)) for row in tokens)
-    shares = []
-    for n in range(1, min(_LONGEST_NGRAM, tokens.shape[1]) + 1):
-        grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
-        shares.append(len(np.unique(grams, axis=0)) / len(grams))
-    return {
-        "distinct_tokens": float(len(np.unique(tokens))),
-        "repetition": 1 - new / tokens.size,
-        "div_token": float(np.mean(shares)),
+    tokens = [
+        row[kept].tolist() for row, kept in zip(calibration.tokens.numpy(), calibration.mask.numpy(), strict=True)
+    ]
+    words = [text.split() for text in texts]
+    token_counts = Counter(token for row in tokens for token in row)
+    word_counts = Counter(word for row in words for word in row)
+    rows = [
+        RowNumbers(len(row), _repetition(row), _non_letters(text), None if losses is None else math.exp(min(loss, 700)))
+        for row, text, loss in zip(tokens, texts, losses or [0.0] * len(tokens), strict=True)
+    ]
+    counted = sum(map(len, tokens))
+    perplexities = [row.perplexity for row in rows if row.perplexity is not None and math.isfinite(row.perplexity)]
+    numbers: dict[str, float | None] = {
+        "rows": len(rows),
+        "tokens": counted,
+        "perplexity": float(np.mean(perplexities)) if perplexities else None,
+        "repetition": sum(row.repetition * row.tokens for row in rows) / counted if counted else None,
+        "distinct_tokens": len(token_counts),
+        "coverage": len(token_counts) / vocabulary,
+        "div_token": ngram_diversity(tokens),
+        "zipf_token": zipf_exponent(token_counts),
+        "zipf_token_ml": zipf_likelihood(token_counts),
+        "distinct_words": len(word_counts),
+        "div_word": ngram_diversity(words),
+        "zipf_word": zipf_exponent(word_counts),
+        "zipf_word_ml": zipf_likelihood(word_counts),
+        "letters": 1 - _non_letters("".join(texts)),
     }
+    frequencies = np.array(sorted(token_counts.values(), reverse=True), dtype=np.int64)
+    return SetStatistics(numbers, rows, odd_rows(rows), frequencies, _coverage_growth(tokens))
+
+
+def ngram_diversity(rows: Sequence[Sequence[Hashable]]) -> float | None:
+    """Mean over n = 1 ... 4 of distinct n-grams over n-grams; None where no row has one item."""
+    shares = []
+    for n in range(1, _LONGEST_NGRAM + 1):
+        grams = [gram for row in rows for gram in zip(*(row[i:] for i in range(n)), strict=False)]
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return float(np.mean(shares)) if shares else None
+
+
+def zipf_exponent(counts: Counter[Hashable]) -> float | None:
+    """Minus the slope of log frequency on log rank, least squares over all types; None for fewer than two."""
+    if len(counts) < 2:
+        return None
+    frequencies = np.sort(np.fromiter(counts.values(), dtype=np.float64))[::-1]
+    return -float(np.polyfit(np.log(np.arange(1, len(frequencies) + 1)), np.log(frequencies), 1)[0])
+
+
+def zipf_likelihood(counts: Counter[Hashable]) -> float | None:
+    """The exponent ``s`` under which ranks drawn with chance ``r^-s / sum_k k^-s`` are most likely."""
+    from scipy import optimize  # heavy, and only this needs it
+
+    if len(counts) < 2:
+        return None
+    frequencies = np.sort(np.fromiter(counts.values(), dtype=np.float64))[::-1]
+    ranks = np.log(np.arange(1, len(frequencies) + 1))
+    weighted = float(frequencies @ ranks) / float(frequencies.sum())
+
+    def loss(exponent: float) -> float:
+        return exponent * weighted + math.log(np.exp(-exponent * ranks).sum())
+
+    return float(optimize.minimize_scalar(loss, bounds=(0.0, 10.0), method="bounded").x)
+
+
+def odd_rows(rows: Sequence[RowNumbers]) -> list[OddRow]:
+    """Rows one of whose numbers is far from the others': robust z-scores by the median absolute deviation."""
+    measures = {
+        "repetition": [row.repetition for row in rows],
+        "share of characters that are no letters": [row.non_letters for row in rows],
+        "logarithm of the perplexity": [_log(row.perplexity) for row in rows],
+        "counted tokens": [float(row.tokens) for row in rows],
+    }
+    reasons: dict[int, list[str]] = {}
+    for name, values in measures.items():
+        known = np.array(values, dtype=np.float64)
+        if not np.isfinite(known).any():
+            continue
+        median = float(np.nanmedian(known))
+        spread = _NORMAL_SPREAD * float(np.nanmedian(np.abs(known - median)))
+        # Where most rows are alike, a hundredth of the median is the least that counts as a spread.
+        scores = (known - median) / max(spread, 0.01 * abs(median), 1e-9)
+        for index in np.flatnonzero(np.abs(scores) > _ODD_SCORE):
+            reasons.setdefault(int(index), []).append(f"{name} {known[index]:.3g}, median {median:.3g}")
+    return [OddRow(row, phrases) for row, phrases in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))]
+
+
+def overlap(left: CalibrationSet, right: CalibrationSet) -> dict[str, float]:
+    """How much two sets share: ``rows`` that are equal, Jaccard index of distinct ids, of rows' source documents."""
+
+    def rows(calibration: CalibrationSet) -> set[bytes]:
+        return {row.numpy().tobytes() for row in calibration.tokens}
+
+    def ids(calibration: CalibrationSet) -> set[int]:
+        return set(calibration.tokens[calibration.mask].tolist())
+
+    def documents(calibration: CalibrationSet) -> set[str]:
+        return {segment.document for row in calibration.manifest.rows for segment in row}
+
+    return {
+        "equal_rows": float(len(rows(left) & rows(right))),
+        "distinct_tokens": _jaccard(ids(left), ids(right)),
+        "documents": _jaccard(documents(left), documents(right)),
+    }
+
+
+def _jaccard(left: set[Hashable], right: set[Hashable]) -> float:
+    return len(left & right) / len(left | right) if left | right else 0.0
+
+
+def _repetition(row: Sequence[int]) -> float:
+    return 1 - len(set(row)) / len(row) if row else 0.0
+
+
+def _non_letters(text: str) -> float:
+    shown = re.sub(r"\s", "", text)
+    return sum(not character.isalpha() for character in shown) / len(shown) if shown else 1.0
+
+
+def _log(perplexity: float | None) -> float:
+    return math.log(perplexity) if perplexity is not None and perplexity > 0 else math.nan
+
+
+def _coverage_growth(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Distinct ids after each row, int64 ``[rows]``."""
+    seen: set[int] = set()
+    growth = []
+    for row in rows:
+        seen.update(row)
+        growth.append(len(seen))
+    return np.array(growth, dtype=np.int64)

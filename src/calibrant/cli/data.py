@@ -1,4 +1,4 @@
-"""``calibrant data``: generate, select, inspect."""
+"""``calibrant data``: generate, select, rebuild, inspect."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,6 @@ from calibrant.cli.console import (
 
 if TYPE_CHECKING:
     from calibrant.calibration.calibration_set import CalibrationSet
-    from calibrant.calibration.tokenizer import Tokenizer
 
 app = typer.Typer(help="Make, choose and look at calibration sets.", no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -248,35 +247,59 @@ def rebuild(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Calibration set folder.", show_default=False)],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Model folder, to show the rows as text.")] = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show as text.")] = 2,
+    folders: Annotated[list[Path], typer.Argument(help="Calibration set folders.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Model folder whose tokenizer reads the rows; else where a manifest says."),
+    ] = None,
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Also run the model over the sets, for perplexities.")
+    ] = False,
+    html: Annotated[
+        Path, typer.Option("--html", help="Page to write: curves, histograms, overlap, odd rows, samples.")
+    ] = Path("inspection.html"),
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show as text in the terminal.")] = 1,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is in a calibration set.
+    """Show what is in calibration sets, side by side, and write a page about them.
 
-    Example: calibrant data inspect ./set -m ./SmolLM2-135M
+    Example: calibrant data inspect ./self ./c4 -m ./SmolLM2-135M --perplexity --html sets.html
     """
-    with terminal(quiet=False, as_json=as_json) as screen:
-        from calibrant.calibration.calibration_set import CalibrationSet
-        from calibrant.calibration.tokenizer import Tokenizer
-        from calibrant.errors import CalibrantError
+    with terminal(quiet, as_json) as screen:
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
 
-        loaded = CalibrationSet.load(folder)
-        texts = []
-        if model is not None:
-            tokenizer = Tokenizer(model)
-            if tokenizer.sha256 != loaded.manifest.tokenizer_sha256:
-                raise CalibrantError(f"{folder}: was made with another tokenizer than {model}'s")
-            texts = [_readable(tokenizer, row.tolist()) for row in loaded.tokens[:rows]]
-        _show(loaded, texts, screen)
+        from calibrant.calibration.inspection import inspect_sets
+
+        found = inspect_sets(
+            folders, model=model, perplexity=perplexity, device=device, dtype=dtype, progress=screen.progress
+        )
+        html.write_text(found.page(), encoding="utf-8")
+        table = Table("", *(Text(one.name) for one in found.sets))
+        for name in found.sets[0].statistics.numbers:
+            values = [one.statistics.numbers[name] for one in found.sets]
+            table.add_row(Text(name, style="bold"), *map(_number_text, values))
+        odd = [
+            Text(f"{one.name}, row {row.row}: {'; '.join(row.reasons)}")
+            for one in found.sets
+            for row in one.statistics.odd[:3]
+        ]
+        panels = [
+            Panel(Text(text), title=Text(f"{one.name}, row {index}"))
+            for one in found.sets
+            for index, text in enumerate(one.texts[:rows])
+        ]
+        screen.result(found.as_json(), table, *odd, *panels, Text(f"page: {html}"))
 
 
-def _readable(tokenizer: "Tokenizer", ids: list[int]) -> str:
-    """Text of a row; a model's embedding may hold more ids than its tokenizer knows."""
-    known = [index for index in ids if 0 <= index < tokenizer.size]
-    unknown = len(ids) - len(known)
-    return tokenizer.decode(known) + (f"\n({unknown} ids that the tokenizer does not know)" if unknown else "")
+def _number_text(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def _save(made: "CalibrationSet", output: Path, overwrite: bool, screen: Terminal) -> None:
@@ -284,17 +307,14 @@ def _save(made: "CalibrationSet", output: Path, overwrite: bool, screen: Termina
 
     with staged(output, overwrite) as folder:
         made.save(folder)
-    _show(made, [], screen, output)
+    _show(made, screen, output)
 
 
-def _show(loaded: "CalibrationSet", texts: list[str], screen: Terminal, output: Path | None = None) -> None:
-    from rich.panel import Panel
+def _show(made: "CalibrationSet", screen: Terminal, output: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from calibrant.calibration.text_statistics import token_statistics
-
-    manifest, found = loaded.manifest, token_statistics(loaded)
+    manifest = made.manifest
     facts: dict[str, Any] = {
         "strategy": manifest.strategy,
         "samples": manifest.samples,
@@ -302,16 +322,12 @@ def _show(loaded: "CalibrationSet", texts: list[str], screen: Terminal, output: 
         "seed": manifest.seed,
         "draw": manifest.draw,
         "parameters": manifest.parameters,
-        "corpora": manifest.corpora or None,
         **manifest.counts,
-        **found,
         "set_sha256": manifest.set_sha256,
     }
-    table = Table(title=Text(str(output)) if output else None, show_header=False)
+    table = Table(title=Text(str(output)), show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        if value is not None:
-            table.add_row(name, Text(f"{value:.4f}" if isinstance(value, float) else str(value)))
-    panels = [Panel(Text(text), title=f"row {index}") for index, text in enumerate(texts)]
-    screen.result({**facts, **({"rows": texts} if texts else {})}, table, *panels)
+        table.add_row(name, Text(str(value)))
+    screen.result({**facts, "corpora": manifest.corpora}, table)

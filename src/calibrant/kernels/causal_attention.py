@@ -14,12 +14,8 @@ import torch
 
 from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_columns, pack_rows
 from calibrant.kernels.bfloat16_words import pairs, rounded, words
+from calibrant.kernels.exponential import LOG2_E, power_of_two
 
-_LOG2_E = 1.4426950408889634
-# Below this power of two a float32 would be denormal; such a probability counts as zero.
-_LEAST_POWER = -126.0
-# 2^f for f in [-1/2, 1/2]: Taylor's polynomial of degree 6, relative error below 2e-7.
-_C1, _C2, _C3, _C4, _C5, _C6 = (np.log(2.0) ** k / f for k, f in ((1, 1), (2, 2), (3, 6), (4, 24), (5, 120), (6, 720)))
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -36,7 +32,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     keys = np.empty((shared, panels, width // 2, COLUMNS), dtype=np.uint32)
     values = np.empty((shared, -(-width // COLUMNS), -(-length // 2), COLUMNS), dtype=np.uint32)
     _pack(pairs(key), words(value), keys, values)
-    _attend(pairs(query), keys, values, np.float32(scale * _LOG2_E), words(output))
+    _attend(pairs(query), keys, values, np.float32(scale * LOG2_E), words(output))
     return output
 
 
@@ -108,32 +104,15 @@ def _normalize(scores: np.ndarray, count: int, scale: np.float32, weights: np.nd
     divisor[:] = 0
     for pair in range(count // 2):
         for column in range(COLUMNS):
-            even = _power(scale * (scores[2 * pair, column] - largest[column]))
-            odd = _power(scale * (scores[2 * pair + 1, column] - largest[column]))
+            even = power_of_two(scale * (scores[2 * pair, column] - largest[column]))
+            odd = power_of_two(scale * (scores[2 * pair + 1, column] - largest[column]))
             divisor[column] += even + odd
             weights[pair, column] = (rounded(even) >> np.uint32(16)) | (rounded(odd) & np.uint32(0xFFFF0000))
     if count % 2:
         for column in range(COLUMNS):
-            even = _power(scale * (scores[count - 1, column] - largest[column]))
+            even = power_of_two(scale * (scores[count - 1, column] - largest[column]))
             divisor[column] += even
             weights[count // 2, column] = rounded(even) >> np.uint32(16)
-
-
-@numba.njit(forceinline=True, error_model="numpy")
-def _power(exponent: np.float32) -> np.float32:
-    """``2^exponent`` for exponents up to 0; zero where it would be denormal."""
-    kept = max(exponent, np.float32(_LEAST_POWER))
-    whole = np.floor(kept + np.float32(0.5))
-    part = kept - whole
-    result = np.float32(_C6)
-    result = result * part + np.float32(_C5)
-    result = result * part + np.float32(_C4)
-    result = result * part + np.float32(_C3)
-    result = result * part + np.float32(_C2)
-    result = result * part + np.float32(_C1)
-    result = result * part + np.float32(1.0)
-    power = np.int32((np.int32(whole) + 127) << 23).view(np.float32)
-    return result * power if exponent > np.float32(_LEAST_POWER) else np.float32(0.0)
 
 
 _pack: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_pack_keys_and_values)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from calibrant.kernels.bfloat16_words import rounded, widened, words
+from calibrant.kernels.exponential import LOG2_E, power_of_two
 
 
 def decode_attention(
@@ -22,10 +23,15 @@ def decode_attention(
     heads, capacity, width]``, all bfloat16; ``first`` int64 ``[batch]``. Sums are float32. Returns bfloat16 ``[batch,
     1, heads, width]``.
     """
-    batch, heads, _, width = query.shape
+    batch, heads, one, width = query.shape
+    rows, shared, channels, capacity = keys.shape
+    fits = one == 1 and rows == batch and channels == width and count <= capacity and heads % shared == 0
+    if not fits or values.shape != (batch, shared, capacity, width) or first.shape != (batch,):
+        raise ValueError(f"query {query.shape}, keys {keys.shape}, values {values.shape} do not fit")
     output = torch.empty(batch, 1, heads, width, dtype=query.dtype)
     queries = words(query.reshape(batch, heads, width).contiguous())
-    _attend(queries, words(keys), words(values), first.numpy(), count, np.float32(scale), words(output)[:, 0])
+    factor = np.float32(scale * LOG2_E)
+    _attend(queries, words(keys), words(values), first.numpy(), count, factor, words(output)[:, 0])
     return output
 
 
@@ -43,12 +49,12 @@ def _attend_rows(
     for task in numba.prange(queries.shape[0] * shared):
         row, source = task // shared, task % shared
         begin = first[row]
-        scores = np.empty((group, count), dtype=np.float32)
-        mixed = np.empty((group, width), dtype=np.float32)
-        _score(queries[row, source * group : (source + 1) * group], keys[row, source], begin, count, scale, scores)
+        scores = np.zeros((group, count - begin), dtype=np.float32)
+        mixed = np.zeros((group, width), dtype=np.float32)
+        _score(queries[row, source * group : (source + 1) * group], keys[row, source], begin, scale, scores)
         for head in range(group):
-            _normalize(scores[head], begin, count)
-        _mix(scores, values[row, source], begin, count, mixed)
+            _normalize(scores[head])
+        _mix(scores, values[row, source, begin:count], mixed)
         for head in range(group):
             target = output[row, source * group + head]
             for channel in range(width):
@@ -56,41 +62,36 @@ def _attend_rows(
 
 
 @numba.njit(error_model="numpy")
-def _score(
-    queries: np.ndarray, keys: np.ndarray, begin: int, count: int, scale: np.float32, scores: np.ndarray
-) -> None:
-    scores[:] = 0
+def _score(queries: np.ndarray, keys: np.ndarray, begin: int, scale: np.float32, scores: np.ndarray) -> None:
+    """``scores[head, p]`` for position ``begin + p``."""
     for channel in range(keys.shape[0]):
-        line = keys[channel]
+        # Cut to its first entry: a loop over it has no negative index to look out for and becomes vectors.
+        line = keys[channel][begin : begin + scores.shape[1]]
         for head in range(queries.shape[0]):
             factor = widened(queries[head, channel]) * scale
             score = scores[head]
-            for position in range(begin, count):
+            for position in range(len(score)):
                 score[position] += factor * widened(line[position])
 
 
 @numba.njit(error_model="numpy")
-def _normalize(score: np.ndarray, begin: int, count: int) -> None:
-    largest = np.float32(-np.inf)
-    for position in range(begin, count):
-        largest = max(largest, score[position])
-    total = np.float32(0.0)
-    for position in range(begin, count):
-        score[position] = np.exp(score[position] - largest)
-        total += score[position]
-    inverse = np.float32(1.0) / total
-    for position in range(begin, count):
+def _normalize(score: np.ndarray) -> None:
+    """Softmax to the base 2; the scale of the scores includes ``log2 e``."""
+    largest = score.max()
+    for position in range(len(score)):
+        score[position] = power_of_two(score[position] - largest)
+    inverse = np.float32(1.0) / score.sum()
+    for position in range(len(score)):
         score[position] *= inverse
 
 
 @numba.njit(error_model="numpy")
-def _mix(weights: np.ndarray, values: np.ndarray, begin: int, count: int, mixed: np.ndarray) -> None:
-    mixed[:] = 0
-    for position in range(begin, count):
+def _mix(weights: np.ndarray, values: np.ndarray, mixed: np.ndarray) -> None:
+    for position in range(values.shape[0]):
         line = values[position]
         for head in range(weights.shape[0]):
             weight, target = weights[head, position], mixed[head]
-            for channel in range(values.shape[1]):
+            for channel in range(len(target)):
                 target[channel] += weight * widened(line[channel])
 
 

@@ -51,6 +51,8 @@ def prepare_decoding(model: transformers.PreTrainedModel) -> Callable[[int, int]
     def fast(rows: int, length: int) -> Decoder:
         return FastDecoder(model, rows, length)
 
+    if model.config._attn_implementation == _NAME:  # prepared before
+        return fast
     if model.dtype is not torch.bfloat16 or model.device.type != "cpu" or not bfloat16_tile.available():
         return plain
     expected = _probe(plain, model.config.get_text_config().vocab_size)

@@ -140,18 +140,20 @@ def _sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tens
 
     ``logits`` float32 ``[rows, vocabulary]``; ``temperature`` and ``uniform`` float64 ``[rows]``.
     """
-    if not bool(torch.isfinite(logits).all()):
-        raise CalibrantError("the model gives numbers that are not finite; compute in float32 or check its weights")
     greedy = temperature < _ARGMAX_BELOW
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].float()
     # The sum runs over blocks first, then inside the one that is hit: a sixtieth of the additions in float64.
-    padding = -logits.shape[-1] % _BLOCK
-    shares = torch.nn.functional.pad(torch.softmax(scaled, dim=-1), (0, padding)).view(len(logits), -1, _BLOCK)
-    blocks = shares.sum(-1, dtype=torch.float64).cumsum(-1)
+    shares = torch.softmax(scaled, dim=-1)
+    if shares.shape[-1] % _BLOCK:
+        shares = torch.nn.functional.pad(shares, (0, -shares.shape[-1] % _BLOCK))
+    shares = shares.view(len(logits), -1, _BLOCK)
+    blocks = shares.sum(-1).double().cumsum(-1)
+    if not bool(torch.isfinite(blocks[:, -1]).all()):
+        raise CalibrantError("the model gives numbers that are not finite; compute in float32 or check its weights")
     threshold = (uniform * blocks[:, -1])[:, None]
     block = torch.searchsorted(blocks, threshold, right=True).clamp(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = shares.gather(1, block[:, :, None].expand(-1, 1, _BLOCK))[:, 0].double().cumsum(-1)
     place = torch.searchsorted(inside, threshold - before, right=True).clamp(max=_BLOCK - 1)
     index = (block * _BLOCK + place)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return torch.where(greedy, logits.argmax(dim=-1), index)
+    return torch.where(greedy, logits.argmax(dim=-1), index) if bool(greedy.any()) else index

@@ -1,0 +1,126 @@
+"""One HTML page about calibration sets: it holds everything it shows and opens from disk without a network."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from calibrant.calibration.text_statistics import SetStatistics
+
+_SAMPLES = 5
+_SAMPLE_CHARACTERS = 1500
+_CURVE_POINTS = 200
+_BINS = 30
+_TITLES = {
+    "rank": "Rank and frequency of tokens",
+    "growth": "Distinct tokens after each row",
+    "lengths": "Counted tokens of a row",
+    "perplexities": "Perplexity of a row",
+}
+
+
+@dataclass(frozen=True)
+class InspectedSet:
+    """A set as the page shows it: a name, what the manifest says, numbers, and the rows' texts."""
+
+    name: str
+    facts: dict[str, str]
+    statistics: SetStatistics
+    texts: list[str]
+
+
+def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) -> str:
+    """The page as HTML text; ``overlaps`` are rows of a table: two names and shares."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("calibrant.report"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    names = list(dict.fromkeys(name for one in sets for name in one.statistics.numbers))
+    return environment.get_template("inspection.html").render(
+        sets=sets,
+        names=names,
+        overlaps=overlaps,
+        samples=_SAMPLES,
+        characters=_SAMPLE_CHARACTERS,
+        charts=_charts(sets),
+        titles=_TITLES,
+    )
+
+
+def _charts(sets: list[InspectedSet]) -> dict[str, str]:
+    """Pictures as SVG text, by name."""
+    import altair as alt  # heavy, and only pages need it
+
+    curves = {
+        "rank": (_rank_rows(sets), "rank", "frequency", "log"),
+        "growth": (_growth_rows(sets), "row", "distinct tokens", "linear"),
+    }
+    charts = {
+        name: _svg(
+            alt.Chart(alt.Data(values=rows))
+            .mark_line()
+            .encode(
+                x=alt.X(f"{x}:Q", scale=alt.Scale(type=scale)),
+                y=alt.Y(f"{y}:Q", scale=alt.Scale(type=scale)),
+                color=alt.Color("set:N", title=None),
+            )
+        )
+        for name, (rows, x, y, scale) in curves.items()
+    }
+    histograms = {
+        "lengths": _histogram_rows(sets, lambda row: float(row.tokens), "tokens"),
+        "perplexities": _histogram_rows(sets, lambda row: row.perplexity, "perplexity"),
+    }
+    for name, rows in histograms.items():
+        if rows:
+            axis = "tokens" if name == "lengths" else "perplexity"
+            charts[name] = _svg(
+                alt.Chart(alt.Data(values=rows))
+                .mark_area(interpolate="step", opacity=0.4, line=True)
+                .encode(x=f"{axis}:Q", y=alt.Y("rows:Q", stack=None), color=alt.Color("set:N", title=None))
+            )
+    return charts
+
+
+def _svg(chart: Any) -> str:
+    import vl_convert
+
+    sized = chart.properties(width=420, height=240).configure(font="system-ui, sans-serif")
+    return str(vl_convert.vegalite_to_svg(sized.to_json()))
+
+
+def _rank_rows(sets: list[InspectedSet]) -> list[dict[str, Any]]:
+    rows = []
+    for one in sets:
+        frequencies = one.statistics.token_frequencies
+        ranks = np.unique(np.geomspace(1, max(len(frequencies), 1), _CURVE_POINTS).astype(int))
+        rows += [
+            {"set": one.name, "rank": int(r), "frequency": int(frequencies[r - 1])} for r in ranks if len(frequencies)
+        ]
+    return rows
+
+
+def _growth_rows(sets: list[InspectedSet]) -> list[dict[str, Any]]:
+    rows = []
+    for one in sets:
+        growth = one.statistics.coverage_growth
+        picked = np.unique(np.linspace(0, len(growth) - 1, _CURVE_POINTS).astype(int))
+        rows += [{"set": one.name, "row": int(i) + 1, "distinct tokens": int(growth[i])} for i in picked]
+    return rows
+
+
+def _histogram_rows(sets: list[InspectedSet], measure: Any, axis: str) -> list[dict[str, Any]]:
+    """Counts in bins that all sets share; empty where no row has the number."""
+    values = {
+        one.name: [v for row in one.statistics.rows if (v := measure(row)) is not None and np.isfinite(v)]
+        for one in sets
+    }
+    everything = [value for found in values.values() for value in found]
+    if not everything:
+        return []
+    edges = np.histogram_bin_edges(everything, bins=_BINS)
+    rows = []
+    for name, found in values.items():
+        counts = np.histogram(found, bins=edges)[0]
+        rows += [{"set": name, axis: float(edge), "rows": int(c)} for edge, c in zip(edges, [*counts, 0], strict=False)]
+    return rows
