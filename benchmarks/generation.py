@@ -32,6 +32,7 @@ def ours(model: transformers.PreTrainedModel, tokenizer: Tokenizer, rows: int, l
         seed=seed,
         draw=0,
         schedule=TemperatureSchedule(),
+        first_tokens="any",
         batch_size=rows,
         progress=Silent(),
         provenance={},

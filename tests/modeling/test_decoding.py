@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from calibrant.calibration.randomness import generator
-from calibrant.calibration.sources.self_calibration import _sample
+from calibrant.calibration.sources.text_generation import sample
 from calibrant.kernels import bfloat16_tile
 from calibrant.modeling.decoding import FastDecoder, PlainDecoder, prepare_decoding
 from tests.conftest import ARCHITECTURES
@@ -97,7 +97,7 @@ def test_sampled_tokens_follow_the_models_distribution(dtype: torch.dtype) -> No
     tokens = torch.ones(rows, dtype=torch.long)
     for column in range(length):
         logits = decoder.step(tokens, torch.full((rows,), column))
-        tokens = _sample(logits, torch.full((rows,), 1 / 3, dtype=torch.float64), uniforms[:, column])
+        tokens = sample(logits, torch.full((rows,), 1 / 3, dtype=torch.float64), uniforms[:, column])
         counts = [np.bincount(sample, minlength=128) for sample in (tokens.numpy(), reference[:, column + 1].numpy())]
         table = np.array(counts)[:, np.sum(counts, axis=0) >= 10]
         assert stats.chi2_contingency(table).pvalue > 0.001

@@ -21,7 +21,12 @@ from calibrant.calibration.selection.request import (
     selection_request,
 )
 from calibrant.calibration.selection.run import WITH_MODEL, select_from
-from calibrant.calibration.sources.self_calibration import TemperatureSchedule, generate_self_calibration
+from calibrant.calibration.sources.other_models_text import generate_from_prefixes, generate_llm_qat
+from calibrant.calibration.sources.self_calibration import (
+    FirstTokens,
+    TemperatureSchedule,
+    generate_self_calibration,
+)
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Policy
@@ -34,6 +39,7 @@ from calibrant.progress import Progress, Silent
 # A set this size is what the papers' main settings reduce to on a laptop: their 128 sequences, a quarter of the length.
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 512
+_SOURCES = ("self", "llm-qat", "prefix", "vocabulary")
 _LIBRARIES = ("numpy", "tokenizers", "torch", "transformers")
 
 
@@ -46,43 +52,57 @@ def generate(
     seed: int = 0,
     draw: int = 0,
     temperature: TemperatureSchedule | None = None,
+    first_tokens: FirstTokens = "any",
+    corpus: Corpus | str | Path | None = None,
+    percentile: float = 80.0,
     batch_size: int = 64,
     device: str = "cpu",
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> CalibrationSet:
-    """Make a calibration set without a corpus: ``strategy`` "self" (the model writes it) or "vocabulary".
+    """Make a calibration set that a model writes, or of random tokens.
 
-    ``draw`` numbers independent sets of one seed. ``length`` may not exceed the model's context; left out, it is 512 or
-    the context, whichever is shorter.
+    ``strategy``: "self" (the model writes from BOS alone, by ``temperature`` and ``first_tokens``), "llm-qat" (from
+    random tokens), "prefix" (from the beginnings of ``corpus``, keeping rows below ``percentile`` of perplexity) or
+    "vocabulary". ``draw`` numbers independent sets of one seed. ``length`` may not exceed the model's context; left
+    out, it is 512 or the context, whichever is shorter.
 
     Raises:
-        CalibrantError: the model folder or an option does not fit.
+        CalibrantError: the model folder, the corpus or an option does not fit.
     """
     folder = ModelFolder(model_path(model))
     length = length if length is not None else default_length(folder)
     check_size(samples, length, seed, draw)
     check_length(folder, length)
     tokenizer = Tokenizer(folder.path)
+    if strategy not in _SOURCES:
+        raise CalibrantError(f"{strategy}: no source of that name; there are {', '.join(_SOURCES)}")
+    if batch_size < 1:
+        raise CalibrantError(f"batch size {batch_size}: must be at least 1")
+    if first_tokens not in ("any", "english"):
+        raise CalibrantError(f"{first_tokens}: no such first tokens; there are any, english")
+    if not 0 < percentile <= 100:
+        raise CalibrantError(f"percentile {percentile:g}: must be above 0 and at most 100")
+    if (corpus is not None) != (strategy == "prefix"):
+        raise CalibrantError("prefix continues the beginnings of a corpus; the other sources read none")
+    size: dict[str, int] = {"samples": samples, "length": length, "seed": seed, "draw": draw}
     if strategy == "vocabulary":
-        made = draw_vocabulary(tokenizer, samples=samples, length=length, seed=seed, draw=draw)
-    elif strategy == "self":
-        if batch_size < 1:
-            raise CalibrantError(f"batch size {batch_size}: must be at least 1")
-        made = generate_self_calibration(
-            load_whole(folder, device, dtype),
-            tokenizer,
-            samples=samples,
-            length=length,
-            seed=seed,
-            draw=draw,
-            schedule=temperature or TemperatureSchedule(),
-            batch_size=batch_size,
-            progress=progress or Silent(),
-            provenance=folder.identity(),
-        )
-    else:
-        raise CalibrantError(f"{strategy}: no source of that name; there are self, vocabulary")
+        return _located(draw_vocabulary(tokenizer, **size), str(model), [])
+    common: dict[str, Any] = {
+        **size,
+        "batch_size": batch_size,
+        "progress": progress or Silent(),
+        "provenance": folder.identity(),
+    }
+    texts = corpus if corpus is None or isinstance(corpus, Corpus) else Corpus(corpus)
+    loaded = load_whole(folder, device, dtype)
+    if texts is not None:
+        made = generate_from_prefixes(loaded, tokenizer, texts, percentile=percentile, **common)
+        return _located(made, str(model), [texts.location])
+    if strategy == "llm-qat":
+        return _located(generate_llm_qat(loaded, tokenizer, **common), str(model), [])
+    schedule = temperature or TemperatureSchedule()
+    made = generate_self_calibration(loaded, tokenizer, schedule=schedule, first_tokens=first_tokens, **common)
     return _located(made, str(model), [])
 
 
@@ -200,10 +220,10 @@ def rebuild(
     places = [str(one) for one in corpora] if corpora is not None else wanted.locations.get("corpora", [])
     if len(places) != len(wanted.corpora):
         raise CalibrantError(f"{len(places)} corpora are given, the set was made from {len(wanted.corpora)}")
-    if wanted.corpora:
-        made = _select_again(wanted, place, places, progress or Silent())
+    if wanted.strategy in _SOURCES:
+        made = _generate_again(wanted, place, places, progress or Silent())
     else:
-        made = _generate_again(wanted, place, progress or Silent())
+        made = _select_again(wanted, place, places, progress or Silent())
     changes = _changes(wanted, made.manifest)
     if made.sha256 != wanted.set_sha256:
         what = "; ".join(changes) or "nothing that is recorded: the processor or its number of threads may differ"
@@ -214,7 +234,7 @@ def rebuild(
 
 
 def _select_again(wanted: Manifest, model: str, places: list[str], progress: Progress) -> CalibrationSet:
-    fields = {name: getattr(wanted, name) for name in ("strategy", "samples", "length", "seed", "draw")}
+    fields = wanted.model_dump(include={"samples", "length", "seed", "draw", "strategy"})
     request = selection_request(**fields, **wanted.parameters)
     corpora = [
         Corpus(location, described.get("field", "text"))
@@ -224,19 +244,19 @@ def _select_again(wanted: Manifest, model: str, places: list[str], progress: Pro
     return _run_selection(corpora, model, request, scored.get("device", "cpu"), scored.get("dtype", "auto"), progress)
 
 
-def _generate_again(wanted: Manifest, model: str, progress: Progress) -> CalibrationSet:
-    parameters = wanted.parameters
-    common: dict[str, Any] = {name: getattr(wanted, name) for name in ("samples", "length", "seed", "draw", "strategy")}
-    if wanted.strategy == "self":
-        common |= {
-            "temperature": TemperatureSchedule(
-                parameters["temperature_initial"], parameters["temperature_final"], parameters["temperature_steps"]
-            ),
-            "batch_size": parameters["batch_size"],
-            "device": parameters["device"],
-            "dtype": parameters["compute_dtype"],
-        }
-    return generate(model, progress=progress, **common)
+def _generate_again(wanted: Manifest, model: str, places: list[str], progress: Progress) -> CalibrationSet:
+    given = wanted.parameters
+    options: dict[str, Any] = wanted.model_dump(include={"samples", "length", "seed", "draw", "strategy"})
+    options |= {name: given[name] for name in ("first_tokens", "percentile", "batch_size", "device") if name in given}
+    if "compute_dtype" in given:
+        options["dtype"] = given["compute_dtype"]
+    if "temperature_initial" in given:
+        options["temperature"] = TemperatureSchedule(
+            given["temperature_initial"], given["temperature_final"], given["temperature_steps"]
+        )
+    if places:
+        options["corpus"] = Corpus(places[0], wanted.corpora[0].get("field", "text"))
+    return generate(model, progress=progress, **options)
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -3,8 +3,9 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,12 +70,13 @@ def describe_set(
     words = [text.split() for text in texts]
     token_counts = Counter(token for row in tokens for token in row)
     word_counts = Counter(word for row in words for word in row)
+    known = losses if losses is not None else [math.nan] * len(tokens)
     rows = [
-        RowNumbers(len(row), _repetition(row), _non_letters(text), None if losses is None else math.exp(min(loss, 700)))
-        for row, text, loss in zip(tokens, texts, losses or [0.0] * len(tokens), strict=True)
+        RowNumbers(len(row), _repetition(row), _non_letters(text), _perplexity(loss))
+        for row, text, loss in zip(tokens, texts, known, strict=True)
     ]
     counted = sum(map(len, tokens))
-    perplexities = [row.perplexity for row in rows if row.perplexity is not None and math.isfinite(row.perplexity)]
+    perplexities = [row.perplexity for row in rows if row.perplexity is not None]
     numbers: dict[str, float | None] = {
         "rows": len(rows),
         "tokens": counted,
@@ -105,7 +107,7 @@ def ngram_diversity(rows: Sequence[Sequence[Hashable]]) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def zipf_exponent(counts: Counter[Hashable]) -> float | None:
+def zipf_exponent(counts: Counter[Any]) -> float | None:
     """Minus the slope of log frequency on log rank, least squares over all types; None for fewer than two."""
     if len(counts) < 2:
         return None
@@ -113,7 +115,7 @@ def zipf_exponent(counts: Counter[Hashable]) -> float | None:
     return -float(np.polyfit(np.log(np.arange(1, len(frequencies) + 1)), np.log(frequencies), 1)[0])
 
 
-def zipf_likelihood(counts: Counter[Hashable]) -> float | None:
+def zipf_likelihood(counts: Counter[Any]) -> float | None:
     """The exponent ``s`` under which ranks drawn with chance ``r^-s / sum_k k^-s`` are most likely."""
     from scipy import optimize  # heavy, and only this needs it
 
@@ -170,7 +172,7 @@ def overlap(left: CalibrationSet, right: CalibrationSet) -> dict[str, float]:
     }
 
 
-def _jaccard(left: set[Hashable], right: set[Hashable]) -> float:
+def _jaccard(left: Set[Hashable], right: Set[Hashable]) -> float:
     return len(left & right) / len(left | right) if left | right else 0.0
 
 
@@ -181,6 +183,11 @@ def _repetition(row: Sequence[int]) -> float:
 def _non_letters(text: str) -> float:
     shown = re.sub(r"\s", "", text)
     return sum(not character.isalpha() for character in shown) / len(shown) if shown else 1.0
+
+
+def _perplexity(loss: float) -> float | None:
+    """``exp(loss)``, clamped so that a broken model gives a huge number; None where there is no loss."""
+    return math.exp(min(loss, 700.0)) if not math.isnan(loss) else None
 
 
 def _log(perplexity: float | None) -> float:

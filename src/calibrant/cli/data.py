@@ -34,7 +34,12 @@ def generate(
     model: ModelArgument,
     output: OutputOption,
     strategy: Annotated[
-        str, typer.Option("--strategy", help="self (the model writes) or vocabulary (random tokens).")
+        str,
+        typer.Option(
+            "--strategy",
+            help="self (the model writes from BOS), llm-qat (from random tokens), prefix (from the first tokens of a "
+            "corpus's texts), vocabulary (random tokens).",
+        ),
     ] = "self",
     samples: SamplesOption = 128,
     length: ModelLengthOption = None,
@@ -48,6 +53,14 @@ def generate(
     temperature_steps: Annotated[
         int, typer.Option("--temperature-steps", help="Steps from the initial temperature to the final one.")
     ] = 10,
+    first_tokens: Annotated[
+        str, typer.Option("--first-tokens", help="self: any, or english (for multilingual models).")
+    ] = "any",
+    corpus: Annotated[str | None, typer.Option("--corpus", help="prefix: whose texts' beginnings to continue.")] = None,
+    field: FieldOption = "text",
+    percentile: Annotated[
+        float, typer.Option("--percentile", help="prefix: keep rows below this percentile of perplexity.")
+    ] = 80.0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows generated at a time.")] = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
@@ -60,11 +73,12 @@ def generate(
     Example: calibrant data generate ./SmolLM2-135M -o ./set --samples 128 --length 512
     """
     with terminal(quiet, as_json) as screen:
+        from calibrant.calibration.corpus import Corpus
         from calibrant.calibration.making import generate as run
         from calibrant.calibration.sources.self_calibration import TemperatureSchedule
         from calibrant.output_folder import check_output
 
-        check_output(output, overwrite, [model])
+        check_output(output, overwrite, [model] if corpus is None else [model, corpus])
         schedule = TemperatureSchedule(temperature, temperature, 0)
         if initial_temperature is not None:
             schedule = TemperatureSchedule(initial_temperature, temperature, temperature_steps)
@@ -76,6 +90,9 @@ def generate(
             seed=seed,
             draw=draw,
             temperature=schedule,
+            first_tokens=first_tokens,  # type: ignore[arg-type]  # checked by generate, which names the choices
+            corpus=Corpus(corpus, field) if corpus is not None else None,
+            percentile=percentile,
             batch_size=batch_size,
             device=device,
             dtype=dtype,
@@ -269,6 +286,7 @@ def inspect(
     Example: calibrant data inspect ./self ./c4 -m ./SmolLM2-135M --perplexity --html sets.html
     """
     with terminal(quiet, as_json) as screen:
+        from rich.markup import escape
         from rich.panel import Panel
         from rich.table import Table
         from rich.text import Text
@@ -279,7 +297,7 @@ def inspect(
             folders, model=model, perplexity=perplexity, device=device, dtype=dtype, progress=screen.progress
         )
         html.write_text(found.page(), encoding="utf-8")
-        table = Table("", *(Text(one.name) for one in found.sets))
+        table = Table("", *(escape(one.name) for one in found.sets))
         for name in found.sets[0].statistics.numbers:
             values = [one.statistics.numbers[name] for one in found.sets]
             table.add_row(Text(name, style="bold"), *map(_number_text, values))
@@ -298,7 +316,7 @@ def inspect(
 
 def _number_text(value: float | None) -> str:
     if value is None:
-        return "–"
+        return "-"
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 

@@ -17,7 +17,6 @@ from calibrant.kernels.bfloat16_words import pairs, rounded, words
 from calibrant.kernels.exponential import LOG2_E, power_of_two
 
 
-
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """Attention of every position to itself and earlier ones; needs ``bfloat16_tile.available()``.
 

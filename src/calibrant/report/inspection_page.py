@@ -1,12 +1,13 @@
 """One HTML page about calibration sets: it holds everything it shows and opens from disk without a network."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from calibrant.calibration.text_statistics import SetStatistics
+from calibrant.calibration.text_statistics import RowNumbers, SetStatistics
 
 _SAMPLES = 5
 _SAMPLE_CHARACTERS = 1500
@@ -52,16 +53,16 @@ def _charts(sets: list[InspectedSet]) -> dict[str, str]:
     import altair as alt  # heavy, and only pages need it
 
     curves = {
-        "rank": (_rank_rows(sets), "rank", "frequency", "log"),
-        "growth": (_growth_rows(sets), "row", "distinct tokens", "linear"),
+        "rank": (_rank_rows(sets), "rank", "frequency", alt.Scale(type="log")),
+        "growth": (_growth_rows(sets), "row", "distinct tokens", alt.Scale()),
     }
     charts = {
         name: _svg(
-            alt.Chart(alt.Data(values=rows))
+            alt.Chart(alt.InlineData(values=rows))
             .mark_line()
             .encode(
-                x=alt.X(f"{x}:Q", scale=alt.Scale(type=scale)),
-                y=alt.Y(f"{y}:Q", scale=alt.Scale(type=scale)),
+                x=alt.X(f"{x}:Q", scale=scale),
+                y=alt.Y(f"{y}:Q", scale=scale),
                 color=alt.Color("set:N", title=None),
             )
         )
@@ -75,7 +76,7 @@ def _charts(sets: list[InspectedSet]) -> dict[str, str]:
         if rows:
             axis = "tokens" if name == "lengths" else "perplexity"
             charts[name] = _svg(
-                alt.Chart(alt.Data(values=rows))
+                alt.Chart(alt.InlineData(values=rows))
                 .mark_area(interpolate="step", opacity=0.4, line=True)
                 .encode(x=f"{axis}:Q", y=alt.Y("rows:Q", stack=None), color=alt.Color("set:N", title=None))
             )
@@ -93,10 +94,8 @@ def _rank_rows(sets: list[InspectedSet]) -> list[dict[str, Any]]:
     rows = []
     for one in sets:
         frequencies = one.statistics.token_frequencies
-        ranks = np.unique(np.geomspace(1, max(len(frequencies), 1), _CURVE_POINTS).astype(int))
-        rows += [
-            {"set": one.name, "rank": int(r), "frequency": int(frequencies[r - 1])} for r in ranks if len(frequencies)
-        ]
+        ranks = np.unique(np.geomspace(1, max(len(frequencies), 1), _CURVE_POINTS).astype(int))[: len(frequencies)]
+        rows += [{"set": one.name, "rank": int(rank), "frequency": int(frequencies[rank - 1])} for rank in ranks]
     return rows
 
 
@@ -109,12 +108,11 @@ def _growth_rows(sets: list[InspectedSet]) -> list[dict[str, Any]]:
     return rows
 
 
-def _histogram_rows(sets: list[InspectedSet], measure: Any, axis: str) -> list[dict[str, Any]]:
+def _histogram_rows(
+    sets: list[InspectedSet], measure: Callable[[RowNumbers], float | None], axis: str
+) -> list[dict[str, Any]]:
     """Counts in bins that all sets share; empty where no row has the number."""
-    values = {
-        one.name: [v for row in one.statistics.rows if (v := measure(row)) is not None and np.isfinite(v)]
-        for one in sets
-    }
+    values = {one.name: [value for row in one.statistics.rows if (value := measure(row)) is not None] for one in sets}
     everything = [value for found in values.values() for value in found]
     if not everything:
         return []

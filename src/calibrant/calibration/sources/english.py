@@ -1,0 +1,23 @@
+"""Words that English texts begin with, for models that would begin in any language."""
+
+from calibrant.calibration.tokenizer import Tokenizer
+
+# Function words: a small closed class (ours; the paper names spaCy's list of stop words).
+_WORDS = """
+a about above across after again against all almost along already also although always among an and another any anyone
+anything are around as at away back be because been before behind being below between both but by can cannot could did
+do does done down during each either else enough even ever every everyone everything few first for four from further
+get give go had has have he her here hers herself him himself his how however i if in indeed instead into is it its
+itself just last least less made make many may me might mine more most much must my myself neither never next nine no
+nobody none nor not nothing now of off often on once one only onto or other others our ours out over own per perhaps
+please put quite rather really same say see seem several she should since six so some someone something still such
+take ten than that the their them themselves then there therefore these they third this those though three through
+thus to together too toward two under until up upon us used very was we well were what whatever when where whether
+which while who whole whose why will with within without would yet you your yours yourself
+"""
+
+
+def english_beginnings(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the first sub-token of every function word: lower case or capitalised, with or without a space before."""
+    forms = [space + form for word in _WORDS.split() for form in (word, word.capitalize()) for space in ("", " ")]
+    return sorted({ids[0] for ids in tokenizer.encode_batch(forms) if ids})
