@@ -31,6 +31,8 @@ from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Policy
 from calibrant.errors import CalibrantError, first_line
+from calibrant.executors import Executor, ExecutorName, LocalExecutor
+from calibrant.executors import executor as make_executor
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.whole_model import load_whole
@@ -117,6 +119,8 @@ def select(
     draw: int = 0,
     windows: Policy = "pack",
     shards: int = 1,
+    parts: int | None = None,
+    executor: ExecutorName = "local",
     pool: int | None = None,
     keep: Literal["lowest", "middle", "below"] = "below",
     percentile: float = 80.0,
@@ -133,10 +137,13 @@ def select(
     draw j: "uniform" cuts them from one shuffle, strategies without chance see disjoint parts of the corpus
     (``shards``). "perplexity" and "cola" run the model of the tokenizer's folder over every candidate, on ``device`` in
     ``dtype``. Several corpora share the samples by ``weights``.
+    ``parts`` splits the work of "zipcal" into two rounds over random parts of the corpus, which ``executor`` "ray" runs
+    on a cluster; left out, it is 1, or with Ray the cluster's number of processors.
 
     Raises:
         CalibrantError: a corpus cannot be read, is empty or too small, or the options do not fit.
     """
+    runner = make_executor(executor)
     request = selection_request(
         strategy=strategy,
         windows=windows,
@@ -145,6 +152,7 @@ def select(
         seed=seed,
         draw=draw,
         shards=shards,
+        parts=parts if parts is not None else runner.slots,
         pool=pool,
         keep=keep,
         percentile=percentile,
@@ -156,11 +164,17 @@ def select(
     if not given:
         raise CalibrantError("no corpus is given")
     corpora = [one if isinstance(one, Corpus) else Corpus(one) for one in given]
-    return _run_selection(corpora, str(tokenizer), request, device, dtype, progress or Silent())
+    return _run_selection(corpora, str(tokenizer), request, device, dtype, runner, progress or Silent())
 
 
 def _run_selection(
-    corpora: list[Corpus], model: str, request: SelectionRequest, device: str, dtype: str, progress: Progress
+    corpora: list[Corpus],
+    model: str,
+    request: SelectionRequest,
+    device: str,
+    dtype: str,
+    executor: Executor,
+    progress: Progress,
 ) -> CalibrationSet:
     path = model_path(model)
     scored: dict[str, Any] = {}
@@ -174,7 +188,7 @@ def _run_selection(
 
     if request.strategy in WITH_MODEL:
         ModelFolder(path)
-    made = select_from(corpora, Tokenizer(path), request, load_model, progress)
+    made = select_from(corpora, str(path), request, load_model, executor, progress)
     if scored:
         made = CalibrationSet(made.tokens, made.mask, made.manifest.model_copy(update={"model": scored}))
     return _located(made, model, [corpus.location for corpus in corpora])
@@ -241,7 +255,9 @@ def _select_again(wanted: Manifest, model: str, places: list[str], progress: Pro
         for location, described in zip(places, wanted.corpora, strict=True)
     ]
     scored = wanted.model or {}
-    return _run_selection(corpora, model, request, scored.get("device", "cpu"), scored.get("dtype", "auto"), progress)
+    return _run_selection(
+        corpora, model, request, scored.get("device", "cpu"), scored.get("dtype", "auto"), LocalExecutor(), progress
+    )
 
 
 def _generate_again(wanted: Manifest, model: str, places: list[str], progress: Progress) -> CalibrationSet:

@@ -134,20 +134,20 @@ def zipf_likelihood(counts: Counter[Any]) -> float | None:
 def odd_rows(rows: Sequence[RowNumbers]) -> list[OddRow]:
     """Rows one of whose numbers is far from the others': robust z-scores by the median absolute deviation."""
     measures = {
-        "repetition": [row.repetition for row in rows],
-        "share of characters that are no letters": [row.non_letters for row in rows],
-        "logarithm of the perplexity": [_log(row.perplexity) for row in rows],
-        "counted tokens": [float(row.tokens) for row in rows],
+        "repetition": ([row.repetition for row in rows], 0.01),
+        "share of characters that are no letters": ([row.non_letters for row in rows], 0.01),
+        "logarithm of the perplexity": ([_log(row.perplexity) for row in rows], 0.1),
+        "counted tokens": ([float(row.tokens) for row in rows], 1.0),
     }
     reasons: dict[int, list[str]] = {}
-    for name, values in measures.items():
+    for name, (values, least) in measures.items():
         known = np.array(values, dtype=np.float64)
         if not np.isfinite(known).any():
             continue
         median = float(np.nanmedian(known))
         spread = _NORMAL_SPREAD * float(np.nanmedian(np.abs(known - median)))
-        # Where most rows are alike, a hundredth of the median is the least that counts as a spread.
-        scores = (known - median) / max(spread, 0.01 * abs(median), 1e-9)
+        # Where most rows are alike, differences below ``least`` are none.
+        scores = (known - median) / max(spread, least)
         for index in np.flatnonzero(np.abs(scores) > _ODD_SCORE):
             reasons.setdefault(int(index), []).append(f"{name} {known[index]:.3g}, median {median:.3g}")
     return [OddRow(row, phrases) for row, phrases in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))]

@@ -141,6 +141,13 @@ def select(
     shards: Annotated[
         int, typer.Option("--shards", help="Disjoint random parts of the corpus; draw k of a strategy sees part k.")
     ] = 1,
+    parts: Annotated[
+        int | None, typer.Option("--parts", help="zipcal: two rounds over so many random parts of the corpus.")
+    ] = None,
+    executor: Annotated[
+        str,
+        typer.Option("--executor", help="Where parts run: local, or ray (a part for each processor of the cluster)."),
+    ] = "local",
     pool: Annotated[
         int | None,
         typer.Option("--pool", help="zipcal: look at this many random candidates a pick (paper's code: 2000)."),
@@ -201,6 +208,8 @@ def select(
             draw=draw,
             windows=windows,  # type: ignore[arg-type]  # the same
             shards=shards,
+            parts=parts,
+            executor=executor,  # type: ignore[arg-type]  # the same
             pool=pool,
             keep=keep,  # type: ignore[arg-type]  # the same
             percentile=percentile,

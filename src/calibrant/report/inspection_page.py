@@ -68,19 +68,22 @@ def _charts(sets: list[InspectedSet]) -> dict[str, str]:
         )
         for name, (rows, x, y, scale) in curves.items()
     }
-    histograms = {
-        "lengths": _histogram_rows(sets, lambda row: float(row.tokens), "tokens"),
-        "perplexities": _histogram_rows(sets, lambda row: row.perplexity, "perplexity"),
-    }
-    for name, rows in histograms.items():
-        if rows:
-            axis = "tokens" if name == "lengths" else "perplexity"
-            charts[name] = _svg(
-                alt.Chart(alt.InlineData(values=rows))
-                .mark_area(interpolate="step", opacity=0.4, line=True)
-                .encode(x=f"{axis}:Q", y=alt.Y("rows:Q", stack=None), color=alt.Color("set:N", title=None))
-            )
+    lengths = _histogram_rows(sets, lambda row: float(row.tokens), "tokens", logarithmic=False)
+    charts["lengths"] = _histogram(lengths, alt.X("tokens:Q"))
+    perplexities = _histogram_rows(sets, lambda row: row.perplexity, "perplexity", logarithmic=True)
+    if perplexities:
+        charts["perplexities"] = _histogram(perplexities, alt.X("perplexity:Q", scale=alt.Scale(type="log")))
     return charts
+
+
+def _histogram(rows: list[dict[str, Any]], axis: Any) -> str:
+    import altair as alt
+
+    return _svg(
+        alt.Chart(alt.InlineData(values=rows))
+        .mark_area(interpolate="step-after", opacity=0.4, line=True)
+        .encode(x=axis, y=alt.Y("rows:Q", stack=None), color=alt.Color("set:N", title=None))
+    )
 
 
 def _svg(chart: Any) -> str:
@@ -109,14 +112,16 @@ def _growth_rows(sets: list[InspectedSet]) -> list[dict[str, Any]]:
 
 
 def _histogram_rows(
-    sets: list[InspectedSet], measure: Callable[[RowNumbers], float | None], axis: str
+    sets: list[InspectedSet], measure: Callable[[RowNumbers], float | None], axis: str, logarithmic: bool
 ) -> list[dict[str, Any]]:
     """Counts in bins that all sets share; empty where no row has the number."""
     values = {one.name: [value for row in one.statistics.rows if (value := measure(row)) is not None] for one in sets}
     everything = [value for found in values.values() for value in found]
     if not everything:
         return []
-    edges = np.histogram_bin_edges(everything, bins=_BINS)
+    edges = np.histogram_bin_edges(np.log(everything) if logarithmic else everything, bins=_BINS)
+    edges = np.exp(edges) if logarithmic else edges
+    edges[0], edges[-1] = min(edges[0], *everything), max(edges[-1], *everything)
     rows = []
     for name, found in values.items():
         counts = np.histogram(found, bins=edges)[0]

@@ -14,6 +14,7 @@ LEXICAL = "lexical"
 # The others choose by rule: all they can draw is the part of the corpus that they look at.
 WITH_DRAWS = ("uniform", "unigram")
 _USED_BY = {
+    "parts": ("zipcal",),
     "pool": ("zipcal", "zipcal-multi"),
     "keep": ("perplexity",),
     "percentile": ("perplexity",),
@@ -56,6 +57,7 @@ class SelectionRequest(BaseModel):
     seed: int = Field(default=0, ge=0)
     draw: int = Field(default=0, ge=0)
     shards: int = Field(default=1, ge=1)
+    parts: int = Field(default=1, ge=1)
     pool: int | None = Field(default=None, ge=1)
     keep: Literal["lowest", "middle", "below"] = "below"
     percentile: float = Field(default=80.0, gt=0, le=100)
@@ -76,6 +78,8 @@ class SelectionRequest(BaseModel):
                 f"{self.strategy} has no random draws; draw {self.draw} needs --shards {self.draw + 1} or more: "
                 "disjoint random parts of the corpus, of which draw k sees part k"
             )
+        if self.parts > 1 and (self.shards > 1 or self.pool is not None):
+            raise ValueError("parts go with neither shards nor a pool")
         if self.strategy in WITH_DRAWS and self.shards != 1:
             raise ValueError(f"{self.strategy} draws share nothing anyway; leave --shards out")
         if self.strategy == "unigram" and self.windows != "pack":

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -12,15 +11,14 @@ import transformers
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest, Segment
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.document_stream import DocumentStream
-from calibrant.calibration.filters import Filter
-from calibrant.calibration.filters.content import LengthBetween, RepetitionBelow, ScriptIs
-from calibrant.calibration.filters.duplicates import ExactDuplicates, NearDuplicates
 from calibrant.calibration.filters.leakage import Leakage
 from calibrant.calibration.randomness import generator
 from calibrant.calibration.selection.cola import Cola
+from calibrant.calibration.selection.distributed import zipcal_in_parts
 from calibrant.calibration.selection.embeddings import Embedding, LexicalEmbedding, SentenceEmbedding
+from calibrant.calibration.selection.filtering import filters_of
 from calibrant.calibration.selection.perplexity import PerplexitySelector
-from calibrant.calibration.selection.request import LEXICAL, WITH_DRAWS, FilterRequest, SelectionRequest
+from calibrant.calibration.selection.request import LEXICAL, WITH_DRAWS, SelectionRequest
 from calibrant.calibration.selection.selector import Selector, select_windows
 from calibrant.calibration.selection.spread import EmbeddingSelector, herding, k_centre
 from calibrant.calibration.selection.uniform import uniform_windows
@@ -30,6 +28,7 @@ from calibrant.calibration.selection.zipf_score import ZipfScore
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, Window
 from calibrant.errors import CalibrantError
+from calibrant.executors import Executor
 from calibrant.progress import Progress
 
 # Strategies that run the model over every candidate.
@@ -48,12 +47,15 @@ class _Part:
 
 def select_from(
     corpora: Sequence[Corpus],
-    tokenizer: Tokenizer,
+    model: str,
     request: SelectionRequest,
     load_model: LoadModel,
+    executor: Executor,
     progress: Progress,
 ) -> CalibrationSet:
-    """Run ``request`` on one or several corpora; ``load_model`` is called by strategies that score with a model.
+    """Run ``request`` on one or several corpora with the tokenizer in ``model``, a folder.
+
+    ``load_model`` is called by strategies that score with a model; ``executor`` runs the parts of one in parts.
 
     Several corpora share the samples by ``request.weights``, equally without; their rows follow one another, and the
     documents' ids begin with the corpus's number.
@@ -61,6 +63,17 @@ def select_from(
     Raises:
         CalibrantError: a corpus cannot be read, is empty or too small.
     """
+    tokenizer = Tokenizer(model)
+    if request.parts > 1:
+        results = [
+            zipcal_in_parts(corpus, model, request.model_copy(update={"samples": share}), executor, progress)
+            for corpus, share in zip(corpora, _shares(request.samples, request.weights, len(corpora)), strict=True)
+        ]
+        in_parts = [
+            _Part([window.tokens for window in one.windows], [window.segments for window in one.windows], one.counts)
+            for one in results
+        ]
+        return _assemble(corpora, in_parts, request, tokenizer)
     if request.strategy == "zipcal-multi":
         return _multi_domain(corpora, tokenizer, request, load_model, progress)
     shares = _shares(request.samples, request.weights, len(corpora))
@@ -88,7 +101,7 @@ def _shares(samples: int, weights: tuple[float, ...] | None, count: int) -> list
 def _select(
     corpus: Corpus, tokenizer: Tokenizer, request: SelectionRequest, load_model: LoadModel, progress: Progress
 ) -> _Part:
-    filters = _filters(request.filters, request.seed)
+    filters = filters_of(request.filters, request.seed)
     drawn = request.strategy in WITH_DRAWS
     shard = 0 if drawn else request.draw
     stream = DocumentStream(corpus, filters, generator(request.seed, "shard"), shard, request.shards)
@@ -138,25 +151,6 @@ def _embedding(request: SelectionRequest, tokenizer: Tokenizer) -> Embedding:
     if request.embedding == LEXICAL:
         return LexicalEmbedding(tokenizer, generator(request.seed, "embedding"))
     return SentenceEmbedding(request.embedding, tokenizer)
-
-
-def _filters(request: FilterRequest, seed: int) -> list[Filter]:
-    """In order of their cost."""
-    filters: list[Filter] = []
-    if request.min_characters or request.max_characters is not None:
-        filters.append(LengthBetween(request.min_characters, request.max_characters))
-    if request.script is not None:
-        filters.append(ScriptIs(request.script.upper()))
-    if request.max_repetition is not None:
-        filters.append(RepetitionBelow(request.max_repetition))
-    if request.duplicates != "keep":
-        filters.append(ExactDuplicates())
-    if request.duplicates == "near":
-        filters.append(NearDuplicates(generator(seed, "duplicates")))
-    if request.leakage:
-        evaluation = chain.from_iterable(Corpus(location, request.leakage_field) for location in request.leakage)
-        filters.append(Leakage(evaluation, request.leakage_run, not request.keep_leaked))
-    return filters
 
 
 def _multi_domain(

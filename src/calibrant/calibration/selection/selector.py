@@ -71,8 +71,9 @@ def select_windows(
     samples: int,
     rng: np.random.Generator,
     progress: Progress,
+    all_if_fewer: bool = False,
 ) -> list[Window]:
-    """The windows that ``selector`` chooses, in its order.
+    """The windows that ``selector`` chooses, in its order; with ``all_if_fewer`` all candidates if they are too few.
 
     Raises:
         CalibrantError: the corpus has fewer candidates than ``samples``; the message says how many.
@@ -89,7 +90,7 @@ def select_windows(
     if batch:
         selector.see(batch)
     stream.counts["candidates"] = len(positions)
-    if len(positions) < samples:
+    if len(positions) < samples and not all_if_fewer:
         raise too_few(stream, cutting, len(positions), samples)
     chosen = selector.choose(samples)
     stream.counts |= selector.counts()

@@ -1,0 +1,30 @@
+"""Filters from what a request says of them."""
+
+from itertools import chain
+
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.filters import Filter
+from calibrant.calibration.filters.content import LengthBetween, RepetitionBelow, ScriptIs
+from calibrant.calibration.filters.duplicates import ExactDuplicates, NearDuplicates
+from calibrant.calibration.filters.leakage import Leakage
+from calibrant.calibration.randomness import generator
+from calibrant.calibration.selection.request import FilterRequest
+
+
+def filters_of(request: FilterRequest, seed: int) -> list[Filter]:
+    """New filters, in order of their cost."""
+    filters: list[Filter] = []
+    if request.min_characters or request.max_characters is not None:
+        filters.append(LengthBetween(request.min_characters, request.max_characters))
+    if request.script is not None:
+        filters.append(ScriptIs(request.script.upper()))
+    if request.max_repetition is not None:
+        filters.append(RepetitionBelow(request.max_repetition))
+    if request.duplicates != "keep":
+        filters.append(ExactDuplicates())
+    if request.duplicates == "near":
+        filters.append(NearDuplicates(generator(seed, "duplicates")))
+    if request.leakage:
+        evaluation = chain.from_iterable(Corpus(location, request.leakage_field) for location in request.leakage)
+        filters.append(Leakage(evaluation, request.leakage_run, not request.keep_leaked))
+    return filters

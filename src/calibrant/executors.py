@@ -1,0 +1,81 @@
+"""Where independent pieces of work run: here one after the other, or on a Ray cluster."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, TypeVar
+
+from calibrant.errors import CalibrantError
+
+ExecutorName = Literal["local", "ray"]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Executor(Protocol):
+    """Runs one function on many items."""
+
+    @property
+    def slots(self) -> int:
+        """How many items can run at the same time."""
+
+    def map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        """Results in the items' order; the first error ends everything."""
+
+
+class LocalExecutor:
+    """One item after the other in this process; each may use all cores itself."""
+
+    slots = 1
+
+    def map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        """See ``Executor``."""
+        return [function(item) for item in items]
+
+
+class RayExecutor:
+    """Tasks of one processor each on the Ray cluster this process belongs to, or on a new one on this machine.
+
+    Inputs are read where a task runs: every node must see the files under the same names.
+
+    Raises:
+        CalibrantError: Ray is not installed or cannot be started.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise CalibrantError("the Ray executor needs the extra: pip install 'calibrant[cluster]'") from error
+        if not ray.is_initialized():
+            try:
+                ray.init(log_to_driver=False, logging_level="ERROR")
+            except Exception as error:  # Ray raises many unrelated classes for "no cluster there"
+                raise CalibrantError(f"Ray cannot be started or reached ({error})") from error
+        self._ray = ray
+
+    @property
+    def slots(self) -> int:
+        """Processors of the cluster."""
+        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+
+    def map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        """See ``Executor``."""
+        remote = self._ray.remote(num_cpus=1)(function)
+        try:
+            return list(self._ray.get([remote.remote(item) for item in items]))
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, CalibrantError):
+                raise error.cause from error
+            raise
+
+
+def executor(name: str) -> Executor:
+    """The executor of that name.
+
+    Raises:
+        CalibrantError: there is none, or it cannot be started.
+    """
+    if name == "local":
+        return LocalExecutor()
+    if name == "ray":
+        return RayExecutor()
+    raise CalibrantError(f"{name}: no executor of that name; there are local, ray")
