@@ -1,7 +1,8 @@
 """Where independent pieces of work run: here one after the other, or on a Ray cluster."""
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from calibrant.errors import CalibrantError
 
@@ -47,15 +48,16 @@ class RayExecutor:
             raise CalibrantError("the Ray executor needs the extra: pip install 'calibrant[cluster]'") from error
         if not ray.is_initialized():
             try:
-                ray.init(log_to_driver=False, logging_level="ERROR")
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:  # Ray raises many unrelated classes for "no cluster there"
                 raise CalibrantError(f"Ray cannot be started or reached ({error})") from error
-        self._ray = ray
+        self._ray: Any = ray
 
     @property
     def slots(self) -> int:
         """Processors of the cluster."""
-        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        resources: dict[str, float] = self._ray.cluster_resources()
+        return max(1, int(resources.get("CPU", 1)))
 
     def map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """See ``Executor``."""

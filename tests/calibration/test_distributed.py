@@ -1,4 +1,4 @@
-"""Two rounds over parts, here and on a real Ray cluster of several workers: the same set, and nearly greedy's coverage."""
+"""Two rounds over parts, here and on a real Ray cluster of several workers: one result, nearly greedy's coverage."""
 
 import json
 from pathlib import Path

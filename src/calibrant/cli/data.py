@@ -146,7 +146,7 @@ def select(
     ] = None,
     executor: Annotated[
         str,
-        typer.Option("--executor", help="Where parts run: local, or ray (a part for each processor of the cluster)."),
+        typer.Option("--executor", help="Where parts run: local, or ray (one for each processor)."),
     ] = "local",
     pool: Annotated[
         int | None,
