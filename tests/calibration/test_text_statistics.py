@@ -14,7 +14,6 @@ import torch
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.calibration.inspection import inspect_sets
 from calibrant.calibration.text_statistics import (
     RowNumbers,
     describe_set,
@@ -24,6 +23,7 @@ from calibrant.calibration.text_statistics import (
     zipf_exponent,
     zipf_likelihood,
 )
+from calibrant.report.inspection import inspect_sets
 from tests.conftest import random_set
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -300,7 +300,7 @@ def inspect(
         from rich.table import Table
         from rich.text import Text
 
-        from calibrant.calibration.inspection import inspect_sets
+        from calibrant.report.inspection import inspect_sets
 
         found = inspect_sets(
             folders, model=model, perplexity=perplexity, device=device, dtype=dtype, progress=screen.progress
