@@ -57,7 +57,7 @@ def test_windows_are_cut_again_alike(texts: list[list[int]], length: int, policy
             stream[i : i + length] for i in range(0, len(stream) - length + 1, length)
         ]
     if policy == "document":
-        assert [window.tokens for window in cut] == [tokens[:length] for tokens in texts]
+        assert [window.tokens for window in cut] == [tokens[:length] for tokens in texts if tokens]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -212,6 +212,9 @@ def test_generated_sets_can_be_made_again(tmp_path: Path, llama: Path, strategy:
     ({"samples": 10_000}, "only 1"),
     ({"strategy": "zipcal", "samples": 10_000}, "10000 are needed"),
     ({"shards": 2}, "leave --shards out"),
+    ({"weights": [float("inf")]}, "finite"),
+    ({"weights": []}, "finite"),
+    ({"strategy": "zipcal-multi", "weights": [1]}, "leave the weights out"),
     ({"strategy": "herding", "embedding": "nowhere"}, "sentence"),
 ])  # fmt: skip
 def test_options_that_do_not_fit(corpus: Path, llama: Path, options, said: str) -> None:

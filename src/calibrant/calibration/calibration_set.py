@@ -53,6 +53,7 @@ class Manifest(BaseModel):
     tokenizer_sha256: str
     corpora: list[dict[str, Any]] = []
     model: dict[str, Any] | None = None
+    chat_template_sha256: str | None = None
     locations: dict[str, list[str]] = {}
     versions: dict[str, str] = {}
     rows: list[list[Segment]] = []

@@ -22,12 +22,19 @@ LONGEST_TEXT = 4_000_000
 _BLOCK_BYTES = 1 << 20
 
 
+Message = dict[str, str]
+
+
 @dataclass(frozen=True)
 class Document:
-    """One text with an id that stays the same as long as the corpus does."""
+    """One text with an id that stays the same as long as the corpus does.
+
+    A conversation has its ``messages`` too (role and content); ``text`` is then what they say, a line each.
+    """
 
     id: str
     text: str
+    messages: tuple[Message, ...] | None = None
 
 
 class Corpus:
@@ -36,8 +43,9 @@ class Corpus:
     ``location`` is a file (``.txt``, ``.jsonl``, ``.parquet``, each also as ``.gz``), a folder of such files,
     ``builtin`` (the Python language reference that ships with the interpreter), or a data set on the Hugging
     Face hub as ``hub:owner/name?config=en&split=train``. A text file is one document, or one for each ``LONGEST_TEXT``
-    characters, cut at a line's end; in JSON Lines and Parquet a row is one, its text under ``field``. Rows without text
-    and rows longer than ``LONGEST_TEXT`` characters are skipped and counted.
+    characters, cut at a line's end; in JSON Lines and Parquet a row is one, its text under ``field``. In JSON Lines
+    that may also be a conversation: a list of messages with ``role`` and ``content``. Rows without text and rows longer
+    than ``LONGEST_TEXT`` characters are skipped and counted.
 
     Raises:
         CalibrantError: the location does not exist or holds nothing readable.
@@ -173,25 +181,34 @@ def _json_lines(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator
         except UnicodeDecodeError as error:
             raise CalibrantError(f"{path}, line {number}: not UTF-8 text; convert the file first") from error
         if not text.isspace():
-            yield Document(f"{name}:{number}", _json_text(text, field, path, number))
+            yield _json_document(f"{name}:{number}", text, field, f"{path}, line {number}")
 
 
-def _json_text(line: str, field: str, path: Path, number: int) -> str:
+def _json_document(name: str, line: str, field: str, place: str) -> Document:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CalibrantError(f"{path}, line {number}: not JSON ({error})") from error
-    text = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
+        raise CalibrantError(f"{place}: not JSON ({error})") from error
+    value = row.get(field) if isinstance(row, dict) else None
+    messages = None
+    if isinstance(value, list) and _is_conversation(value):
+        messages = tuple({"role": one["role"], "content": one["content"]} for one in value)
+        value = "\n".join(message["content"] for message in messages)
+    if not isinstance(value, str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise CalibrantError(f"{path}, line {number}: no text under {field!r} (found: {found}); name it with --field")
+        raise CalibrantError(f"{place}: no text under {field!r} (found: {found}); name it with --field")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        raise CalibrantError(
-            f"{path}, line {number}: text with half of a surrogate pair, which is not Unicode"
-        ) from error
-    return text
+        raise CalibrantError(f"{place}: text with half of a surrogate pair, which is not Unicode") from error
+    return Document(name, value, messages)
+
+
+def _is_conversation(value: list[Any]) -> bool:
+    return bool(value) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in value
+    )
 
 
 def _parquet_rows(path: Path, source: Any, name: str, field: str) -> Iterator[Document]:

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from calibrant.calibration.chat import encode_documents
 from calibrant.calibration.corpus import Corpus, Document
 from calibrant.calibration.filters import Filter
 from calibrant.calibration.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class DocumentStream:
         self.corpus, self._filters = corpus, filters
         self._rng, self._shard, self._shards = rng, shard, shards
         self.counts = {"documents": 0, "documents_used": 0, "documents_too_short": 0}
+        self.has_chat = False
 
     def kept(self, progress: Progress) -> Iterator[tuple[int, Document]]:
         """One pass over the documents that are candidates; counts what every filter drops.
@@ -43,6 +45,7 @@ class DocumentStream:
                 task.advance(self.corpus.position - read)
                 read = self.corpus.position
                 self.counts["documents"] += 1
+                self.has_chat |= document.messages is not None
                 mine = self._shards == 1 or int(self._rng.integers(self._shards)) == self._shard
                 if mine and self._passes(document):
                     kept += 1
@@ -110,7 +113,7 @@ def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[i
 
 
 def _encoded(batch: list[tuple[int, Document]], tokenizer: Tokenizer) -> list[TokenizedDocument]:
-    tokens = tokenizer.encode_batch([document.text for _, document in batch])
+    tokens = encode_documents([document for _, document in batch], tokenizer)
     return [
         TokenizedDocument(ordinal, document.id, ids) for (ordinal, document), ids in zip(batch, tokens, strict=True)
     ]

@@ -125,6 +125,7 @@ def select(
     keep: Literal["lowest", "middle", "below"] = "below",
     percentile: float = 80.0,
     embedding: str = LEXICAL,
+    mask: Literal["all", "assistant", "no-special"] = "all",
     weights: Sequence[float] | None = None,
     filters: FilterRequest | None = None,
     device: str = "cpu",
@@ -136,7 +137,8 @@ def select(
     ``strategy`` and the options that belong to it are described in ``SelectionRequest``. Draw k shares no window with
     draw j: "uniform" cuts them from one shuffle, strategies without chance see disjoint parts of the corpus
     (``shards``). "perplexity" and "cola" run the model of the tokenizer's folder over every candidate, on ``device`` in
-    ``dtype``. Several corpora share the samples by ``weights``.
+    ``dtype``. Conversations go through the tokenizer's chat template; ``mask`` says which tokens count: "all", those an
+    "assistant" wrote, or all but special ones ("no-special"). Several corpora share the samples by ``weights``.
     ``parts`` splits the work of "zipcal" into two rounds over random parts of the corpus, which ``executor`` "ray" runs
     on a cluster; left out, it is 1, or with Ray the cluster's number of processors.
 
@@ -157,6 +159,7 @@ def select(
         keep=keep,
         percentile=percentile,
         embedding=embedding,
+        mask=mask,
         weights=None if weights is None else tuple(weights),
         filters=filters or FilterRequest(),
     )
@@ -293,6 +296,8 @@ def _changes(wanted: Manifest, made: Manifest) -> list[str]:
     changes = []
     if wanted.tokenizer_sha256 != made.tokenizer_sha256:
         changes.append("the tokenizer")
+    if wanted.chat_template_sha256 != made.chat_template_sha256:
+        changes.append("the chat template")
     for name, value in (wanted.model or {}).items():
         if (made.model or {}).get(name) != value:
             changes.append(f"the model's {name.removesuffix('_sha256')}")

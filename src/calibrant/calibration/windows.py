@@ -41,8 +41,8 @@ class Cutting:
 
     ``pack`` joins the documents with ``separator`` after each and cuts the stream; ``window`` takes one window at a
     uniform position of every document of at least ``length`` tokens and counts the shorter ones as dropped in
-    ``counts["documents_too_short"]``; ``document`` takes the first ``length`` tokens of every document, which may be
-    fewer.
+    ``counts["documents_too_short"]``; ``document`` takes the first ``length`` tokens of every document that has any,
+    which may be fewer.
     """
 
     policy: Policy
@@ -58,9 +58,9 @@ class Cutting:
             yield from self._packed(used, 0)
             return
         for document in used:
-            if self.policy == "document":
+            if self.policy == "document" and document.tokens:
                 yield self._slice(document, 0)
-            elif len(document.tokens) < self.length:
+            elif self.policy == "document" or len(document.tokens) < self.length:
                 counts["documents_too_short"] += 1
             else:
                 yield self._slice(document, int(rng.integers(0, len(document.tokens) - self.length + 1)))

@@ -159,6 +159,9 @@ def select(
     embedding: Annotated[
         str, typer.Option("--embedding", help="lexical (no model), or a sentence-transformers model's folder.")
     ] = "lexical",
+    mask: Annotated[
+        str, typer.Option("--mask", help="Tokens that count: all, assistant (of conversations) or no-special.")
+    ] = "all",
     weights: Annotated[
         str | None, typer.Option("--weights", help="Shares of the samples for several corpora: 2,1,1.")
     ] = None,
@@ -214,6 +217,7 @@ def select(
             keep=keep,  # type: ignore[arg-type]  # the same
             percentile=percentile,
             embedding=embedding,
+            mask=mask,  # type: ignore[arg-type]  # the same
             weights=_numbers(weights),
             filters=filter_request(
                 duplicates=duplicates,

@@ -1,5 +1,6 @@
 """What a selection was asked for: everything that decides its result, as it is recorded and run again."""
 
+import math
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -62,6 +63,7 @@ class SelectionRequest(BaseModel):
     keep: Literal["lowest", "middle", "below"] = "below"
     percentile: float = Field(default=80.0, gt=0, le=100)
     embedding: str = LEXICAL
+    mask: Literal["all", "assistant", "no-special"] = "all"
     weights: tuple[float, ...] | None = None
     filters: FilterRequest = FilterRequest()
 
@@ -71,8 +73,10 @@ class SelectionRequest(BaseModel):
             default = type(self).model_fields[name].default
             if vars(self)[name] != default and self.strategy not in strategies:
                 raise ValueError(f"{name} is for {' and '.join(strategies)} only, not for {self.strategy}")
-        if self.weights is not None and not (all(weight >= 0 for weight in self.weights) and sum(self.weights) > 0):
-            raise ValueError("weights must not be negative, and one at least more than 0")
+        if self.weights is not None and self.strategy == "zipcal-multi":
+            raise ValueError("zipcal-multi chooses from all corpora by distance; leave the weights out")
+        if self.weights is not None and not (min(self.weights, default=-1) >= 0 < sum(self.weights) < math.inf):
+            raise ValueError("weights must be finite and not negative, and one at least more than 0")
         if self.strategy not in WITH_DRAWS and self.draw >= self.shards:
             raise ValueError(
                 f"{self.strategy} has no random draws; draw {self.draw} needs --shards {self.draw + 1} or more: "
@@ -82,6 +86,8 @@ class SelectionRequest(BaseModel):
             raise ValueError("parts go with neither shards nor a pool")
         if self.strategy in WITH_DRAWS and self.shards != 1:
             raise ValueError(f"{self.strategy} draws share nothing anyway; leave --shards out")
+        if self.mask == "assistant" and (self.strategy in ("unigram", "zipcal-multi") or self.parts > 1):
+            raise ValueError(f"mask assistant does not go with {self.strategy}" + " in parts" * (self.parts > 1))
         if self.strategy == "unigram" and self.windows != "pack":
             raise ValueError("unigram draws words, it cuts no windows; leave --windows out")
         return self

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest, Segment
+from calibrant.calibration.chat import assistant_mask, encode_documents, template_sha256
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.document_stream import DocumentStream
 from calibrant.calibration.filters.leakage import Leakage
@@ -38,11 +39,15 @@ LoadModel = Callable[[], transformers.PreTrainedModel]
 
 @dataclass(frozen=True)
 class _Part:
-    """What one corpus gives: rows of at most ``length`` token ids, their segments, and counts."""
+    """What one corpus gives: rows of at most ``length`` token ids, their segments, counts, and for rows that do not
+    count whole which tokens do; ``chat``: conversations were among the documents.
+    """
 
     rows: list[list[int]]
     segments: list[list[Segment]]
     counts: dict[str, int]
+    masks: list[list[bool]] | None = None
+    chat: bool = False
 
 
 def select_from(
@@ -123,7 +128,27 @@ def _select(
     for filter_ in filters:
         if isinstance(filter_, Leakage):
             counts["documents_with_leakage"] = filter_.leaked
-    return _Part(rows or [window.tokens for window in windows], [window.segments for window in windows], counts)
+    masks = _assistant_masks(stream, tokenizer, windows) if request.mask == "assistant" else None
+    rows = rows or [window.tokens for window in windows]
+    return _Part(rows, [window.segments for window in windows], counts, masks, stream.has_chat)
+
+
+def _assistant_masks(stream: DocumentStream, tokenizer: Tokenizer, windows: list[Window]) -> list[list[bool]]:
+    """Which tokens of the chosen windows an assistant wrote; the documents are read once more."""
+    named = {segment.document for window in windows for segment in window.segments}
+    documents = [document for document in stream.corpus if document.id in named]
+    tokens = encode_documents(documents, tokenizer)
+    by_name = {
+        document.id: assistant_mask(document, ids, tokenizer) for document, ids in zip(documents, tokens, strict=True)
+    }
+    masks = []
+    for window in windows:
+        mask = [False] * len(window.tokens)
+        for part in window.segments:
+            own = by_name[part.document][part.offset : part.offset + part.length]
+            mask[part.start : part.start + part.length] = own
+        masks.append(mask)
+    return masks
 
 
 def _selector(request: SelectionRequest, tokenizer: Tokenizer, load_model: LoadModel) -> Selector:
@@ -186,9 +211,14 @@ def _assemble(
     rows = [row for part in parts for row in part.rows]
     tokens = torch.full((len(rows), request.length), tokenizer.separator_id, dtype=torch.int32)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for index, row in enumerate(rows):
+    masks = [mask for part in parts for mask in part.masks or [[True] * len(row) for row in part.rows]]
+    for index, (row, counted) in enumerate(zip(rows, masks, strict=True)):
         tokens[index, : len(row)] = torch.tensor(row, dtype=torch.int32)
-        mask[index, : len(row)] = True
+        mask[index, : len(row)] = torch.tensor(counted, dtype=torch.bool)
+    if request.mask == "no-special":
+        mask &= ~torch.isin(tokens, torch.tensor(sorted(tokenizer.special_ids), dtype=torch.int32))
+    if not bool(mask.any()):
+        raise CalibrantError("the mask leaves no token of the set; use --mask all or other text")
     segments = [
         [_numbered(segment, number) if len(parts) > 1 else segment for segment in row]
         for number, part in enumerate(parts)
@@ -207,6 +237,7 @@ def _assemble(
         length=request.length,
         tokenizer_sha256=tokenizer.sha256,
         corpora=described,
+        chat_template_sha256=template_sha256(tokenizer) if any(part.chat for part in parts) else None,
         rows=segments,
         counts=dict(counts),
     )

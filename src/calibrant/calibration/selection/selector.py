@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from calibrant.calibration.chat import encode_documents
 from calibrant.calibration.corpus import Document
 from calibrant.calibration.document_stream import DocumentStream, tokenized
 from calibrant.calibration.tokenizer import Tokenizer
@@ -102,7 +103,7 @@ def _read_again(
 ) -> list[Window]:
     found = stream.fetch(ordinal for _, ordinals in places for ordinal in ordinals)
     order = sorted(found)
-    tokens = dict(zip(order, tokenizer.encode_batch([found[ordinal].text for ordinal in order]), strict=True))
+    tokens = dict(zip(order, encode_documents([found[ordinal] for ordinal in order], tokenizer), strict=True))
     windows = []
     for begin, ordinals in places:
         documents = [TokenizedDocument(ordinal, found[ordinal].id, tokens[ordinal]) for ordinal in ordinals]

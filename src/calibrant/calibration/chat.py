@@ -1,0 +1,66 @@
+"""Conversations as token ids: the tokenizer's chat template, and which tokens an assistant wrote."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from calibrant.calibration.corpus import Document, Message
+from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.errors import CalibrantError, first_line
+from calibrant.hashing import sha256_bytes
+
+ASSISTANT = "assistant"
+
+
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of every document; conversations go through the chat template.
+
+    Raises:
+        CalibrantError: the tokenizer has no template, or it does not take a conversation.
+    """
+    plain = iter(tokenizer.encode_batch([document.text for document in documents if document.messages is None]))
+    return [
+        next(plain) if document.messages is None else _templated(tokenizer, document.messages, False)
+        for document in documents
+    ]
+
+
+def assistant_mask(document: Document, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
+    """True for the tokens of assistants' messages, what the template puts at their end included; one entry for each of
+    ``ids``, the document's tokens.
+
+    An assistant's message is what a conversation up to it has more than the same without it, ended by the template's
+    request for an answer.
+
+    Raises:
+        CalibrantError: the document is no conversation, or the template changes earlier text with later messages.
+    """
+    if document.messages is None:
+        raise CalibrantError(f"{document.id}: is text, not a conversation, so no assistant wrote part of it")
+    mask = [False] * len(ids)
+    for number, message in enumerate(document.messages):
+        if message["role"] == ASSISTANT:
+            before = _templated(tokenizer, document.messages[:number], True) if number else []
+            after = _templated(tokenizer, document.messages[: number + 1], False)
+            if after[: len(before)] != before or ids[: len(after)] != after:
+                raise CalibrantError(
+                    f"{document.id}: the chat template writes earlier messages in another way when later ones follow, "
+                    "so the assistant's tokens cannot be told; use --mask all"
+                )
+            mask[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return mask
+
+
+def template_sha256(tokenizer: Tokenizer) -> str:
+    """Hash of the chat template's text."""
+    return sha256_bytes(str(tokenizer.hf.chat_template).encode())
+
+
+def _templated(tokenizer: Tokenizer, messages: Sequence[Message], ask: bool) -> list[int]:
+    if tokenizer.hf.chat_template is None:
+        raise CalibrantError("the corpus holds conversations, but the tokenizer has no chat template for them")
+    render: Any = tokenizer.hf.apply_chat_template
+    try:
+        text = str(render(list(messages), tokenize=False, add_generation_prompt=ask))
+    except Exception as error:  # templates raise whatever their author thought of
+        raise CalibrantError(f"the chat template does not take the conversations ({first_line(error)})") from error
+    return tokenizer.encode(text)
