@@ -61,7 +61,7 @@ def test_only_what_the_assistant_wrote_counts(
     assert made.manifest.chat_template_sha256 is not None
     made.save(tmp_path / "set")
     assert cb.rebuild(tmp_path / "set").calibration.sha256 == made.sha256
-    (chat_model / "chat_template.jinja").write_text(TEMPLATE.replace("[{{", "<{{"))
+    (chat_model / "chat_template.jinja").write_text(TEMPLATE.replace("</s>", " </s>"))
     with pytest.raises(cb.CalibrantError, match="Changed: the chat template"):
         cb.rebuild(tmp_path / "set")
 
