@@ -3,10 +3,14 @@
 import tempfile
 import weakref
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numba
 import numpy as np
+
+# Sets looked at by one thread at a time, and what stands for the gain of a set that was picked.
+_BLOCK, _TAKEN = 4096, -1
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,23 @@ def greedy_cover(family: SetFamily, count: int) -> Picks:
     """Pick ``count`` sets, each time the one that adds most; ties go to the larger set, then to the lower index.
 
     Lazy evaluation (Minoux 1978): what a set adds only shrinks while others are picked, so an old value is an upper
-    bound and a set whose fresh value still leads is the one full greedy picks. Covers at least 1 - 1/e of what the
-    best ``count`` sets cover.
+    bound, and only sets whose old value beats the best fresh one are looked at again. The result is that of looking at
+    all. Covers at least 1 - 1/e of what the best ``count`` sets cover.
     """
-    sizes = np.diff(family.bounds)
-    order = np.argsort(-sizes, kind="stable")
+    bounds, members, sizes = family.bounds, family.members, np.diff(family.bounds)
     covered = np.zeros(family.universe, dtype=np.bool_)
-    return Picks(*_lazy(family.bounds, family.members, order, sizes, covered, min(count, len(family))))
+    gains = sizes.copy()
+    chosen, totals, total = [], [], 0
+    for _ in range(min(count, len(family))):
+        first = int(np.argmax(gains))
+        gains[first] = _gain(bounds, members, first, covered)
+        picked = int(_best(bounds, members, covered, gains, sizes, first))
+        total += int(gains[picked])
+        gains[picked] = _TAKEN
+        covered[members[bounds[picked] : bounds[picked + 1]]] = True
+        chosen.append(picked)
+        totals.append(total)
+    return Picks(np.array(chosen, dtype=np.int64), np.array(totals, dtype=np.int64))
 
 
 def pooled_cover(family: SetFamily, count: int, pool: int, rng: np.random.Generator) -> Picks:
@@ -100,31 +114,6 @@ def _gains(bounds: np.ndarray, members: np.ndarray, candidates: np.ndarray, cove
 
 
 @numba.njit(cache=True)
-def _lazy(
-    bounds: np.ndarray, members: np.ndarray, order: np.ndarray, sizes: np.ndarray, covered: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """``order`` sorts the sets by size: with nothing covered that is a heap of their gains already."""
-    heap, gains = order.copy(), sizes.copy()
-    fresh = np.full(len(sizes), -1, dtype=np.int64)
-    chosen, totals = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-    left, total = len(heap), 0
-    for step in range(count):
-        while fresh[heap[0]] != step:
-            gains[heap[0]] = _gain(bounds, members, heap[0], covered)
-            fresh[heap[0]] = step
-            _sift_down(heap, left, gains, sizes)
-        picked = heap[0]
-        for place in range(bounds[picked], bounds[picked + 1]):
-            covered[members[place]] = True
-        total += gains[picked]
-        chosen[step], totals[step] = picked, total
-        left -= 1
-        heap[0] = heap[left]
-        _sift_down(heap, left, gains, sizes)
-    return chosen, totals
-
-
-@numba.njit(cache=True)
 def _leads(left: int, right: int, gains: np.ndarray, sizes: np.ndarray) -> bool:
     if gains[left] != gains[right]:
         return bool(gains[left] > gains[right])
@@ -133,15 +122,25 @@ def _leads(left: int, right: int, gains: np.ndarray, sizes: np.ndarray) -> bool:
     return left < right
 
 
-@numba.njit(cache=True)
-def _sift_down(heap: np.ndarray, length: int, gains: np.ndarray, sizes: np.ndarray) -> None:
-    """Move the first entry of ``heap[:length]`` to where it belongs."""
-    place = 0
-    while 2 * place + 1 < length:
-        child = 2 * place + 1
-        if child + 1 < length and _leads(heap[child + 1], heap[child], gains, sizes):
-            child += 1
-        if not _leads(heap[child], heap[place], gains, sizes):
-            return
-        heap[child], heap[place] = heap[place], heap[child]
-        place = child
+def _best_of_all(
+    bounds: np.ndarray, members: np.ndarray, covered: np.ndarray, gains: np.ndarray, sizes: np.ndarray, first: int
+) -> int:
+    """The set with the largest gain; ``gains`` holds upper bounds, refreshed where they beat that of ``first``."""
+    blocks = (len(gains) + _BLOCK - 1) // _BLOCK
+    leaders = np.empty(blocks, dtype=np.int64)
+    for block in numba.prange(blocks):
+        leader = first
+        for index in range(block * _BLOCK, min((block + 1) * _BLOCK, len(gains))):
+            if _leads(index, leader, gains, sizes):
+                gains[index] = _gain(bounds, members, index, covered)
+                if _leads(index, leader, gains, sizes):
+                    leader = index
+        leaders[block] = leader
+    best = first
+    for block in range(blocks):
+        if _leads(leaders[block], best, gains, sizes):
+            best = leaders[block]
+    return best
+
+
+_best: Callable[..., int] = numba.njit(parallel=True, cache=True)(_best_of_all)
