@@ -43,7 +43,18 @@ def test_help_needs_no_heavy_library() -> None:
     assert shown.stdout.strip() == "[]"
 
 
-COMMANDS = ["", "compress", "data", "data generate", "data select", "data inspect", "evaluate", "recipes", "demo"]
+COMMANDS = [
+    "",
+    "compress",
+    "data",
+    "data generate",
+    "data select",
+    "data rebuild",
+    "data inspect",
+    "evaluate",
+    "recipes",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", [name.split() for name in COMMANDS], ids=COMMANDS)
@@ -67,9 +78,28 @@ def test_the_whole_way(run, llama: Path, tmp_path: Path) -> None:
     status, shown, _ = run("evaluate", out, "--against", llama, "--length", 32, "--limit", 4, "--json")
     assert status == 0
     assert json.loads(shown)["divergence"]["kl_mean"] > 0
-    status, shown, _ = run("data", "inspect", out / "calibration", "-m", llama)
+    page = tmp_path / "page.html"
+    status, shown, _ = run("data", "inspect", out / "calibration", made, "--html", page, "--json")
     assert status == 0
-    assert "set_sha256" in shown
+    assert json.loads(shown)["sets"][0]["set_sha256"] == json.loads(shown)["sets"][1]["set_sha256"]
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_select_and_rebuild(run, llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "c.jsonl"
+    text.write_text("".join(json.dumps({"text": f"number {i} and some words"}) + "\n" for i in range(90)))
+    options = ["--strategy", "zipcal", "--duplicates", "near", "-n", 4, "-l", 32]
+    status, _, _ = run("data", "select", text, "-m", llama, "-o", tmp_path / "set", *options, "-q")
+    assert status == 0
+    status, _, _ = run("data", "rebuild", tmp_path / "set", "-o", tmp_path / "again", "-q")
+    assert status == 0
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("set", "again")]
+    assert manifests[0] == manifests[1]
+    text.write_text(text.read_text().replace("words", "other words"))
+    status, out, err = run("data", "rebuild", tmp_path / "set", "-o", tmp_path / "out", "-q")
+    refused(status, out, err, "Changed: the corpus file c.jsonl", tmp_path)
+    status, out, err = run("data", "select", text, "-m", llama, "-o", tmp_path / "out", "--strategy", "best", "-q")
+    refused(status, out, err, "strategy 'best'", tmp_path)
 
 
 def test_the_summary_names_what_matters(run, llama: Path, tmp_path: Path) -> None:
@@ -368,7 +398,7 @@ def test_brackets_in_text_are_shown_as_they_are(run, llama: Path, tmp_path: Path
     tokens = made.tokens.clone()
     tokens[0] = tokens.new_tensor(Tokenizer(llama).encode("[/INST][x]"))
     CalibrationSet.build(tokens, made.mask, made.manifest).save(tmp_path / "set")
-    status, out, _ = run("data", "inspect", tmp_path / "set", "-m", llama)
+    status, out, _ = run("data", "inspect", tmp_path / "set", "-m", llama, "--html", tmp_path / "p.html")
     assert status == 0
     assert "[/INST][x]" in out
 

@@ -35,6 +35,7 @@ class Inspection:
             "sets": [
                 {
                     "name": one.name,
+                    "set_sha256": one.facts["SHA-256"],
                     **one.statistics.numbers,
                     "odd_rows": [{"row": odd.row, "reasons": odd.reasons} for odd in one.statistics.odd],
                 }
