@@ -15,8 +15,8 @@ class Task(Protocol):
 class Progress(Protocol):
     """Receiver of progress; the command line draws bars, a library call may pass nothing."""
 
-    def task(self, label: str, total: int) -> AbstractContextManager[Task]:
-        """Open a task of ``total`` steps; used as a context manager."""
+    def task(self, label: str, total: int | None) -> AbstractContextManager[Task]:
+        """Open a task of ``total`` steps, or None where nobody knows how many; used as a context manager."""
 
     def note(self, text: str) -> None:
         """Say one line that the user should see."""
@@ -31,7 +31,7 @@ class Silent:
     """Progress that goes nowhere."""
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Task]:
+    def task(self, label: str, total: int | None) -> Iterator[Task]:
         yield _SilentTask()
 
     def note(self, text: str) -> None:

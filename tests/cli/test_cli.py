@@ -283,6 +283,15 @@ def test_bad_corpora(run, llama: Path, tmp_path: Path, name: str, content: bytes
     refused(status, out, err, said, tmp_path)
 
 
+def test_progress_of_an_empty_corpus_and_of_one_without_files(run, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_bytes(b"")
+    select = ["-m", llama, "-n", 2, "-l", 32, "--strategy", "zipcal"]
+    status, _, err = run("data", "select", tmp_path / "empty.txt", *select, "-o", tmp_path / "none")
+    assert (status, "is empty" in err, "Traceback" in err) == (2, True, False)
+    status, _, err = run("data", "select", "builtin", *select, "-o", tmp_path / "out")
+    assert (status, err) == (0, "")
+
+
 def test_a_model_that_does_not_exist_is_not_asked_for_on_the_network(run, tmp_path: Path) -> None:
     for command in (
         ["compress", "o/n", "-o", tmp_path / "out"],

@@ -56,4 +56,4 @@ def test_real_text_and_a_pruned_model(smollm2: Path, shared_data: Path, tmp_path
     cb.compress(smollm2, output=tmp_path / "out", recipe="wanda-2:4", calibration=data)
     record = json.loads((tmp_path / "out" / "calibrant.json").read_text())
     assert all(layer["zeros"] >= layer["elements"] // 2 for layer in record["layers"])
-    assert record["calibration"]["corpus"]["name"] == "wiki.utf8.gz"
+    assert record["calibration"]["corpora"][0]["name"] == "wiki.utf8.gz"

@@ -67,9 +67,9 @@ class Corpus:
         self.position = 0
 
     @property
-    def size(self) -> int:
-        """Bytes on disk, 0 where that is not known; ``position`` says how many of them an iteration has read."""
-        return sum(path.stat().st_size for path in self._files)
+    def size(self) -> int | None:
+        """Bytes on disk, None where there are no files; ``position`` says how many of them an iteration has read."""
+        return None if not self._files else sum(path.stat().st_size for path in self._files)
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents with text in a fixed order; the others are counted in ``counts``."""

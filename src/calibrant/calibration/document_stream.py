@@ -50,7 +50,8 @@ class DocumentStream:
                 if mine and self._passes(document):
                     kept += 1
                     yield ordinal, document
-            task.advance(self.corpus.size - read)
+            if self.corpus.size is not None:
+                task.advance(self.corpus.size - read)
         self.counts |= self.corpus.counts
         if not self.counts["documents"]:
             raise CalibrantError(f"{self.corpus.location}: the corpus is empty, it has no document with text")

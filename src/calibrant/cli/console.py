@@ -91,7 +91,7 @@ class _Bars:
         self._console = console
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Task]:
+    def task(self, label: str, total: int | None) -> Iterator[Task]:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -116,10 +116,10 @@ class _Bars:
 
 
 class _Lines:
-    """Progress for logs: a line at every tenth of the way."""
+    """Progress for logs: a line at every tenth of the way, none where the way has no known length."""
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Task]:
+    def task(self, label: str, total: int | None) -> Iterator[Task]:
         import time
 
         begin = time.perf_counter()
@@ -129,7 +129,7 @@ class _Lines:
 
             def advance(self, steps: int = 1) -> None:
                 before, self.done = self.done, self.done + steps
-                if before * 10 // total != self.done * 10 // total:
+                if total and before * 10 // total != self.done * 10 // total:
                     print(
                         f"{label}: {self.done}/{total}, {time.perf_counter() - begin:.0f} s",
                         file=sys.stderr,
