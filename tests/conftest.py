@@ -13,6 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.calibration.tokenizer import Tokenizer
 
+hf.utils.logging.disable_progress_bar()
+
 VOCABULARY = 128
 CONTEXT = 64
 _SIZE = {

@@ -13,11 +13,13 @@ _HOMES = {
     "Corpus": "calibrant.calibration.corpus",
     "TemperatureSchedule": "calibrant.calibration.sources.self_calibration",
     "FilterRequest": "calibrant.calibration.selection.request",
+    "MixRequest": "calibrant.calibration.selection.request",
     "Recipe": "calibrant.compression.recipe",
     "compress": "calibrant.api",
     "evaluate": "calibrant.api",
     "generate": "calibrant.calibration.making",
     "rebuild": "calibrant.calibration.making",
+    "score_corpora": "calibrant.calibration.selection.corpus_scores",
     "select": "calibrant.calibration.making",
 }
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "CalibrationSet",
     "Corpus",
     "FilterRequest",
+    "MixRequest",
     "Recipe",
     "TemperatureSchedule",
     "__version__",
@@ -32,6 +35,7 @@ __all__ = [
     "evaluate",
     "generate",
     "rebuild",
+    "score_corpora",
     "select",
 ]
 
@@ -40,7 +44,8 @@ if TYPE_CHECKING:
     from calibrant.calibration.calibration_set import CalibrationSet
     from calibrant.calibration.corpus import Corpus
     from calibrant.calibration.making import generate, rebuild, select
-    from calibrant.calibration.selection.request import FilterRequest
+    from calibrant.calibration.selection.corpus_scores import score_corpora
+    from calibrant.calibration.selection.request import FilterRequest, MixRequest
     from calibrant.calibration.sources.self_calibration import TemperatureSchedule
     from calibrant.compression.recipe import Recipe
     from calibrant.errors import CalibrantError

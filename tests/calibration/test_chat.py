@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import calibrant as cb
@@ -64,6 +66,13 @@ def test_only_what_the_assistant_wrote_counts(
     (chat_model / "chat_template.jinja").write_text(TEMPLATE.replace("</s>", " </s>"))
     with pytest.raises(cb.CalibrantError, match="Changed: the chat template"):
         cb.rebuild(tmp_path / "set")
+
+
+def test_conversations_in_parquet_are_read_alike(corpus: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line)["messages"] for line in corpus.read_text().splitlines()]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "c.parquet")
+    left, right = list(chat(corpus)), list(chat(tmp_path / "c.parquet"))
+    assert [(one.text, one.messages) for one in left] == [(one.text, one.messages) for one in right]
 
 
 def test_special_tokens_can_be_left_out(corpus: Path, chat_model: Path) -> None:

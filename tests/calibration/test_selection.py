@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import calibrant as cb
+from calibrant.calibration.selection.request import mix_request
 from calibrant.calibration.selection.zipcal import subword_classes
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, TokenizedDocument
@@ -220,3 +221,67 @@ def test_generated_sets_can_be_made_again(tmp_path: Path, llama: Path, strategy:
 def test_options_that_do_not_fit(corpus: Path, llama: Path, options, said: str) -> None:
     with pytest.raises(CalibrantError, match=said):
         cb.select(corpus, tokenizer=llama, **{"samples": 3, "length": 40, **options})
+
+
+CYRILLIC = str.maketrans("abcdefghijklmnopqrstuvwxyz", "абвгдежзийклмнопрстуфхцчшщ")
+
+
+def test_a_mix_shares_the_rows_between_scripts(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    texts = [json.loads(line)["text"] for line in gzip.decompress(corpus.read_bytes()).decode().splitlines()]
+    both = write_corpus(tmp_path / "both.jsonl", [t for text in texts for t in (text, text.translate(CYRILLIC))])
+    mix = cb.MixRequest(scripts=("latin", "cyrillic"), weights=(1, 3))
+    made = cb.select(both, tokenizer=llama, samples=8, length=16, mix=mix, strategy="zipcal")
+    counts = made.manifest.counts
+    assert (counts["rows_latin"], counts["rows_cyrillic"], counts["documents"]) == (2, 6, 120)
+    for row, segments in enumerate(made.manifest.rows):
+        odd_lines = {int(segment.document.rpartition(":")[2]) % 2 for segment in segments}
+        assert odd_lines == ({1} if row < 2 else {0})
+    made.save(tmp_path / "set")
+    assert cb.rebuild(tmp_path / "set").calibration.sha256 == made.sha256
+
+
+def test_a_mix_shares_the_rows_between_lengths(llama: Path, corpus: Path) -> None:
+    mix = cb.MixRequest(lengths=(50, 120))
+    made = cb.select(corpus, tokenizer=llama, samples=9, length=8, mix=mix, windows="document")
+    lengths = {document.id: len(document.text) for document in cb.Corpus(corpus)}
+    groups = [np.digitize(lengths[segments[0].document], (50, 120)) for segments in made.manifest.rows]
+    assert groups == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    again = cb.select(corpus, tokenizer=llama, samples=9, length=8, mix=mix, windows="document", draw=1)
+    documents = [{s.document for row in one.manifest.rows for s in row} for one in (made, again)]
+    assert not documents[0] & documents[1]
+
+
+def test_what_a_mix_needs(llama: Path, corpus: Path) -> None:
+    with pytest.raises(CalibrantError, match=r"cyrillic: .* no document is left"):
+        cb.select(corpus, tokenizer=llama, samples=4, length=8, mix=cb.MixRequest(scripts=("latin", "cyrillic")))
+    for options, said in (
+        ({"scripts": ["latin"], "lengths": [5]}, "not both"),
+        ({"lengths": [9, 5]}, "rising order"),
+        ({"scripts": ["latin"], "weights": [1, 2]}, "2 weights for the 1 groups"),
+        ({"weights": [1]}, "1 weights for the 0 groups"),
+        ({"scripts": ["latin"], "weights": [-1]}, "not negative"),
+    ):
+        with pytest.raises(CalibrantError, match=said):
+            mix_request(**options)
+
+
+def test_scores_of_corpora_are_the_papers(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    """Against the formula on whole small corpora, and a corpus fits itself best."""
+    other = write_corpus(tmp_path / "digits.jsonl", [f"{i * i} {i} {7 * i}" for i in range(40)])
+    third = write_corpus(tmp_path / "third.jsonl", ["some words are here", "and 12 others"])
+    scores = cb.score_corpora([other, third, corpus], [corpus, third], weights=[3, 1], tokenizer=llama)
+    assert [scores[0].corpus, scores[-1].corpus] == [str(corpus), str(other)]
+    tokenizer = Tokenizer(llama)
+    texts = {str(path): [document.text for document in cb.Corpus(path)] for path in (other, third, corpus)}
+    ids = {name: np.concatenate([tokenizer.encode(text) for text in of]) for name, of in texts.items()}
+    for one in scores:
+        expected = 0.0
+        for target, weight in ((str(corpus), 0.75), (str(third), 0.25)):
+            types = np.union1d(ids[one.corpus], ids[target])
+            p, q = ((ids[n][:, None] == types).sum(axis=0) / len(ids[n]) + 1e-10 for n in (one.corpus, target))
+            p, q = p / p.sum(), q / q.sum()
+            expected += weight * float((p * np.log(p / q)).sum() + (q * np.log(q / p)).sum()) / 2
+        assert one.divergence == pytest.approx(expected, rel=1e-6)
+    assert scores[0].similarity > scores[-1].similarity
+    with pytest.raises(CalibrantError, match="one for each of the 1 targets"):
+        cb.score_corpora([other], [corpus], weights=[1, 2], tokenizer=llama)

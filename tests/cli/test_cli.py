@@ -49,6 +49,7 @@ COMMANDS = [
     "data",
     "data generate",
     "data select",
+    "data score",
     "data rebuild",
     "data inspect",
     "evaluate",
@@ -290,6 +291,17 @@ def test_progress_of_an_empty_corpus_and_of_one_without_files(run, llama: Path, 
     assert (status, "is empty" in err, "Traceback" in err) == (2, True, False)
     status, _, err = run("data", "select", "builtin", *select, "-o", tmp_path / "out")
     assert (status, err) == (0, "")
+
+
+def test_corpora_are_scored(run, llama: Path, tmp_path: Path) -> None:
+    for name, words in (("near", "apples and pears"), ("far", "0123 4567"), ("target", "pears and apples")):
+        (tmp_path / f"{name}.txt").write_text(f"{words} " * 20)
+    files = [tmp_path / "far.txt", tmp_path / "near.txt"]
+    status, out, err = run("data", "score", *files, "-m", llama, "--target", tmp_path / "target.txt", "--json", "-q")
+    assert (status, err) == (0, "")
+    assert [one["corpus"] for one in json.loads(out)["scores"]] == [str(files[1]), str(files[0])]
+    status, _, err = run("data", "score", *files, "-m", llama, "--target", tmp_path / "no.txt", "-q")
+    assert (status, "no such corpus" in err) == (2, True)
 
 
 def test_a_model_that_does_not_exist_is_not_asked_for_on_the_network(run, tmp_path: Path) -> None:

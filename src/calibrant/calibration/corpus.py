@@ -43,9 +43,9 @@ class Corpus:
     ``location`` is a file (``.txt``, ``.jsonl``, ``.parquet``, each also as ``.gz``), a folder of such files,
     ``builtin`` (the Python language reference that ships with the interpreter), or a data set on the Hugging
     Face hub as ``hub:owner/name?config=en&split=train``. A text file is one document, or one for each ``LONGEST_TEXT``
-    characters, cut at a line's end; in JSON Lines and Parquet a row is one, its text under ``field``. In JSON Lines
-    that may also be a conversation: a list of messages with ``role`` and ``content``. Rows without text and rows longer
-    than ``LONGEST_TEXT`` characters are skipped and counted.
+    characters, cut at a line's end; in JSON Lines and Parquet a row is one, its text under ``field``. That
+    may also be a conversation: a list of messages with ``role`` and ``content``. Rows without text and rows longer than
+    ``LONGEST_TEXT`` characters are skipped and counted.
 
     Raises:
         CalibrantError: the location does not exist or holds nothing readable.
@@ -189,19 +189,25 @@ def _json_document(name: str, line: str, field: str, place: str) -> Document:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CalibrantError(f"{place}: not JSON ({error})") from error
-    value = row.get(field) if isinstance(row, dict) else None
-    messages = None
-    if isinstance(value, list) and _is_conversation(value):
-        messages = tuple({"role": one["role"], "content": one["content"]} for one in value)
-        value = "\n".join(message["content"] for message in messages)
-    if not isinstance(value, str):
+    document = _as_document(name, row.get(field) if isinstance(row, dict) else None)
+    if document is None:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise CalibrantError(f"{place}: no text under {field!r} (found: {found}); name it with --field")
     try:
-        value.encode()
+        document.text.encode()
     except UnicodeEncodeError as error:
         raise CalibrantError(f"{place}: text with half of a surrogate pair, which is not Unicode") from error
-    return Document(name, value, messages)
+    return document
+
+
+def _as_document(name: str, value: Any) -> Document | None:
+    """A text or a conversation as a document; None where ``value`` is neither."""
+    if isinstance(value, str):
+        return Document(name, value)
+    if not isinstance(value, list) or not _is_conversation(value):
+        return None
+    messages = tuple({"role": one["role"], "content": one["content"]} for one in value)
+    return Document(name, "\n".join(message["content"] for message in messages), messages)
 
 
 def _is_conversation(value: list[Any]) -> bool:
@@ -222,13 +228,14 @@ def _parquet_rows(path: Path, source: Any, name: str, field: str) -> Iterator[Do
             raise CalibrantError(f"{path}: no column {field!r} (found: {', '.join(columns)}); name it with --field")
         row = 0
         for batch in table.iter_batches(columns=[field]):
-            for text in batch.column(0).to_pylist():
+            for value in batch.column(0).to_pylist():
                 row += 1
-                if text is not None and not isinstance(text, str):
+                document = _as_document(f"{name}:{row}", "" if value is None else value)
+                if document is None:
                     raise CalibrantError(
                         f"{path}, row {row}: column {field!r} holds no text; name another with --field"
                     )
-                yield Document(f"{name}:{row}", text or "")
+                yield document
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrantError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
@@ -266,11 +273,12 @@ class _HubDataset:
         except Exception as error:  # many unrelated classes for a wrong name of a configuration or split
             raise CalibrantError(f"hub:{self.name}: cannot be opened ({first_line(error)})") from error
         for number, row in enumerate(rows, start=1):
-            if not isinstance(row.get(field), str):
+            document = _as_document(f"{self.name}/{self.split}:{number}", row.get(field))
+            if document is None:
                 raise CalibrantError(
                     f"hub:{self.name}, row {number}: no text under {field!r} (found: {', '.join(row)})"
                 )
-            yield Document(f"{self.name}/{self.split}:{number}", row[field])
+            yield document
 
     def describe(self, field: str) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.selection.request import (
     LEXICAL,
     FilterRequest,
+    MixRequest,
     SelectionRequest,
     Strategy,
     selection_request,
@@ -127,6 +128,7 @@ def select(
     embedding: str = LEXICAL,
     mask: Literal["all", "assistant", "no-special"] = "all",
     weights: Sequence[float] | None = None,
+    mix: MixRequest | None = None,
     filters: FilterRequest | None = None,
     device: str = "cpu",
     dtype: str = "auto",
@@ -138,9 +140,10 @@ def select(
     draw j: "uniform" cuts them from one shuffle, strategies without chance see disjoint parts of the corpus
     (``shards``). "perplexity" and "cola" run the model of the tokenizer's folder over every candidate, on ``device`` in
     ``dtype``. Conversations go through the tokenizer's chat template; ``mask`` says which tokens count: "all", those an
-    "assistant" wrote, or all but special ones ("no-special"). Several corpora share the samples by ``weights``.
-    ``parts`` splits the work of "zipcal" into two rounds over random parts of the corpus, which ``executor`` "ray" runs
-    on a cluster; left out, it is 1, or with Ray the cluster's number of processors.
+    "assistant" wrote, or all but special ones ("no-special"). Several corpora share the samples by ``weights``, groups
+    of a corpus's documents (scripts or lengths) by ``mix``. ``parts`` splits the work of "zipcal" into two rounds over
+    random parts of the corpus, which ``executor`` "ray" runs on a cluster; left out, it is 1, or with Ray the cluster's
+    number of processors.
 
     Raises:
         CalibrantError: a corpus cannot be read, is empty or too small, or the options do not fit.
@@ -161,6 +164,7 @@ def select(
         embedding=embedding,
         mask=mask,
         weights=None if weights is None else tuple(weights),
+        mix=mix or MixRequest(),
         filters=filters or FilterRequest(),
     )
     given = [corpus] if isinstance(corpus, Corpus | str | Path) else list(corpus)

@@ -1,5 +1,6 @@
-"""``calibrant data``: generate, select, rebuild, inspect."""
+"""``calibrant data``: generate, select, score, rebuild, inspect."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,10 @@ from calibrant.cli.console import (
 
 if TYPE_CHECKING:
     from calibrant.calibration.calibration_set import CalibrationSet
+
+EmbeddingOption = Annotated[
+    str, typer.Option("--embedding", help="lexical (no model), or a sentence-transformers model's folder.")
+]
 
 app = typer.Typer(help="Make, choose and look at calibration sets.", no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -156,14 +161,22 @@ def select(
     percentile: Annotated[
         float, typer.Option("--percentile", help="perplexity, below: keep candidates under it.")
     ] = 80.0,
-    embedding: Annotated[
-        str, typer.Option("--embedding", help="lexical (no model), or a sentence-transformers model's folder.")
-    ] = "lexical",
+    embedding: EmbeddingOption = "lexical",
     mask: Annotated[
         str, typer.Option("--mask", help="Tokens that count: all, assistant (of conversations) or no-special.")
     ] = "all",
     weights: Annotated[
         str | None, typer.Option("--weights", help="Shares of the samples for several corpora: 2,1,1.")
+    ] = None,
+    mix_scripts: Annotated[
+        str | None, typer.Option("--mix-scripts", help="Share the rows between scripts: latin,cyrillic,cjk.")
+    ] = None,
+    mix_lengths: Annotated[
+        str | None,
+        typer.Option("--mix-lengths", help="Share the rows between documents split at these characters: 1000,10000."),
+    ] = None,
+    mix_weights: Annotated[
+        str | None, typer.Option("--mix-weights", help="Shares of a mix's groups: 2,1,1; left out, equal ones.")
     ] = None,
     duplicates: Annotated[
         str, typer.Option("--duplicates", help="keep them, or drop exact or near (and exact) ones.")
@@ -197,7 +210,7 @@ def select(
     with terminal(quiet, as_json) as screen:
         from calibrant.calibration.corpus import Corpus
         from calibrant.calibration.making import select as run
-        from calibrant.calibration.selection.request import filter_request
+        from calibrant.calibration.selection.request import filter_request, mix_request
         from calibrant.output_folder import check_output
 
         check_output(output, overwrite, [*corpora, model])
@@ -218,7 +231,12 @@ def select(
             percentile=percentile,
             embedding=embedding,
             mask=mask,  # type: ignore[arg-type]  # the same
-            weights=_numbers(weights),
+            weights=_numbers("--weights", weights),
+            mix=mix_request(
+                scripts=mix_scripts.split(",") if mix_scripts else [],
+                lengths=_numbers("--mix-lengths", mix_lengths) or [],
+                weights=_numbers("--mix-weights", mix_weights),
+            ),
             filters=filter_request(
                 duplicates=duplicates,
                 min_characters=min_characters,
@@ -237,13 +255,54 @@ def select(
         _save(made, output, overwrite, screen)
 
 
-def _numbers(text: str | None) -> list[float] | None:
+def _numbers(option: str, text: str | None) -> list[float] | None:
     from calibrant.errors import CalibrantError
 
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise CalibrantError(f"--weights {text}: numbers with commas between are expected, like 2,1,1") from error
+        raise CalibrantError(f"{option} {text}: numbers with commas between are expected, like 2,1,1") from error
+
+
+@app.command()
+def score(
+    corpora: Annotated[list[str], typer.Argument(help="Corpora to score, as for select.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="Model folder whose tokenizer is used.")],
+    targets: Annotated[
+        list[str], typer.Option("--target", help="Text of what the model is for; may be repeated.", show_default=False)
+    ],
+    weights: Annotated[str | None, typer.Option("--weights", help="How much each target counts: 2,1,1.")] = None,
+    field: FieldOption = "text",
+    target_field: Annotated[str, typer.Option("--target-field", help="Field of the targets' texts.")] = "text",
+    embedding: EmbeddingOption = "lexical",
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which corpora fit a purpose: likeness to target texts and their token distribution (COLA, stage 1).
+
+    Example: calibrant data score c4.jsonl.gz wiki.txt -m ./SmolLM2-135M --target questions.jsonl
+    """
+    with terminal(quiet, as_json) as screen:
+        from rich.table import Table
+        from rich.text import Text
+
+        from calibrant.calibration.corpus import Corpus
+        from calibrant.calibration.selection.corpus_scores import score_corpora
+
+        found = score_corpora(
+            [Corpus(corpus, field) for corpus in corpora],
+            [Corpus(target, target_field) for target in targets],
+            tokenizer=model,
+            weights=_numbers("--weights", weights),
+            embedding=embedding,
+            seed=seed,
+            progress=screen.progress,
+        )
+        table = Table("corpus", "similarity", "divergence (nats)", "score")
+        for one in found:
+            table.add_row(Text(one.corpus), *(f"{value:.3f}" for value in (one.similarity, one.divergence, one.score)))
+        screen.result({"scores": [asdict(one) for one in found]}, table)
 
 
 @app.command()

@@ -4,7 +4,9 @@ from typing import Protocol
 
 import numpy as np
 
+from calibrant.calibration.randomness import generator
 from calibrant.calibration.selection.coverage import SetFamily
+from calibrant.calibration.selection.request import LEXICAL
 from calibrant.calibration.selection.zipcal import subword_classes
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Window
@@ -82,6 +84,13 @@ class SentenceEmbedding:
     def vectors(self) -> np.ndarray:
         """The encoder's vectors, scaled to length 1."""
         return normalized(np.concatenate(self._parts))
+
+
+def embedding_of(name: str, tokenizer: Tokenizer, seed: int) -> Embedding:
+    """The lexical embedding or the sentence encoder called ``name``."""
+    if name == LEXICAL:
+        return LexicalEmbedding(tokenizer, generator(seed, "embedding"))
+    return SentenceEmbedding(name, tokenizer)
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:

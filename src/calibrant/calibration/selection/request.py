@@ -46,6 +46,43 @@ class FilterRequest(BaseModel):
     keep_leaked: bool = False
 
 
+class MixRequest(BaseModel):
+    """Groups of documents that share the rows by ``weights``, equally without; by default there are none.
+
+    ``scripts`` makes a group of each named script (documents of others are left out), ``lengths`` groups of documents
+    below, between and from these numbers of characters.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scripts: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    weights: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MixRequest":
+        if self.scripts and self.lengths:
+            raise ValueError("a mix is of scripts or of lengths, not both")
+        if len(set(self.scripts)) < len(self.scripts) or list(self.lengths) != sorted({*self.lengths} - {0}):
+            raise ValueError("a mix needs different scripts, or lengths above 0 in rising order")
+        groups = len(self.scripts) or len(self.lengths) + bool(self.lengths)
+        if self.weights is not None and len(self.weights) != groups:
+            raise ValueError(f"{len(self.weights)} weights for the {groups} groups of a mix; give one for each")
+        if self.weights is not None:
+            check_weights(self.weights)
+        return self
+
+
+def check_weights(weights: tuple[float, ...]) -> None:
+    """Refuse weights by which nothing can be shared.
+
+    Raises:
+        ValueError: one is negative or not finite, or all are 0.
+    """
+    if not (min(weights, default=-1) >= 0 < sum(weights) < math.inf):
+        raise ValueError("weights must be finite and not negative, and one at least more than 0")
+
+
 class SelectionRequest(BaseModel):
     """One selection; a field that the strategy does not use must keep its default."""
 
@@ -65,6 +102,7 @@ class SelectionRequest(BaseModel):
     embedding: str = LEXICAL
     mask: Literal["all", "assistant", "no-special"] = "all"
     weights: tuple[float, ...] | None = None
+    mix: MixRequest = MixRequest()
     filters: FilterRequest = FilterRequest()
 
     @model_validator(mode="after")
@@ -75,8 +113,10 @@ class SelectionRequest(BaseModel):
                 raise ValueError(f"{name} is for {' and '.join(strategies)} only, not for {self.strategy}")
         if self.weights is not None and self.strategy == "zipcal-multi":
             raise ValueError("zipcal-multi chooses from all corpora by distance; leave the weights out")
-        if self.weights is not None and not (min(self.weights, default=-1) >= 0 < sum(self.weights) < math.inf):
-            raise ValueError("weights must be finite and not negative, and one at least more than 0")
+        if self.weights is not None:
+            check_weights(self.weights)
+        if self.mix != MixRequest() and (self.strategy == "zipcal-multi" or self.parts > 1):
+            raise ValueError("a mix goes with neither zipcal-multi nor parts")
         if self.strategy not in WITH_DRAWS and self.draw >= self.shards:
             raise ValueError(
                 f"{self.strategy} has no random draws; draw {self.draw} needs --shards {self.draw + 1} or more: "
@@ -104,6 +144,15 @@ def selection_request(**fields: Any) -> SelectionRequest:
         CalibrantError: an option is unknown, out of range or does not go with the others.
     """
     return _validated(SelectionRequest, fields)
+
+
+def mix_request(**fields: Any) -> MixRequest:
+    """A mix from plain values.
+
+    Raises:
+        CalibrantError: an option is unknown or does not go with the others.
+    """
+    return _validated(MixRequest, fields)
 
 
 def filter_request(**fields: Any) -> FilterRequest:

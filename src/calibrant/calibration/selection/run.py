@@ -12,14 +12,16 @@ from calibrant.calibration.calibration_set import CalibrationSet, Manifest, Segm
 from calibrant.calibration.chat import assistant_mask, encode_documents, template_sha256
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.document_stream import DocumentStream
+from calibrant.calibration.filters import Filter
 from calibrant.calibration.filters.leakage import Leakage
 from calibrant.calibration.randomness import generator
 from calibrant.calibration.selection.cola import Cola
 from calibrant.calibration.selection.distributed import zipcal_in_parts
-from calibrant.calibration.selection.embeddings import Embedding, LexicalEmbedding, SentenceEmbedding
+from calibrant.calibration.selection.embeddings import embedding_of
 from calibrant.calibration.selection.filtering import filters_of
+from calibrant.calibration.selection.mixing import counts_of_groups, groups_of
 from calibrant.calibration.selection.perplexity import PerplexitySelector
-from calibrant.calibration.selection.request import LEXICAL, WITH_DRAWS, SelectionRequest
+from calibrant.calibration.selection.request import WITH_DRAWS, SelectionRequest
 from calibrant.calibration.selection.selector import Selector, select_windows
 from calibrant.calibration.selection.spread import EmbeddingSelector, herding, k_centre
 from calibrant.calibration.selection.uniform import uniform_windows
@@ -83,7 +85,7 @@ def select_from(
         return _multi_domain(corpora, tokenizer, request, load_model, progress)
     shares = _shares(request.samples, request.weights, len(corpora))
     parts = [
-        _select(corpus, tokenizer, request.model_copy(update={"samples": share}), load_model, progress)
+        _select_mix(corpus, tokenizer, request.model_copy(update={"samples": share}), load_model, progress)
         for corpus, share in zip(corpora, shares, strict=True)
         if share
     ]
@@ -103,10 +105,39 @@ def _shares(samples: int, weights: tuple[float, ...] | None, count: int) -> list
     return [int(share) for share in shares]
 
 
-def _select(
+def _select_mix(
     corpus: Corpus, tokenizer: Tokenizer, request: SelectionRequest, load_model: LoadModel, progress: Progress
 ) -> _Part:
-    filters = filters_of(request.filters, request.seed)
+    """The corpus's rows: of all its documents, or by groups, whose rows follow one another."""
+    groups = groups_of(request.mix)
+    if not groups:
+        return _select(corpus, tokenizer, request, load_model, progress)
+    parts: list[tuple[str, _Part]] = []
+    for (name, group), share in zip(groups, _shares(request.samples, request.mix.weights, len(groups)), strict=True):
+        if share:
+            asked = request.model_copy(update={"samples": share})
+            try:
+                parts.append((name, _select(corpus, tokenizer, asked, load_model, progress, group)))
+            except CalibrantError as error:
+                raise CalibrantError(f"{name.replace('_', ' ')}: {error}") from error
+    return _Part(
+        [row for _, part in parts for row in part.rows],
+        [segments for _, part in parts for segments in part.segments],
+        counts_of_groups([(name, len(part.rows), part.counts) for name, part in parts]),
+        [mask for _, part in parts for mask in part.masks or []] or None,
+        any(part.chat for _, part in parts),
+    )
+
+
+def _select(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    request: SelectionRequest,
+    load_model: LoadModel,
+    progress: Progress,
+    group: Filter | None = None,
+) -> _Part:
+    filters = [*([group] if group else []), *filters_of(request.filters, request.seed)]
     drawn = request.strategy in WITH_DRAWS
     shard = 0 if drawn else request.draw
     stream = DocumentStream(corpus, filters, generator(request.seed, "shard"), shard, request.shards)
@@ -161,7 +192,7 @@ def _selector(request: SelectionRequest, tokenizer: Tokenizer, load_model: LoadM
         return PerplexitySelector(load_model(), request.keep, request.percentile, rng)
     if request.strategy == "cola":
         return Cola(load_model(), rng)
-    embedding = _embedding(request, tokenizer)
+    embedding = embedding_of(request.embedding, tokenizer, request.seed)
     if request.strategy == "herding":
         return EmbeddingSelector(embedding, herding)
     return EmbeddingSelector(embedding, _k_centre_from(rng))
@@ -170,12 +201,6 @@ def _selector(request: SelectionRequest, tokenizer: Tokenizer, load_model: LoadM
 def _k_centre_from(rng: np.random.Generator) -> Callable[[np.ndarray, int], list[int]]:
     """k-centre with a random first centre."""
     return lambda vectors, count: k_centre(vectors, count, int(rng.integers(len(vectors))))[0]
-
-
-def _embedding(request: SelectionRequest, tokenizer: Tokenizer) -> Embedding:
-    if request.embedding == LEXICAL:
-        return LexicalEmbedding(tokenizer, generator(request.seed, "embedding"))
-    return SentenceEmbedding(request.embedding, tokenizer)
 
 
 def _multi_domain(
@@ -189,7 +214,7 @@ def _multi_domain(
     single = request.model_copy(update={"strategy": "zipcal"})
     parts = [_select(corpus, tokenizer, single, load_model, progress) for corpus in corpora]
     pooled = [(number, row) for number, part in enumerate(parts) for row in range(len(part.rows))]
-    embedding = _embedding(request, tokenizer)
+    embedding = embedding_of(request.embedding, tokenizer, request.seed)
     embedding.see([Window(parts[number].rows[row], [], 0, 0, 0) for number, row in pooled])
     rng = generator(request.seed, request.strategy, request.draw)
     chosen = sorted(_k_centre_from(rng)(embedding.vectors(), request.samples))
