@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from calibrant.cli import main as cli
+from calibrant.compression.checkpoint_writer import CheckpointWriter
 from calibrant.errors import CalibrantError
 from calibrant.output_folder import staged
 from tests.conftest import random_set, write_tokenizer
@@ -438,12 +439,10 @@ def test_a_full_disk(run, llama: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_interrupt_leaves_nothing_behind(run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from calibrant.compression import run as engine
-
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine._Writer, "write_block", interrupted)
+    monkeypatch.setattr(CheckpointWriter, "write_block", interrupted)
     status, _, err = run("compress", llama, "-o", tmp_path / "out", "-r", "rtn-w8a8", "-q")
     assert status == 130
     assert "interrupted" in err

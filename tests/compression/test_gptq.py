@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from calibrant.compression.grids import GridSpec, decode, fit_grid
+from calibrant.compression.grid_fitting import fit_grid
+from calibrant.compression.grids import GridSpec, decode
 from calibrant.compression.solvers.gptq import gptq
 from calibrant.compression.solvers.result import layer_errors
 from calibrant.compression.solvers.rtn import rtn

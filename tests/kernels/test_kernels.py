@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrant.compression.grids import GridSpec, fit_grid
+from calibrant.compression.grid_fitting import fit_grid
+from calibrant.compression.grids import GridSpec
 from calibrant.compression.solvers.gptq import quantization_problem
 from calibrant.kernels import bfloat16_gram, bfloat16_tile
 from calibrant.kernels.causal_attention import causal_attention

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from calibrant.clock import Clock
+from calibrant.compression.entry import enter_blocks
 from calibrant.compression.plan import make_plan
 from calibrant.compression.recipe import load_recipe
-from calibrant.compression.run import Settings, _enter, _opened
+from calibrant.compression.run import Settings, _opened
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
@@ -40,7 +41,9 @@ def test_blocks_and_groups_are_found_and_blocks_replay(model_folder, architectur
     assert len(blocks) == 2
     plan = make_plan(model, blocks, load_recipe("wanda-2:4"))
     settings = Settings(torch.float32, torch.device("cpu"))
-    probe, batches = _enter(model, plan, random_set(), settings)
+    probe, batches = enter_blocks(
+        model, plan.blocks, random_set(), settings.dtype, settings.device, settings.micro_batch_tokens
+    )
     structures = []
     for index in range(2):
         with _opened(model, plan, index, probe, settings, Clock(), []) as (solver, structure):

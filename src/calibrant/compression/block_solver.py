@@ -9,7 +9,7 @@ from torch import nn
 from calibrant.clock import Clock
 from calibrant.compression.block_engine import Unit
 from calibrant.compression.grids import GridSpec
-from calibrant.compression.methods import METHODS, Task
+from calibrant.compression.methods import METHODS, Task, statistic_of
 from calibrant.compression.recipe import Recipe
 from calibrant.compression.solvers.result import Solution, SolverRecord, layer_errors
 from calibrant.compression.solvers.sparsity import Sparsity
@@ -57,7 +57,7 @@ class BlockSolver:
     _statistics: dict[Unit, Hessian | ColumnNorm] = field(default_factory=dict)
 
     def add(self, unit: Unit, inputs: torch.Tensor) -> None:
-        kind = METHODS[self.recipe.method.name].statistic
+        kind = statistic_of(self.recipe)
         if kind is None:
             return
         with self.clock.stage("statistics"):
@@ -76,7 +76,7 @@ class BlockSolver:
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrantError(f"{self.prefix}.{linear.name}: its weights hold values that are not finite")
         task = self._task(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
-        if entry.statistic is not None and statistic is None:
+        if statistic_of(self.recipe) is not None and statistic is None:
             solution = entry.data_free(task)
             record = replace(solution.record, fallback="saw no calibration token, solved without data")
             solution = replace(solution, record=record)

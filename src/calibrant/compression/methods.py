@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from calibrant.compression import recipe as recipes
-from calibrant.compression.grids import GridSpec
+from calibrant.compression.grids import GridSpec, RangeSearch
 from calibrant.compression.solvers.gptq import gptq
 from calibrant.compression.solvers.magnitude import magnitude
 from calibrant.compression.solvers.result import Solution
@@ -32,12 +32,24 @@ class Task:
     hessian: torch.Tensor | None = None
     sum_of_squares: torch.Tensor | None = None
 
+    @property
+    def moments(self) -> torch.Tensor | None:
+        """What is known of the inputs' second moments."""
+        return self.hessian if self.hessian is not None else self.sum_of_squares
+
+
+Statistic = type[Hessian] | type[ColumnNorm]
+_OF_SEARCH: dict[RangeSearch, Statistic | None] = {"none": None, "mse": None, "importance": ColumnNorm, "clip": Hessian}
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A method: ``statistic`` is None for data-free ones; ``data_free`` solves a layer that saw no token."""
+    """A method: ``statistic`` is what it needs itself, None for data-free ones.
 
-    statistic: type[Hessian] | type[ColumnNorm] | None
+    ``data_free`` solves a layer that saw no token.
+    """
+
+    statistic: Statistic | None
     solve: Callable[[Any, Task], Solution]
     data_free: Callable[[Task], Solution]
 
@@ -63,7 +75,7 @@ def _norms(task: Task) -> torch.Tensor:
 
 
 def _round(task: Task) -> Solution:
-    return rtn(task.weight, _spec(task))
+    return rtn(task.weight, _spec(task), task.moments)
 
 
 def _drop_smallest(task: Task) -> Solution:
@@ -92,3 +104,10 @@ METHODS: dict[str, Entry] = {
     "wanda": Entry(ColumnNorm, lambda _, task: wanda(task.weight, _norms(task), _sparsity(task)), _drop_smallest),
     "magnitude": Entry(None, lambda _, task: _drop_smallest(task), _drop_smallest),
 }
+
+
+def statistic_of(recipe: recipes.Recipe) -> Statistic | None:
+    """What must be gathered of a layer's inputs: the larger of what the method and the search of ranges need."""
+    weights = recipe.scheme.weights
+    needed = (METHODS[recipe.method.name].statistic, _OF_SEARCH[weights.range_search] if weights else None)
+    return Hessian if Hessian in needed else ColumnNorm if ColumnNorm in needed else None

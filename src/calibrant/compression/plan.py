@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.compression.grids import GridSpec
-from calibrant.compression.methods import METHODS
+from calibrant.compression.methods import statistic_of
 from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import Hessian
@@ -88,7 +88,7 @@ def make_plan(model: LazyModel, blocks: list[str], chosen: Recipe) -> Plan:
         notes.append(f"groups of {fitted}" if fitted else "no group size fits every layer: one scale a channel")
     if weights is not None:
         group = weights.group_size if isinstance(weights.group_size, int) else None
-        spec = GridSpec(weights.bits, weights.symmetric, group, model.folder.dtype, weights.mse_search)
+        spec = GridSpec(weights.bits, weights.symmetric, group, model.folder.dtype, weights.range_search)
         layout = Layout(weights.bits, weights.symmetric, group, recipe.scheme.activations is not None)
         if stored_otherwise and layout.dynamic_activations:
             raise CalibrantError(
@@ -185,7 +185,7 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
     }
     groups = 4 * len(plan.blocks)
     hessian = 0.0
-    if METHODS[plan.recipe.method.name].statistic is Hessian:
+    if statistic_of(plan.recipe) is Hessian:
         per_block = sum(sorted(widths)[:1]) ** 2 * 3 + max(widths) ** 2
         hessian = per_block * len(plan.blocks) * float(tokens)
     flops = 2.0 * parameters * tokens + hessian

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from calibrant.compression.grids import RangeSearch
 from calibrant.errors import CalibrantError
 
 DEFAULT_RECIPE = "gptq-w4a16"
@@ -22,13 +23,14 @@ class _Strict(BaseModel):
 class Weights(_Strict):
     """Weight quantization.
 
-    ``group_size`` None is one scale an output channel, "auto" the largest of 128, 64, 32 that fits.
+    ``group_size`` None is one scale an output channel, "auto" the largest of 128, 64, 32 that fits. ``range_search``:
+    "mse" needs no data, "importance" and "clip" look at the layer's inputs.
     """
 
     bits: int = Field(ge=2, le=8)
     symmetric: bool = True
     group_size: int | Literal["auto"] | None = None
-    mse_search: bool = False
+    range_search: RangeSearch = "none"
 
     @field_validator("group_size")
     @classmethod
@@ -148,7 +150,9 @@ class Recipe(_Strict):
     @property
     def needs_data(self) -> bool:
         """Whether the method uses a calibration set."""
-        return self.method.name not in ("rtn", "magnitude")
+        weights = self.scheme.weights
+        searched = weights is not None and weights.range_search in ("importance", "clip")
+        return searched or self.method.name not in ("rtn", "magnitude")
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 import calibrant
@@ -18,21 +17,18 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.clock import Clock
 from calibrant.compression.block_engine import OrderDiffersError, sequential_pass, two_passes
 from calibrant.compression.block_solver import BlockSolver, LayerReport
+from calibrant.compression.checkpoint_writer import CheckpointWriter
+from calibrant.compression.entry import cast, enter_blocks
 from calibrant.compression.plan import Plan
-from calibrant.errors import CalibrantError
-from calibrant.formats.quantized import Codes, format_for, quantization_config
+from calibrant.formats.quantized import format_for, quantization_config
 from calibrant.formats.shards import ShardWriter, copy_side_files
-from calibrant.hashing import canonical_json, sha256_bytes
-from calibrant.modeling.attention import use_fast_attention
-from calibrant.modeling.inputs import BlockCalls, MicroBatch, call_block, record_inputs
-from calibrant.modeling.lazy_model import LazyModel, drop
-from calibrant.modeling.norms import use_fast_norms
+from calibrant.hashing import canonical_json
+from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, probe_block
 from calibrant.output_folder import staged
 from calibrant.progress import Progress
 from calibrant.report.model_card import model_card
-
-_PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def run_compression(
     identity = calibration.sha256 if calibration is not None else "none"
     map_large_blocks()
     with staged(output, settings.overwrite) as folder, torch.inference_mode():
-        writer = _Writer(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
+        writer = CheckpointWriter(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
         notes = list(plan.notes)
         layers = _compress_blocks(model, plan, calibration, settings, writer, clock, notes, progress)
         uncalled = sorted(set(plan.linears) - {layer.name for layer in layers})
@@ -140,14 +136,16 @@ def _compress_blocks(
     plan: Plan,
     calibration: CalibrationSet | None,
     settings: Settings,
-    writer: "_Writer",
+    writer: CheckpointWriter,
     clock: Clock,
     notes: list[str],
     progress: Progress,
 ) -> list[LayerReport]:
     layers: list[LayerReport] = []
     with clock.stage("embed"):
-        probe, batches = _enter(model, plan, calibration, settings)
+        probe, batches = enter_blocks(
+            model, plan.blocks, calibration, settings.dtype, settings.device, settings.micro_batch_tokens
+        )
     with progress.task("compressing", len(plan.blocks)) as task:
         for index, prefix in enumerate(plan.blocks):
             solver, outputs = _compress_block(model, plan, index, probe, batches, settings, clock, notes)
@@ -165,51 +163,6 @@ def _peak_memory() -> int:
     """Bytes; macOS counts them, other systems count units of 1,024."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _enter(
-    model: LazyModel, plan: Plan, calibration: CalibrationSet | None, settings: Settings
-) -> tuple[MicroBatch, list[MicroBatch]]:
-    """A tiny batch to probe structure with, and the calibration set as it enters block 0."""
-    use_fast_attention(model.module, settings.dtype, settings.device)
-    use_fast_norms(model.module, settings.dtype, settings.device)
-    model.load_outside(plan.blocks)
-    _cast(model.module, settings.dtype)
-    vocabulary = model.folder.vocabulary
-    tokens = torch.arange(_PROBE_TOKENS, device=settings.device)[None] % vocabulary
-    hidden, calls = record_inputs(model.module, plan.blocks, tokens)
-    probe = MicroBatch(hidden, torch.ones_like(tokens, dtype=torch.bool), calls)
-    batches: list[MicroBatch] = []
-    known: dict[torch.Size, BlockCalls] = {}
-    for rows, mask in _micro_batches(calibration, settings) if calibration is not None else ():
-        hidden, calls = record_inputs(model.module, plan.blocks, rows.to(settings.device))
-        # Masks and positions are mostly the same for every batch of a shape; keep one copy.
-        first = known.setdefault(rows.shape, calls)
-        calls = first if first.same_as(calls) else calls
-        batches.append(MicroBatch(hidden, mask.to(settings.device), calls))
-    drop(model.module)
-    return probe, batches
-
-
-def _micro_batches(calibration: CalibrationSet, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of equal counted length together, cut after their last counted token.
-
-    In a causal model later tokens change nothing before them, so cutting them gives the same statistics and no pad
-    token is ever computed; adding padding to a set therefore changes no bit of the result.
-    """
-    used = calibration.mask.flip(1).to(torch.int8).argmax(1)
-    lengths = torch.where(calibration.mask.any(1), calibration.mask.shape[1] - used, 0).tolist()
-    if not any(lengths):
-        raise CalibrantError("the calibration set's mask counts no token")
-    by_length: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        if length:
-            by_length.setdefault(length, []).append(row)
-    for length, rows in by_length.items():
-        size = max(1, settings.micro_batch_tokens // length)
-        for begin in range(0, len(rows), size):
-            chosen = rows[begin : begin + size]
-            yield calibration.tokens[chosen, :length].long(), calibration.mask[chosen, :length]
 
 
 def _compress_block(
@@ -259,7 +212,7 @@ def _opened(
         with clock.stage("load"):
             block = stack.enter_context(model.loaded(prefix))
             state = {name: value.data for name, value in block.state_dict().items()}
-            _cast(block, settings.dtype, copy=True)
+            cast(block, settings.dtype, copy=True)
             structure = probe_block(block, probe.hidden, lambda: call_block(block, index, probe))
             if structure.unseen:
                 notes.append(
@@ -270,94 +223,6 @@ def _opened(
                     notes.append(text)
             structure = structure.without(lambda name: plan.ignored(f"{prefix}.{name}"))
         yield BlockSolver(prefix, block, state, plan.recipe, plan.spec, plan.sparsity, clock), structure
-
-
-def _cast(module: nn.Module, dtype: torch.dtype, copy: bool = False) -> None:
-    """All parameters to ``dtype``; buffers (rotary frequencies) keep theirs."""
-    for parameter in module.parameters():
-        if parameter.device.type != "meta":
-            parameter.data = parameter.data.to(dtype, copy=copy)
-
-
-class _Writer:
-    """Writes checkpoint tensors as they are finished and knows what must be on disk in the end."""
-
-    def __init__(self, model: LazyModel, plan: Plan, shards: ShardWriter) -> None:
-        self.shards = shards
-        self._model, self._plan = model, plan
-        self._hashes: dict[str, str] = {}
-        self._codes: dict[str, str] = {}
-
-    def write(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write tensors under their checkpoint names."""
-        self._hashes.update({name: _tensor_hash(tensor) for name, tensor in tensors.items()})
-        self.shards.write_part(tensors)
-
-    def write_block(self, prefix: str, solver: BlockSolver) -> None:
-        """Write a solved block: codes in the quantized layout if the plan has one, everything else dense."""
-        packed: dict[str, torch.Tensor] = {}
-        dense = {f"{prefix}.{name}": value for name, value in solver.state.items()}
-        solved = {f"{prefix}.{linear}" for linear in solver.solved_parameters}
-        untouched = [name for name in dense if name not in solved and self._model.is_stored_alone(name)]
-        for name in untouched:
-            del dense[name]
-            stored_name = self._model.stored_name(name)
-            packed[stored_name] = self._model.folder.read(stored_name)  # in its own dtype, bit for bit
-        if self._plan.layout is not None:
-            layout_format = format_for(self._plan.layout)
-            for name, codes in solver.codes.items():
-                parameter = f"{prefix}.{name}.weight"
-                base = self._model.stored_name(parameter).removesuffix("weight")
-                self._codes[base] = _codes_hash(codes)
-                written = layout_format.write(codes, self._plan.layout)
-                packed.update({base + suffix: tensor for suffix, tensor in written.items()})
-                del dense[parameter]
-        stored = self._model.to_checkpoint({name: value.contiguous() for name, value in dense.items()})
-        self.write({**stored, **packed})
-
-    def verify(self, files: list[Path]) -> int:
-        """Open the written files again and compare them with what was solved; returns the number of tensors.
-
-        Raises:
-            CalibrantError: something on disk differs.
-        """
-        places: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                places.update(dict.fromkeys(opened.keys(), file))
-        for name, file in places.items():
-            # Opened anew for each tensor: what a mapped file has shown counts as memory until it is closed.
-            if self._hashes.get(name) != _tensor_hash(_read(file, name)):
-                raise CalibrantError(f"{file}: tensor {name} is not what was solved; the disk may be failing")
-        if set(places) != set(self._hashes):
-            raise CalibrantError(f"{files[0].parent}: tensors are missing after writing; the disk may be failing")
-        for base, expected in self._codes.items():
-            self._verify_codes(base, expected, places)
-        return len(places)
-
-    def _verify_codes(self, base: str, expected: str, places: dict[str, Path]) -> None:
-        assert self._plan.layout is not None
-        tensors = {}
-        for name, file in places.items():
-            if name.startswith(base) and "." not in name.removeprefix(base):
-                tensors[name.removeprefix(base)] = _read(file, name)
-        if _codes_hash(format_for(self._plan.layout).read(tensors, self._plan.layout)) != expected:
-            raise CalibrantError(f"{places[base + 'weight_scale']}: {base}* does not unpack to what was solved")
-
-
-def _read(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
-    return tensor
-
-
-def _tensor_hash(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return sha256_bytes(str((tensor.dtype, tuple(tensor.shape))).encode(), flat.tobytes())
-
-
-def _codes_hash(codes: Codes) -> str:
-    return "".join(map(_tensor_hash, (codes.codes, codes.scale, codes.zero)))
 
 
 def _write_config(model: LazyModel, plan: Plan, solved: set[str], folder: Path) -> None:

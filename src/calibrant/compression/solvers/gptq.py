@@ -27,7 +27,7 @@ def gptq(
     round-to-nearest's on the same grid keeps round-to-nearest (ours; rows are independent), counted in the record.
     If no damping makes the Hessian factor, the whole layer is rounded to nearest and the record says so.
     """
-    rounded = rtn(weight, spec)
+    rounded = rtn(weight, spec, hessian)
     codes_of_rounding, grid = rounded.codes, rounded.grid
     assert codes_of_rounding is not None
     assert grid is not None

@@ -1,13 +1,14 @@
-"""Round-to-nearest: every group on its own grid, no data (methods.md §6)."""
+"""Round-to-nearest: every group on its own grid (methods.md §6)."""
 
 import torch
 
-from calibrant.compression.grids import GridSpec, decode, encode, fit_grid
+from calibrant.compression.grid_fitting import fit_grid
+from calibrant.compression.grids import GridSpec, decode, encode
 from calibrant.compression.solvers.result import Solution
 
 
-def rtn(weight: torch.Tensor, spec: GridSpec) -> Solution:
-    """Round ``weight`` ``[rows, in]`` (float32)."""
-    grid = fit_grid(weight, spec)
+def rtn(weight: torch.Tensor, spec: GridSpec, moments: torch.Tensor | None = None) -> Solution:
+    """Round ``weight`` ``[rows, in]`` (float32); ``moments`` of the inputs are for range searches that use them."""
+    grid = fit_grid(weight, spec, moments)
     codes = encode(weight, grid)
     return Solution(decode(codes, grid), codes, grid)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from calibrant.compression.grids import GridSpec, decode, encode, fit_grid
+from calibrant.compression.grid_fitting import fit_grid
+from calibrant.compression.grids import GridSpec, decode, encode
 from calibrant.compression.solvers.gptq import quantization_problem
 from calibrant.compression.solvers.magnitude import magnitude
 from calibrant.compression.solvers.result import Solution, SolverRecord
@@ -37,7 +38,7 @@ def sparsegpt(
         prepared = prepare(weight, hessian, damping, act_order=False)
     except NotPositiveDefiniteError:
         return _by_magnitude(weight, sparsity, spec, segments)
-    grid = fit_grid(weight, spec) if spec is not None else None
+    grid = fit_grid(weight, spec, hessian) if spec is not None else None
     problem = ColumnProblem(prepared.weight, prepared.factor)
     if grid is not None:
         problem = quantization_problem(prepared.weight, prepared.factor, prepared.order, grid)

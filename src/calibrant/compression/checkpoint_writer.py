@@ -1,0 +1,95 @@
+"""Writing solved blocks to disk, and proving in the end that what is there is what was solved."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from calibrant.compression.block_solver import BlockSolver
+from calibrant.compression.plan import Plan
+from calibrant.errors import CalibrantError
+from calibrant.formats.quantized import Codes, format_for
+from calibrant.formats.shards import ShardWriter
+from calibrant.hashing import sha256_bytes
+from calibrant.modeling.lazy_model import LazyModel
+
+
+class CheckpointWriter:
+    """Writes checkpoint tensors as they are finished and knows what must be on disk in the end."""
+
+    def __init__(self, model: LazyModel, plan: Plan, shards: ShardWriter) -> None:
+        self.shards = shards
+        self._model, self._plan = model, plan
+        self._hashes: dict[str, str] = {}
+        self._codes: dict[str, str] = {}
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write tensors under their checkpoint names."""
+        self._hashes.update({name: _tensor_hash(tensor) for name, tensor in tensors.items()})
+        self.shards.write_part(tensors)
+
+    def write_block(self, prefix: str, solver: BlockSolver) -> None:
+        """Write a solved block: codes in the quantized layout if the plan has one, everything else dense."""
+        packed: dict[str, torch.Tensor] = {}
+        dense = {f"{prefix}.{name}": value for name, value in solver.state.items()}
+        solved = {f"{prefix}.{linear}" for linear in solver.solved_parameters}
+        untouched = [name for name in dense if name not in solved and self._model.is_stored_alone(name)]
+        for name in untouched:
+            del dense[name]
+            stored_name = self._model.stored_name(name)
+            packed[stored_name] = self._model.folder.read(stored_name)  # in its own dtype, bit for bit
+        if self._plan.layout is not None:
+            layout_format = format_for(self._plan.layout)
+            for name, codes in solver.codes.items():
+                parameter = f"{prefix}.{name}.weight"
+                base = self._model.stored_name(parameter).removesuffix("weight")
+                self._codes[base] = _codes_hash(codes)
+                written = layout_format.write(codes, self._plan.layout)
+                packed.update({base + suffix: tensor for suffix, tensor in written.items()})
+                del dense[parameter]
+        stored = self._model.to_checkpoint({name: value.contiguous() for name, value in dense.items()})
+        self.write({**stored, **packed})
+
+    def verify(self, files: list[Path]) -> int:
+        """Open the written files again and compare them with what was solved; returns the number of tensors.
+
+        Raises:
+            CalibrantError: something on disk differs.
+        """
+        places: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                places.update(dict.fromkeys(opened.keys(), file))
+        for name, file in places.items():
+            # Opened anew for each tensor: what a mapped file has shown counts as memory until it is closed.
+            if self._hashes.get(name) != _tensor_hash(_read(file, name)):
+                raise CalibrantError(f"{file}: tensor {name} is not what was solved; the disk may be failing")
+        if set(places) != set(self._hashes):
+            raise CalibrantError(f"{files[0].parent}: tensors are missing after writing; the disk may be failing")
+        for base, expected in self._codes.items():
+            self._verify_codes(base, expected, places)
+        return len(places)
+
+    def _verify_codes(self, base: str, expected: str, places: dict[str, Path]) -> None:
+        assert self._plan.layout is not None
+        tensors = {}
+        for name, file in places.items():
+            if name.startswith(base) and "." not in name.removeprefix(base):
+                tensors[name.removeprefix(base)] = _read(file, name)
+        if _codes_hash(format_for(self._plan.layout).read(tensors, self._plan.layout)) != expected:
+            raise CalibrantError(f"{places[base + 'weight_scale']}: {base}* does not unpack to what was solved")
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def _tensor_hash(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return sha256_bytes(str((tensor.dtype, tuple(tensor.shape))).encode(), flat.tobytes())
+
+
+def _codes_hash(codes: Codes) -> str:
+    return "".join(map(_tensor_hash, (codes.codes, codes.scale, codes.zero)))
