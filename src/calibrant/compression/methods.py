@@ -8,12 +8,16 @@ import torch
 
 from calibrant.compression import recipe as recipes
 from calibrant.compression.grids import GridSpec, RangeSearch
+from calibrant.compression.solvers.adpq import adpq
 from calibrant.compression.solvers.gptq import gptq
+from calibrant.compression.solvers.hqq import hqq
 from calibrant.compression.solvers.magnitude import magnitude
+from calibrant.compression.solvers.quantease import quantease, quantease_with_outliers
 from calibrant.compression.solvers.result import Solution
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.compression.solvers.sparsegpt import sparsegpt
 from calibrant.compression.solvers.sparsity import Sparsity
+from calibrant.compression.solvers.spqr import SpqrSettings, spqr
 from calibrant.compression.solvers.wanda import wanda
 from calibrant.compression.statistics import ColumnNorm, Hessian
 
@@ -93,13 +97,42 @@ def _sparsegpt_without_data(task: Task) -> Solution:
     return sparsegpt(task.weight, identity, _sparsity(task), task.spec, segments=task.segments)
 
 
+def _quantease(method: recipes.QuantEase, task: Task) -> Solution:
+    if not method.outliers:
+        return quantease(task.weight, _hessian(task), _spec(task), sweeps=method.sweeps)
+    return quantease_with_outliers(
+        task.weight,
+        _hessian(task),
+        _spec(task),
+        sweeps=method.sweeps,
+        share=method.outliers,
+        segments=task.segments,
+    )
+
+
+def _spqr(method: recipes.Spqr, task: Task) -> Solution:
+    spec, options = _spec(task), method.model_dump(exclude={"name"})
+    return spqr(task.weight, _hessian(task), SpqrSettings(spec.bits, spec.group_size, **options))
+
+
 METHODS: dict[str, Entry] = {
     "rtn": Entry(None, lambda _, task: _round(task), _round),
     "gptq": Entry(
         Hessian,
-        lambda m, task: gptq(task.weight, _hessian(task), _spec(task), damping=m.damping, act_order=m.act_order),
+        lambda m, task: gptq(
+            task.weight,
+            _hessian(task),
+            _spec(task),
+            damping=m.damping,
+            act_order=m.act_order,
+            refine_sweeps=m.refine_sweeps,
+        ),
         _round,
     ),
+    "quantease": Entry(Hessian, _quantease, _round),
+    "spqr": Entry(Hessian, _spqr, _round),
+    "hqq": Entry(None, lambda _, task: hqq(task.weight, _spec(task)), _round),
+    "adpq": Entry(None, lambda m, task: adpq(task.weight, _spec(task), share=m.share, segments=task.segments), _round),
     "sparsegpt": Entry(Hessian, _sparsegpt, _sparsegpt_without_data),
     "wanda": Entry(ColumnNorm, lambda _, task: wanda(task.weight, _norms(task), _sparsity(task)), _drop_smallest),
     "magnitude": Entry(None, lambda _, task: _drop_smallest(task), _drop_smallest),

@@ -95,7 +95,10 @@ def make_plan(model: LazyModel, blocks: list[str], chosen: Recipe) -> Plan:
                 f"{stored_otherwise[0]}: int8 activations need ordinary linear layers, and this model's are not; "
                 "take a weight-only recipe"
             )
-        if stored_otherwise:
+        if recipe.stored_dense:
+            notes.append(f"{recipe.method.name} fits no quantized format: its values are stored dense")
+            layout = None
+        elif stored_otherwise:
             notes.append(
                 f"{stored_otherwise[0]} is not an ordinary linear layer, which no quantized format that transformers "
                 "loads can hold: the quantized values are stored dense, so the files do not get smaller"

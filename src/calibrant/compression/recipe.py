@@ -87,11 +87,44 @@ class Rtn(_Strict):
 
 
 class Gptq(_Strict):
-    """GPTQ; ``damping`` relative to the mean of the Hessian's diagonal."""
+    """GPTQ; ``damping`` relative to the mean of the Hessian's diagonal; coordinate descent for ``refine_sweeps``."""
 
     name: Literal["gptq"]
     damping: float = Field(default=0.01, gt=0)
     act_order: bool = True
+    refine_sweeps: int = Field(default=0, ge=0)
+
+
+class QuantEase(_Strict):
+    """QuantEase; with ``outliers`` that share of the weights stays exact and the result is stored dense."""
+
+    name: Literal["quantease"]
+    sweeps: int = Field(default=30, ge=1)
+    outliers: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Spqr(_Strict):
+    """SpQR, stored dense; ``statistic_bits`` of the quantized scales and zeros, None to keep them."""
+
+    name: Literal["spqr"]
+    threshold: float = Field(default=0.2, gt=0)
+    damping: float = Field(default=1.0, gt=0)
+    act_order: bool = True
+    statistic_bits: int | None = Field(default=3, ge=1, le=8)
+    integer_zero: bool = False
+
+
+class Hqq(_Strict):
+    """HQQ, stored dense; no data."""
+
+    name: Literal["hqq"]
+
+
+class Adpq(_Strict):
+    """AdpQ, stored dense; no data. The ``share`` of largest weights gets grids of its own."""
+
+    name: Literal["adpq"]
+    share: float = Field(default=0.06, gt=0, lt=1)
 
 
 class SparseGpt(_Strict):
@@ -113,8 +146,11 @@ class Magnitude(_Strict):
     name: Literal["magnitude"]
 
 
-Method = Annotated[Rtn | Gptq | SparseGpt | Wanda | Magnitude, Field(discriminator="name")]
-_QUANTIZES, _PRUNES, _BOTH = {"rtn", "gptq"}, {"wanda", "magnitude", "sparsegpt"}, {"sparsegpt"}
+Method = Annotated[
+    Rtn | Gptq | QuantEase | Spqr | Hqq | Adpq | SparseGpt | Wanda | Magnitude, Field(discriminator="name")
+]
+_PRUNES, _BOTH = {"wanda", "magnitude", "sparsegpt"}, {"sparsegpt"}
+_SYMMETRIC: dict[str, bool] = {"adpq": True, "spqr": False, "hqq": False}
 
 
 class Recipe(_Strict):
@@ -139,20 +175,34 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
         method, scheme = self.method.name, self.scheme
-        if method in _QUANTIZES and (scheme.weights is None or scheme.sparsity is not None):
+        if method not in _PRUNES and (scheme.weights is None or scheme.sparsity is not None):
             raise ValueError(f"{method} quantizes: the scheme needs weights and no sparsity")
         if method in _PRUNES and scheme.sparsity is None:
             raise ValueError(f"{method} prunes: the scheme needs a sparsity")
         if method in _PRUNES - _BOTH and scheme.weights is not None:
             raise ValueError(f"{method} cannot quantize: take sparsegpt, or leave weights out")
+        if scheme.weights is not None and method in _SYMMETRIC:
+            if scheme.weights.symmetric != _SYMMETRIC[method]:
+                raise ValueError(f"{method} needs weights with symmetric: {str(_SYMMETRIC[method]).lower()}")
+            if scheme.weights.range_search != "none":
+                raise ValueError(f"{method} fits its ranges itself: leave range_search out")
+        if scheme.activations is not None and self.stored_dense:
+            raise ValueError(f"{method} is stored dense, which no int8 activations go with")
         return self
+
+    @property
+    def stored_dense(self) -> bool:
+        """Whether the result fits no quantized format, so that its values are stored as they are."""
+        return self.method.name in ("spqr", "hqq", "adpq") or (
+            self.method.name == "quantease" and self.method.outliers > 0
+        )
 
     @property
     def needs_data(self) -> bool:
         """Whether the method uses a calibration set."""
         weights = self.scheme.weights
         searched = weights is not None and weights.range_search in ("importance", "clip")
-        return searched or self.method.name not in ("rtn", "magnitude")
+        return searched or self.method.name not in ("rtn", "magnitude", "hqq", "adpq")
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).

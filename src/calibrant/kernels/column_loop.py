@@ -1,9 +1,8 @@
 """The column loop of GPTQ and SparseGPT: choose a value for each column, push its error into the later ones.
 
-Rows are independent, so they are laid out in tiles of ``LANES`` rows, ``[tiles, columns, LANES]``: one column of a tile
-is one or two vector registers wide, and a whole tile stays in a core's cache. The kernel exists in Numba, parallel over
-tiles, and as a plain PyTorch twin. A column's error reaches every later weight in column order, one multiplication and
-one subtraction at a time in both, so both give the same bits, and how columns are blocked changes none.
+The kernel exists in Numba, parallel over tiles of rows, and as a plain PyTorch twin. A column's error reaches every
+later weight in column order, one multiplication and one subtraction at a time in both, so both give the same bits, and
+how columns are blocked changes none.
 """
 
 from collections.abc import Callable
@@ -14,11 +13,9 @@ import numpy as np
 import torch
 
 from calibrant.kernels.masks import keep_largest
+from calibrant.kernels.row_tiles import LANES, PANEL, apply_panel, quantize_column, tiled, untiled
 
-LANES = 32
 BLOCK_SIZE = 128
-# Errors of this many columns are applied to the rest at once, while the weights they change are in registers.
-_PANEL = 8
 _LARGEST_PANEL = 32
 
 
@@ -65,9 +62,9 @@ def solve_columns(problem: ColumnProblem, block_size: int = BLOCK_SIZE, compiled
     for begin in range(0, columns, step):
         end = min(begin + step, columns)
         if problem.sparsity > 0:
-            tiles.kept[:, begin:end] = _tiled(_block_mask(problem, tiles, begin, end), True)
+            tiles.kept[:, begin:end] = tiled(_block_mask(problem, tiles, begin, end), True)
         run(tiles, problem, begin, end)
-    return ColumnSolution(_untiled(tiles.work, rows), _untiled(tiles.codes, rows), _untiled(tiles.kept, rows))
+    return ColumnSolution(untiled(tiles.work, rows), untiled(tiles.codes, rows), untiled(tiles.kept, rows))
 
 
 @dataclass(frozen=True)
@@ -84,36 +81,23 @@ class _Tiles:
 
     @classmethod
     def of(cls, problem: ColumnProblem) -> "_Tiles":
-        work = _tiled(problem.weight, 0.0)
+        work = tiled(problem.weight, 0.0)
         empty = work.new_zeros(0, 0, LANES)
         group = problem.group if problem.group is not None else torch.zeros(0, dtype=torch.int64, device=work.device)
         return cls(
             work,
             problem.factor.contiguous(),
-            _tiled(problem.scale, 1.0) if problem.scale is not None else empty,
-            _tiled(problem.zero, 0.0) if problem.zero is not None else empty,
+            tiled(problem.scale, 1.0) if problem.scale is not None else empty,
+            tiled(problem.zero, 0.0) if problem.zero is not None else empty,
             group.contiguous(),
             torch.zeros_like(work, dtype=torch.int8),
             torch.ones_like(work, dtype=torch.bool),
         )
 
 
-def _tiled(matrix: torch.Tensor, padding: float | bool) -> torch.Tensor:
-    """``[rows, n]`` to ``[tiles, n, LANES]``; missing rows are filled with ``padding``."""
-    rows, columns = matrix.shape
-    missing = -rows % LANES
-    if missing:
-        matrix = torch.cat([matrix, matrix.new_full((missing, columns), padding)])
-    return matrix.view(-1, LANES, columns).transpose(1, 2).contiguous()
-
-
-def _untiled(tiles: torch.Tensor, rows: int) -> torch.Tensor:
-    return tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:rows].contiguous()
-
-
 def _block_mask(problem: ColumnProblem, tiles: _Tiles, begin: int, end: int) -> torch.Tensor:
     """Keep all but the smallest ``w^2 / U_jj^2`` of a block of columns, segment by segment of rows."""
-    columns = _untiled(tiles.work[:, begin:end], problem.weight.shape[0])
+    columns = untiled(tiles.work[:, begin:end], problem.weight.shape[0])
     scores = (columns / problem.factor.diagonal()[begin:end]).square()
     runs = scores.split(list(problem.segments or (len(scores),)))
     return torch.cat([keep_largest(run, problem.sparsity) for run in runs])
@@ -144,7 +128,7 @@ def _torch_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) 
 def _numba_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) -> None:
     pruned, of = problem.pruned_of or (0, 0)
     # A group of m must lie in one panel or start one, so that its weights are up to date when it is chosen.
-    panel = _PANEL if of == 0 or _PANEL % of == 0 or of % _PANEL == 0 else of
+    panel = PANEL if of == 0 or PANEL % of == 0 or of % PANEL == 0 else of
     _compiled(
         tiles.work.numpy(),
         tiles.factor.numpy(),
@@ -192,7 +176,7 @@ def _columns(
                 error = errors[column - first]
                 if quantize:
                     scale, zero = scales[tile, group[column]], zeros[tile, group[column]]
-                    _quantize(work[column], kept[column], scale, zero, codes[column], error, lowest, highest)
+                    quantize_column(work[column], kept[column], scale, zero, codes[column], error, lowest, highest)
                 else:
                     _zero(work[column], kept[column], error)
                 pivot = factor[column, column]
@@ -202,8 +186,8 @@ def _columns(
                     share, target = factor[column, later], work[later]
                     for lane in range(LANES):
                         target[lane] -= error[lane] * share
-            if last - first == _PANEL:
-                _apply_panel(work, factor, errors, first, columns)
+            if last - first == PANEL:
+                apply_panel(work, factor, errors, first, columns)
             else:
                 for column in range(first, last):
                     error = errors[column - first]
@@ -227,26 +211,6 @@ def _choose_lanes(work: np.ndarray, factor: np.ndarray, kept: np.ndarray, column
             kept[best, lane] = False
 
 
-def _quantize_lanes(
-    work: np.ndarray,
-    kept: np.ndarray,
-    scale: np.ndarray,
-    zero: np.ndarray,
-    codes: np.ndarray,
-    error: np.ndarray,
-    lowest: np.float32,
-    highest: np.float32,
-) -> None:
-    """Round one column to its grid (masked weights to zero); leaves the difference in ``error``."""
-    for lane in range(LANES):
-        code = np.rint(min(max(work[lane] / scale[lane] + zero[lane], lowest), highest))
-        code = code if kept[lane] else zero[lane]
-        value = (code - zero[lane]) * scale[lane]
-        codes[lane] = np.int8(code)
-        error[lane] = work[lane] - value
-        work[lane] = value
-
-
 def _zero_lanes(work: np.ndarray, kept: np.ndarray, error: np.ndarray) -> None:
     """Zero the masked weights of one column; leaves the difference in ``error``."""
     for lane in range(LANES):
@@ -255,34 +219,7 @@ def _zero_lanes(work: np.ndarray, kept: np.ndarray, error: np.ndarray) -> None:
         work[lane] = value
 
 
-def _apply_eight(work: np.ndarray, factor: np.ndarray, errors: np.ndarray, first: int, columns: int) -> None:
-    """Subtract the errors of eight columns from all later ones, in column order."""
-    for later in range(first + 8, columns):
-        target = work[later]
-        u0, u1, u2, u3 = (
-            factor[first, later],
-            factor[first + 1, later],
-            factor[first + 2, later],
-            factor[first + 3, later],
-        )
-        u4, u5 = factor[first + 4, later], factor[first + 5, later]
-        u6, u7 = factor[first + 6, later], factor[first + 7, later]
-        for lane in range(LANES):
-            value = target[lane]
-            value = value - errors[0, lane] * u0
-            value = value - errors[1, lane] * u1
-            value = value - errors[2, lane] * u2
-            value = value - errors[3, lane] * u3
-            value = value - errors[4, lane] * u4
-            value = value - errors[5, lane] * u5
-            value = value - errors[6, lane] * u6
-            value = value - errors[7, lane] * u7
-            target[lane] = value
-
-
 # Division by zero needs no check (factors and scales are positive), and a check would keep loops from vectorizing.
 _choose: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_choose_lanes)
-_quantize: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_quantize_lanes)
 _zero: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_zero_lanes)
-_apply_panel: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_apply_eight)
 _compiled: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_columns)

@@ -3,7 +3,8 @@
 import torch
 
 from calibrant.compression.grids import Grid, GridSpec
-from calibrant.compression.solvers.result import Solution, SolverRecord, layer_errors
+from calibrant.compression.solvers.quantease import descend
+from calibrant.compression.solvers.result import Solution, SolverRecord, keep_rounded_rows
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.compression.solvers.second_order import prepare, undo
 from calibrant.kernels.column_loop import BLOCK_SIZE, ColumnProblem, solve_columns
@@ -17,19 +18,20 @@ def gptq(
     *,
     damping: float = 0.01,
     act_order: bool = True,
+    refine_sweeps: int = 0,
     block_size: int = BLOCK_SIZE,
     compiled: bool = True,
 ) -> Solution:
     """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
 
     Static groups: every grid is fitted on the original weight, so ``act_order`` keeps groups contiguous and
-    ``block_size`` only changes speed (methods.md §7). A row whose error on ``hessian`` comes out above
+    ``block_size`` only changes speed (methods.md §7). ``refine_sweeps`` of coordinate descent go on from there, each of
+    which lowers the error or leaves it (methods.md §14). A row whose error on ``hessian`` comes out above
     round-to-nearest's on the same grid keeps round-to-nearest (ours; rows are independent), counted in the record.
     If no damping makes the Hessian factor, the whole layer is rounded to nearest and the record says so.
     """
     rounded = rtn(weight, spec, hessian)
-    codes_of_rounding, grid = rounded.codes, rounded.grid
-    assert codes_of_rounding is not None
+    grid = rounded.grid
     assert grid is not None
     try:
         prepared = prepare(weight, hessian, damping, act_order)
@@ -39,13 +41,10 @@ def gptq(
     problem = quantization_problem(prepared.weight, prepared.factor, prepared.order, grid)
     solved = solve_columns(problem, block_size, compiled)
     values, codes = undo(prepared.order, solved.weight), undo(prepared.order, solved.codes)
-    errors = layer_errors(weight, values, hessian)
-    rounded_errors = layer_errors(weight, rounded.weight, hessian)
-    worse = errors > rounded_errors
-    values[worse], codes[worse] = rounded.weight[worse], codes_of_rounding[worse]
-    errors = torch.minimum(errors, rounded_errors)
-    record = SolverRecord(prepared.damping, prepared.damping > damping, prepared.dead_columns, int(worse.sum()))
-    return Solution(values, codes, grid, errors=errors, rounded=worse, record=record)
+    if refine_sweeps:
+        values, codes = descend(weight, values, hessian, grid, [False] * refine_sweeps)
+    record = SolverRecord(prepared.damping, prepared.damping > damping, prepared.dead_columns)
+    return keep_rounded_rows(weight, values, codes, rounded, hessian, record)
 
 
 def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> ColumnProblem:

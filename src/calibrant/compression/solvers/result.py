@@ -1,6 +1,6 @@
 """What every solver returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ class SolverRecord:
     damping_raised: bool = False
     dead_columns: int = 0
     rows_rounded: int = 0
+    outliers: int = 0
     fallback: str | None = None
 
 
@@ -49,3 +50,25 @@ def layer_errors(weight: torch.Tensor, solved: torch.Tensor, hessian: torch.Tens
         product.addmm_(difference[:, end:], hessian[end:, begin:end], alpha=2)
         errors += (product * here).sum(1)
     return errors
+
+
+def keep_rounded_rows(
+    weight: torch.Tensor,
+    values: torch.Tensor,
+    codes: torch.Tensor,
+    rounded: Solution,
+    hessian: torch.Tensor,
+    record: SolverRecord,
+) -> Solution:
+    """``values`` and ``codes``, but round-to-nearest for every row where those end above its error on ``hessian``.
+
+    Ours: rows are independent, so each may take the better of both; the record counts the rows.
+    """
+    assert rounded.codes is not None
+    errors, rounded_errors = layer_errors(weight, values, hessian), layer_errors(weight, rounded.weight, hessian)
+    worse = errors > rounded_errors
+    values[worse], codes[worse] = rounded.weight[worse], rounded.codes[worse]
+    record = replace(record, rows_rounded=int(worse.sum()))
+    return Solution(
+        values, codes, rounded.grid, errors=torch.minimum(errors, rounded_errors), rounded=worse, record=record
+    )

@@ -1,0 +1,31 @@
+"""AdpQ: a share of the largest weights on grids of their own, no data (arXiv 2405.13358; methods.md §15)."""
+
+import torch
+
+from calibrant.compression.grids import GridSpec, encode_groups, stored_scale
+from calibrant.compression.solvers.result import Solution, SolverRecord
+
+
+def adpq(weight: torch.Tensor, spec: GridSpec, *, share: float = 0.06, segments: tuple[int, ...] = ()) -> Solution:
+    """Quantize ``weight`` ``[rows, in]`` (float32): outliers and the rest of each group, each on its symmetric grid.
+
+    The paper's threshold on the shrunk weights selects by magnitude, so the ``round(share n)`` largest of each of
+    ``segments`` (runs of rows) are taken directly (ours). Scales are ``max / (2^(bits-1) - 1)``; the result is dense.
+    """
+    outlier = torch.cat([_largest(run, share) for run in weight.split(list(segments or (len(weight),)))])
+    groups = weight.reshape(len(weight), -1, spec.group_size or weight.shape[1]).float()
+    chosen = outlier.view(groups.shape)
+    values = torch.where(chosen, _rounded(groups * chosen, spec), _rounded(groups * ~chosen, spec))
+    return Solution(values.view_as(weight), record=SolverRecord(outliers=int(outlier.sum())))
+
+
+def _largest(run: torch.Tensor, share: float) -> torch.Tensor:
+    order = torch.argsort(run.flatten().abs(), descending=True, stable=True)
+    chosen = torch.zeros(run.numel(), dtype=torch.bool, device=run.device)
+    chosen[order[: round(share * run.numel())]] = True
+    return chosen.view_as(run)
+
+
+def _rounded(groups: torch.Tensor, spec: GridSpec) -> torch.Tensor:
+    scale = stored_scale(groups.abs().amax(-1, keepdim=True) / spec.highest, spec)
+    return encode_groups(groups, scale, torch.zeros_like(scale), spec) * scale

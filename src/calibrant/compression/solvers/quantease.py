@@ -1,0 +1,91 @@
+"""QuantEase: cyclic coordinate descent on a layer's squared output error (arXiv 2309.01885)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from calibrant.compression.grid_fitting import fit_grid
+from calibrant.compression.grids import Grid, GridSpec, decode, encode
+from calibrant.compression.solvers.result import Solution, SolverRecord, keep_rounded_rows
+from calibrant.compression.solvers.rtn import rtn
+from calibrant.compression.solvers.second_order import undo
+from calibrant.kernels.coordinate_descent import sweep
+
+# Every third sweep may leave the grid, but not late and not last (the released code).
+_RELAXED_EVERY = 3
+_RELAXED_UNTIL = 25
+
+
+def quantease(weight: torch.Tensor, hessian: torch.Tensor, spec: GridSpec, *, sweeps: int = 30) -> Solution:
+    """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
+
+    Starts from the weights themselves, with the relaxed sweeps of the released code, on grids fitted to the weights.
+    A row that ends above round-to-nearest's error keeps round-to-nearest (ours), counted in the record.
+    """
+    rounded = rtn(weight, spec, hessian)
+    assert rounded.grid is not None
+    last = sweeps - 1
+    relaxed = [n % _RELAXED_EVERY == 1 and n <= _RELAXED_UNTIL and n != last for n in range(sweeps)]
+    values, codes = descend(weight, weight, hessian, rounded.grid, relaxed)
+    dead = int((hessian.diagonal() == 0).sum())
+    return keep_rounded_rows(weight, values, codes, rounded, hessian, SolverRecord(dead_columns=dead))
+
+
+def descend(
+    target: torch.Tensor, start: torch.Tensor, hessian: torch.Tensor, grid: Grid, relaxed: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and codes after one sweep for each of ``relaxed``, largest diagonal first; all tensors ``[rows, in]``.
+
+    From a ``start`` on the grid, sweeps that are not relaxed never raise the error. Columns without input go to the
+    grid point next to their target.
+    """
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    moments = hessian.index_select(0, order).index_select(1, order)
+    moments.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0)[order])
+    wanted, values = target.index_select(1, order), start.index_select(1, order)
+    group = grid.columns(target.shape[1])[order]
+    codes = torch.zeros_like(values, dtype=torch.int8)
+    for relax in relaxed:
+        spec = grid.spec
+        values, codes = sweep(wanted, values, moments, grid.scale, grid.zero, group, spec.lowest, spec.highest, relax)
+    return undo(order, values), undo(order, codes)
+
+
+def quantease_with_outliers(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    spec: GridSpec,
+    *,
+    sweeps: int = 30,
+    share: float = 0.01,
+    segments: tuple[int, ...] = (),
+) -> Solution:
+    """``W = B + O``: B on a grid, O a ``share`` of the entries of each of ``segments`` (runs of rows), kept exactly.
+
+    From the paper's equations (the released code of this variant does not run as it stands): sweeps for B against
+    ``W - O`` alternate with steps ``G / lambda_max`` for O that keep its largest entries. The result is dense; the
+    grids are fitted to the weights without the first outliers.
+    """
+    runs = list(segments or (len(weight),))
+    outliers = _largest(weight, share, runs)
+    grid = fit_grid(weight - outliers, spec, hessian)
+    base = decode(encode(weight - outliers, grid), grid)
+    largest = torch.linalg.eigvalsh(hessian)[-1].clamp(min=torch.finfo(torch.float32).tiny)
+    for _ in range(sweeps):
+        base, _ = descend(weight - outliers, base, hessian, grid, [False])
+        gradient = (base + outliers - weight) @ hessian
+        outliers = _largest(outliers - gradient / largest, share, runs)
+    base, _ = descend(weight - outliers, base, hessian, grid, [False])
+    record = SolverRecord(dead_columns=int((hessian.diagonal() == 0).sum()), outliers=int((outliers != 0).sum()))
+    return Solution(base + outliers, record=record)
+
+
+def _largest(values: torch.Tensor, share: float, runs: list[int]) -> torch.Tensor:
+    """``values`` with all but the ``round(share n)`` largest magnitudes of each run of rows zeroed."""
+    kept = []
+    for run in values.split(runs):
+        flat = run.flatten()
+        largest = torch.argsort(flat.abs(), descending=True, stable=True)[: round(share * flat.numel())]
+        kept.append(torch.zeros_like(flat).index_copy(0, largest, flat[largest]).view_as(run))
+    return torch.cat(kept)

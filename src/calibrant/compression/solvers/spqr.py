@@ -1,0 +1,132 @@
+"""SpQR: GPTQ that keeps outliers exactly and quantizes its scales and zeros a second time (arXiv 2306.03078)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from calibrant.compression.solvers.result import Solution, SolverRecord
+from calibrant.compression.solvers.second_order import prepare, undo
+from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
+
+_BLOCK = 128
+# So many rows share the second-level grid of their scales, and of their zeros.
+_ROWS_TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class SpqrSettings:
+    """``threshold`` is relative to the mean of ``var(W_j) / U_jj^2``; ``statistic_bits`` None keeps scales and zeros
+    as they are; ``integer_zero`` rounds zeros and forces 0 into ranges (ours), as ordinary grids have it.
+    """
+
+    bits: int = 4
+    group_size: int | None = 16
+    threshold: float = 0.2
+    statistic_bits: int | None = 3
+    damping: float = 1.0
+    act_order: bool = True
+    integer_zero: bool = False
+
+
+def spqr(weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings) -> Solution:
+    """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
+
+    Grids are fitted to the compensated weights where their group of columns (in solving order) begins, without the
+    weights whose absence would lower the group's error by more than the threshold. Each weight whose error comes out
+    above it stays exact. The result is dense (no common loader has the format); the record counts the outliers. Dead
+    columns are treated before damping, as everywhere (ours). If no damping makes the Hessian factor, nothing is
+    quantized and the record says so.
+    """
+    try:
+        prepared = prepare(weight, hessian, settings.damping, settings.act_order)
+    except NotPositiveDefiniteError:
+        return Solution(weight.clone(), record=SolverRecord(fallback="Hessian not positive definite, left as it was"))
+    work, factor = prepared.weight.clone(), prepared.factor
+    diagonal, columns = factor.diagonal(), work.shape[1]
+    threshold = settings.threshold * float((work.var(0) / diagonal.square()).mean())
+    width = settings.group_size or columns
+    outliers = 0
+    scale = zero = torch.zeros(0)
+    for begin in range(0, columns, _BLOCK):
+        end = min(begin + _BLOCK, columns)
+        errors = torch.zeros_like(work[:, begin:end])
+        for column in range(begin, end):
+            if column % width == 0:
+                # Columns of the group beyond this block have all errors of earlier blocks, not yet those of this one.
+                ahead = slice(column, min(column + width, columns))
+                group = work[:, ahead].clone()
+                group[:, end - column :] -= errors @ factor[begin:end, end : ahead.stop]
+                scale, zero = _grid(group, diagonal[ahead], threshold, settings)
+            value = work[:, column].clone()
+            rounded = _round(value[:, None], scale, zero, settings)[:, 0]
+            exact = ((value - rounded) / diagonal[column]).square() > threshold
+            outliers += int(exact.sum())
+            work[:, column] = torch.where(exact, value, rounded)
+            errors[:, column - begin] = (value - work[:, column]) / diagonal[column]
+            work[:, column + 1 : end] -= errors[:, column - begin, None] * factor[column, column + 1 : end]
+        work[:, end:] -= errors @ factor[begin:end, end:]
+    record = SolverRecord(
+        prepared.damping, prepared.damping > settings.damping, prepared.dead_columns, outliers=outliers
+    )
+    return Solution(undo(prepared.order, work), record=record)
+
+
+def _round(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, settings: SpqrSettings) -> torch.Tensor:
+    codes = torch.round(values / scale + zero).clamp(0, 2**settings.bits - 1)
+    return (codes - zero) * scale
+
+
+def _grid(
+    group: torch.Tensor, diagonal: torch.Tensor, threshold: float, settings: SpqrSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero ``[rows, 1]`` of a group of columns, likely outliers left out."""
+    if threshold < float("inf") and group.shape[1] > 1:
+        others = _replaced_by_mean(group, _without_each(group, diagonal, settings) > threshold)
+    else:
+        others = group
+    scale, zero = _plain_grid(others, settings)
+    if settings.statistic_bits is not None:
+        scale = _second_level(scale, settings.statistic_bits)
+        zero = _second_level(zero, settings.statistic_bits)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, zero.round() if settings.integer_zero else zero
+
+
+def _plain_grid(group: torch.Tensor, settings: SpqrSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
+    if settings.integer_zero:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / (2**settings.bits - 1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, -low / scale
+
+
+def _without_each(group: torch.Tensor, diagonal: torch.Tensor, settings: SpqrSettings) -> torch.Tensor:
+    """How much the group's weighted error falls on the other weights' own grid when one weight is left out."""
+
+    def costs(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        scale, zero = _plain_grid(values, settings)
+        zero = zero.round() if settings.integer_zero else zero
+        return ((values - _round(values, scale, zero, settings)) / weights).square().sum(-1)
+
+    whole = costs(group, diagonal)
+    gains = []
+    for index in range(group.shape[1]):
+        kept = [other for other in range(group.shape[1]) if other != index]
+        gains.append(whole - costs(group[:, kept], diagonal[kept]))
+    return torch.stack(gains, 1)
+
+
+def _replaced_by_mean(group: torch.Tensor, outlier: torch.Tensor) -> torch.Tensor:
+    rest = (~outlier).sum(1, keepdim=True).clamp(min=1)
+    return torch.where(outlier, (group * ~outlier).sum(1, keepdim=True) / rest, group)
+
+
+def _second_level(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """``values`` ``[rows, 1]`` on an asymmetric grid of ``bits`` for every run of rows."""
+    missing = -len(values) % _ROWS_TOGETHER
+    runs = torch.cat([values, values[-1:].expand(missing, 1)]).view(-1, _ROWS_TOGETHER)
+    low, high = runs.amin(1, keepdim=True), runs.amax(1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    step = torch.where(step > 0, step, 1.0)
+    return (torch.round((runs - low) / step) * step + low).view(-1, 1)[: len(values)]

@@ -1,0 +1,122 @@
+"""One sweep of coordinate descent on ``(W - V) S (W - V)^T``: each column of V in turn goes to where it costs least.
+
+The kernel exists in Numba, parallel over tiles of rows, and as a plain PyTorch twin; both give the same bits.
+"""
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+
+from calibrant.kernels.row_tiles import LANES, PANEL, apply_panel, quantize_column, tiled, untiled
+
+
+def sweep(
+    target: torch.Tensor,
+    current: torch.Tensor,
+    moments: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    group: torch.Tensor,
+    lowest: int,
+    highest: int,
+    relaxed: bool = False,
+    compiled: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """V and its codes after one pass over all columns in order; V is ``current`` ``[rows, n]`` at the start.
+
+    ``target`` W ``[rows, n]``, ``moments`` S ``[n, n]`` with a positive diagonal, all float32; ``scale`` and ``zero``
+    ``[rows, groups]``, ``group`` ``[n]`` (int64). ``relaxed`` moves columns to their optimum off the grid: no codes.
+    ``compiled=False`` or tensors on a GPU use the PyTorch twin.
+    """
+    diagonal = moments.diagonal()
+    # Where each column's optimum lies as things stand; a step d of column j moves that of column k by d S_jk / S_kk.
+    optimum = current + ((target - current) @ moments) / diagonal
+    coupling = (moments / diagonal).contiguous()
+    wanted, values = tiled(optimum, 0.0), tiled(current, 0.0)
+    scales, zeros = tiled(scale, 1.0), tiled(zero, 0.0)
+    codes = torch.zeros_like(wanted, dtype=torch.int8)
+    run = _numba_sweep if compiled and target.device.type == "cpu" else _torch_sweep
+    run(wanted, values, coupling, scales, zeros, group.contiguous(), codes, lowest, highest, relaxed)
+    return untiled(values, len(target)), untiled(codes, len(target))
+
+
+def _torch_sweep(
+    wanted: torch.Tensor,
+    values: torch.Tensor,
+    coupling: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    group: torch.Tensor,
+    codes: torch.Tensor,
+    lowest: int,
+    highest: int,
+    relaxed: bool,
+) -> None:
+    """The plain twin."""
+    for column in range(wanted.shape[1]):
+        value = wanted[:, column]
+        if not relaxed:
+            scale, zero = scales[:, group[column]], zeros[:, group[column]]
+            code = torch.round(torch.clamp(value / scale + zero, lowest, highest))
+            codes[:, column] = code.to(torch.int8)
+            value = (code - zero) * scale
+        step = value - values[:, column]
+        values[:, column] = value
+        wanted[:, column + 1 :] -= step[:, None] * coupling[column, column + 1 :, None]
+
+
+def _numba_sweep(
+    wanted: torch.Tensor,
+    values: torch.Tensor,
+    coupling: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    group: torch.Tensor,
+    codes: torch.Tensor,
+    lowest: int,
+    highest: int,
+    relaxed: bool,
+) -> None:
+    arrays = (tensor.numpy() for tensor in (wanted, values, coupling, scales, zeros, group, codes))
+    _compiled(*arrays, np.float32(lowest), np.float32(highest), relaxed)
+
+
+def _sweep_tiles(
+    all_wanted: np.ndarray,
+    all_values: np.ndarray,
+    coupling: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    group: np.ndarray,
+    all_codes: np.ndarray,
+    lowest: np.float32,
+    highest: np.float32,
+    relaxed: bool,
+) -> None:
+    columns = all_wanted.shape[1]
+    for tile in numba.prange(all_wanted.shape[0]):
+        wanted, values, codes = all_wanted[tile], all_values[tile], all_codes[tile]
+        kept = np.ones(LANES, dtype=np.bool_)
+        missed = np.empty(LANES, dtype=np.float32)
+        steps = np.empty((PANEL, LANES), dtype=np.float32)
+        for first in range(0, columns, PANEL):
+            last = min(first + PANEL, columns)
+            for column in range(first, last):
+                step, value, before = steps[column - first], wanted[column], values[column]
+                if not relaxed:
+                    scale, zero = scales[tile, group[column]], zeros[tile, group[column]]
+                    quantize_column(value, kept, scale, zero, codes[column], missed, lowest, highest)
+                for lane in range(LANES):
+                    step[lane] = value[lane] - before[lane]
+                    before[lane] = value[lane]
+                for later in range(column + 1, last):
+                    share, other = coupling[column, later], wanted[later]
+                    for lane in range(LANES):
+                        other[lane] -= step[lane] * share
+            if last - first == PANEL:
+                apply_panel(wanted, coupling, steps, first, columns)
+
+
+_compiled: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_sweep_tiles)

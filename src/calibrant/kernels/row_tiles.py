@@ -1,0 +1,79 @@
+"""Rows in tiles, and what loops over the columns of a tile share.
+
+Rows are independent, so they are laid out in tiles of ``LANES`` rows, ``[tiles, columns, LANES]``: one column of a tile
+is one or two vector registers wide, and a whole tile stays in a core's cache.
+"""
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+
+LANES = 32
+# Errors of this many columns are applied to the rest at once, while the weights they change are in registers.
+PANEL = 8
+
+
+def tiled(matrix: torch.Tensor, padding: float | bool) -> torch.Tensor:
+    """``[rows, n]`` to ``[tiles, n, LANES]``; missing rows are filled with ``padding``."""
+    rows, columns = matrix.shape
+    missing = -rows % LANES
+    if missing:
+        matrix = torch.cat([matrix, matrix.new_full((missing, columns), padding)])
+    return matrix.view(-1, LANES, columns).transpose(1, 2).contiguous()
+
+
+def untiled(tiles: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first ``rows`` rows of tiles as a matrix ``[rows, n]``."""
+    return tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:rows].contiguous()
+
+
+def _quantize_lanes(
+    work: np.ndarray,
+    kept: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    codes: np.ndarray,
+    error: np.ndarray,
+    lowest: np.float32,
+    highest: np.float32,
+) -> None:
+    """Round one column to its grid (masked weights to zero); leaves the difference in ``error``."""
+    for lane in range(LANES):
+        code = np.rint(min(max(work[lane] / scale[lane] + zero[lane], lowest), highest))
+        code = code if kept[lane] else zero[lane]
+        value = (code - zero[lane]) * scale[lane]
+        codes[lane] = np.int8(code)
+        error[lane] = work[lane] - value
+        work[lane] = value
+
+
+def _apply_eight(work: np.ndarray, factor: np.ndarray, errors: np.ndarray, first: int, columns: int) -> None:
+    """Subtract the errors of eight columns from all later ones, in column order."""
+    for later in range(first + 8, columns):
+        target = work[later]
+        u0, u1, u2, u3 = (
+            factor[first, later],
+            factor[first + 1, later],
+            factor[first + 2, later],
+            factor[first + 3, later],
+        )
+        u4, u5 = factor[first + 4, later], factor[first + 5, later]
+        u6, u7 = factor[first + 6, later], factor[first + 7, later]
+        for lane in range(LANES):
+            value = target[lane]
+            value = value - errors[0, lane] * u0
+            value = value - errors[1, lane] * u1
+            value = value - errors[2, lane] * u2
+            value = value - errors[3, lane] * u3
+            value = value - errors[4, lane] * u4
+            value = value - errors[5, lane] * u5
+            value = value - errors[6, lane] * u6
+            value = value - errors[7, lane] * u7
+            target[lane] = value
+
+
+# Division by zero needs no check (scales are positive), and a check would keep loops from vectorizing.
+quantize_column: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_quantize_lanes)
+apply_panel: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_apply_eight)

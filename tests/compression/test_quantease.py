@@ -1,0 +1,109 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibrant.compression.grid_fitting import fit_grid
+from calibrant.compression.grids import GridSpec, decode, encode
+from calibrant.compression.solvers.gptq import gptq
+from calibrant.compression.solvers.quantease import descend, quantease, quantease_with_outliers
+from calibrant.compression.solvers.result import layer_errors
+from calibrant.compression.solvers.rtn import rtn
+from calibrant.kernels.coordinate_descent import sweep
+from tests import references
+
+SPEC = GridSpec(3, True, 16, torch.float32)
+
+
+def reference(weight: torch.Tensor, hessian: torch.Tensor, spec: GridSpec, sweeps: int) -> torch.Tensor:
+    """The released algorithm in float64, the whole product anew for every column."""
+    target, moments, current = weight.double(), hessian.double(), weight.double().clone()
+    grid = fit_grid(weight, spec)
+    group = grid.columns(weight.shape[1])
+    scale, zero = grid.scale.double()[:, group], grid.zero.double()[:, group]
+    for number in range(sweeps):
+        relaxed = number % 3 == 1 and number <= 25 and number != sweeps - 1
+        for j in torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist():
+            value = current[:, j] + (target - current) @ moments[:, j] / moments[j, j]
+            if not relaxed:
+                codes = torch.round(torch.clamp(value / scale[:, j] + zero[:, j], spec.lowest, spec.highest))
+                value = (codes - zero[:, j]) * scale[:, j]
+            current[:, j] = value
+    return current
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("sweeps", [1, 3, 5])
+def test_equals_the_float64_reference(symmetric: bool, sweeps: int) -> None:
+    weight, hessian = references.problem(60, 48)
+    spec = GridSpec(3, symmetric, 16, torch.float32)
+    solved, expected = quantease(weight, hessian, spec, sweeps=sweeps), reference(weight, hessian, spec, sweeps)
+    same = (solved.weight - expected).abs().amax(1) < 1e-4
+    # Rows that end worse than rounding are rounded; a value between two codes may fall on either side.
+    assert (same | solved.rounded).double().mean() >= 0.9
+    assert torch.equal(decode(solved.codes, solved.grid), solved.weight)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 5), st.booleans())
+def test_from_a_point_on_the_grid_no_sweep_raises_the_error(seed: int, bits: int, symmetric: bool) -> None:
+    weight, hessian = references.problem(20, 32, seed)
+    grid = fit_grid(weight, GridSpec(bits, symmetric, 16, torch.float32))
+    values = decode(encode(weight, grid), grid)
+    before = layer_errors(weight, values, hessian)
+    for _ in range(4):
+        values, codes = descend(weight, values, hessian, grid, [False])
+        after = layer_errors(weight, values, hessian)
+        assert (after <= before * (1 + 1e-4) + 1e-3).all()
+        assert torch.equal(decode(codes, grid), values)
+        before = after
+
+
+def test_with_uncorrelated_inputs_one_sweep_is_round_to_nearest() -> None:
+    weight, _ = references.problem(40, 64)
+    assert torch.equal(quantease(weight, 2.0 * torch.eye(64), SPEC, sweeps=1).weight, rtn(weight, SPEC).weight)
+
+
+def test_a_relaxed_column_leaves_no_slope() -> None:
+    weight, hessian = references.problem(20, 32)
+    grid = fit_grid(weight, SPEC)
+    start = decode(encode(weight, grid), grid)
+    values, _ = descend(weight, start, hessian, grid, [True])
+    last = int(torch.argsort(hessian.diagonal(), descending=True, stable=True)[-1])
+    slope = (weight - values).double() @ hessian[:, last].double()
+    assert slope.abs().max() < 1e-3 * ((weight - start).double() @ hessian[:, last].double()).abs().max()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 70), st.sampled_from([8, 24, 45]), st.booleans(), st.integers(0, 99))
+def test_the_compiled_sweep_and_its_twin_give_the_same_bits(rows: int, columns: int, relaxed: bool, seed: int) -> None:
+    weight, hessian = references.problem(rows, columns, seed)
+    grid = fit_grid(weight, GridSpec(3, False, None, torch.float32))
+    problem = (weight, weight, hessian, grid.scale, grid.zero, grid.columns(columns), -4, 3, relaxed)
+    for left, right in zip(sweep(*problem), sweep(*problem, compiled=False), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_columns_without_input_are_rounded() -> None:
+    weight, hessian = references.problem(20, 32)
+    hessian[5], hessian[:, 5] = 0, 0
+    solved = quantease(weight, hessian, SPEC, sweeps=4)
+    assert solved.record.dead_columns == 1
+    assert torch.equal(solved.weight[:, 5], rtn(weight, SPEC).weight[:, 5])
+
+
+def test_refining_gptq_lowers_its_error() -> None:
+    weight, hessian = references.problem(64, 96)
+    plain, refined = (gptq(weight, hessian, SPEC, refine_sweeps=sweeps).errors.sum() for sweeps in (0, 5))
+    assert refined < 0.97 * plain
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05])
+def test_outliers_are_the_asked_share_and_help(share: float) -> None:
+    weight, hessian = references.problem(64, 96)
+    weight[3, 7] = 9.0
+    segments = (40, 24)
+    solved = quantease_with_outliers(weight, hessian, SPEC, sweeps=6, share=share, segments=segments)
+    assert solved.record.outliers == sum(round(share * rows * 96) for rows in segments)
+    error = layer_errors(weight, solved.weight, hessian).sum()
+    assert error < 0.9 * quantease(weight, hessian, SPEC, sweeps=6).errors.sum()
