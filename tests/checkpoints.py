@@ -20,3 +20,5 @@ def put_stored_weights(model: torch.nn.Module, output: Path, group_size: int) ->
             module.weight.data = decode(codes.codes, Grid(spec, codes.scale.float(), codes.zero.float()))
         elif "weight" in tensors:
             module.weight.data = tensors["weight"]
+        if "bias" in tensors:
+            module.bias.data = tensors["bias"]

@@ -46,7 +46,7 @@ def in_memory(model: Path, output: Path, architecture: str) -> transformers.PreT
     return original
 
 
-@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "wanda-2:4"])
+@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "wanda-2:4", "awq-gptq-w4a16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_compresses_saves_reloads_and_matches(
     model_folder, tmp_path: Path, architecture: str, recipe: str
@@ -104,7 +104,7 @@ def test_the_format_library_unpacks_exactly_our_weights(llama: Path, tmp_path: P
             assert torch.equal(loaded.get_submodule(name).weight, expected), name
 
 
-@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "sparsegpt-2:4", "wanda-2:4"])
+@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "sparsegpt-2:4", "wanda-2:4", "awq-gptq-w4a16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_command_gives_the_same_bytes(llama: Path, tmp_path: Path, recipe: str, dtype: str) -> None:
     for name in ("a", "b"):
@@ -117,7 +117,7 @@ def test_the_same_command_gives_the_same_bytes(llama: Path, tmp_path: Path, reci
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "bloom"])
-@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "wanda-2:4"])
+@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "wanda-2:4", "awq-gptq-w4a16"])
 def test_padding_changes_no_weight(model_folder, tmp_path: Path, architecture: str, recipe: str) -> None:
     model = model_folder(architecture)
     plain = random_set(model)

@@ -146,6 +146,22 @@ class Magnitude(_Strict):
     name: Literal["magnitude"]
 
 
+class SmoothQuant(_Strict):
+    """SmoothQuant: scales from norms into linears; ``alpha`` 1 moves the activations' whole range."""
+
+    name: Literal["smoothquant"]
+    alpha: float = Field(default=0.5, ge=0, le=1)
+
+
+class Awq(_Strict):
+    """AWQ's channel scales, searched over ``steps`` powers; ``duo`` also divides by the weights' magnitude."""
+
+    name: Literal["awq"]
+    steps: int = Field(default=20, ge=1)
+    duo: bool = False
+
+
+Transform = Annotated[SmoothQuant | Awq, Field(discriminator="name")]
 Method = Annotated[
     Rtn | Gptq | QuantEase | Spqr | Hqq | Adpq | SparseGpt | Wanda | Magnitude, Field(discriminator="name")
 ]
@@ -154,12 +170,16 @@ _SYMMETRIC: dict[str, bool] = {"adpq": True, "spqr": False, "hqq": False}
 
 
 class Recipe(_Strict):
-    """A named compression: ``ignore`` holds regular expressions searched for in module names to leave alone."""
+    """A named compression: ``transforms`` in order, then ``method``.
+
+    ``ignore`` holds regular expressions searched for in module names to leave alone.
+    """
 
     name: str
     description: str
     method: Method
     scheme: Scheme
+    transforms: list[Transform] = []
     ignore: list[str] = []
 
     @field_validator("ignore")
@@ -186,6 +206,8 @@ class Recipe(_Strict):
                 raise ValueError(f"{method} needs weights with symmetric: {str(_SYMMETRIC[method]).lower()}")
             if scheme.weights.range_search != "none":
                 raise ValueError(f"{method} fits its ranges itself: leave range_search out")
+        if self.transforms and scheme.weights is None:
+            raise ValueError("transforms prepare for quantization: the scheme needs weights")
         if scheme.activations is not None and self.stored_dense:
             raise ValueError(f"{method} is stored dense, which no int8 activations go with")
         return self
@@ -202,7 +224,7 @@ class Recipe(_Strict):
         """Whether the method uses a calibration set."""
         weights = self.scheme.weights
         searched = weights is not None and weights.range_search in ("importance", "clip")
-        return searched or self.method.name not in ("rtn", "magnitude", "hqq", "adpq")
+        return searched or bool(self.transforms) or self.method.name not in ("rtn", "magnitude", "hqq", "adpq")
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).

@@ -17,6 +17,7 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.clock import Clock
 from calibrant.compression.block_engine import OrderDiffersError, sequential_pass, two_passes
 from calibrant.compression.block_solver import BlockSolver, LayerReport
+from calibrant.compression.block_transforms import transform_block
 from calibrant.compression.checkpoint_writer import CheckpointWriter
 from calibrant.compression.entry import cast, enter_blocks
 from calibrant.compression.plan import Plan
@@ -178,7 +179,10 @@ def _compress_block(
     prefix = plan.blocks[index]
     sequential = settings.sequential and settings.propagate
     try:
-        with _opened(model, plan, index, probe, settings, clock, notes) as (solver, structure), clock.stage("forward"):
+        with (
+            _opened(model, plan, index, probe, batches, settings, clock, notes) as (solver, structure),
+            clock.stage("forward"),
+        ):
             if not batches:
                 _solve_without_data(solver, structure)
                 return solver, []
@@ -187,7 +191,10 @@ def _compress_block(
             return solver, two_passes(solver.block, index, structure, batches, solver, settings.propagate)
     except OrderDiffersError as difference:
         notes.append(f"{prefix}: sequences reach {difference} in different orders, solved in two passes")
-    with _opened(model, plan, index, probe, settings, clock, notes) as (solver, structure), clock.stage("forward"):
+    with (
+        _opened(model, plan, index, probe, batches, settings, clock, notes) as (solver, structure),
+        clock.stage("forward"),
+    ):
         return solver, two_passes(solver.block, index, structure, batches, solver, settings.propagate)
 
 
@@ -202,6 +209,7 @@ def _opened(
     plan: Plan,
     index: int,
     probe: MicroBatch,
+    batches: list[MicroBatch],
     settings: Settings,
     clock: Clock,
     notes: list[str],
@@ -221,8 +229,14 @@ def _opened(
             for text in structure.partly(lambda name: plan.ignored(f"{prefix}.{name}")):
                 if text not in notes:
                     notes.append(text)
-            structure = structure.without(lambda name: plan.ignored(f"{prefix}.{name}"))
-        yield BlockSolver(prefix, block, state, plan.recipe, plan.spec, plan.sparsity, clock), structure
+        solver = BlockSolver(prefix, block, state, plan.recipe, plan.spec, plan.sparsity, clock)
+        if plan.recipe.transforms and batches:
+            assert plan.spec is not None
+            with clock.stage("transform"):
+                done = transform_block(block, index, structure, probe, batches, state, plan.recipe, plan.spec)
+            solver.solved_parameters |= done.changed
+            notes += [text for text in done.notes if text not in notes]
+        yield solver, structure.without(lambda name: plan.ignored(f"{prefix}.{name}"))
 
 
 def _write_config(model: LazyModel, plan: Plan, solved: set[str], folder: Path) -> None:

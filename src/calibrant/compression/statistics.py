@@ -36,3 +36,24 @@ class ColumnNorm:
         # Squaring chunks that stay in the cache is much faster on a CPU than a norm over the first axis.
         for rows in inputs.split(_CHUNK_ROWS):
             self.sum_of_squares += rows.to(torch.float32, copy=True).square_().sum(0)
+
+
+class Magnitude:
+    """Mean and largest ``|x_j|`` of every input channel, float32 ``[in]`` (methods.md §11, §12)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.largest = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        self.tokens += inputs.shape[0]
+        for rows in inputs.split(_CHUNK_ROWS):
+            magnitude = rows.float().abs_()
+            self._sum += magnitude.sum(0)
+            torch.maximum(self.largest, magnitude.amax(0), out=self.largest)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean over all tokens; zeros before any."""
+        return self._sum / max(self.tokens, 1)

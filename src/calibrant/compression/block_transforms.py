@@ -1,0 +1,168 @@
+"""Transforms of one block before it is solved: what its inputs look like, which scales follow, folding them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibrant.compression import recipe as recipes
+from calibrant.compression.grids import GridSpec
+from calibrant.compression.solvers.rtn import rtn
+from calibrant.compression.statistics import Magnitude
+from calibrant.compression.transforms.awq import awq_candidates, best_scale
+from calibrant.compression.transforms.smoothquant import smoothquant_scale
+from calibrant.modeling.foldable import FoldablePair, find_foldable
+from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.structure import BlockStructure, InputGroup
+
+# AWQ compares outputs on this many tokens (ours; the paper's code takes its whole set, 65,536 of them).
+_SEARCH_TOKENS = 8192
+
+
+@dataclass
+class Transformed:
+    """Names of the parameters that changed, and a sentence on each transform."""
+
+    changed: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Seen:
+    """What a pass over the calibration data showed of one pair: magnitudes, and calls of the module to compare."""
+
+    magnitude: Magnitude
+    calls: list[tuple[Callable[[], torch.Tensor], torch.Tensor]] = field(default_factory=list)
+
+
+def transform_block(
+    block: nn.Module,
+    index: int,
+    structure: BlockStructure,
+    probe: MicroBatch,
+    batches: list[MicroBatch],
+    state: dict[str, torch.Tensor],
+    recipe: recipes.Recipe,
+    spec: GridSpec,
+) -> Transformed:
+    """Apply the recipe's transforms to ``block`` and to its stored parameters ``state``, in place.
+
+    Scales are chosen on the block as it is and folded together.
+    """
+    done = Transformed()
+    for transform in recipe.transforms:
+        pairs = find_foldable(block, structure, probe.hidden, lambda: call_block(block, index, probe))
+        if isinstance(transform, recipes.SmoothQuant):
+            pairs = [pair for pair in pairs if pair.producer.norm is not None]
+        seen = _run(block, index, pairs, batches, keep_calls=isinstance(transform, recipes.Awq))
+        scales = [_scale(transform, pair, one, block, state, spec) for pair, one in zip(pairs, seen, strict=True)]
+        for pair, scale in zip(pairs, scales, strict=True):
+            # The stored values decide; the block computes with what they say.
+            pair.fold(state, scale)
+            for name in pair.changed():
+                block.get_parameter(name).data.copy_(state[name])
+                done.changed.add(name)
+        where = ", ".join(
+            f"{pair.producer.name} -> {' '.join(one.name for one in pair.group.linears)}" for pair in pairs
+        )
+        done.notes.append(f"{transform.name} scales moved: {where or 'nowhere, no place was found for them'}")
+    return done
+
+
+def _scale(
+    transform: recipes.Transform,
+    pair: FoldablePair,
+    seen: _Seen,
+    block: nn.Module,
+    state: dict[str, torch.Tensor],
+    spec: GridSpec,
+) -> torch.Tensor:
+    weights = [linear.view(state[linear.parameter]).float() for linear in pair.group.linears]
+    if isinstance(transform, recipes.SmoothQuant):
+        return smoothquant_scale(seen.magnitude.largest, weights, transform.alpha)
+    candidates = awq_candidates(seen.magnitude.mean, weights, transform.steps, transform.duo, spec.group_size)
+    return best_scale(candidates, _output_loss(pair.group, weights, block, seen, spec))[0]
+
+
+def _output_loss(
+    group: InputGroup, weights: list[torch.Tensor], block: nn.Module, seen: _Seen, spec: GridSpec
+) -> Callable[[torch.Tensor], float]:
+    """Mean squared change of the compared outputs when the group's weights are scaled, rounded and scaled back."""
+    expected = [(call().float(), mask) for call, mask in seen.calls]
+
+    def loss(scale: torch.Tensor) -> float:
+        views = [linear.view(block.get_parameter(linear.parameter).data) for linear in group.linears]
+        kept = [view.clone() for view in views]
+        try:
+            for view, weight in zip(views, weights, strict=True):
+                view.copy_(rtn(weight * scale, spec).weight / scale)
+            total, count = 0.0, 0
+            for (call, _), (before, mask) in zip(seen.calls, expected, strict=True):
+                difference = (call().float() - before).square_().view(mask.numel(), -1)[mask.flatten()]
+                total, count = total + float(difference.sum(dtype=torch.float64)), count + difference.numel()
+            return total / max(count, 1)
+        finally:
+            for view, values in zip(views, kept, strict=True):
+                view.copy_(values)
+
+    return loss
+
+
+def _run(
+    block: nn.Module, index: int, pairs: list[FoldablePair], batches: list[MicroBatch], keep_calls: bool
+) -> list[_Seen]:
+    """Run the block over all batches and note what each pair needs."""
+    device = batches[0].hidden.device
+    seen = [_Seen(Magnitude(pair.group.linears[0].in_features, device)) for pair in pairs]
+    left = _SEARCH_TOKENS
+    for batch in batches:
+        tokens = batch.mask.numel()
+        handles = []
+        for pair, one in zip(pairs, seen, strict=True):
+            handles.append(block.get_submodule(pair.group.module).register_forward_pre_hook(_note_inputs(one, batch)))
+            if keep_calls and left > 0:
+                handles += _note_calls(block, index, pair.group, one, batch)
+        left -= tokens
+        try:
+            call_block(block, index, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return seen
+
+
+def _note_inputs(seen: _Seen, batch: MicroBatch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = args[0].reshape(-1, args[0].shape[-1])
+        seen.magnitude.add(rows[batch.mask.reshape(-1)])
+
+    return note
+
+
+def _note_calls(block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch) -> list[Any]:
+    """Keep the calls of the smallest module that holds the whole group, a lone linear itself."""
+    name = _common_module([linear.name for linear in group.linears])
+    if not name:
+        seen.calls.append((lambda: call_block(block, index, batch), batch.mask))
+        return []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.calls.append((lambda: _first(module.forward(*args, **kwargs)), batch.mask))
+
+    return [block.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)]
+
+
+def _first(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _common_module(names: list[str]) -> str:
+    """The name of the innermost module above all of ``names``; the one name itself."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while shared < min(map(len, parts)) and len({tuple(part[: shared + 1]) for part in parts}) == 1:
+        shared += 1
+    return ".".join(parts[0][:shared])

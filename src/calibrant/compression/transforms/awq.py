@@ -1,0 +1,43 @@
+"""AWQ's channel scales: a power of the mean input magnitude, found by trying (arXiv 2306.00978; methods.md §11)."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+_SMALLEST = 1e-4
+
+
+def awq_candidates(
+    input_mean: torch.Tensor, weights: list[torch.Tensor], steps: int, duo: bool, group_size: int | None
+) -> Iterator[torch.Tensor]:
+    """Scales ``[in]`` float32: the identity, then ``a^r``, or with ``duo`` ``a^r / w^(1 - r)``, for r = i / steps.
+
+    ``input_mean`` ``[in]`` is the mean magnitude of the inputs; ``w`` the mean over rows of ``|W|`` relative to the
+    largest of its group. Scales are divided by ``sqrt(max min)``, which keeps weights in range and changes no result.
+    """
+    yield torch.ones_like(input_mean)
+    relative = _relative_magnitude(weights, group_size) if duo else None
+    for step in range(0 if duo else 1, steps):
+        ratio = step / steps
+        scale = input_mean.pow(ratio)
+        if relative is not None:
+            scale = scale / (relative.pow(1 - ratio) + _SMALLEST)
+        scale = scale.clamp(min=_SMALLEST)
+        yield scale / (scale.max() * scale.min()).sqrt()
+
+
+def _relative_magnitude(weights: list[torch.Tensor], group_size: int | None) -> torch.Tensor:
+    stacked = torch.cat(weights)
+    groups = stacked.abs().view(len(stacked), -1, group_size or stacked.shape[1])
+    return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).view_as(stacked).mean(0)
+
+
+def best_scale(candidates: Iterator[torch.Tensor], loss: Callable[[torch.Tensor], float]) -> tuple[torch.Tensor, float]:
+    """The first candidate of least ``loss``, and its loss over the first candidate's (1 where nothing helps)."""
+    best = next(candidates)
+    first = least = loss(best)
+    for candidate in candidates:
+        found = loss(candidate)
+        if found < least:
+            best, least = candidate, found
+    return best, least / first if first > 0 else 1.0

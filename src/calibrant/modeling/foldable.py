@@ -1,0 +1,158 @@
+"""Where a scale can move from a layer's weights into what produces its input, found by trying (DESIGN §4).
+
+Candidates come from the data flow of one small pass: a norm whose output is the very tensor that an input group reads,
+or an earlier linear with as many outputs as the group has inputs. A candidate counts only if dividing it by a random
+scale, with the group's columns multiplied by it, leaves the block's output as it was.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from calibrant.modeling.structure import BlockStructure, InputGroup, Linear
+
+# Powers of two scale without rounding, so a right guess changes next to nothing in any dtype.
+_SCALES = (0.5, 1.0, 2.0, 4.0)
+_UNCHANGED = 1e-4
+# A gain stored as its difference from 1 cannot be divided without rounding.
+_UNCHANGED_WITH_OFFSET = 5e-2
+
+
+@dataclass(frozen=True)
+class Producer:
+    """What an input group's input is made by, channel by channel.
+
+    ``norm``: the name of a norm with ``weight`` (and perhaps ``bias``) ``[in]``, whose gain is ``weight + offset``; or
+    ``linear``, whose output channels are the group's input channels, with ``bias`` (a parameter's name) if it has one.
+    """
+
+    norm: str | None = None
+    offset: float = 0.0
+    linear: Linear | None = None
+    bias: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The module's name."""
+        return self.linear.name if self.linear is not None else self.norm
+
+
+@dataclass(frozen=True)
+class FoldablePair:
+    """Scales may move from the columns of ``group`` to ``producer``."""
+
+    producer: Producer
+    group: InputGroup
+
+    def changed(self) -> list[str]:
+        """Names of all parameters that a fold changes."""
+        return [name for name, _ in _divided(self.producer)] + [linear.parameter for linear in self.group.linears]
+
+    def fold(self, parameters: dict[str, torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
+        """Divide the producer by ``scale`` ``[in]`` and multiply the group's columns, in place.
+
+        Returns the scale that was applied: the one asked for, as far as a norm's storage dtype can hold its inverse.
+        """
+        if self.producer.norm is not None:
+            weight = parameters[f"{self.producer.norm}.weight"]
+            gain = weight.float() + self.producer.offset
+            weight.copy_(gain / scale - self.producer.offset)
+            stored = weight.float() + self.producer.offset
+            scale = torch.where((gain != 0) & (stored != 0), gain / stored, scale)
+        for name, transposed in _divided(self.producer):
+            if name != f"{self.producer.norm}.weight":
+                values = parameters[name].T if transposed else parameters[name]
+                values.copy_(values.float() / (scale[:, None] if values.ndim == 2 else scale))
+        for linear in self.group.linears:
+            view = linear.view(parameters[linear.parameter])
+            view.copy_(view.float() * scale)
+        return scale
+
+
+def _divided(producer: Producer) -> list[tuple[str, bool]]:
+    """The producer's parameters, and whether each is stored transposed."""
+    found = [(producer.bias, False)] if producer.bias is not None else []
+    if producer.linear is not None:
+        return [(producer.linear.parameter, producer.linear.transposed), *found]
+    return [(f"{producer.norm}.weight", False), *found]
+
+
+def find_foldable(
+    block: nn.Module, structure: BlockStructure, hidden: torch.Tensor, run: Callable[[], torch.Tensor]
+) -> list[FoldablePair]:
+    """The pairs of ``block`` that pass the trial, at most one for each input group; ``run`` gives its output."""
+    with _watched(block) as seen:
+        expected = run()
+    parameters = {name: parameter.data for name, parameter in block.named_parameters()}
+    effect = (expected.float() - hidden.float()).norm()
+    pairs = []
+    for number, stage in enumerate(structure.stages):
+        if not isinstance(stage, InputGroup):
+            continue
+        for producer in _candidates(block, structure, number, stage, seen):
+            pair = FoldablePair(producer, stage)
+            limit = _UNCHANGED_WITH_OFFSET if producer.offset else _UNCHANGED
+            if _change_by_folding(pair, parameters, run, expected) <= limit * effect:
+                pairs.append(pair)
+                break
+    return pairs
+
+
+@contextmanager
+def _watched(block: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
+    """By module name, the addresses of its first argument and of its output; the tensors stay alive meanwhile."""
+    seen: dict[str, tuple[int, int]] = {}
+    alive: list[object] = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def note(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+            alive.extend((args, output))
+            if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
+                seen.setdefault(name, (args[0].data_ptr(), output.data_ptr()))
+
+        return note
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in block.named_modules() if name]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _candidates(
+    block: nn.Module, structure: BlockStructure, number: int, group: InputGroup, seen: dict[str, tuple[int, int]]
+) -> Iterator[Producer]:
+    width = group.linears[0].in_features
+    address = seen[group.module][0] if group.module in seen else None
+    for name, module in block.named_modules():
+        shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
+        is_norm = shapes in ({"weight": (width,)}, {"weight": (width,), "bias": (width,)})
+        if is_norm and address is not None and name in seen and seen[name][1] == address:
+            bias = f"{name}.bias" if "bias" in shapes else None
+            yield Producer(norm=name, bias=bias)
+            yield Producer(norm=name, offset=1.0, bias=bias)
+    for stage in structure.stages[:number]:
+        for linear in stage.linears if isinstance(stage, InputGroup) else ():
+            if linear.out_features == width:
+                biased = "bias" in dict(block.get_submodule(linear.name).named_parameters(recurse=False))
+                yield Producer(linear=linear, bias=f"{linear.name}.bias" if biased else None)
+
+
+def _change_by_folding(
+    pair: FoldablePair, parameters: dict[str, torch.Tensor], run: Callable[[], torch.Tensor], expected: torch.Tensor
+) -> float:
+    """How far the block's output moves when a random scale is folded; the parameters are as before afterwards."""
+    kept = {name: parameters[name].clone() for name in pair.changed()}
+    width = pair.group.linears[0].in_features
+    choice = torch.randint(len(_SCALES), (width,), generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor(_SCALES)[choice].to(expected.device)
+    try:
+        pair.fold(parameters, scale)
+        return float((run().float() - expected.float()).norm())
+    finally:
+        for name, value in kept.items():
+            parameters[name].copy_(value)

@@ -1,0 +1,128 @@
+"""SmoothQuant and AWQ: their formulas, and that they help where they should and change nothing where they must not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import calibrant as cb
+from calibrant.compression.recipe import Recipe, load_recipe
+from calibrant.compression.transforms.awq import awq_candidates, best_scale
+from calibrant.compression.transforms.smoothquant import smoothquant_scale
+from tests.conftest import random_set
+
+
+def weights() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 16, generator=generator), torch.randn(4, 16, generator=generator)]
+
+
+def test_smoothquant_is_its_formula() -> None:
+    inputs = torch.rand(16, generator=torch.Generator().manual_seed(1)) * 9
+    inputs[3] = 0
+    scale = smoothquant_scale(inputs, weights(), 0.3)
+    for j in range(16):
+        largest = max(float(weight[:, j].abs().max()) for weight in weights())
+        expected = float(inputs[j]) ** 0.3 / largest**0.7 if j != 3 else 1.0
+        assert scale[j].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothquant_without_activations_evens_the_weights_out() -> None:
+    scale = smoothquant_scale(torch.ones(16), weights(), 0.0)
+    largest = torch.cat([weight * scale for weight in weights()]).abs().amax(0)
+    torch.testing.assert_close(largest, torch.ones(16))
+
+
+def test_awq_tries_the_identity_first_and_then_the_powers() -> None:
+    mean = torch.rand(16, generator=torch.Generator().manual_seed(1)) + 0.1
+    tried = list(awq_candidates(mean, weights(), 4, False, 8))
+    assert len(tried) == 4
+    assert torch.equal(tried[0], torch.ones(16))
+    for ratio, scale in zip((0.25, 0.5, 0.75), tried[1:], strict=True):
+        proportion = scale / mean**ratio
+        torch.testing.assert_close(proportion, proportion[:1].expand(16))
+        assert (scale.max() * scale.min()).item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_awq_duo_divides_by_the_weights() -> None:
+    mean = torch.ones(16)
+    relative = torch.cat(weights()).view(12, 2, 8).abs()
+    relative = (relative / relative.amax(-1, keepdim=True)).view(12, 16).mean(0)
+    first = list(awq_candidates(mean, weights(), 4, True, 8))[1]
+    proportion = first * (relative + 1e-4)
+    torch.testing.assert_close(proportion, proportion[:1].expand(16))
+
+
+def test_the_best_scale_is_the_first_of_least_loss() -> None:
+    losses = iter([3.0, 2.0, 1.0, 1.0, 5.0])
+    candidates = (torch.tensor([float(i)]) for i in range(5))
+    best, share = best_scale(candidates, lambda _: next(losses))
+    assert best.item() == 2.0
+    assert share == pytest.approx(1 / 3)
+
+
+def recipe(method: dict, bits: int = 4, **fields: object) -> Recipe:
+    scheme = {"weights": {"bits": bits, "group_size": 32}}
+    return Recipe.model_validate({"name": "r", "description": "d", "method": method, "scheme": scheme, **fields})
+
+
+def with_outlier_channels(folder: Path) -> Path:
+    """The model with some channels of every norm 20 times as large, so that their columns matter most."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(0)
+    for name in tensors:
+        if name.endswith("layernorm.weight"):
+            tensors[name] = tensors[name] * torch.where(torch.rand(64, generator=generator) < 0.08, 20.0, 1.0)
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def change(model: Path, output: Path, chosen: Recipe) -> float:
+    """Mean squared change of the hidden states after the first block."""
+    cb.compress(model, output=output, recipe=chosen, calibration=random_set(model), dtype="float32")
+    tokens = random_set(seed=9).tokens.long()
+    after = []
+    for folder in (model, output):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            after.append(loaded(tokens, output_hidden_states=True).hidden_states[1])
+    return float((after[0] - after[1]).square().mean())
+
+
+@pytest.fixture
+def outliers(llama: Path, tmp_path: Path) -> Path:
+    return with_outlier_channels(shutil.copytree(llama, tmp_path / "outliers"))
+
+
+def test_awq_helps_where_channels_are_large(outliers: Path, tmp_path: Path) -> None:
+    plain = change(outliers, tmp_path / "plain", recipe({"name": "rtn"}, 3))
+    scaled = change(outliers, tmp_path / "awq", recipe({"name": "rtn"}, 3, transforms=[{"name": "awq"}]))
+    assert scaled < 0.8 * plain
+
+
+def test_one_step_of_awq_is_round_to_nearest(outliers: Path, tmp_path: Path) -> None:
+    awq = recipe({"name": "rtn"}, transforms=[{"name": "awq", "steps": 1}])
+    for name, chosen in (("awq", awq), ("rtn", recipe({"name": "rtn"}))):
+        cb.compress(outliers, output=tmp_path / name, recipe=chosen, calibration=random_set(outliers), dtype="float32")
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("awq", "rtn"))
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_the_record_says_where_scales_moved(outliers: Path, tmp_path: Path) -> None:
+    chosen = load_recipe("awq-gptq-w4a16")
+    cb.compress(outliers, output=tmp_path / "out", recipe=chosen, calibration=random_set(outliers), dtype="float32")
+    notes = json.loads((tmp_path / "out" / "calibrant.json").read_text())["notes"]
+    moved = [note for note in notes if note.startswith("awq scales moved")]
+    assert len(moved) == 1
+    assert "mlp.up_proj -> mlp.down_proj" in moved[0]
+
+
+def test_transforms_need_weights_to_quantize() -> None:
+    fields = {"name": "r", "description": "d", "method": {"name": "wanda"}, "scheme": {"sparsity": "2:4"}}
+    with pytest.raises(ValueError, match="the scheme needs weights"):
+        Recipe.model_validate({**fields, "transforms": [{"name": "awq"}]})
