@@ -108,9 +108,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.6])
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "text_statistics.json")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    console, found = Console(width=170), {}
+    console = Console(width=170)
     transformers.utils.logging.disable_progress_bar()
     for model in options.models:
         made = sets_of(model, options)
@@ -125,16 +125,17 @@ def main() -> None:
             for kind, verdicts in of.items():
                 table.add_row(text, kind, *verdicts.values())
         console.print(table)
-        found[model.name] = {"kinds": kinds, "signs": signs}
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "samples": options.samples,
-        "length": options.length,
-        "draws": options.draws,
-        "models": found,
-    }
-    options.json.parent.mkdir(exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
+        result = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "samples": options.samples,
+            "length": options.length,
+            "draws": options.draws,
+            "kinds": kinds,
+            "signs": signs,
+        }
+        options.results.mkdir(exist_ok=True)
+        file = options.results / f"text_statistics_{model.name}.json"
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import calibrant as cb
+from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.selection.request import mix_request
 from calibrant.calibration.selection.zipcal import subword_classes
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, TokenizedDocument
 from calibrant.errors import CalibrantError
+from calibrant.report.inspection import inspect_sets
 
 STRATEGIES = ["uniform", "zipcal", "zipf", "unigram", "perplexity", "k-centre", "herding", "cola", "zipcal-multi"]
 
@@ -285,3 +288,44 @@ def test_scores_of_corpora_are_the_papers(llama: Path, corpus: Path, tmp_path: P
     assert scores[0].similarity > scores[-1].similarity
     with pytest.raises(CalibrantError, match="one for each of the 1 targets"):
         cb.score_corpora([other], [corpus], weights=[1, 2], tokenizer=llama)
+
+
+@pytest.fixture
+def beginning_model(llama: Path, tmp_path: Path) -> Path:
+    """The tiny model with a tokenizer that begins every text with BOS."""
+    folder = shutil.copytree(llama, tmp_path / "beginning")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_begin_as_the_tokenizer_begins_texts(
+    corpus: Path, beginning_model: Path, tmp_path: Path, strategy
+) -> None:
+    made = cb.select(corpus, tokenizer=beginning_model, samples=4, length=16, strategy=strategy)
+    assert (made.tokens[:, 0] == 1).all()
+    assert (made.tokens[:, 1:] != 1).all()
+    assert made.mask[:, 0].all()
+    texts = {document.id: Tokenizer(beginning_model).encode(document.text) for document in cb.Corpus(corpus)}
+    for row, segments in zip(made.tokens.tolist(), made.manifest.rows, strict=False):
+        for one in segments:
+            source = texts[one.document.removeprefix("0/")][one.offset : one.offset + one.length]
+            assert row[one.start : one.start + one.length] == source
+    made.save(tmp_path / "set")
+    assert cb.rebuild(tmp_path / "set").calibration.sha256 == made.sha256
+
+
+def test_perplexities_are_those_behind_the_beginning(corpus: Path, beginning_model: Path, tmp_path: Path) -> None:
+    made = cb.select(corpus, tokenizer=beginning_model, samples=4, length=16)
+    made.save(tmp_path / "with")
+    bare = CalibrationSet.build(made.tokens[:, 1:], made.mask[:, 1:], made.manifest.model_copy(update={"length": 15}))
+    bare.save(tmp_path / "without")
+    found = inspect_sets([tmp_path / "with", tmp_path / "without"], model=beginning_model, perplexity=True)
+    assert found.sets[0].statistics.numbers["perplexity"] == found.sets[1].statistics.numbers["perplexity"]

@@ -97,6 +97,12 @@ class Tokenizer:
             return int(self.hf.eos_token_id)
         raise CalibrantError("the tokenizer has neither a BOS nor an EOS token, so a model cannot start a text with it")
 
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What the tokenizer itself puts before every text: the BOS id, or nothing."""
+        bos = self.hf.bos_token_id
+        return [int(bos)] if bos is not None and self.hf("a").input_ids[:1] == [bos] else []
+
     @property
     def separator_id(self) -> int:
         """The id put after each document when documents are packed: EOS, or BOS where there is none."""

@@ -27,8 +27,7 @@ def evaluation_windows(corpus: Corpus, tokenizer: Tokenizer, length: int, limit:
         CalibrantError: the text is shorter than one window.
     """
     ids = tokenizer.encode("\n\n".join(document.text for document in corpus))
-    begins = tokenizer.hf("a").input_ids[:1] if tokenizer.hf.bos_token_id is not None else []
-    prefix = [tokenizer.start_id] if begins == [tokenizer.hf.bos_token_id] else []
+    prefix = tokenizer.prefix
     body = length - len(prefix)
     count = len(ids) // body
     if count == 0:

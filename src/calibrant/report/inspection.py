@@ -6,6 +6,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.text_statistics import describe_set, overlap
 from calibrant.calibration.tokenizer import Tokenizer
@@ -105,11 +107,15 @@ def _model_of(folder: str | Path, calibration: CalibrationSet, model: str | Path
 
 
 def _losses(path: Path, calibration: CalibrationSet, device: str, dtype: str, progress: Progress) -> list[float]:
+    prefix = Tokenizer(path).prefix
     model = load_whole(ModelFolder(path, allow_quantized=True), device, dtype)
     losses = []
     with progress.task("running the model", len(calibration.tokens)) as task:
         for row, kept in zip(calibration.tokens, calibration.mask, strict=True):
-            losses += row_losses(model, row[None], kept[None])
+            # A row that begins unlike the model's texts is judged behind what they begin with.
+            begin = row.new_tensor([] if row[: len(prefix)].tolist() == prefix else prefix)
+            counted = torch.cat([torch.zeros_like(begin, dtype=torch.bool), kept])
+            losses += row_losses(model, torch.cat([begin, row])[None], counted[None])
             task.advance()
     return losses
 

@@ -23,8 +23,8 @@ class Cola:
     with ten k-means++ starts. Empty clusters are made up for from the largest ones (ours).
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, rng: np.random.Generator) -> None:
-        self._model, self._rng = model, rng
+    def __init__(self, model: transformers.PreTrainedModel, prefix: list[int], rng: np.random.Generator) -> None:
+        self._model, self._prefix, self._rng = model, prefix, rng
         self._vectors: list[np.ndarray] = []
         self._projection: np.ndarray | None = None
         self._clusters = 0
@@ -32,10 +32,12 @@ class Cola:
     @torch.inference_mode()
     def see(self, windows: list[Window]) -> None:
         """Run the model over further candidates."""
-        with _block_means(self._model) as means:
+        with _block_means(self._model, len(self._prefix)) as means:
             for window in windows:
                 means.clear()
-                self._model.base_model(input_ids=torch.tensor([window.tokens], device=self._model.device))
+                self._model.base_model(
+                    input_ids=torch.tensor([self._prefix + window.tokens], device=self._model.device)
+                )
                 joined = torch.cat([mean / mean.norm().clamp(min=1e-12) for mean in means]).cpu().numpy()
                 self._vectors.append(joined @ self._random_projection(len(joined)))
 
@@ -89,13 +91,13 @@ def _k_means(points: np.ndarray, count: int, rng: np.random.Generator) -> tuple[
 
 
 @contextmanager
-def _block_means(model: transformers.PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """A list that fills with every block's mean output, float32 ``[width]``, as the model runs."""
+def _block_means(model: transformers.PreTrainedModel, skipped: int) -> Iterator[list[torch.Tensor]]:
+    """A list that fills with every block's mean output behind the first ``skipped`` tokens, float32 ``[width]``."""
     means: list[torch.Tensor] = []
 
     def note(module: torch.nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        means.append(hidden.float().mean(dim=(0, 1)))
+        means.append(hidden[:, skipped:].float().mean(dim=(0, 1)))
 
     handles = [model.get_submodule(name).register_forward_hook(note) for name in find_blocks(model)]
     try:

@@ -15,13 +15,19 @@ class PerplexitySelector:
     """Scores every candidate with ``model`` and chooses by rank.
 
     ``keep`` "lowest" takes the smallest perplexities; "middle" those nearest to the median rank; "below" draws
-    uniformly among candidates strictly below ``percentile`` (arXiv 2410.17711 keeps those below the 80th). BOS is not
-    added: a window's first token has nothing before it and does not count.
+    uniformly among candidates strictly below ``percentile`` (arXiv 2410.17711 keeps those below the 80th). Windows
+    begin with ``prefix``; without one, the first token has nothing before it and does not count.
     """
 
     def __init__(
-        self, model: transformers.PreTrainedModel, keep: str, percentile: float, rng: np.random.Generator
+        self,
+        model: transformers.PreTrainedModel,
+        prefix: list[int],
+        keep: str,
+        percentile: float,
+        rng: np.random.Generator,
     ) -> None:
+        self._prefix = prefix
         self._model, self._keep, self._percentile, self._rng = model, keep, percentile, rng
         self._losses: list[float] = []
         self._left = 0
@@ -29,7 +35,7 @@ class PerplexitySelector:
     def see(self, windows: list[Window]) -> None:
         """Score further candidates."""
         for window in windows:
-            tokens = torch.tensor([window.tokens])
+            tokens = torch.tensor([self._prefix + window.tokens])
             loss = row_losses(self._model, tokens, torch.ones_like(tokens, dtype=torch.bool))[0]
             self._losses.append(loss if math.isfinite(loss) else math.inf)
 

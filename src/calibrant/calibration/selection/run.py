@@ -71,6 +71,7 @@ def select_from(
         CalibrantError: a corpus cannot be read, is empty or too small.
     """
     tokenizer = Tokenizer(model)
+    asked, request = request, request.model_copy(update={"length": request.length - len(tokenizer.prefix)})
     if request.parts > 1:
         results = [
             zipcal_in_parts(corpus, model, request.model_copy(update={"samples": share}), executor, progress)
@@ -80,9 +81,9 @@ def select_from(
             _Part([window.tokens for window in one.windows], [window.segments for window in one.windows], one.counts)
             for one in results
         ]
-        return _assemble(corpora, in_parts, request, tokenizer)
+        return _assemble(corpora, in_parts, asked, tokenizer)
     if request.strategy == "zipcal-multi":
-        return _multi_domain(corpora, tokenizer, request, load_model, progress)
+        return _assemble(corpora, _multi_domain(corpora, tokenizer, request, load_model, progress), asked, tokenizer)
     shares = _shares(request.samples, request.weights, len(corpora))
     parts = [
         _select_mix(corpus, tokenizer, request.model_copy(update={"samples": share}), load_model, progress)
@@ -90,7 +91,7 @@ def select_from(
         if share
     ]
     used = [corpus for corpus, share in zip(corpora, shares, strict=True) if share]
-    return _assemble(used, parts, request, tokenizer)
+    return _assemble(used, parts, asked, tokenizer)
 
 
 def _shares(samples: int, weights: tuple[float, ...] | None, count: int) -> list[int]:
@@ -189,9 +190,9 @@ def _selector(request: SelectionRequest, tokenizer: Tokenizer, load_model: LoadM
     if request.strategy == "zipf":
         return ZipfScore(tokenizer)
     if request.strategy == "perplexity":
-        return PerplexitySelector(load_model(), request.keep, request.percentile, rng)
+        return PerplexitySelector(load_model(), tokenizer.prefix, request.keep, request.percentile, rng)
     if request.strategy == "cola":
-        return Cola(load_model(), rng)
+        return Cola(load_model(), tokenizer.prefix, rng)
     embedding = embedding_of(request.embedding, tokenizer, request.seed)
     if request.strategy == "herding":
         return EmbeddingSelector(embedding, herding)
@@ -209,7 +210,7 @@ def _multi_domain(
     request: SelectionRequest,
     load_model: LoadModel,
     progress: Progress,
-) -> CalibrationSet:
+) -> list[_Part]:
     """ZipCal in every corpus, then k-centre over the embeddings of what it chose (arXiv 2603.16105, algorithm 2)."""
     single = request.model_copy(update={"strategy": "zipcal"})
     parts = [_select(corpus, tokenizer, single, load_model, progress) for corpus in corpora]
@@ -222,32 +223,39 @@ def _multi_domain(
     for index in chosen:
         number, row = pooled[index]
         kept[number].append(row)
-    cut = [
+    return [
         _Part([part.rows[row] for row in rows], [part.segments[row] for row in rows], part.counts)
         for part, rows in zip(parts, kept, strict=True)
     ]
-    return _assemble(corpora, cut, request, tokenizer)
 
 
 def _assemble(
     corpora: Sequence[Corpus], parts: Sequence[_Part], request: SelectionRequest, tokenizer: Tokenizer
 ) -> CalibrationSet:
-    """One set of all parts' rows; shorter rows are filled up with the separator, which does not count."""
+    """One set of all parts' rows, begun as the tokenizer begins texts.
+
+    Shorter rows are filled up with the separator, which does not count.
+    """
     rows = [row for part in parts for row in part.rows]
+    # A chat template may have begun a row already.
+    before = [[] if row[: len(tokenizer.prefix)] == tokenizer.prefix else tokenizer.prefix for row in rows]
     tokens = torch.full((len(rows), request.length), tokenizer.separator_id, dtype=torch.int32)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     masks = [mask for part in parts for mask in part.masks or [[True] * len(row) for row in part.rows]]
-    for index, (row, counted) in enumerate(zip(rows, masks, strict=True)):
-        tokens[index, : len(row)] = torch.tensor(row, dtype=torch.int32)
-        mask[index, : len(row)] = torch.tensor(counted, dtype=torch.bool)
+    for index, (begin, row, counted) in enumerate(zip(before, rows, masks, strict=True)):
+        end = len(begin) + len(row)
+        tokens[index, :end] = torch.tensor([*begin, *row], dtype=torch.int32)
+        mask[index, :end] = torch.tensor([*[request.mask != "assistant"] * len(begin), *counted], dtype=torch.bool)
     if request.mask == "no-special":
         mask &= ~torch.isin(tokens, torch.tensor(sorted(tokenizer.special_ids), dtype=torch.int32))
     if not bool(mask.any()):
         raise CalibrantError("the mask leaves no token of the set; use --mask all or other text")
+    numbers = [f"{number}/" if len(parts) > 1 else "" for number, part in enumerate(parts) for _ in part.segments]
+    named = [row for part in parts for row in part.segments]
+    # Rows of the unigram sample have no segments.
     segments = [
-        [_numbered(segment, number) if len(parts) > 1 else segment for segment in row]
-        for number, part in enumerate(parts)
-        for row in part.segments
+        [_placed(segment, number, len(begin)) for segment in row]
+        for number, begin, row in zip(numbers, before, named, strict=False)
     ]
     counts: Counter[str] = Counter()
     for part in parts:
@@ -269,5 +277,5 @@ def _assemble(
     return CalibrationSet.build(tokens, mask, manifest)
 
 
-def _numbered(segment: Segment, number: int) -> Segment:
-    return segment.model_copy(update={"document": f"{number}/{segment.document}"})
+def _placed(segment: Segment, corpus: str, shift: int) -> Segment:
+    return segment.model_copy(update={"document": corpus + segment.document, "start": segment.start + shift})
