@@ -24,8 +24,8 @@ Unit = tuple[Linear, ...]
 class Visitor(Protocol):
     """Receives the inputs of linears solved together, and the moment when all are in."""
 
-    def add(self, unit: Unit, inputs: torch.Tensor) -> None:
-        """Counted input rows ``[tokens, in_features]`` of ``unit``."""
+    def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
+        """Counted input rows ``[tokens, in_features]`` of ``unit``, and what the original model has in their place."""
 
     def solve(self, unit: Unit) -> None:
         """All inputs have been added: replace the weights in the block."""
@@ -61,9 +61,16 @@ class OrderDiffersError(Exception):
 
 
 def sequential_pass(
-    block: nn.Module, index: int, structure: BlockStructure, batches: list[MicroBatch], visitor: Visitor
-) -> list[torch.Tensor]:
+    block: nn.Module,
+    index: int,
+    structure: BlockStructure,
+    batches: list[MicroBatch],
+    visitor: Visitor,
+    original: nn.Module | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Solve the block stage by stage in one forward pass; returns the outputs of the compressed block.
+
+    ``original``, a copy of the block, runs beside it on the batches' ``original`` states; its outputs come second.
 
     Raises:
         OrderDiffersError: before anything is solved out of order; the block's weights may be changed already.
@@ -76,34 +83,52 @@ def sequential_pass(
         if greenlet.getcurrent() is not main:
             main.switch((stage, args, kwargs))
 
-    handles = _hook(block, structure, suspend)
-    runs = [greenlet.greenlet(lambda batch=batch: call_block(block, index, batch)) for batch in batches]
+    beside = [batch.beside() for batch in batches] if original is not None else []
+    handles = _hook(block, structure, suspend) + (_hook(original, structure, suspend) if original is not None else [])
+
+    def started(module: nn.Module, rows: list[MicroBatch]) -> list[Any]:
+        return [greenlet.greenlet(lambda batch=batch: call_block(module, index, batch)) for batch in rows]
+
+    runs, twins = started(block, batches), started(original or block, beside)
     memory = [_Releasable(structure, batch) for batch in batches]
+    twin_memory = [_Releasable(structure, batch) for batch in beside]
+
+    def advance(run: Any, number: int, tensors: _Releasable) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Run on to stage ``number``; returns its arguments."""
+        stage = structure.stages[number]
+        arrived = run.switch()
+        if run.dead or arrived[0] is not stage:
+            raise _order_differs(stage.module, memory)
+        if isinstance(stage, InputGroup):
+            tensors.reached(number, arrived[1][0])
+        return arrived[1], arrived[2]
+
     try:
         for number, stage in enumerate(structure.stages):
             arrivals = []
-            for run, batch, tensors in zip(runs, batches, memory, strict=True):
-                arrived = run.switch()
-                if run.dead or arrived[0] is not stage:
-                    raise _order_differs(stage.module, memory)
-                if isinstance(stage, InputGroup):
-                    tensors.reached(number, arrived[1][0])
-                    visitor.add(stage.linears, _counted(arrived[1][0], batch.mask, stage))
-                else:
-                    arrivals.append((arrived[1], arrived[2]))
+            for position, batch in enumerate(batches):
+                args, kwargs = advance(runs[position], number, memory[position])
+                if not isinstance(stage, InputGroup):
+                    arrivals.append((args, kwargs))
+                    continue
+                originals = None
+                if twins:
+                    twin_args, _ = advance(twins[position], number, twin_memory[position])
+                    originals = _counted(twin_args[0], batch.mask, stage)
+                visitor.add(stage.linears, _counted(args[0], batch.mask, stage), originals)
             return_freed_memory()
             if isinstance(stage, InputGroup):
                 visitor.solve(stage.linears)
             else:
                 _solve_experts(block, stage, arrivals, batches, visitor)
-        outputs = [run.switch() for run in runs]
-        if not all(run.dead for run in runs):
+        outputs, originals_after = [run.switch() for run in runs], [run.switch() for run in twins]
+        if not all(run.dead for run in (*runs, *twins)):
             raise _order_differs("an input group twice", memory)
-        return outputs
+        return outputs, originals_after
     finally:
         for handle in handles:
             handle.remove()
-        for run in runs:
+        for run in (*runs, *twins):
             if run and not run.dead:
                 run.throw()
 

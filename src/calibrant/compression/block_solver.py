@@ -11,9 +11,10 @@ from calibrant.compression.block_engine import Unit
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.methods import METHODS, Task, statistic_of
 from calibrant.compression.recipe import Recipe
+from calibrant.compression.solvers.asymmetric import asymmetric_target
 from calibrant.compression.solvers.result import Solution, SolverRecord, layer_errors
 from calibrant.compression.solvers.sparsity import Sparsity
-from calibrant.compression.statistics import ColumnNorm, Hessian
+from calibrant.compression.statistics import ColumnNorm, Hessian, PairedHessian
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes
 from calibrant.modeling.structure import Linear
@@ -56,14 +57,18 @@ class BlockSolver:
     solved_parameters: set[str] = field(default_factory=set)
     _statistics: dict[Unit, Hessian | ColumnNorm] = field(default_factory=dict)
 
-    def add(self, unit: Unit, inputs: torch.Tensor) -> None:
+    def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
         kind = statistic_of(self.recipe)
         if kind is None:
             return
         with self.clock.stage("statistics"):
             if unit not in self._statistics:
                 self._statistics[unit] = kind(unit[0].in_features, inputs.device)
-            self._statistics[unit].add(inputs)
+            statistic = self._statistics[unit]
+            if isinstance(statistic, PairedHessian) and originals is not None:
+                statistic.add_pair(inputs, originals)
+            else:
+                statistic.add(inputs)
 
     def solve(self, unit: Unit) -> None:
         with self.clock.stage("solve"):
@@ -76,6 +81,9 @@ class BlockSolver:
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrantError(f"{self.prefix}.{linear.name}: its weights hold values that are not finite")
         task = self._task(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
+        if isinstance(statistic, PairedHessian) and task.hessian is not None:
+            task = replace(task, weight=asymmetric_target(task.weight, task.hessian, statistic.drift))
+            weights = list(task.weight.split(task.segments))
         if statistic_of(self.recipe) is not None and statistic is None:
             solution = entry.data_free(task)
             record = replace(solution.record, fallback="saw no calibration token, solved without data")

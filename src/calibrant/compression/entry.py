@@ -22,6 +22,7 @@ def enter_blocks(
     dtype: torch.dtype,
     device: torch.device,
     micro_batch_tokens: int,
+    with_original: bool = False,
 ) -> tuple[MicroBatch, list[MicroBatch]]:
     """A tiny batch to probe structure with, and the calibration set as it enters block 0."""
     use_fast_attention(model.module, dtype, device)
@@ -39,7 +40,8 @@ def enter_blocks(
         # Masks and positions are mostly the same for every batch of a shape; keep one copy.
         first = known.setdefault(rows.shape, calls)
         calls = first if first.same_as(calls) else calls
-        batches.append(MicroBatch(hidden, mask.to(device), calls))
+        original = hidden.clone() if with_original else None  # the engine frees what it is done with
+        batches.append(MicroBatch(hidden, mask.to(device), calls, original))
     drop(model.module)
     return probe, batches
 

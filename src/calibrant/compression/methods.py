@@ -19,7 +19,7 @@ from calibrant.compression.solvers.sparsegpt import sparsegpt
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.solvers.spqr import SpqrSettings, spqr
 from calibrant.compression.solvers.wanda import wanda
-from calibrant.compression.statistics import ColumnNorm, Hessian
+from calibrant.compression.statistics import ColumnNorm, Hessian, PairedHessian
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ METHODS: dict[str, Entry] = {
 
 def statistic_of(recipe: recipes.Recipe) -> Statistic | None:
     """What must be gathered of a layer's inputs: the larger of what the method and the search of ranges need."""
+    if recipe.asymmetric:
+        return PairedHessian
     weights = recipe.scheme.weights
     needed = (METHODS[recipe.method.name].statistic, _OF_SEARCH[weights.range_search] if weights else None)
     return Hessian if Hessian in needed else ColumnNorm if ColumnNorm in needed else None

@@ -166,13 +166,16 @@ Method = Annotated[
     Rtn | Gptq | QuantEase | Spqr | Hqq | Adpq | SparseGpt | Wanda | Magnitude, Field(discriminator="name")
 ]
 _PRUNES, _BOTH = {"wanda", "magnitude", "sparsegpt"}, {"sparsegpt"}
+_SECOND_ORDER = {"gptq", "quantease", "spqr", "sparsegpt"}
 _SYMMETRIC: dict[str, bool] = {"adpq": True, "spqr": False, "hqq": False}
 
 
 class Recipe(_Strict):
     """A named compression: ``transforms`` in order, then ``method``.
 
-    ``ignore`` holds regular expressions searched for in module names to leave alone.
+    ``asymmetric`` fits every layer to what the original model computes from its own inputs, instead of to what the
+    layer would make of the compressed model's. ``ignore`` holds regular expressions searched for in module names to
+    leave alone.
     """
 
     name: str
@@ -180,6 +183,7 @@ class Recipe(_Strict):
     method: Method
     scheme: Scheme
     transforms: list[Transform] = []
+    asymmetric: bool = False
     ignore: list[str] = []
 
     @field_validator("ignore")
@@ -206,6 +210,8 @@ class Recipe(_Strict):
                 raise ValueError(f"{method} needs weights with symmetric: {str(_SYMMETRIC[method]).lower()}")
             if scheme.weights.range_search != "none":
                 raise ValueError(f"{method} fits its ranges itself: leave range_search out")
+        if self.asymmetric and method not in _SECOND_ORDER:
+            raise ValueError(f"asymmetric needs the inputs' second moments, which {method} does not gather")
         if self.transforms and scheme.weights is None:
             raise ValueError("transforms prepare for quantization: the scheme needs weights")
         if scheme.activations is not None and self.stored_dense:

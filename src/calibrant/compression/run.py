@@ -1,5 +1,6 @@
 """One compression, from a model folder to a verified output folder."""
 
+import copy
 import resource
 import sys
 from collections.abc import Iterator
@@ -21,15 +22,18 @@ from calibrant.compression.block_transforms import transform_block
 from calibrant.compression.checkpoint_writer import CheckpointWriter
 from calibrant.compression.entry import cast, enter_blocks
 from calibrant.compression.plan import Plan
+from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import format_for, quantization_config
 from calibrant.formats.shards import ShardWriter, copy_side_files
 from calibrant.hashing import canonical_json
 from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import BlockStructure, probe_block
+from calibrant.modeling.structure import BlockStructure, Experts, probe_block
 from calibrant.output_folder import staged
 from calibrant.progress import Progress
 from calibrant.report.model_card import model_card
+
+_NOT_ASYMMETRIC = "the original model cannot run beside it; take a recipe that is not asymmetric"
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ def run_compression(
     Raises:
         CalibrantError: the set does not fit the model, values are not finite, or the output cannot be written.
     """
+    if plan.recipe.asymmetric and not (settings.sequential and settings.propagate):
+        raise CalibrantError(
+            f"recipe {plan.recipe.name} needs the single pass: leave out --two-pass and --no-propagate"
+        )
     clock = Clock()
     identity = calibration.sha256 if calibration is not None else "none"
     map_large_blocks()
@@ -145,13 +153,17 @@ def _compress_blocks(
     layers: list[LayerReport] = []
     with clock.stage("embed"):
         probe, batches = enter_blocks(
-            model, plan.blocks, calibration, settings.dtype, settings.device, settings.micro_batch_tokens
+            model,
+            plan.blocks,
+            calibration,
+            settings.dtype,
+            settings.device,
+            settings.micro_batch_tokens,
+            with_original=plan.recipe.asymmetric,
         )
     with progress.task("compressing", len(plan.blocks)) as task:
         for index, prefix in enumerate(plan.blocks):
-            solver, outputs = _compress_block(model, plan, index, probe, batches, settings, clock, notes)
-            for batch, hidden in zip(batches, outputs, strict=True):
-                batch.hidden = hidden
+            solver = _compress_block(model, plan, index, probe, batches, settings, clock, notes)
             with clock.stage("write"):
                 writer.write_block(prefix, solver)
             layers += solver.layers
@@ -175,7 +187,8 @@ def _compress_block(
     settings: Settings,
     clock: Clock,
     notes: list[str],
-) -> tuple[BlockSolver, list[torch.Tensor]]:
+) -> BlockSolver:
+    """Solve block ``index`` and move the batches on behind it."""
     prefix = plan.blocks[index]
     sequential = settings.sequential and settings.propagate
     try:
@@ -185,17 +198,42 @@ def _compress_block(
         ):
             if not batches:
                 _solve_without_data(solver, structure)
-                return solver, []
-            if sequential:
-                return solver, sequential_pass(solver.block, index, structure, batches, solver)
-            return solver, two_passes(solver.block, index, structure, batches, solver, settings.propagate)
+            elif plan.recipe.asymmetric:
+                _solve_beside_original(solver, index, structure, batches)
+            elif sequential:
+                _move(batches, sequential_pass(solver.block, index, structure, batches, solver)[0])
+            else:
+                _move(batches, two_passes(solver.block, index, structure, batches, solver, settings.propagate))
+            return solver
     except OrderDiffersError as difference:
+        if plan.recipe.asymmetric:
+            where = f"{prefix}: sequences reach {difference} in different orders"
+            raise CalibrantError(f"{where}, so {_NOT_ASYMMETRIC}") from difference
         notes.append(f"{prefix}: sequences reach {difference} in different orders, solved in two passes")
     with (
         _opened(model, plan, index, probe, batches, settings, clock, notes) as (solver, structure),
         clock.stage("forward"),
     ):
-        return solver, two_passes(solver.block, index, structure, batches, solver, settings.propagate)
+        _move(batches, two_passes(solver.block, index, structure, batches, solver, settings.propagate))
+        return solver
+
+
+def _move(batches: list[MicroBatch], outputs: list[torch.Tensor]) -> None:
+    for batch, hidden in zip(batches, outputs, strict=True):
+        batch.hidden = hidden
+
+
+def _solve_beside_original(
+    solver: BlockSolver, index: int, structure: BlockStructure, batches: list[MicroBatch]
+) -> None:
+    if any(isinstance(stage, Experts) for stage in structure.stages):
+        raise CalibrantError(f"{solver.prefix}: its experts are fused, so {_NOT_ASYMMETRIC}")
+    outputs, originals = sequential_pass(
+        solver.block, index, structure, batches, solver, original=copy.deepcopy(solver.block)
+    )
+    _move(batches, outputs)
+    for batch, hidden in zip(batches, originals, strict=True):
+        batch.original = hidden
 
 
 def _solve_without_data(solver: BlockSolver, structure: BlockStructure) -> None:

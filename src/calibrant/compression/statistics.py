@@ -24,6 +24,19 @@ class Hessian:
         return lower + torch.tril(lower, -1).T
 
 
+class PairedHessian(Hessian):
+    """A Hessian with ``drift = sum (y - x) x^T``, float32 ``[in, in]``; y is the original model's input."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.drift = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def add_pair(self, inputs: torch.Tensor, originals: torch.Tensor) -> None:
+        """Further tokens, as the compressed and as the original model has them."""
+        self.add(inputs)
+        self.drift += (originals - inputs).T @ inputs
+
+
 class ColumnNorm:
     """``sum x_j^2`` of every input channel, float32 ``[in]``: the diagonal of the Hessian (methods.md §9)."""
 

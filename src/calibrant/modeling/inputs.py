@@ -15,12 +15,19 @@ class MicroBatch:
     """Some rows of one length on their way through the blocks.
 
     ``hidden`` ``[rows, length, width]`` is what enters the next block, ``mask`` ``[rows, length]`` the counted
-    tokens, ``calls[i]`` the further arguments of block ``i``.
+    tokens, ``calls[i]`` the further arguments of block ``i``, ``original`` the hidden states of the original model
+    where a run needs them.
     """
 
     hidden: torch.Tensor
     mask: torch.Tensor
     calls: "BlockCalls"
+    original: torch.Tensor | None = None
+
+    def beside(self) -> "MicroBatch":
+        """The same rows on their way through the original model."""
+        assert self.original is not None
+        return MicroBatch(self.original, self.mask, self.calls)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,87 @@
+"""Asymmetric calibration: the target's formula, and a run whose layers follow the original model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import calibrant as cb
+from calibrant.compression.recipe import Recipe
+from calibrant.compression.solvers.asymmetric import asymmetric_target
+from calibrant.compression.statistics import PairedHessian
+from calibrant.errors import CalibrantError
+from tests.conftest import random_set
+
+
+def pairs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight, inputs = torch.randn(10, 16, generator=generator), torch.randn(400, 16, generator=generator)
+    return weight, inputs, inputs + 0.1 * inputs @ torch.randn(16, 16, generator=generator)
+
+
+def test_the_target_is_the_damped_least_squares_answer() -> None:
+    weight, inputs, originals = pairs()
+    statistic = PairedHessian(16, torch.device("cpu"))
+    for begin in (0, 150):
+        rows = slice(begin, 150 if begin == 0 else None)
+        statistic.add_pair(inputs[rows], originals[rows])
+    found = asymmetric_target(weight, statistic.matrix(), statistic.drift, damping=1e-3)
+    x, y, w = inputs.double(), originals.double(), weight.double()
+    hessian = x.T @ x
+    hessian += 1e-3 * hessian.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(found.double(), w + w @ ((y - x).T @ x) @ hessian.inverse(), rtol=1e-4, atol=1e-4)
+
+    def error(candidate: torch.Tensor) -> float:
+        return float((y @ w.T - x @ candidate.double().T).square().sum())
+
+    assert error(found) < 0.5 * error(weight)
+
+
+def test_without_drift_the_target_is_the_weight() -> None:
+    weight, inputs, _ = pairs()
+    assert torch.equal(asymmetric_target(weight, inputs.T @ inputs, torch.zeros(16, 16)), weight)
+
+
+def recipe(asymmetric: bool, method: str = "gptq") -> Recipe:
+    scheme = {"weights": {"bits": 3, "group_size": 32}}
+    return Recipe.model_validate(
+        {"name": "r", "description": "d", "method": {"name": method}, "scheme": scheme, "asymmetric": asymmetric}
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_follow_the_original_model(llama: Path, tmp_path: Path, dtype: str) -> None:
+    calibration = random_set(llama, samples=32)
+    states = {}
+    for asymmetric in (False, True):
+        output = tmp_path / str(asymmetric)
+        cb.compress(llama, output=output, recipe=recipe(asymmetric), calibration=calibration, dtype=dtype)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
+        with torch.no_grad():
+            states[asymmetric] = loaded(calibration.tokens.long(), output_hidden_states=True).hidden_states[-1]
+    original = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    with torch.no_grad():
+        expected = original(calibration.tokens.long(), output_hidden_states=True).hidden_states[-1]
+    errors = {kind: float((found - expected).square().sum()) for kind, found in states.items()}
+    assert errors[True] < 0.97 * errors[False]
+    left, right = (load_file(tmp_path / str(kind) / "model.safetensors") for kind in (True, False))
+    # What enters the first layers is the same in both models.
+    for name in ("q_proj", "k_proj", "v_proj"):
+        packed = f"model.layers.0.self_attn.{name}.weight_packed"
+        assert torch.equal(left[packed], right[packed])
+    assert not torch.equal(
+        left["model.layers.1.mlp.down_proj.weight_packed"], right["model.layers.1.mlp.down_proj.weight_packed"]
+    )
+
+
+def test_what_asymmetric_recipes_need(llama: Path, model_folder, tmp_path: Path) -> None:
+    options = {"calibration": random_set(llama), "output": tmp_path / "out"}
+    with pytest.raises(CalibrantError, match="needs the single pass"):
+        cb.compress(llama, recipe=recipe(True), sequential=False, **options)
+    with pytest.raises(CalibrantError, match="experts are fused"):
+        cb.compress(model_folder("mixtral"), recipe=recipe(True), **options)
+    with pytest.raises(ValueError, match="which rtn does not gather"):
+        recipe(True, "rtn")
+    assert not (tmp_path / "out").exists()
