@@ -9,9 +9,10 @@ from torch import nn
 from calibrant.clock import Clock
 from calibrant.compression.block_engine import Unit
 from calibrant.compression.grids import GridSpec
-from calibrant.compression.methods import METHODS, Task, statistic_of
+from calibrant.compression.methods import METHODS
 from calibrant.compression.recipe import Recipe
 from calibrant.compression.solvers.asymmetric import asymmetric_target
+from calibrant.compression.solvers.method import Task
 from calibrant.compression.solvers.result import Solution, SolverRecord, layer_errors
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import ColumnNorm, Hessian, PairedHessian
@@ -58,7 +59,7 @@ class BlockSolver:
     _statistics: dict[Unit, Hessian | ColumnNorm] = field(default_factory=dict)
 
     def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
-        kind = statistic_of(self.recipe)
+        kind = self.recipe.statistic
         if kind is None:
             return
         with self.clock.stage("statistics"):
@@ -84,8 +85,8 @@ class BlockSolver:
         if isinstance(statistic, PairedHessian) and task.hessian is not None:
             task = replace(task, weight=asymmetric_target(task.weight, task.hessian, statistic.drift))
             weights = list(task.weight.split(task.segments))
-        if statistic_of(self.recipe) is not None and statistic is None:
-            solution = entry.data_free(task)
+        if self.recipe.statistic is not None and statistic is None:
+            solution = entry.without_data(task)
             record = replace(solution.record, fallback="saw no calibration token, solved without data")
             solution = replace(solution, record=record)
         else:

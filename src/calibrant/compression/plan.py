@@ -9,10 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.compression.grids import GridSpec
-from calibrant.compression.methods import statistic_of
 from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 from calibrant.compression.solvers.sparsity import Sparsity
-from calibrant.compression.statistics import Hessian
+from calibrant.compression.statistics import Hessian, PairedHessian
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Layout
 from calibrant.modeling.lazy_model import LazyModel
@@ -188,7 +187,7 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
     }
     groups = 4 * len(plan.blocks)
     hessian = 0.0
-    if statistic_of(plan.recipe) is Hessian:
+    if plan.recipe.statistic in (Hessian, PairedHessian):
         per_block = sum(sorted(widths)[:1]) ** 2 * 3 + max(widths) ** 2
         hessian = per_block * len(plan.blocks) * float(tokens)
     flops = 2.0 * parameters * tokens + hessian

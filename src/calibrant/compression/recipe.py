@@ -1,14 +1,27 @@
 """Recipes: which method, onto which scheme, for which layers; validated, named, readable as YAML."""
 
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from calibrant.compression.grids import RangeSearch
+from calibrant.compression.methods import METHODS
+from calibrant.compression.solvers.method import MethodOptions, Statistic
+from calibrant.compression.statistics import ColumnNorm, Hessian, PairedHessian
 from calibrant.errors import CalibrantError
 
 DEFAULT_RECIPE = "gptq-w4a16"
@@ -80,72 +93,6 @@ class Scheme(_Strict):
         return self
 
 
-class Rtn(_Strict):
-    """Round-to-nearest; no data."""
-
-    name: Literal["rtn"]
-
-
-class Gptq(_Strict):
-    """GPTQ; ``damping`` relative to the mean of the Hessian's diagonal; coordinate descent for ``refine_sweeps``."""
-
-    name: Literal["gptq"]
-    damping: float = Field(default=0.01, gt=0)
-    act_order: bool = True
-    refine_sweeps: int = Field(default=0, ge=0)
-
-
-class QuantEase(_Strict):
-    """QuantEase; with ``outliers`` that share of the weights stays exact and the result is stored dense."""
-
-    name: Literal["quantease"]
-    sweeps: int = Field(default=30, ge=1)
-    outliers: float = Field(default=0.0, ge=0, lt=1)
-
-
-class Spqr(_Strict):
-    """SpQR, stored dense; ``statistic_bits`` of the quantized scales and zeros, None to keep them."""
-
-    name: Literal["spqr"]
-    threshold: float = Field(default=0.2, gt=0)
-    damping: float = Field(default=1.0, gt=0)
-    act_order: bool = True
-    statistic_bits: int | None = Field(default=3, ge=1, le=8)
-    integer_zero: bool = False
-
-
-class Hqq(_Strict):
-    """HQQ, stored dense; no data."""
-
-    name: Literal["hqq"]
-
-
-class Adpq(_Strict):
-    """AdpQ, stored dense; no data. The ``share`` of largest weights gets grids of its own."""
-
-    name: Literal["adpq"]
-    share: float = Field(default=0.06, gt=0, lt=1)
-
-
-class SparseGpt(_Strict):
-    """SparseGPT; with weights in the scheme also quantizes."""
-
-    name: Literal["sparsegpt"]
-    damping: float = Field(default=0.01, gt=0)
-
-
-class Wanda(_Strict):
-    """Wanda."""
-
-    name: Literal["wanda"]
-
-
-class Magnitude(_Strict):
-    """Magnitude pruning; no data."""
-
-    name: Literal["magnitude"]
-
-
 class SmoothQuant(_Strict):
     """SmoothQuant: scales from norms into linears; ``alpha`` 1 moves the activations' whole range."""
 
@@ -162,12 +109,26 @@ class Awq(_Strict):
 
 
 Transform = Annotated[SmoothQuant | Awq, Field(discriminator="name")]
-Method = Annotated[
-    Rtn | Gptq | QuantEase | Spqr | Hqq | Adpq | SparseGpt | Wanda | Magnitude, Field(discriminator="name")
-]
-_PRUNES, _BOTH = {"wanda", "magnitude", "sparsegpt"}, {"sparsegpt"}
-_SECOND_ORDER = {"gptq", "quantease", "spqr", "sparsegpt"}
-_SYMMETRIC: dict[str, bool] = {"adpq": True, "spqr": False, "hqq": False}
+_WITH_DATA: dict[RangeSearch, Statistic | None] = {
+    "none": None,
+    "mse": None,
+    "importance": ColumnNorm,
+    "clip": Hessian,
+}
+
+
+def _known_options(value: object) -> object:
+    """The options of the method that ``value`` names, checked by the method."""
+    if isinstance(value, MethodOptions):
+        return value
+    name = value.get("name") if isinstance(value, dict) else None
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}; there are {', '.join(METHODS)}")
+    try:
+        return METHODS[str(name)].options.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {_said(first)}") from None
 
 
 class Recipe(_Strict):
@@ -180,7 +141,7 @@ class Recipe(_Strict):
 
     name: str
     description: str
-    method: Method
+    method: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_known_options)]
     scheme: Scheme
     transforms: list[Transform] = []
     asymmetric: bool = False
@@ -198,39 +159,44 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
-        method, scheme = self.method.name, self.scheme
-        if method not in _PRUNES and (scheme.weights is None or scheme.sparsity is not None):
-            raise ValueError(f"{method} quantizes: the scheme needs weights and no sparsity")
-        if method in _PRUNES and scheme.sparsity is None:
-            raise ValueError(f"{method} prunes: the scheme needs a sparsity")
-        if method in _PRUNES - _BOTH and scheme.weights is not None:
-            raise ValueError(f"{method} cannot quantize: take sparsegpt, or leave weights out")
-        if scheme.weights is not None and method in _SYMMETRIC:
-            if scheme.weights.symmetric != _SYMMETRIC[method]:
-                raise ValueError(f"{method} needs weights with symmetric: {str(_SYMMETRIC[method]).lower()}")
+        name, entry, scheme = self.method.name, METHODS[self.method.name], self.scheme
+        if not entry.prunes and (scheme.weights is None or scheme.sparsity is not None):
+            raise ValueError(f"{name} quantizes: the scheme needs weights and no sparsity")
+        if entry.prunes and scheme.sparsity is None:
+            raise ValueError(f"{name} prunes: the scheme needs a sparsity")
+        if not entry.quantizes and scheme.weights is not None:
+            raise ValueError(f"{name} cannot quantize: take sparsegpt, or leave weights out")
+        if scheme.weights is not None and entry.symmetric is not None:
+            if scheme.weights.symmetric != entry.symmetric:
+                raise ValueError(f"{name} needs weights with symmetric: {str(entry.symmetric).lower()}")
             if scheme.weights.range_search != "none":
-                raise ValueError(f"{method} fits its ranges itself: leave range_search out")
-        if self.asymmetric and method not in _SECOND_ORDER:
-            raise ValueError(f"asymmetric needs the inputs' second moments, which {method} does not gather")
+                raise ValueError(f"{name} fits its ranges itself: leave range_search out")
+        if self.asymmetric and entry.statistic is not Hessian:
+            raise ValueError(f"asymmetric needs the inputs' second moments, which {name} does not gather")
         if self.transforms and scheme.weights is None:
             raise ValueError("transforms prepare for quantization: the scheme needs weights")
         if scheme.activations is not None and self.stored_dense:
-            raise ValueError(f"{method} is stored dense, which no int8 activations go with")
+            raise ValueError(f"{name} is stored dense, which no int8 activations go with")
         return self
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What must be gathered of a layer's inputs: the larger of what the method and the search of ranges need."""
+        if self.asymmetric:
+            return PairedHessian
+        weights = self.scheme.weights
+        needed = (METHODS[self.method.name].statistic, _WITH_DATA[weights.range_search] if weights else None)
+        return Hessian if Hessian in needed else ColumnNorm if ColumnNorm in needed else None
 
     @property
     def stored_dense(self) -> bool:
         """Whether the result fits no quantized format, so that its values are stored as they are."""
-        return self.method.name in ("spqr", "hqq", "adpq") or (
-            self.method.name == "quantease" and self.method.outliers > 0
-        )
+        return METHODS[self.method.name].stored_dense(self.method)
 
     @property
     def needs_data(self) -> bool:
-        """Whether the method uses a calibration set."""
-        weights = self.scheme.weights
-        searched = weights is not None and weights.range_search in ("importance", "clip")
-        return searched or bool(self.transforms) or self.method.name not in ("rtn", "magnitude", "hqq", "adpq")
+        """Whether a calibration set is used."""
+        return self.statistic is not None or bool(self.transforms)
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).
@@ -294,9 +260,14 @@ def _validate(value: object, origin: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the recipe"
-        said = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            said = "no such key"
+        said = _said(first)
         if first["type"] == "model_type":
             said = "expected keys name, description, method, scheme (calibrant recipes NAME shows an example)"
         raise CalibrantError(f"{origin}: {place}: {said}") from error
+
+
+def _said(problem: Mapping[str, Any]) -> str:
+    """Pydantic's message of one problem, in our words where they are clearer."""
+    if problem["type"] == "extra_forbidden":
+        return "no such key"
+    return str(problem["msg"]).removeprefix("Value error, ")

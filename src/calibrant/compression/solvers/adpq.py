@@ -1,8 +1,12 @@
 """AdpQ: a share of the largest weights on grids of their own, no data (arXiv 2405.13358; methods.md §15)."""
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 
 from calibrant.compression.grids import GridSpec, encode_groups, stored_scale
+from calibrant.compression.solvers.method import Method, MethodOptions
 from calibrant.compression.solvers.result import Solution, SolverRecord
 
 
@@ -29,3 +33,19 @@ def _largest(run: torch.Tensor, share: float) -> torch.Tensor:
 def _rounded(groups: torch.Tensor, spec: GridSpec) -> torch.Tensor:
     scale = stored_scale(groups.abs().amax(-1, keepdim=True) / spec.highest, spec)
     return encode_groups(groups, scale, torch.zeros_like(scale), spec) * scale
+
+
+class Adpq(MethodOptions):
+    """AdpQ, stored dense; no data. The ``share`` of largest weights gets grids of its own."""
+
+    name: Literal["adpq"] = "adpq"
+    share: float = Field(default=0.06, gt=0, lt=1)
+
+
+ADPQ = Method(
+    Adpq,
+    lambda options, task: adpq(task.weight, task.grid_spec, share=options.share, segments=task.segments),
+    lambda task: adpq(task.weight, task.grid_spec, segments=task.segments),
+    symmetric=True,
+    stored_dense=lambda _: True,
+)

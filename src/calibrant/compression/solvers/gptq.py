@@ -1,12 +1,17 @@
 """GPTQ: quantize column by column, compensating each error in the columns not yet quantized (arXiv 2210.17323)."""
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 
 from calibrant.compression.grids import Grid, GridSpec
+from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.quantease import descend
 from calibrant.compression.solvers.result import Solution, SolverRecord, keep_rounded_rows
-from calibrant.compression.solvers.rtn import rtn
+from calibrant.compression.solvers.rtn import round_task, rtn
 from calibrant.compression.solvers.second_order import prepare, undo
+from calibrant.compression.statistics import Hessian
 from calibrant.kernels.column_loop import BLOCK_SIZE, ColumnProblem, solve_columns
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
 
@@ -58,3 +63,19 @@ def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torc
         lowest=grid.spec.lowest,
         highest=grid.spec.highest,
     )
+
+
+class Gptq(MethodOptions):
+    """GPTQ; ``damping`` relative to the mean of the Hessian's diagonal; coordinate descent for ``refine_sweeps``."""
+
+    name: Literal["gptq"] = "gptq"
+    damping: float = Field(default=0.01, gt=0)
+    act_order: bool = True
+    refine_sweeps: int = Field(default=0, ge=0)
+
+
+def _solve(options: Gptq, task: Task) -> Solution:
+    return gptq(task.weight, task.full_moments, task.grid_spec, **options.model_dump(exclude={"name"}))
+
+
+GPTQ = Method(Gptq, _solve, round_task, Hessian)

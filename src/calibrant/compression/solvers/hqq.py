@@ -1,8 +1,11 @@
 """HQQ: the zero point of each group fitted by half-quadratic splitting, no data (dropbox/hqq; methods.md §16)."""
 
+from typing import Literal
+
 import torch
 
 from calibrant.compression.grids import GridSpec, encode_groups, stored_scale
+from calibrant.compression.solvers.method import Method, MethodOptions
 from calibrant.compression.solvers.result import Solution
 
 _STEPS = 20
@@ -35,3 +38,18 @@ def hqq(weight: torch.Tensor, spec: GridSpec) -> Solution:
         beta *= _BETA_GROWTH
     codes = encode_groups(groups, scale, best_zero, spec)
     return Solution(((codes - best_zero) * scale).view_as(weight))
+
+
+class Hqq(MethodOptions):
+    """HQQ, stored dense; no data."""
+
+    name: Literal["hqq"] = "hqq"
+
+
+HQQ = Method(
+    Hqq,
+    lambda _, task: hqq(task.weight, task.grid_spec),
+    lambda task: hqq(task.weight, task.grid_spec),
+    symmetric=False,
+    stored_dense=lambda _: True,
+)

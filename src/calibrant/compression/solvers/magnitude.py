@@ -1,7 +1,10 @@
 """Magnitude pruning: the data-free control (methods.md §10)."""
 
+from typing import Literal
+
 import torch
 
+from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.result import Solution
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.kernels.masks import keep_largest
@@ -19,3 +22,17 @@ def magnitude(weight: torch.Tensor, sparsity: Sparsity, segments: tuple[int, ...
         runs = scores.split(list(segments or (len(scores),)))
         kept = torch.cat([keep_largest(run, sparsity.share) for run in runs])
     return Solution(torch.where(kept, weight, 0.0), kept=kept)
+
+
+class Magnitude(MethodOptions):
+    """Magnitude; no data."""
+
+    name: Literal["magnitude"] = "magnitude"
+
+
+def drop_smallest(task: Task) -> Solution:
+    """Magnitude pruning of a task's weights."""
+    return magnitude(task.weight, task.pattern, task.segments)
+
+
+MAGNITUDE = Method(Magnitude, lambda _, task: drop_smallest(task), drop_smallest, quantizes=False, prunes=True)

@@ -1,14 +1,18 @@
 """QuantEase: cyclic coordinate descent on a layer's squared output error (arXiv 2309.01885)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field
 
 from calibrant.compression.grid_fitting import fit_grid
 from calibrant.compression.grids import Grid, GridSpec, decode, encode
+from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.result import Solution, SolverRecord, keep_rounded_rows
-from calibrant.compression.solvers.rtn import rtn
+from calibrant.compression.solvers.rtn import round_task, rtn
 from calibrant.compression.solvers.second_order import undo
+from calibrant.compression.statistics import Hessian
 from calibrant.kernels.coordinate_descent import sweep
 
 # Every third sweep may leave the grid, but not late and not last (the released code).
@@ -89,3 +93,23 @@ def _largest(values: torch.Tensor, share: float, runs: list[int]) -> torch.Tenso
         largest = torch.argsort(flat.abs(), descending=True, stable=True)[: round(share * flat.numel())]
         kept.append(torch.zeros_like(flat).index_copy(0, largest, flat[largest]).view_as(run))
     return torch.cat(kept)
+
+
+class QuantEase(MethodOptions):
+    """QuantEase; with ``outliers`` that share of the weights stays exact and the result is stored dense."""
+
+    name: Literal["quantease"] = "quantease"
+    sweeps: int = Field(default=30, ge=1)
+    outliers: float = Field(default=0.0, ge=0, lt=1)
+
+
+def _solve(options: QuantEase, task: Task) -> Solution:
+    weight, moments, spec = task.weight, task.full_moments, task.grid_spec
+    if not options.outliers:
+        return quantease(weight, moments, spec, sweeps=options.sweeps)
+    return quantease_with_outliers(
+        weight, moments, spec, sweeps=options.sweeps, share=options.outliers, segments=task.segments
+    )
+
+
+QUANTEASE = Method(QuantEase, _solve, round_task, Hessian, stored_dense=lambda options: options.outliers > 0)

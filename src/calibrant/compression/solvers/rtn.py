@@ -1,9 +1,12 @@
 """Round-to-nearest: every group on its own grid (methods.md §6)."""
 
+from typing import Literal
+
 import torch
 
 from calibrant.compression.grid_fitting import fit_grid
 from calibrant.compression.grids import GridSpec, decode, encode
+from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.result import Solution
 
 
@@ -12,3 +15,17 @@ def rtn(weight: torch.Tensor, spec: GridSpec, moments: torch.Tensor | None = Non
     grid = fit_grid(weight, spec, moments)
     codes = encode(weight, grid)
     return Solution(decode(codes, grid), codes, grid)
+
+
+class Rtn(MethodOptions):
+    """Round-to-nearest; no data but what a range search looks at."""
+
+    name: Literal["rtn"] = "rtn"
+
+
+def round_task(task: Task) -> Solution:
+    """Round-to-nearest of a task's weights."""
+    return rtn(task.weight, task.grid_spec, task.moments)
+
+
+RTN = Method(Rtn, lambda _, task: round_task(task), round_task)

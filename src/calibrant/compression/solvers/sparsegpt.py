@@ -1,16 +1,20 @@
 """SparseGPT: prune column by column with error compensation, optionally quantizing what stays (arXiv 2301.00774)."""
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
+from pydantic import Field
 
 from calibrant.compression.grid_fitting import fit_grid
 from calibrant.compression.grids import GridSpec, decode, encode
 from calibrant.compression.solvers.gptq import quantization_problem
 from calibrant.compression.solvers.magnitude import magnitude
+from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.result import Solution, SolverRecord
 from calibrant.compression.solvers.second_order import prepare, undo
 from calibrant.compression.solvers.sparsity import Sparsity
+from calibrant.compression.statistics import Hessian
 from calibrant.kernels.column_loop import BLOCK_SIZE, ColumnProblem, solve_columns
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
 
@@ -62,3 +66,24 @@ def _by_magnitude(
     grid = fit_grid(weight, spec)
     codes = encode(pruned.weight, grid)
     return Solution(decode(codes, grid), codes, grid, pruned.kept, record=record)
+
+
+class SparseGpt(MethodOptions):
+    """SparseGPT; with weights in the scheme also quantizes."""
+
+    name: Literal["sparsegpt"] = "sparsegpt"
+    damping: float = Field(default=0.01, gt=0)
+
+
+def _solve(options: SparseGpt, task: Task) -> Solution:
+    return sparsegpt(
+        task.weight, task.full_moments, task.pattern, task.spec, segments=task.segments, damping=options.damping
+    )
+
+
+def _without_data(task: Task) -> Solution:
+    identity = torch.eye(task.weight.shape[1], device=task.weight.device)
+    return sparsegpt(task.weight, identity, task.pattern, task.spec, segments=task.segments)
+
+
+SPARSEGPT = Method(SparseGpt, _solve, _without_data, Hessian, prunes=True)

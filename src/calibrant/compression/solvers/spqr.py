@@ -1,11 +1,16 @@
 """SpQR: GPTQ that keeps outliers exactly and quantizes its scales and zeros a second time (arXiv 2306.03078)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
 
+from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.result import Solution, SolverRecord
+from calibrant.compression.solvers.rtn import round_task
 from calibrant.compression.solvers.second_order import prepare, undo
+from calibrant.compression.statistics import Hessian
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
 
 _BLOCK = 128
@@ -130,3 +135,23 @@ def _second_level(values: torch.Tensor, bits: int) -> torch.Tensor:
     step = (high - low) / (2**bits - 1)
     step = torch.where(step > 0, step, 1.0)
     return (torch.round((runs - low) / step) * step + low).view(-1, 1)[: len(values)]
+
+
+class Spqr(MethodOptions):
+    """SpQR, stored dense; ``statistic_bits`` of the quantized scales and zeros, None to keep them."""
+
+    name: Literal["spqr"] = "spqr"
+    threshold: float = Field(default=0.2, gt=0)
+    damping: float = Field(default=1.0, gt=0)
+    act_order: bool = True
+    statistic_bits: int | None = Field(default=3, ge=1, le=8)
+    integer_zero: bool = False
+
+
+def _solve(options: Spqr, task: Task) -> Solution:
+    spec = task.grid_spec
+    settings = SpqrSettings(spec.bits, spec.group_size, **options.model_dump(exclude={"name"}))
+    return spqr(task.weight, task.full_moments, settings)
+
+
+SPQR = Method(Spqr, _solve, round_task, Hessian, symmetric=False, stored_dense=lambda _: True)

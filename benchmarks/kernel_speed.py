@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from calibrant.compression.grids import GridSpec, fit_grid
+from calibrant.compression.grid_fitting import fit_grid
+from calibrant.compression.grids import GridSpec
 from calibrant.compression.solvers.gptq import quantization_problem
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import solve_columns

@@ -1,0 +1,90 @@
+"""What a method is to the engine: its options in a recipe, what it must know of a layer's input, how it solves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from calibrant.compression.grids import GridSpec
+from calibrant.compression.solvers.result import Solution
+from calibrant.compression.solvers.sparsity import Sparsity
+from calibrant.compression.statistics import ColumnNorm, Hessian
+
+Statistic = type[Hessian] | type[ColumnNorm]
+
+
+class MethodOptions(BaseModel):
+    """A method's options in a recipe; each has ``name`` as a literal, by which it is found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One solve: weights stacked by rows (``segments`` are the row counts), what is known of their input, the target.
+
+    A solver is only handed tasks that have what it needs: ``spec`` if it quantizes, ``sparsity`` if it prunes, and of
+    ``hessian`` ``[in, in]`` and ``sum_of_squares`` ``[in]`` what its statistic gives.
+    """
+
+    weight: torch.Tensor
+    segments: tuple[int, ...]
+    spec: GridSpec | None
+    sparsity: Sparsity | None
+    hessian: torch.Tensor | None = None
+    sum_of_squares: torch.Tensor | None = None
+
+    @property
+    def moments(self) -> torch.Tensor | None:
+        """What is known of the inputs' second moments."""
+        return self.hessian if self.hessian is not None else self.sum_of_squares
+
+    @property
+    def grid_spec(self) -> GridSpec:
+        """``spec``, for methods that quantize."""
+        assert self.spec is not None
+        return self.spec
+
+    @property
+    def pattern(self) -> Sparsity:
+        """``sparsity``, for methods that prune."""
+        assert self.sparsity is not None
+        return self.sparsity
+
+    @property
+    def full_moments(self) -> torch.Tensor:
+        """``hessian``, for methods whose statistic it is."""
+        assert self.hessian is not None
+        return self.hessian
+
+
+def _never(_: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registry entry.
+
+    ``solve`` gets the options and a task, ``without_data`` a task whose layer saw no token. ``statistic`` None: no
+    data. ``symmetric``: which weights the method is for, where it fits its ranges itself; None for grids of any kind.
+    ``stored_dense``: with which options no quantized format holds the result.
+    """
+
+    options: type[MethodOptions]
+    solve: Callable[[Any, Task], Solution]
+    without_data: Callable[[Task], Solution]
+    statistic: Statistic | None = None
+    quantizes: bool = True
+    prunes: bool = False
+    symmetric: bool | None = None
+    stored_dense: Callable[[Any], bool] = _never
+
+    @property
+    def name(self) -> str:
+        """As recipes spell it."""
+        return str(self.options.model_fields["name"].default)
