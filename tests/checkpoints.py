@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from calibrant.compression.grids import Grid, GridSpec, decode
-from calibrant.formats.quantized import Layout, PackQuantized
+from calibrant.formats.compressed_tensors import PackQuantized
+from calibrant.formats.quantized import Layout
 
 
 def put_stored_weights(model: torch.nn.Module, output: Path, group_size: int) -> None:

@@ -13,6 +13,8 @@ from calibrant.compression.run import RunReport, Settings, run_compression
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.divergence import Evaluation, evaluate_models
 from calibrant.evaluation.windows import evaluation_windows
+from calibrant.formats.quantized import FormatName
+from calibrant.formats.registry import FORMATS
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
@@ -57,6 +59,7 @@ def prepare(
     dtype: str = "auto",
     sequential: bool = True,
     propagate: bool = True,
+    checkpoint_format: FormatName = "compressed-tensors",
     overwrite: bool = False,
     allow_encoder: bool = False,
 ) -> PreparedRun:
@@ -72,7 +75,9 @@ def prepare(
         _check_calibration(folder, calibration)
     place = torch_device(device)
     lazy = LazyModel(folder, folder.dtype, place)
-    plan = make_plan(lazy, find_blocks(lazy.module), chosen)
+    if checkpoint_format not in FORMATS:
+        raise CalibrantError(f"{checkpoint_format}: no such format; there are {', '.join(FORMATS)}")
+    plan = make_plan(lazy, find_blocks(lazy.module), chosen, checkpoint_format)
     settings = Settings(torch_dtype(dtype, place), place, sequential, propagate, overwrite=overwrite)
     return PreparedRun(lazy, plan, settings, target)
 
@@ -88,6 +93,7 @@ def compress(
     dtype: str = "auto",
     sequential: bool = True,
     propagate: bool = True,
+    checkpoint_format: FormatName = "compressed-tensors",
     overwrite: bool = False,
     allow_encoder: bool = False,
     progress: Progress | None = None,
@@ -97,7 +103,7 @@ def compress(
     ``recipe`` is a built-in name, a YAML file or a ``Recipe``; ``calibration`` a set or its folder. Without one, a
     method that needs data gets a set the model writes itself (``generate`` with ``seed``). ``dtype`` is what is
     computed in: "bfloat16", "float32", or "auto" (bfloat16 where the processor multiplies it fast). ``sequential``
-    and ``propagate`` are described in ``Settings``.
+    and ``propagate`` are described in ``Settings``. ``checkpoint_format``: "compressed-tensors", "gptq" or "awq".
 
     Raises:
         CalibrantError: something does not fit, or the output cannot be written; nothing is left behind.
@@ -114,6 +120,7 @@ def compress(
         dtype=dtype,
         sequential=sequential,
         propagate=propagate,
+        checkpoint_format=checkpoint_format,
         overwrite=overwrite,
         allow_encoder=allow_encoder,
     )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from calibrant.formats.packing import pack, unpack
-from calibrant.formats.quantized import Codes, Layout, format_for
+from calibrant.formats.quantized import Codes, Layout
+from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter
 
 

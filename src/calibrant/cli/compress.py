@@ -57,6 +57,9 @@ def compress(
             "--propagate/--no-propagate", help="Feed each block the outputs of the compressed ones before it."
         ),
     ] = True,
+    checkpoint_format: Annotated[
+        str, typer.Option("--format", help="How quantized weights are stored: compressed-tensors, gptq or awq.")
+    ] = "compressed-tensors",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     encoder: Annotated[
@@ -95,6 +98,7 @@ def compress(
             dtype=dtype,
             sequential=not two_pass,
             propagate=propagate,
+            checkpoint_format=checkpoint_format,  # type: ignore[arg-type]  # checked by prepare, which names the choices
             overwrite=overwrite,
             allow_encoder=encoder,
         )

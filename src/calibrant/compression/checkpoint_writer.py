@@ -8,7 +8,8 @@ from safetensors import safe_open
 from calibrant.compression.block_solver import BlockSolver
 from calibrant.compression.plan import Plan
 from calibrant.errors import CalibrantError
-from calibrant.formats.quantized import Codes, format_for
+from calibrant.formats.quantized import Codes
+from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter
 from calibrant.hashing import sha256_bytes
 from calibrant.modeling.lazy_model import LazyModel
@@ -72,12 +73,10 @@ class CheckpointWriter:
 
     def _verify_codes(self, base: str, expected: str, places: dict[str, Path]) -> None:
         assert self._plan.layout is not None
-        tensors = {}
-        for name, file in places.items():
-            if name.startswith(base) and "." not in name.removeprefix(base):
-                tensors[name.removeprefix(base)] = _read(file, name)
+        own = [name for name in places if name.startswith(base) and "." not in name.removeprefix(base)]
+        tensors = {name.removeprefix(base): _read(places[name], name) for name in own}
         if _codes_hash(format_for(self._plan.layout).read(tensors, self._plan.layout)) != expected:
-            raise CalibrantError(f"{places[base + 'weight_scale']}: {base}* does not unpack to what was solved")
+            raise CalibrantError(f"{places[own[0]]}: {base}* does not unpack to what was solved")
 
 
 def _read(file: Path, name: str) -> torch.Tensor:

@@ -13,7 +13,8 @@ from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import Hessian, PairedHessian
 from calibrant.errors import CalibrantError
-from calibrant.formats.quantized import Layout
+from calibrant.formats.quantized import FormatName, Layout
+from calibrant.formats.registry import format_for
 from calibrant.modeling.lazy_model import LazyModel
 
 
@@ -48,8 +49,10 @@ class Estimate:
     disk_bytes: int
 
 
-def make_plan(model: LazyModel, blocks: list[str], chosen: Recipe) -> Plan:
-    """Fit the ``chosen`` recipe to ``model``.
+def make_plan(
+    model: LazyModel, blocks: list[str], chosen: Recipe, format_name: FormatName = "compressed-tensors"
+) -> Plan:
+    """Fit the ``chosen`` recipe to ``model``, stored in the format of that name.
 
     Raises:
         CalibrantError: a group or pattern does not divide a layer (with the sizes that do), nothing is left to
@@ -87,8 +90,11 @@ def make_plan(model: LazyModel, blocks: list[str], chosen: Recipe) -> Plan:
         notes.append(f"groups of {fitted}" if fitted else "no group size fits every layer: one scale a channel")
     if weights is not None:
         group = weights.group_size if isinstance(weights.group_size, int) else None
-        spec = GridSpec(weights.bits, weights.symmetric, group, model.folder.dtype, weights.range_search)
-        layout = Layout(weights.bits, weights.symmetric, group, recipe.scheme.activations is not None)
+        scale_dtype = model.folder.dtype if format_name == "compressed-tensors" else torch.float16
+        spec = GridSpec(weights.bits, weights.symmetric, group, scale_dtype, weights.range_search)
+        layout = Layout(weights.bits, weights.symmetric, group, recipe.scheme.activations is not None, format_name)
+        if format_name != "compressed-tensors":
+            _check_format(layout, linears, stored_otherwise, recipe)
         if stored_otherwise and layout.dynamic_activations:
             raise CalibrantError(
                 f"{stored_otherwise[0]}: int8 activations need ordinary linear layers, and this model's are not; "
@@ -103,7 +109,7 @@ def make_plan(model: LazyModel, blocks: list[str], chosen: Recipe) -> Plan:
                 "loads can hold: the quantized values are stored dense, so the files do not get smaller"
             )
             layout = None
-        elif not layout.symmetric and not layout.dynamic_activations:
+        elif not layout.symmetric and not layout.dynamic_activations and format_name == "compressed-tensors":
             notes.append(
                 "transformers 5.23 loads asymmetric packed weights only unpacked: pass from_pretrained "
                 "quantization_config=CompressedTensorsConfig(dequantize=True)"
@@ -112,9 +118,33 @@ def make_plan(model: LazyModel, blocks: list[str], chosen: Recipe) -> Plan:
             notes.append(
                 f"{layout.bits}-bit values are stored in {layout.stored_bits} bits, which every loader reads alike"
             )
+    elif format_name != "compressed-tensors":
+        raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
     else:
         notes.append("pruned weights are stored dense: the zeros are there, the files do not get smaller")
     return Plan(recipe, blocks, linears, fused, spec, _sparsity(recipe), layout, notes)
+
+
+def _check_format(
+    layout: Layout, linears: dict[str, tuple[int, int]], stored_otherwise: list[str], recipe: Recipe
+) -> None:
+    """Refuse what the asked format cannot hold.
+
+    Raises:
+        CalibrantError: the scheme, the method or a layer does not fit.
+    """
+    refusal = format_for(layout).refusal(layout)
+    if layout.dynamic_activations:
+        refusal = f"the {layout.format} format is for weights alone: take compressed-tensors for int8 activations"
+    if recipe.stored_dense or stored_otherwise:
+        what = recipe.method.name if recipe.stored_dense else f"{stored_otherwise[0]} is no ordinary linear layer and"
+        refusal = f"{what} fits no {layout.format} checkpoint: take compressed-tensors"
+    words = 32 // layout.stored_bits
+    for name, shape in linears.items():
+        if any(size % words for size in shape):
+            refusal = refusal or f"{name}: the {layout.format} format needs sizes that {words} divides, it has {shape}"
+    if refusal:
+        raise CalibrantError(refusal)
 
 
 def _ignored(recipe: Recipe, name: str) -> bool:

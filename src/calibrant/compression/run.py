@@ -23,7 +23,7 @@ from calibrant.compression.checkpoint_writer import CheckpointWriter
 from calibrant.compression.entry import cast, enter_blocks
 from calibrant.compression.plan import Plan
 from calibrant.errors import CalibrantError
-from calibrant.formats.quantized import format_for, quantization_config
+from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter, copy_side_files
 from calibrant.hashing import canonical_json
 from calibrant.modeling.inputs import MicroBatch, call_block
@@ -285,7 +285,10 @@ def _write_config(model: LazyModel, plan: Plan, solved: set[str], folder: Path) 
             for name, module in model.module.named_modules()
             if isinstance(module, nn.Linear) and name not in solved
         ]
-        config["quantization_config"] = quantization_config(plan.layout, sorted(kept))
+        config["quantization_config"] = format_for(plan.layout).config(plan.layout, sorted(kept))
+        if plan.layout.format == "gptq":  # its older readers look here
+            settings = canonical_json(config["quantization_config"])
+            (folder / "quantize_config.json").write_text(settings, encoding="utf-8")
     (folder / "config.json").write_text(canonical_json(config), encoding="utf-8")
 
 

@@ -213,3 +213,11 @@ def _shard_table(file: Path) -> dict[str, TensorInfo]:
             f"{_HEADER_LENGTH_BYTES + length + end}; copy or download it again"
         )
     return {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def model_class(architecture: str) -> type[transformers.PreTrainedModel]:
+    """The class of transformers that ``config.json`` names."""
+    found: type[transformers.PreTrainedModel] = vars(transformers).get(architecture) or getattr(
+        transformers, architecture
+    )
+    return found

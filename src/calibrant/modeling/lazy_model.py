@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from calibrant.errors import CalibrantError, first_line
-from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.checkpoint import ModelFolder, model_class
 
 
 class LazyModel:
@@ -130,10 +130,10 @@ def drop(module: nn.Module) -> None:
 
 def _skeleton(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
     """Modules with parameters on meta but real buffers, which are computed, not stored."""
-    model_class = _model_class(folder.architecture)
+    wanted = model_class(folder.architecture)
     try:
         with init_empty_weights(include_buffers=False), _quiet():
-            model: transformers.PreTrainedModel = model_class._from_config(folder.config, dtype=dtype)
+            model: transformers.PreTrainedModel = wanted._from_config(folder.config, dtype=dtype)
     except Exception as error:  # a config can fail in as many ways as transformers has models
         raise CalibrantError(
             f"{folder.path}: no model can be made from its config.json ({first_line(error)})"
@@ -147,13 +147,6 @@ def _skeleton(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> 
         persistent = leaf not in model.get_submodule(owner)._non_persistent_buffers_set
         model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=persistent)
     return model
-
-
-def _model_class(architecture: str) -> type[transformers.PreTrainedModel]:
-    model_class: type[transformers.PreTrainedModel] = vars(transformers).get(architecture) or getattr(
-        transformers, architecture
-    )
-    return model_class
 
 
 @contextlib.contextmanager

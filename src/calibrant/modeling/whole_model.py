@@ -1,12 +1,14 @@
 """A model loaded whole by transformers, for writing text and for scoring it."""
 
+import copy
 from typing import Any
 
 import torch
 import transformers
 
 from calibrant.errors import CalibrantError, first_line
-from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.formats.dense import dense_weights
+from calibrant.modeling.checkpoint import ModelFolder, model_class
 
 # Processor features that multiply bfloat16 faster than float32 (x86 twice, Arm).
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -53,6 +55,19 @@ def _unpacking(folder: ModelFolder) -> dict[str, Any]:
     return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
 
 
+def _load_dequantized(
+    folder: ModelFolder, settings: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
+    """The model with its weights unpacked here: transformers' own loaders of these formats need further packages."""
+    state = dense_weights(folder.tensors, folder.read, settings)
+    config = copy.deepcopy(folder.config)
+    del config.quantization_config
+    load: Any = model_class(folder.architecture).from_pretrained
+    model: Any = load(None, config=config, state_dict=state, dtype=dtype)
+    loaded: transformers.PreTrainedModel = model.to(device=device).eval()
+    return loaded
+
+
 def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.PreTrainedModel:
     """The causal language model in ``folder``, in evaluation mode.
 
@@ -60,6 +75,9 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
         CalibrantError: it cannot be loaded, or its files lack weights.
     """
     place = torch_device(device)
+    settings = folder.config_dict.get("quantization_config")
+    if isinstance(settings, dict) and settings.get("quant_method") in ("gptq", "awq"):
+        return _load_dequantized(folder, settings, place, torch_dtype(dtype, place))
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # typed by transformers for the model alone
     try:
         model, found = load(

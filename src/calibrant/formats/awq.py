@@ -1,0 +1,55 @@
+"""AWQ checkpoints, the GEMM layout (formats.md §6)."""
+
+from typing import Any
+
+import torch
+
+from calibrant.formats.packing import pack, unpack
+from calibrant.formats.quantized import Codes, Layout
+
+_BITS = 4
+# Nibble i of a word holds output channel 8 word + _ORDER[i].
+_ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+
+class Awq:
+    """4-bit codes and zeros packed along the outputs in an order of its own, scales float16."""
+
+    name = "awq"
+
+    def refusal(self, layout: Layout) -> str | None:
+        if layout.bits != _BITS:
+            return f"the awq format holds 4-bit weights, not {layout.bits}"
+        return None
+
+    def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
+        return {
+            "qweight": pack(_reordered(codes.codes.T), _BITS),
+            "qzeros": pack(_reordered(codes.zero.T), _BITS),
+            "scales": codes.scale.T.contiguous(),
+        }
+
+    def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
+        scales = tensors["scales"]
+        codes, zero = (_in_order(unpack(tensors[name], _BITS, scales.shape[1])).T for name in ("qweight", "qzeros"))
+        return Codes(codes.contiguous(), scales.T.contiguous(), zero.contiguous())
+
+    def config(self, layout: Layout, ignored: list[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "awq",
+            "bits": _BITS,
+            "group_size": layout.group_size or -1,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ignored or None,
+        }
+
+
+def _reordered(values: torch.Tensor) -> torch.Tensor:
+    rows, columns = values.shape
+    return values.reshape(rows, columns // 8, 8)[:, :, _ORDER].reshape(rows, columns)
+
+
+def _in_order(values: torch.Tensor) -> torch.Tensor:
+    rows, columns = values.shape
+    return values.reshape(rows, columns // 8, 8)[:, :, _ORDER.argsort()].reshape(rows, columns)

@@ -1,0 +1,92 @@
+"""The two quantized layouts of compressed-tensors, ``pack-quantized`` and ``int-quantized`` (formats.md §3)."""
+
+from typing import Any
+
+import torch
+
+from calibrant.formats.packing import pack, unpack
+from calibrant.formats.quantized import Codes, Layout
+
+
+class PackQuantized:
+    """Weight-only: codes packed into int32 words."""
+
+    name = "pack-quantized"
+
+    def refusal(self, layout: Layout) -> str | None:
+        return None
+
+    def config(self, layout: Layout, ignored: list[str]) -> dict[str, Any]:
+        return _config(self.name, layout, ignored)
+
+    def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
+        tensors = {
+            "weight_packed": pack(codes.codes, layout.stored_bits),
+            "weight_scale": codes.scale,
+            "weight_shape": torch.tensor(codes.codes.shape, dtype=torch.int64),
+        }
+        if not layout.symmetric:
+            tensors["weight_zero_point"] = pack(codes.zero.T.contiguous(), layout.stored_bits).T.contiguous()
+        return tensors
+
+    def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
+        rows, columns = tensors["weight_shape"].tolist()
+        scale = tensors["weight_scale"]
+        if layout.symmetric:
+            zero = torch.zeros(scale.shape, dtype=torch.int8)
+        else:
+            zero = unpack(tensors["weight_zero_point"].T.contiguous(), layout.stored_bits, rows).T.contiguous()
+        return Codes(unpack(tensors["weight_packed"], layout.stored_bits, columns), scale, zero)
+
+
+class IntQuantized:
+    """8-bit weights as int8 tensors, for integer products with activations quantized at run time."""
+
+    name = "int-quantized"
+
+    def refusal(self, layout: Layout) -> str | None:
+        return None
+
+    def config(self, layout: Layout, ignored: list[str]) -> dict[str, Any]:
+        return _config(self.name, layout, ignored)
+
+    def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
+        tensors = {"weight": codes.codes, "weight_scale": codes.scale}
+        if not layout.symmetric:
+            tensors["weight_zero_point"] = codes.zero
+        return tensors
+
+    def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
+        scale = tensors["weight_scale"]
+        zero = tensors.get("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
+        return Codes(tensors["weight"], scale, zero)
+
+
+def _config(name: str, layout: Layout, ignored: list[str]) -> dict[str, Any]:
+    activations: dict[str, Any] | None = None
+    if layout.dynamic_activations:
+        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    weights: dict[str, Any] = {
+        "num_bits": layout.stored_bits,
+        "type": "int",
+        "symmetric": layout.symmetric,
+        "strategy": "group" if layout.group_size else "channel",
+        "dynamic": False,
+    }
+    if layout.group_size:
+        weights["group_size"] = layout.group_size
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "quantization_status": "compressed",
+        "ignore": ignored,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": name,
+                "weights": weights,
+                "input_activations": activations,
+                "output_activations": None,
+            }
+        },
+    }

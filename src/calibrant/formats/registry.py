@@ -1,0 +1,17 @@
+"""Every quantized format, by what a layout asks for."""
+
+from calibrant.formats.awq import Awq
+from calibrant.formats.compressed_tensors import IntQuantized, PackQuantized
+from calibrant.formats.gptq import Gptq
+from calibrant.formats.quantized import FormatName, Layout, WeightFormat
+
+FORMATS: tuple[FormatName, ...] = ("compressed-tensors", "gptq", "awq")
+
+
+def format_for(layout: Layout) -> WeightFormat:
+    """The format of a layout; models with integer activations keep int8 tensors."""
+    if layout.format == "gptq":
+        return Gptq()
+    if layout.format == "awq":
+        return Awq()
+    return IntQuantized() if layout.dynamic_activations else PackQuantized()

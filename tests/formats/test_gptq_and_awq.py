@@ -1,0 +1,149 @@
+"""GPTQ and AWQ checkpoints: the words that other readers expect, and whole models written and opened again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.entrypoints.convert import AutoAWQConverter
+
+import calibrant as cb
+from calibrant.compression.recipe import Recipe
+from calibrant.errors import CalibrantError
+from calibrant.formats.compressed_tensors import PackQuantized
+from calibrant.formats.dense import dense_weights
+from calibrant.formats.quantized import Codes, Layout
+from calibrant.formats.registry import format_for
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.whole_model import load_whole
+from tests.conftest import random_set, write_model
+
+
+def hexadecimal(words: torch.Tensor) -> set[str]:
+    return {f"0x{word & 0xFFFFFFFF:08x}" for word in words.flatten().tolist()}
+
+
+def random_codes(bits: int, symmetric: bool, rows: int = 16, columns: int = 32, group: int = 8) -> Codes:
+    generator = torch.Generator().manual_seed(bits)
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, (rows, columns), generator=generator).to(torch.int8)
+    zero = torch.zeros(rows, columns // group, dtype=torch.int8)
+    if not symmetric:
+        zero = torch.randint(-half, half, zero.shape, generator=generator).to(torch.int8)
+    return Codes(codes, torch.rand(zero.shape, generator=generator).half() + 0.1, zero)
+
+
+def test_awq_words_are_the_documented_ones() -> None:
+    """A word whose columns hold their own index, and the zeros of a symmetric model."""
+    codes = (torch.arange(8, dtype=torch.int8) - 8)[:, None].expand(8, 8).contiguous()
+    written = format_for(Layout(4, True, 8, False, "awq")).write(
+        Codes(codes, torch.ones(8, 1).half(), torch.zeros(8, 1, dtype=torch.int8)), Layout(4, True, 8, False, "awq")
+    )
+    assert hexadecimal(written["qweight"]) == {"0x75316420"}
+    assert hexadecimal(written["qzeros"]) == {"0x88888888"}
+    assert written["qweight"].shape == (8, 1)
+
+
+def test_gptq_zeros_of_a_symmetric_model_are_stored_less_one() -> None:
+    layout = Layout(4, True, 8, False, "gptq")
+    written = format_for(layout).write(random_codes(4, True), layout)
+    assert hexadecimal(written["qzeros"]) == {"0x77777777"}
+    assert written["qweight"].shape == (4, 16)
+    assert written["scales"].shape == (4, 16)
+    assert written["g_idx"].tolist() == [i // 8 for i in range(32)]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gptq_is_unpacked_as_its_reference_does(bits: int) -> None:
+    """Shifts of every word along the inputs, zeros along the outputs plus one, in plain numpy."""
+    layout = Layout(bits, True, 8, False, "gptq")
+    codes = random_codes(bits, True)
+    written = {name: tensor.numpy() for name, tensor in format_for(layout).write(codes, layout).items()}
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    mask = (1 << bits) - 1
+    weight = (written["qweight"].view(np.uint32)[:, None, :] >> shifts[None, :, None]) & mask
+    zeros = ((written["qzeros"].view(np.uint32)[:, :, None] >> shifts) & mask).reshape(4, 16) + 1
+    expanded = weight.reshape(32, 16).astype(np.int64)
+    dense = written["scales"][written["g_idx"]] * (expanded - zeros[written["g_idx"]].astype(np.int64))
+    expected = (codes.codes.view(16, 4, 8).float() * codes.scale.float()[..., None]).view(16, 32)
+    np.testing.assert_allclose(dense.T.astype(np.float32), expected.numpy(), rtol=1e-3)
+
+
+def test_the_format_librarys_converter_reads_our_awq() -> None:
+    codes, layout = random_codes(4, False), Layout(4, False, 8, False, "awq")
+    tensors = {f"layer.{suffix}": value for suffix, value in format_for(layout).write(codes, layout).items()}
+    converted = AutoAWQConverter(group_size=8).process(tensors)
+    read = PackQuantized().read(
+        {name.removeprefix("layer."): value for name, value in converted.items()}, Layout(4, False, 8, False)
+    )
+    for name in ("codes", "zero", "scale"):
+        assert torch.equal(vars(read)[name], vars(codes)[name])
+
+
+def recipe(bits: int, symmetric: bool, **fields: object) -> Recipe:
+    weights = {"bits": bits, "symmetric": symmetric, "group_size": 32}
+    method = {"name": "gptq"}
+    return Recipe.model_validate(
+        {"name": "r", "description": "d", "method": method, "scheme": {"weights": weights}, **fields}
+    )
+
+
+@pytest.mark.parametrize(("checkpoint_format", "bits", "symmetric"), [
+    ("gptq", 4, True), ("gptq", 8, True), ("gptq", 3, True), ("awq", 4, True), ("awq", 4, False),
+])  # fmt: skip
+def test_a_whole_model_is_the_same_in_every_format(
+    tmp_path: Path, checkpoint_format, bits: int, symmetric: bool
+) -> None:
+    """A float16 model has scales of one dtype in all formats, so the weights must be equal, and the logits."""
+    model = write_model(tmp_path / "model", "llama", torch.float16)
+    chosen, made = recipe(bits, symmetric, ignore=["layers.1.mlp.up_proj"]), random_set(model)
+    for name in ("compressed-tensors", checkpoint_format):
+        cb.compress(model, output=tmp_path / name, recipe=chosen, calibration=made, checkpoint_format=name)
+    tokens = random_set(seed=9).tokens.long()
+    logits = []
+    for name in ("compressed-tensors", checkpoint_format):
+        loaded = load_whole(ModelFolder(tmp_path / name, allow_quantized=True), "cpu", "float32")
+        with torch.no_grad():
+            logits.append(loaded(tokens).logits)
+    assert torch.equal(*logits)
+    config = json.loads((tmp_path / checkpoint_format / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == checkpoint_format
+    left_alone = config["dynamic"] if checkpoint_format == "gptq" else config["modules_to_not_convert"]
+    assert any("up_proj" in name for name in left_alone)
+    result = cb.evaluate(tmp_path / checkpoint_format, against=model, length=32, limit=2)
+    assert result.divergence is not None
+
+
+def test_gptq_of_version_two_is_read(tmp_path: Path) -> None:
+    """Version 2 stores the zeros as they are."""
+    codes, layout = random_codes(4, True), Layout(4, True, 8, False, "gptq")
+    tensors = {f"layer.{name}": value for name, value in format_for(layout).write(codes, layout).items()}
+    one = dense_weights(tensors, tensors.__getitem__, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"})
+    tensors["layer.qzeros"] = tensors["layer.qzeros"] + 0x11111111
+    settings = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
+    two = dense_weights(tensors, tensors.__getitem__, settings)
+    assert torch.equal(one["layer.weight"], two["layer.weight"])
+    tensors["layer.g_idx"] = tensors["layer.g_idx"].flip(0)
+    with pytest.raises(CalibrantError, match="out of order"):
+        dense_weights(tensors, tensors.__getitem__, settings)
+
+
+@pytest.mark.parametrize(("checkpoint_format", "chosen", "said"), [
+    ("gptq", recipe(4, False), "take symmetric weights"),
+    ("awq", recipe(3, True), "4-bit weights, not 3"),
+    ("awq", "rtn-w8a8", "for weights alone"),
+    ("gptq", "wanda-2:4", "stored dense"),
+    ("gptq", "hqq-w4a16", "hqq fits no gptq checkpoint"),
+    ("gguf", "gptq-w4a16", "no such format"),
+])  # fmt: skip
+def test_what_a_format_cannot_hold(llama: Path, tmp_path: Path, checkpoint_format, chosen, said: str) -> None:
+    with pytest.raises(CalibrantError, match=said):
+        cb.compress(
+            llama,
+            output=tmp_path / "out",
+            recipe=chosen,
+            calibration=random_set(llama),
+            checkpoint_format=checkpoint_format,
+        )
+    assert not (tmp_path / "out").exists()
