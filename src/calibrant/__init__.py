@@ -21,6 +21,7 @@ _HOMES = {
     "rebuild": "calibrant.calibration.making",
     "score_corpora": "calibrant.calibration.selection.corpus_scores",
     "select": "calibrant.calibration.making",
+    "write_importance_matrix": "calibrant.api",
 }
 __all__ = [
     "CalibrantError",
@@ -37,10 +38,11 @@ __all__ = [
     "rebuild",
     "score_corpora",
     "select",
+    "write_importance_matrix",
 ]
 
 if TYPE_CHECKING:
-    from calibrant.api import compress, evaluate
+    from calibrant.api import compress, evaluate, write_importance_matrix
     from calibrant.calibration.calibration_set import CalibrationSet
     from calibrant.calibration.corpus import Corpus
     from calibrant.calibration.making import generate, rebuild, select

@@ -7,12 +7,14 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.making import DEFAULT_LENGTH, check_length, check_size, default_length, generate
 from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.compression.importance import input_norms
 from calibrant.compression.plan import Estimate, Plan, estimate, make_plan
 from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from calibrant.compression.run import RunReport, Settings, run_compression
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.divergence import Evaluation, evaluate_models
 from calibrant.evaluation.windows import evaluation_windows
+from calibrant.formats.imatrix import gguf_names, write_imatrix
 from calibrant.formats.quantized import FormatName
 from calibrant.formats.registry import FORMATS
 from calibrant.modeling.checkpoint import ModelFolder
@@ -20,7 +22,7 @@ from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import find_blocks
 from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
-from calibrant.output_folder import check_output
+from calibrant.output_folder import check_output, whole_file
 from calibrant.progress import Progress, Silent
 
 
@@ -128,6 +130,39 @@ def compress(
     if given is None and needs_data:
         given = generate(prepared.model.folder.path, seed=seed, device=device, dtype=dtype, progress=listener)
     return prepared.run(given if needs_data else None, listener)
+
+
+def write_importance_matrix(
+    model: str | Path,
+    *,
+    calibration: CalibrationSet | str | Path,
+    output: str | Path,
+    device: str = "cpu",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write llama.cpp's importance matrix of ``model`` on a calibration set, a GGUF file; returns its number of layers.
+
+    Raises:
+        CalibrantError: model or set do not fit, or llama.cpp has no name for a layer.
+    """
+    target = Path(output)
+    if target.exists() and (not overwrite or target.is_dir()):
+        raise CalibrantError(f"{target}: exists; choose another file or pass --overwrite")
+    given = calibration if isinstance(calibration, CalibrationSet) else CalibrationSet.load(calibration)
+    folder = ModelFolder(model_path(model))
+    _check_calibration(folder, given)
+    place = torch_device(device)
+    lazy = LazyModel(folder, torch_dtype(dtype, place), place)
+    blocks = find_blocks(lazy.module)
+    norms = input_norms(lazy, blocks, given, progress or Silent())
+    names = gguf_names(folder.config.get_text_config().model_type, len(blocks), list(norms))
+    sums = {names[module]: (norm.sum_of_squares.cpu().numpy(), norm.tokens) for module, norm in norms.items()}
+    rows, length = given.tokens.shape
+    with whole_file(target) as beside:
+        write_imatrix(beside, sums, [f"calibrant:sha256:{given.sha256}"], rows, length)
+    return len(sums)
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all."""
+"""Output folders and files that appear whole or not at all."""
 
 import errno
 import os
@@ -70,8 +70,30 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
         staging.rename(target)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "no space left on the disk, free some or choose another output" if full else str(error)
-        raise CalibrantError(f"{target}: cannot be written ({reason})") from error
+        raise _cannot_write(target, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A file beside ``target`` to write to, put in its place at the end and removed on any failure.
+
+    Raises:
+        CalibrantError: the disk is full or the place cannot be written.
+    """
+    staging = target.absolute().parent / f".{target.absolute().name}.{os.getpid()}.partial"
+    try:
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        yield staging
+        staging.replace(target)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _cannot_write(target: Path, error: Exception) -> CalibrantError:
+    full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
+    reason = "no space left on the disk, free some or choose another output" if full else str(error)
+    return CalibrantError(f"{target}: cannot be written ({reason})")

@@ -54,6 +54,7 @@ COMMANDS = [
     "data rebuild",
     "data inspect",
     "evaluate",
+    "imatrix",
     "recipes",
     "demo",
 ]

@@ -363,12 +363,15 @@ def inspect(
         from rich.table import Table
         from rich.text import Text
 
+        from calibrant.output_folder import whole_file
         from calibrant.report.inspection import inspect_sets
 
         found = inspect_sets(
             folders, model=model, perplexity=perplexity, device=device, dtype=dtype, progress=screen.progress
         )
-        html.write_text(found.page(), encoding="utf-8")
+        page = found.page()
+        with whole_file(html) as beside:
+            beside.write_text(page, encoding="utf-8")
         table = Table("", *(escape(one.name) for one in found.sets))
         for name in found.sets[0].statistics.numbers:
             values = [one.statistics.numbers[name] for one in found.sets]

@@ -9,6 +9,7 @@ from calibrant.cli.compress import compress
 from calibrant.cli.data import app as data_app
 from calibrant.cli.demo import demo
 from calibrant.cli.evaluate import evaluate
+from calibrant.cli.imatrix import imatrix
 from calibrant.cli.recipes import recipes
 from calibrant.errors import CalibrantError
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(compress)
 app.add_typer(data_app, name="data")
 app.command()(evaluate)
+app.command()(imatrix)
 app.command()(recipes)
 app.command()(demo)
 

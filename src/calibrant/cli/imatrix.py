@@ -1,0 +1,44 @@
+"""``calibrant imatrix``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calibrant.cli.console import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    QuietOption,
+    terminal,
+)
+
+
+def imatrix(
+    model: ModelArgument,
+    calibration: Annotated[Path, typer.Option("--calibration", "-c", help="Calibration set folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write llama.cpp's importance matrix from a calibration set, for its quantizer (llama-quantize --imatrix).
+
+    Example: calibrant imatrix ./SmolLM2-135M -c ./covering -o imatrix.gguf
+    """
+    with terminal(quiet, as_json) as screen:
+        from calibrant.api import write_importance_matrix
+
+        layers = write_importance_matrix(
+            model,
+            calibration=calibration,
+            output=output,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=screen.progress,
+        )
+        screen.result({"output": str(output), "layers": layers}, f"{output}: {layers} layers")

@@ -1,0 +1,71 @@
+"""llama.cpp's importance matrix: the sums are those of the original model's inputs, the file is as its readers want."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import calibrant as cb
+from calibrant.errors import CalibrantError
+from calibrant.formats.imatrix import gguf_names
+from tests.conftest import random_set
+
+
+def read(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return fields, {tensor.name: tensor.data for tensor in reader.tensors}
+
+
+def test_it_holds_the_sums_of_squared_inputs(llama: Path, tmp_path: Path) -> None:
+    calibration = random_set(llama)
+    layers = cb.write_importance_matrix(llama, calibration=calibration, output=tmp_path / "i.gguf", dtype="float32")
+    fields, tensors = read(tmp_path / "i.gguf")
+    assert layers == 14
+    assert fields == {
+        "general.type": "imatrix",
+        "imatrix.datasets": [f"calibrant:sha256:{calibration.sha256}"],
+        "imatrix.chunk_count": 8,
+        "imatrix.chunk_size": 32,
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    sums: dict[str, torch.Tensor] = {}
+    names = gguf_names(
+        "llama", 2, [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n]
+    )
+    for module, name in names.items():
+
+        def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])[calibration.mask.flatten()]
+            sums[name] = rows.double().square().sum(0)
+
+        model.get_submodule(module).register_forward_pre_hook(note)
+    with torch.no_grad():
+        model(calibration.tokens.long())
+    assert {name.removesuffix(".in_sum2") for name in tensors if name.endswith("in_sum2")} == set(sums)
+    for name, expected in sums.items():
+        np.testing.assert_allclose(tensors[f"{name}.in_sum2"], expected[None].numpy(), rtol=1e-4)
+        assert tensors[f"{name}.counts"].tolist() == [[int(calibration.mask.sum())]]
+
+
+def test_the_same_command_gives_the_same_bytes_and_replaces_only_when_asked(llama: Path, tmp_path: Path) -> None:
+    options = {"calibration": random_set(llama), "output": tmp_path / "i.gguf"}
+    cb.write_importance_matrix(llama, **options)
+    first = (tmp_path / "i.gguf").read_bytes()
+    with pytest.raises(CalibrantError, match="exists"):
+        cb.write_importance_matrix(llama, **options)
+    cb.write_importance_matrix(llama, **options, overwrite=True)
+    assert (tmp_path / "i.gguf").read_bytes() == first
+    assert [path.name for path in tmp_path.iterdir()] == ["i.gguf"]
+
+
+def test_what_it_cannot_write(model_folder, tmp_path: Path) -> None:
+    model = model_folder("mixtral")
+    with pytest.raises(CalibrantError, match="fused experts"):
+        cb.write_importance_matrix(model, calibration=random_set(model), output=tmp_path / "i.gguf")
+    with pytest.raises(CalibrantError, match="has no name for this layer"):
+        gguf_names("llama", 2, ["model.layers.0.self_attn.something"])
+    assert gguf_names("qwen2", 1, ["model.layers.0.mlp.up_proj"])["model.layers.0.mlp.up_proj"] == "blk.0.ffn_up.weight"
