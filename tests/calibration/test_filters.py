@@ -11,6 +11,7 @@ from calibrant.calibration.corpus import Corpus, Document
 from calibrant.calibration.filters.content import LengthBetween, RepetitionBelow, ScriptIs
 from calibrant.calibration.filters.duplicates import ExactDuplicates, NearDuplicates
 from calibrant.calibration.filters.leakage import Leakage
+from calibrant.errors import CalibrantError
 
 WORDS = [f"w{i}" for i in range(5000)]
 
@@ -114,3 +115,12 @@ def test_very_long_rows_are_counted_and_long_files_are_read_in_pieces(tmp_path: 
     assert [document.id for document in corpus] == ["rows.jsonl:1", "rows.jsonl:4"]
     assert corpus.counts == {"documents_empty": 1, "documents_too_long": 1}
     assert corpus.position == corpus.size
+
+
+def test_texts_that_are_found_everywhere_are_not_looked_for() -> None:
+    found = Leakage([Document("a", "the"), Document("b", "one two three four five six")])
+    assert found.too_short == 1
+    assert found.keeps(Document("c", "the cat"))
+    assert not found.keeps(Document("d", "zero one two three four five six seven"))
+    with pytest.raises(CalibrantError, match="hold nothing to look for"):
+        Leakage([Document("a", "the")])

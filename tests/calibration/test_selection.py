@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.calibration.selection.request import mix_request
+from calibrant.calibration.selection.request import filter_request, mix_request
 from calibrant.calibration.selection.zipcal import subword_classes
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, TokenizedDocument
@@ -261,11 +261,79 @@ def test_what_a_mix_needs(llama: Path, corpus: Path) -> None:
         ({"scripts": ["latin"], "lengths": [5]}, "not both"),
         ({"lengths": [9, 5]}, "rising order"),
         ({"scripts": ["latin"], "weights": [1, 2]}, "2 weights for the 1 groups"),
-        ({"weights": [1]}, "1 weights for the 0 groups"),
+        ({"weights": [1]}, "need scripts or lengths"),
         ({"scripts": ["latin"], "weights": [-1]}, "not negative"),
     ):
         with pytest.raises(CalibrantError, match=said):
             mix_request(**options)
+    with pytest.raises(CalibrantError, match="cyrilic: no script of that name; did you mean cyrillic"):
+        mix_request(scripts=["latin", "cyrilic"])
+
+
+def test_duplicates_are_known_across_corpora(llama: Path, corpus: Path) -> None:
+    made = cb.select(
+        [corpus, corpus],
+        tokenizer=llama,
+        samples=4,
+        length=8,
+        windows="document",
+        weights=[1, 0],
+        filters=cb.FilterRequest(duplicates="exact"),
+    )
+    assert len(made.tokens) == 4
+    with pytest.raises(CalibrantError, match="no document is left"):
+        cb.select(
+            [corpus, corpus],
+            tokenizer=llama,
+            samples=4,
+            length=8,
+            filters=cb.FilterRequest(duplicates="exact"),
+        )
+
+
+def test_covered_classes_are_those_of_the_set(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other.jsonl", [f"{i * i} {i} {7 * i}" for i in range(40)])
+    options = {"tokenizer": llama, "samples": 4, "length": 16}
+    classes = subword_classes(Tokenizer(llama))
+    for strategy in ("zipcal", "zipcal-multi"):
+        made = cb.select([corpus, other], strategy=strategy, **options)
+        found = classes[np.unique(made.tokens.numpy())]
+        assert made.manifest.counts["classes_covered"] == len(np.unique(found[found >= 0]))
+        assert made.manifest.counts["classes"] == classes.max() + 1
+
+
+def test_rebuild_sees_what_was_looked_for_as_leakage(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    texts = [json.loads(line)["text"] for line in gzip.decompress(corpus.read_bytes()).decode().splitlines()]
+    leaked = write_corpus(tmp_path / "leaked.jsonl", [max(texts, key=lambda text: len(text.split()))])
+    filters = cb.FilterRequest(leakage=(str(leaked),), leakage_run=5)
+    cb.select(corpus, tokenizer=llama, samples=4, length=16, strategy="zipcal", filters=filters).save(tmp_path / "set")
+    moved = leaked.rename(tmp_path / "moved.jsonl")
+    with pytest.raises(CalibrantError, match=r"its leakage .* is not there .*--leakage"):
+        cb.rebuild(tmp_path / "set")
+    assert cb.rebuild(tmp_path / "set", leakage=[moved]).changes == []
+    write_corpus(moved, [*texts])
+    with pytest.raises(CalibrantError, match=r"no document is left|Changed: the leakage file"):
+        cb.rebuild(tmp_path / "set", leakage=[moved])
+
+
+def test_options_without_effect_are_refused(llama: Path, corpus: Path) -> None:
+    filters = {"leakage_run": 5}, {"keep_leaked": True}, {"min_characters": 9, "max_characters": 5}, {"script": "latn"}
+    for options in filters:
+        with pytest.raises(CalibrantError):
+            filter_request(**options)
+    schedule = cb.TemperatureSchedule(0.5, 0.5, 0)
+    for options in (
+        {"strategy": "vocabulary", "temperature": schedule},
+        {"strategy": "llm-qat", "first_tokens": "english"},
+        {"strategy": "self", "percentile": 50},
+        {"strategy": "prefix"},
+    ):
+        with pytest.raises(CalibrantError):
+            cb.generate(llama, samples=2, length=8, **options)
+    with pytest.raises(CalibrantError, match="--executor ray runs the parts of zipcal; uniform runs here"):
+        cb.select(corpus, tokenizer=llama, samples=2, length=8, executor="ray")
+    with pytest.raises(CalibrantError, match="percentile goes with keep below"):
+        cb.select(corpus, tokenizer=llama, samples=2, length=8, strategy="perplexity", keep="lowest", percentile=50)
 
 
 def test_scores_of_corpora_are_the_papers(llama: Path, corpus: Path, tmp_path: Path) -> None:

@@ -295,6 +295,22 @@ def test_progress_of_an_empty_corpus_and_of_one_without_files(run, llama: Path, 
     assert (status, err) == (0, "")
 
 
+def test_a_page_replaces_pages_only(run, llama: Path, tmp_path: Path) -> None:
+    random_set(llama).save(tmp_path / "set")
+    page, other = tmp_path / "page.html", tmp_path / "corpus.csv"
+    other.write_text("precious")
+    for _ in range(2):
+        assert run("data", "inspect", tmp_path / "set", "-m", llama, "--html", page, "-q")[0] == 0
+    for place, said in (
+        (other, "is no page"),
+        (tmp_path / "no" / "x.html", "no such folder"),
+        (tmp_path, "is no page"),
+    ):
+        status, _, err = run("data", "inspect", tmp_path / "set", "-m", llama, "--html", place, "-q")
+        assert (status, said in err) == (2, True)
+    assert other.read_text() == "precious"
+
+
 def test_corpora_are_scored(run, llama: Path, tmp_path: Path) -> None:
     for name, words in (("near", "apples and pears"), ("far", "0123 4567"), ("target", "pears and apples")):
         (tmp_path / f"{name}.txt").write_text(f"{words} " * 20)

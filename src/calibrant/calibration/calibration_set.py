@@ -36,8 +36,9 @@ class Manifest(BaseModel):
     """Where a calibration set came from, and its hash.
 
     ``rows[i]`` lists the segments of row ``i``; sources that read no corpus leave it empty. With several ``corpora`` a
-    segment's document begins with its corpus's number. ``model`` is the one that wrote or scored text. ``locations``
-    are the model and the corpora as they were named, ``versions`` those of the libraries at work.
+    segment's document begins with its corpus's number. ``model`` is the one that wrote or scored text, ``evaluations``
+    the texts that were looked for as leakage, ``embedding_sha256`` the sentence encoder's folder. ``locations`` are the
+    model and the corpora as they were named, ``versions`` those of the libraries at work.
     ``counts`` holds what was read, dropped and used. ``set_sha256`` covers shape, token ids and mask.
     """
 
@@ -53,6 +54,8 @@ class Manifest(BaseModel):
     tokenizer_sha256: str
     corpora: list[dict[str, Any]] = []
     model: dict[str, Any] | None = None
+    evaluations: list[dict[str, Any]] = []
+    embedding_sha256: str | None = None
     chat_template_sha256: str | None = None
     locations: dict[str, list[str]] = {}
     versions: dict[str, str] = {}

@@ -191,6 +191,8 @@ def _json_document(name: str, line: str, field: str, place: str) -> Document:
         raise CalibrantError(f"{place}: not JSON ({error})") from error
     document = _as_document(name, row.get(field) if isinstance(row, dict) else None)
     if document is None:
+        if isinstance(row, dict) and field in row:
+            raise CalibrantError(f"{place}: what is under {field!r} is neither a text nor a conversation")
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise CalibrantError(f"{place}: no text under {field!r} (found: {found}); name it with --field")
     try:

@@ -54,7 +54,11 @@ class DocumentStream:
                 task.advance(self.corpus.size - read)
         self.counts |= self.corpus.counts
         if not self.counts["documents"]:
-            raise CalibrantError(f"{self.corpus.location}: the corpus is empty, it has no document with text")
+            dropped = ", ".join(f"{name} {count}" for name, count in self.corpus.counts.items() if count)
+            why = (
+                f"no document of it can be used ({dropped})" if dropped else "the corpus is empty, no document has text"
+            )
+            raise CalibrantError(f"{self.corpus.location}: {why}")
         if not kept:
             raise CalibrantError(f"{self.corpus.location}: no document is left {self._dropped()}")
 

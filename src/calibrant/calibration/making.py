@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 import calibrant
 from calibrant.calibration.calibration_set import MANIFEST_NAME, CalibrationSet, Manifest
-from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.selection.request import (
     LEXICAL,
     FilterRequest,
@@ -42,6 +42,7 @@ from calibrant.progress import Progress, Silent
 # A set this size is what the papers' main settings reduce to on a laptop: their 128 sequences, a quarter of the length.
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 512
+DEFAULT_PERCENTILE = 80.0
 _SOURCES = ("self", "llm-qat", "prefix", "vocabulary")
 _LIBRARIES = ("numpy", "tokenizers", "torch", "transformers")
 
@@ -57,7 +58,7 @@ def generate(
     temperature: TemperatureSchedule | None = None,
     first_tokens: FirstTokens = "any",
     corpus: Corpus | str | Path | None = None,
-    percentile: float = 80.0,
+    percentile: float = DEFAULT_PERCENTILE,
     batch_size: int = 64,
     device: str = "cpu",
     dtype: str = "auto",
@@ -86,8 +87,14 @@ def generate(
         raise CalibrantError(f"{first_tokens}: no such first tokens; there are any, english")
     if not 0 < percentile <= 100:
         raise CalibrantError(f"percentile {percentile:g}: must be above 0 and at most 100")
-    if (corpus is not None) != (strategy == "prefix"):
-        raise CalibrantError("prefix continues the beginnings of a corpus; the other sources read none")
+    if strategy == "prefix" and corpus is None:
+        raise CalibrantError("prefix continues the beginnings of a corpus's texts: name one with --corpus")
+    if strategy != "prefix" and corpus is not None:
+        raise CalibrantError(f"{strategy} reads no corpus: leave --corpus out, or take --strategy prefix")
+    if strategy != "self" and (temperature is not None or first_tokens != "any"):
+        raise CalibrantError(f"temperatures and first tokens are for --strategy self, not for {strategy}")
+    if strategy != "prefix" and percentile != DEFAULT_PERCENTILE:
+        raise CalibrantError(f"--percentile is for --strategy prefix, not for {strategy}")
     size: dict[str, int] = {"samples": samples, "length": length, "seed": seed, "draw": draw}
     if strategy == "vocabulary":
         return _located(draw_vocabulary(tokenizer, **size), str(model), [])
@@ -148,6 +155,8 @@ def select(
     Raises:
         CalibrantError: a corpus cannot be read, is empty or too small, or the options do not fit.
     """
+    if executor != "local" and strategy != "zipcal":
+        raise CalibrantError(f"--executor {executor} runs the parts of zipcal; {strategy} runs here: leave it out")
     runner = make_executor(executor)
     request = selection_request(
         strategy=strategy,
@@ -225,11 +234,13 @@ def rebuild(
     *,
     model: str | Path | None = None,
     corpora: Sequence[str | Path] | None = None,
+    leakage: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
 ) -> Rebuilt:
     """Make a calibration set again from its manifest (the file, or the set's folder).
 
-    The model and the corpora are looked for where the manifest says they were, or at ``model`` and ``corpora``.
+    The model, the corpora and the evaluation texts are looked for where the manifest says they were, or at ``model``,
+    ``corpora`` and ``leakage``.
 
     Raises:
         CalibrantError: an input is missing, or the tokens come out differently; the message lists what changed.
@@ -241,10 +252,20 @@ def rebuild(
     places = [str(one) for one in corpora] if corpora is not None else wanted.locations.get("corpora", [])
     if len(places) != len(wanted.corpora):
         raise CalibrantError(f"{len(places)} corpora are given, the set was made from {len(wanted.corpora)}")
-    if wanted.strategy in _SOURCES:
-        made = _generate_again(wanted, place, places, progress or Silent())
-    else:
-        made = _select_again(wanted, place, places, progress or Silent())
+    if leakage is not None:
+        wanted = _with_leakage_at(wanted, [str(one) for one in leakage])
+    for what, option, where in (
+        ("model", "--model", [place]),
+        ("corpus", "--corpus", places),
+        ("leakage", "--leakage", wanted.parameters.get("filters", {}).get("leakage", [])),
+    ):
+        for one in where:
+            if one != BUILTIN and not one.startswith("hub:") and not Path(one).exists():
+                raise CalibrantError(
+                    f"{manifest}: its {what} {one} is not there (any more); name its place with {option}"
+                )
+    again = _generate_again if wanted.strategy in _SOURCES else _select_again
+    made = again(wanted, place, places, progress or Silent())
     changes = _changes(wanted, made.manifest)
     if made.sha256 != wanted.set_sha256:
         what = "; ".join(changes) or "nothing that is recorded: the processor or its number of threads may differ"
@@ -252,6 +273,15 @@ def rebuild(
             f"{manifest}: the set cannot be made again, its tokens come out differently. Changed: {what}"
         )
     return Rebuilt(CalibrationSet(made.tokens, made.mask, wanted), changes)
+
+
+def _with_leakage_at(wanted: Manifest, places: list[str]) -> Manifest:
+    if len(places) != len(wanted.evaluations):
+        raise CalibrantError(
+            f"{len(places)} evaluation texts are given, the set was made with {len(wanted.evaluations)}"
+        )
+    filters = {**wanted.parameters["filters"], "leakage": places}
+    return wanted.model_copy(update={"parameters": {**wanted.parameters, "filters": filters}})
 
 
 def _select_again(wanted: Manifest, model: str, places: list[str], progress: Progress) -> CalibrationSet:
@@ -292,7 +322,8 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         return Manifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValidationError, ValueError, RecursionError) as error:
-        raise CalibrantError(f"{file}: not a calibration manifest ({first_line(error)})") from error
+        said = "keys are missing or wrong" if isinstance(error, ValidationError) else first_line(error)
+        raise CalibrantError(f"{file}: not a calibration manifest ({said})") from error
 
 
 def _changes(wanted: Manifest, made: Manifest) -> list[str]:
@@ -307,6 +338,10 @@ def _changes(wanted: Manifest, made: Manifest) -> list[str]:
             changes.append(f"the model's {name.removesuffix('_sha256')}")
     for before, now in zip(wanted.corpora, made.corpora, strict=True):
         changes += _corpus_changes(before, now)
+    for before, now in zip(wanted.evaluations, made.evaluations, strict=False):
+        changes += [text.replace("corpus", "leakage", 1) for text in _corpus_changes(before, now)]
+    if wanted.embedding_sha256 != made.embedding_sha256:
+        changes.append("the sentence encoder")
     for library, number in wanted.versions.items():
         if made.versions.get(library) != number:
             changes.append(f"{library} {number} is now {made.versions.get(library)}")

@@ -50,14 +50,17 @@ def generate(
     length: ModelLengthOption = None,
     seed: SeedOption = 0,
     draw: DrawOption = 0,
-    temperature: Annotated[float, typer.Option("--temperature", help="Temperature after the first steps.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Temperature (after the first steps); 1 if left out.")
+    ] = None,
     initial_temperature: Annotated[
         float | None,
         typer.Option("--initial-temperature", help="Temperature the schedule starts from; left out: no schedule."),
     ] = None,
     temperature_steps: Annotated[
-        int, typer.Option("--temperature-steps", help="Steps from the initial temperature to the final one.")
-    ] = 10,
+        int | None,
+        typer.Option("--temperature-steps", help="Steps from the initial temperature to the final one; 10."),
+    ] = None,
     first_tokens: Annotated[
         str, typer.Option("--first-tokens", help="self: any, or english (for multilingual models).")
     ] = "any",
@@ -81,12 +84,16 @@ def generate(
         from calibrant.calibration.corpus import Corpus
         from calibrant.calibration.making import generate as run
         from calibrant.calibration.sources.self_calibration import TemperatureSchedule
+        from calibrant.errors import CalibrantError
         from calibrant.output_folder import check_output
 
         check_output(output, overwrite, [model] if corpus is None else [model, corpus])
-        schedule = TemperatureSchedule(temperature, temperature, 0)
+        if temperature_steps is not None and initial_temperature is None:
+            raise CalibrantError("--temperature-steps lead from an --initial-temperature: name it too")
+        final = 1.0 if temperature is None else temperature
+        schedule = None if temperature is None else TemperatureSchedule(final, final, 0)
         if initial_temperature is not None:
-            schedule = TemperatureSchedule(initial_temperature, temperature, temperature_steps)
+            schedule = TemperatureSchedule(initial_temperature, final, temperature_steps or 10)
         made = run(
             model,
             strategy=strategy,
@@ -315,6 +322,9 @@ def rebuild(
     corpus: Annotated[
         list[str] | None, typer.Option("--corpus", help="The corpus, if it is not where the manifest says.")
     ] = None,
+    leakage: Annotated[
+        list[str] | None, typer.Option("--leakage", help="Evaluation text, if it is not where the manifest says.")
+    ] = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -328,7 +338,7 @@ def rebuild(
         from calibrant.output_folder import check_output
 
         check_output(output, overwrite, [manifest])
-        again = run(manifest, model=model, corpora=corpus, progress=screen.progress)
+        again = run(manifest, model=model, corpora=corpus, leakage=leakage, progress=screen.progress)
         for change in again.changes:
             screen.note(f"changed, without effect on the tokens: {change}")
         _save(again.calibration, output, overwrite, screen)
@@ -345,7 +355,8 @@ def inspect(
         bool, typer.Option("--perplexity", help="Also run the model over the sets, for perplexities.")
     ] = False,
     html: Annotated[
-        Path, typer.Option("--html", help="Page to write: curves, histograms, overlap, odd rows, samples.")
+        Path,
+        typer.Option("--html", help="Page to write (an earlier page is replaced): curves, overlap, odd rows, samples."),
     ] = Path("inspection.html"),
     rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show as text in the terminal.")] = 1,
     device: DeviceOption = "cpu",
@@ -364,8 +375,9 @@ def inspect(
         from rich.text import Text
 
         from calibrant.output_folder import whole_file
-        from calibrant.report.inspection import inspect_sets
+        from calibrant.report.inspection import check_page, inspect_sets
 
+        check_page(html)
         found = inspect_sets(
             folders, model=model, perplexity=perplexity, device=device, dtype=dtype, progress=screen.progress
         )

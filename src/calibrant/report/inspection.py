@@ -1,6 +1,6 @@
 """Looking at calibration sets: read them, put them into words and numbers, compare them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +17,10 @@ from calibrant.modeling.hub import model_path
 from calibrant.modeling.row_losses import row_losses
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import Progress, Silent
-from calibrant.report.inspection_page import InspectedSet, inspection_page
+from calibrant.report.inspection_page import PAGE_MARK, InspectedSet, inspection_page
+
+# A page says near its beginning what made it.
+_PAGE_HEAD = 500
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,18 @@ def inspect_sets(
     return Inspection(sets, overlaps)
 
 
+def check_page(path: Path) -> None:
+    """Refuse a place for a page that is taken by anything but an earlier page, or that cannot be written.
+
+    Raises:
+        CalibrantError: it is a folder, another file, or its parent is no folder.
+    """
+    if path.is_dir() or (path.exists() and PAGE_MARK.encode() not in path.read_bytes()[:_PAGE_HEAD]):
+        raise CalibrantError(f"{path}: exists and is no page of calibrant data inspect; choose another --html")
+    if not path.absolute().parent.is_dir():
+        raise CalibrantError(f"{path.parent}: no such folder to write the page to")
+
+
 def _names(folders: list[Path]) -> list[str]:
     """Folder names, or whole paths where names are equal."""
     short = [folder.resolve().name for folder in folders]
@@ -128,7 +143,7 @@ def _facts(calibration: CalibrationSet) -> dict[str, str]:
         "corpora": sources,
         "size": f"{manifest.samples} rows of {manifest.length} tokens",
         "seed and draw": f"{manifest.seed}, {manifest.draw}",
-        "parameters": ", ".join(f"{name} {value}" for name, value in manifest.parameters.items() if name != "filters"),
+        "parameters": _options(manifest.parameters),
         "counts": ", ".join(f"{name} {value:,}" for name, value in manifest.counts.items()),
         "SHA-256": manifest.set_sha256,
     }
@@ -140,3 +155,15 @@ def _readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     known = [index for index in ids if 0 <= index < tokenizer.size]
     unknown = len(ids) - len(known)
     return tokenizer.decode(known) + (f"\n({unknown} ids that the tokenizer does not know)" if unknown else "")
+
+
+def _options(parameters: Mapping[str, Any]) -> str:
+    """What was asked for, in words; what was left out is left out."""
+    said = []
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            inner = _options(value)
+            said += [f"{name}: {inner}"] if inner else []
+        elif value not in (None, [], False, 0, "keep"):
+            said.append(f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return "; ".join(said)

@@ -21,6 +21,10 @@ _TITLES = {
 }
 
 
+# Stands in the template too; a file that has it may be replaced by a newer page.
+PAGE_MARK = '<meta name="generator" content="calibrant data inspect">'
+
+
 @dataclass(frozen=True)
 class InspectedSet:
     """A set as the page shows it: a name, what the manifest says, numbers, and the rows' texts."""

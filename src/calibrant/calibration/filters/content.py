@@ -1,5 +1,6 @@
 """Tests of one document's text: its length, its repetition, its script."""
 
+import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -63,3 +64,9 @@ class ScriptIs:
 def script_of(letter: str) -> str:
     """The first word of the letter's Unicode name."""
     return unicodedata.name(letter, "UNNAMED").partition(" ")[0].partition("-")[0]
+
+
+@lru_cache(maxsize=1)
+def scripts() -> frozenset[str]:
+    """The first words of the names of all letters."""
+    return frozenset(script_of(chr(code)) for code in range(sys.maxunicode + 1) if chr(code).isalpha())

@@ -62,7 +62,9 @@ def score_corpora(
         raise CalibrantError("scores need at least one corpus and one target")
     shares = np.asarray(weights if weights is not None else [1.0] * len(against), dtype=np.float64)
     if len(shares) != len(against) or not np.isfinite(shares).all() or shares.min() < 0 or shares.sum() == 0:
-        raise CalibrantError(f"weights {list(shares)}: give one for each of the {len(against)} targets, none negative")
+        raise CalibrantError(
+            f"weights {shares.tolist()}: give one for each of the {len(against)} targets, none negative"
+        )
     return _scores(wanted, against, shares / shares.sum(), Tokenizer(model_path(tokenizer)), embedding, seed, progress)
 
 

@@ -1,5 +1,6 @@
 """Vectors of texts for selections that need distances: a lexical one without a model, or a sentence encoder."""
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from calibrant.calibration.selection.zipcal import subword_classes
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Window
 from calibrant.errors import CalibrantError, first_line
+from calibrant.hashing import sha256_file, sha256_json
 
 # Random projections keep distances of n points to a tenth with about log(n) / 0.01 dimensions at worst, and texts with
 # far fewer (Johnson-Lindenstrauss); this many cost half a kilobyte a candidate.
@@ -91,6 +93,15 @@ def embedding_of(name: str, tokenizer: Tokenizer, seed: int) -> Embedding:
     if name == LEXICAL:
         return LexicalEmbedding(tokenizer, generator(seed, "embedding"))
     return SentenceEmbedding(name, tokenizer)
+
+
+def embedding_sha256(name: str) -> str | None:
+    """A hash of all files in a sentence encoder's folder; None for the lexical embedding and for names."""
+    folder = Path(name)
+    if name == LEXICAL or not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return sha256_json({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:

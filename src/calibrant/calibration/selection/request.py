@@ -1,10 +1,12 @@
 """What a selection was asked for: everything that decides its result, as it is recorded and run again."""
 
+import difflib
 import math
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from calibrant.calibration.filters.content import scripts
 from calibrant.calibration.filters.leakage import DEFAULT_RUN
 from calibrant.calibration.windows import Policy
 from calibrant.errors import CalibrantError
@@ -45,6 +47,21 @@ class FilterRequest(BaseModel):
     leakage_run: int = Field(default=DEFAULT_RUN, ge=1)
     keep_leaked: bool = False
 
+    @field_validator("script")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return value if value is None else check_script(value)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "FilterRequest":
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError(f"no text has {self.min_characters} characters or more and {self.max_characters} or fewer")
+        if not self.leakage and (self.keep_leaked or self.leakage_run != DEFAULT_RUN or self.leakage_field != "text"):
+            raise ValueError(
+                "leakage run, leakage field and keep leaked say how to look for leakage: name its texts too"
+            )
+        return self
+
 
 class MixRequest(BaseModel):
     """Groups of documents that share the rows by ``weights``, equally without; by default there are none.
@@ -59,18 +76,43 @@ class MixRequest(BaseModel):
     lengths: tuple[int, ...] = ()
     weights: tuple[float, ...] | None = None
 
+    @field_validator("scripts")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_script, value))
+
     @model_validator(mode="after")
     def _fits(self) -> "MixRequest":
         if self.scripts and self.lengths:
             raise ValueError("a mix is of scripts or of lengths, not both")
         if len(set(self.scripts)) < len(self.scripts) or list(self.lengths) != sorted({*self.lengths} - {0}):
             raise ValueError("a mix needs different scripts, or lengths above 0 in rising order")
+        if self.weights is not None and not (self.scripts or self.lengths):
+            raise ValueError("weights of a mix need scripts or lengths to mix")
         groups = len(self.scripts) or len(self.lengths) + bool(self.lengths)
         if self.weights is not None and len(self.weights) != groups:
             raise ValueError(f"{len(self.weights)} weights for the {groups} groups of a mix; give one for each")
         if self.weights is not None:
             check_weights(self.weights)
         return self
+
+
+def check_script(name: str) -> str:
+    """``name``, if it is a script's.
+
+    Raises:
+        ValueError: no letter's Unicode name begins with it.
+    """
+    known = scripts()
+    if name.upper() not in known:
+        near = difflib.get_close_matches(name.upper(), known)
+        hint = (
+            f"did you mean {' or '.join(near).lower()}?"
+            if near
+            else "there are latin, cyrillic, greek, arabic, cjk, ..."
+        )
+        raise ValueError(f"{name}: no script of that name; {hint}")
+    return name
 
 
 def check_weights(weights: tuple[float, ...]) -> None:
@@ -122,6 +164,8 @@ class SelectionRequest(BaseModel):
                 f"{self.strategy} has no random draws; draw {self.draw} needs --shards {self.draw + 1} or more: "
                 "disjoint random parts of the corpus, of which draw k sees part k"
             )
+        if self.percentile != 80.0 and self.keep != "below":
+            raise ValueError(f"percentile goes with keep below, not with keep {self.keep}")
         if self.parts > 1 and (self.shards > 1 or self.pool is not None):
             raise ValueError("parts go with neither shards nor a pool")
         if self.strategy in WITH_DRAWS and self.shards != 1:

@@ -17,7 +17,7 @@ from calibrant.calibration.filters.leakage import Leakage
 from calibrant.calibration.randomness import generator
 from calibrant.calibration.selection.cola import Cola
 from calibrant.calibration.selection.distributed import zipcal_in_parts
-from calibrant.calibration.selection.embeddings import embedding_of
+from calibrant.calibration.selection.embeddings import embedding_of, embedding_sha256
 from calibrant.calibration.selection.filtering import filters_of
 from calibrant.calibration.selection.mixing import counts_of_groups, groups_of
 from calibrant.calibration.selection.perplexity import PerplexitySelector
@@ -26,7 +26,7 @@ from calibrant.calibration.selection.selector import Selector, select_windows
 from calibrant.calibration.selection.spread import EmbeddingSelector, herding, k_centre
 from calibrant.calibration.selection.uniform import uniform_windows
 from calibrant.calibration.selection.unigram import unigram_rows
-from calibrant.calibration.selection.zipcal import ZipCal
+from calibrant.calibration.selection.zipcal import ZipCal, subword_classes
 from calibrant.calibration.selection.zipf_score import ZipfScore
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, Window
@@ -82,11 +82,14 @@ def select_from(
             for one in results
         ]
         return _assemble(corpora, in_parts, asked, tokenizer)
+    # Filters that remember documents know those of the corpora before.
+    filters = filters_of(request.filters, request.seed)
     if request.strategy == "zipcal-multi":
-        return _assemble(corpora, _multi_domain(corpora, tokenizer, request, load_model, progress), asked, tokenizer)
+        parts = _multi_domain(corpora, tokenizer, request, filters, load_model, progress)
+        return _assemble(corpora, parts, asked, tokenizer)
     shares = _shares(request.samples, request.weights, len(corpora))
     parts = [
-        _select_mix(corpus, tokenizer, request.model_copy(update={"samples": share}), load_model, progress)
+        _select_mix(corpus, tokenizer, request.model_copy(update={"samples": share}), filters, load_model, progress)
         for corpus, share in zip(corpora, shares, strict=True)
         if share
     ]
@@ -107,18 +110,23 @@ def _shares(samples: int, weights: tuple[float, ...] | None, count: int) -> list
 
 
 def _select_mix(
-    corpus: Corpus, tokenizer: Tokenizer, request: SelectionRequest, load_model: LoadModel, progress: Progress
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    request: SelectionRequest,
+    filters: list[Filter],
+    load_model: LoadModel,
+    progress: Progress,
 ) -> _Part:
     """The corpus's rows: of all its documents, or by groups, whose rows follow one another."""
     groups = groups_of(request.mix)
     if not groups:
-        return _select(corpus, tokenizer, request, load_model, progress)
+        return _select(corpus, tokenizer, request, filters, load_model, progress)
     parts: list[tuple[str, _Part]] = []
     for (name, group), share in zip(groups, _shares(request.samples, request.mix.weights, len(groups)), strict=True):
         if share:
             asked = request.model_copy(update={"samples": share})
             try:
-                parts.append((name, _select(corpus, tokenizer, asked, load_model, progress, group)))
+                parts.append((name, _select(corpus, tokenizer, asked, [group, *filters], load_model, progress)))
             except CalibrantError as error:
                 raise CalibrantError(f"{name.replace('_', ' ')}: {error}") from error
     return _Part(
@@ -134,11 +142,11 @@ def _select(
     corpus: Corpus,
     tokenizer: Tokenizer,
     request: SelectionRequest,
+    filters: list[Filter],
     load_model: LoadModel,
     progress: Progress,
-    group: Filter | None = None,
 ) -> _Part:
-    filters = [*([group] if group else []), *filters_of(request.filters, request.seed)]
+    leaked_before = sum(one.leaked for one in filters if isinstance(one, Leakage))
     drawn = request.strategy in WITH_DRAWS
     shard = 0 if drawn else request.draw
     stream = DocumentStream(corpus, filters, generator(request.seed, "shard"), shard, request.shards)
@@ -159,7 +167,8 @@ def _select(
     counts = dict(stream.counts)
     for filter_ in filters:
         if isinstance(filter_, Leakage):
-            counts["documents_with_leakage"] = filter_.leaked
+            counts["documents_with_leakage"] = filter_.leaked - leaked_before
+            counts["evaluation_texts_too_short"] = filter_.too_short
     masks = _assistant_masks(stream, tokenizer, windows) if request.mask == "assistant" else None
     rows = rows or [window.tokens for window in windows]
     return _Part(rows, [window.segments for window in windows], counts, masks, stream.has_chat)
@@ -208,12 +217,13 @@ def _multi_domain(
     corpora: Sequence[Corpus],
     tokenizer: Tokenizer,
     request: SelectionRequest,
+    filters: list[Filter],
     load_model: LoadModel,
     progress: Progress,
 ) -> list[_Part]:
     """ZipCal in every corpus, then k-centre over the embeddings of what it chose (arXiv 2603.16105, algorithm 2)."""
     single = request.model_copy(update={"strategy": "zipcal"})
-    parts = [_select(corpus, tokenizer, single, load_model, progress) for corpus in corpora]
+    parts = [_select(corpus, tokenizer, single, filters, load_model, progress) for corpus in corpora]
     pooled = [(number, row) for number, part in enumerate(parts) for row in range(len(part.rows))]
     embedding = embedding_of(request.embedding, tokenizer, request.seed)
     embedding.see([Window(parts[number].rows[row], [], 0, 0, 0) for number, row in pooled])
@@ -260,6 +270,17 @@ def _assemble(
     counts: Counter[str] = Counter()
     for part in parts:
         counts.update(part.counts)
+    if "classes_covered" in counts:
+        # Several corpora or groups cover the same classes; what counts is the set.
+        classes = subword_classes(tokenizer)
+        covered = classes[np.unique(np.concatenate([np.array(row, dtype=np.int64) for row in rows]))]
+        counts["classes"] = int(classes.max(initial=-1)) + 1
+        counts["classes_covered"] = len(np.unique(covered[covered >= 0]))
+    if "evaluation_texts_too_short" in counts:
+        counts["evaluation_texts_too_short"] //= len(parts)
+    empty = int((~mask.any(1)).sum())
+    if empty:
+        counts["rows_without_a_counted_token"] = empty
     described = [{**corpus.describe(), "rows": len(part.rows)} for corpus, part in zip(corpora, parts, strict=True)]
     manifest = Manifest(
         strategy=request.strategy,
@@ -270,6 +291,8 @@ def _assemble(
         length=request.length,
         tokenizer_sha256=tokenizer.sha256,
         corpora=described,
+        evaluations=[Corpus(place, request.filters.leakage_field).describe() for place in request.filters.leakage],
+        embedding_sha256=embedding_sha256(request.embedding),
         chat_template_sha256=template_sha256(tokenizer) if any(part.chat for part in parts) else None,
         rows=segments,
         counts=dict(counts),
