@@ -65,7 +65,7 @@ def _charts(sets: list[InspectedSet]) -> dict[str, str]:
             alt.Chart(alt.InlineData(values=rows))
             .mark_line()
             .encode(
-                x=alt.X(f"{x}:Q", scale=scale),
+                x=alt.X(f"{x}:Q", scale=scale, axis=alt.Axis(tickMinStep=1, format=",")),  # ranks and rows are whole
                 y=alt.Y(f"{y}:Q", scale=scale),
                 color=alt.Color("set:N", title=None),
             )
