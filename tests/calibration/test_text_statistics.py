@@ -111,6 +111,14 @@ def test_inspection_compares_sets(sets: list[Path], llama: Path) -> None:
         inspect_sets(sets, model="nowhere")
 
 
+def test_the_page_shows_what_was_asked_for(sets: list[Path], llama: Path, tmp_path: Path) -> None:
+    filters = cb.FilterRequest(duplicates="near", min_characters=3)
+    cb.select(tmp_path / "c.txt", tokenizer=llama, samples=4, length=48, filters=filters).save(tmp_path / "filtered")
+    found = inspect_sets([sets[0], tmp_path / "filtered"]).sets
+    assert "parameters" not in found[0].facts
+    assert found[1].facts["parameters"] == "filters: duplicates near; min_characters 3"
+
+
 def test_the_page_needs_nothing_else(sets: list[Path]) -> None:
     page = inspect_sets(sets).page()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\((?!#)""", page)

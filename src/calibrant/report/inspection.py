@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.selection.request import SelectionRequest
 from calibrant.calibration.text_statistics import describe_set, overlap
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.errors import CalibrantError
@@ -143,7 +144,7 @@ def _facts(calibration: CalibrationSet) -> dict[str, str]:
         "corpora": sources,
         "size": f"{manifest.samples} rows of {manifest.length} tokens",
         "seed and draw": f"{manifest.seed}, {manifest.draw}",
-        "parameters": _options(manifest.parameters),
+        "parameters": _options(manifest.parameters, SelectionRequest().recorded()),
         "counts": ", ".join(f"{name} {value:,}" for name, value in manifest.counts.items()),
         "SHA-256": manifest.set_sha256,
     }
@@ -157,13 +158,13 @@ def _readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(known) + (f"\n({unknown} ids that the tokenizer does not know)" if unknown else "")
 
 
-def _options(parameters: Mapping[str, Any]) -> str:
-    """What was asked for, in words; what was left out is left out."""
+def _options(parameters: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """What was asked for beyond the ``usual`` values, in words."""
     said = []
     for name, value in parameters.items():
         if isinstance(value, Mapping):
-            inner = _options(value)
+            inner = _options(value, usual.get(name, {}))
             said += [f"{name}: {inner}"] if inner else []
-        elif value not in (None, [], False, 0, "keep"):
+        elif name not in usual or value != usual[name]:
             said.append(f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     return "; ".join(said)
