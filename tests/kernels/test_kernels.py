@@ -6,16 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrant.compression.grid_fitting import fit_grid
-from calibrant.compression.grids import GridSpec
+from calibrant.compression.grids import GridSpec, decode, encode
 from calibrant.compression.solvers.gptq import quantization_problem
 from calibrant.kernels import bfloat16_gram, bfloat16_tile
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
 from calibrant.kernels.decode_attention import decode_attention
 from calibrant.kernels.gram import add_gram
+from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError, inverse_factor
 from calibrant.kernels.masks import keep_largest_by_row
 from calibrant.kernels.packed_linear import PackedLinear
+from calibrant.kernels.range_search import cheapest_range
 from calibrant.kernels.rms_norm import rms_norm
 from tests import references
 
@@ -193,3 +195,46 @@ def test_decode_attention_is_attention_over_a_rows_own_positions(
             query[row].double(), keys[row, :, part].double(), values[row, :, part].double(), enable_gqa=True, scale=0.3
         )
         torch.testing.assert_close(found[row].double(), expected.transpose(0, 1), rtol=0.01, atol=0.01)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 70), groups=st.integers(1, 4), symmetric=st.booleans(), seed=st.integers(0, 99))
+def test_rounding_and_its_twin_give_the_same_bits(rows: int, groups: int, symmetric: bool, seed: int) -> None:
+    weight, _ = references.problem(rows, 12 * groups, seed)
+    grid = fit_grid(weight, GridSpec(3, symmetric, 12, torch.float32))
+    arguments = (weight, grid.scale, grid.zero, grid.spec.lowest, grid.spec.highest)
+    codes, values = round_to_grid(*arguments)
+    plain_codes, plain_values = round_to_grid(*arguments, compiled=False)
+    assert torch.equal(codes, plain_codes)
+    assert torch.equal(values, plain_values)
+    assert torch.equal(values, decode(encode(weight, grid), grid))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    groups=st.integers(1, 3),
+    width=st.sampled_from([1, 6, 17]),
+    candidates=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_the_range_search_finds_the_least_cost(rows: int, groups: int, width: int, candidates: int, seed: int) -> None:
+    weight, hessian = references.problem(rows, groups * width, seed)
+    blocks = torch.stack([hessian[i : i + width, i : i + width] for i in range(0, groups * width, width)])
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.rand(rows, candidates, groups, generator=generator) + 0.1
+    zeros = torch.randint(-4, 4, scales.shape, generator=generator).float()
+
+    def costs() -> torch.Tensor:
+        by_group, found = weight.double().view(rows, groups, width), []
+        for scale, zero in zip(scales.double().unbind(1), zeros.double().unbind(1), strict=True):
+            codes = torch.round(torch.clamp(by_group / scale[..., None] + zero[..., None], -8, 7))
+            errors = (codes - zero[..., None]) * scale[..., None] - by_group
+            found.append(torch.einsum("rgi,gij,rgj->rg", errors, blocks.double(), errors))
+        return torch.stack(found, 1)
+
+    expected = costs()
+    for compiled in (True, False):
+        best = cheapest_range(weight, scales, zeros, blocks, -8, 7, compiled)
+        chosen = expected.gather(1, best[:, None])[:, 0]
+        torch.testing.assert_close(chosen, expected.amin(1), rtol=1e-4, atol=1e-6 * float(expected.amax()))

@@ -1,7 +1,7 @@
 """Transforms of one block before it is solved: what its inputs look like, which scales follow, folding them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,16 +9,18 @@ from torch import nn
 
 from calibrant.compression import recipe as recipes
 from calibrant.compression.grids import GridSpec
+from calibrant.compression.solvers.result import layer_errors
 from calibrant.compression.solvers.rtn import rtn
-from calibrant.compression.statistics import Magnitude
+from calibrant.compression.statistics import Hessian, Magnitude
 from calibrant.compression.transforms.awq import awq_candidates, best_scale
 from calibrant.compression.transforms.smoothquant import smoothquant_scale
 from calibrant.modeling.foldable import FoldablePair, find_foldable
 from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.structure import BlockStructure, InputGroup
 
-# AWQ compares outputs on this many tokens (ours; the paper's code takes its whole set, 65,536 of them).
-_SEARCH_TOKENS = 8192
+# AWQ compares outputs of whole modules on this many tokens (ours; the paper's code takes its whole set, 65,536 of
+# them). Where the module is the linear itself, second moments stand for all tokens.
+_SEARCH_TOKENS = 2048
 
 
 @dataclass
@@ -31,9 +33,13 @@ class Transformed:
 
 @dataclass
 class _Seen:
-    """What a pass over the calibration data showed of one pair: magnitudes, and calls of the module to compare."""
+    """What a pass over the calibration data showed of one pair: magnitudes, and what to compare outputs with.
+
+    That is ``moments`` of a lone linear's input, or ``calls`` of the smallest module around several linears.
+    """
 
     magnitude: Magnitude
+    moments: Hessian | None = None
     calls: list[tuple[Callable[[], torch.Tensor], torch.Tensor]] = field(default_factory=list)
 
 
@@ -56,7 +62,7 @@ def transform_block(
         pairs = find_foldable(block, structure, probe.hidden, lambda: call_block(block, index, probe))
         if isinstance(transform, recipes.SmoothQuant):
             pairs = [pair for pair in pairs if pair.producer.norm is not None]
-        seen = _run(block, index, pairs, batches, keep_calls=isinstance(transform, recipes.Awq))
+        seen = _run(block, index, pairs, batches, compare=isinstance(transform, recipes.Awq))
         scales = [_scale(transform, pair, one, block, state, spec) for pair, one in zip(pairs, seen, strict=True)]
         for pair, scale in zip(pairs, scales, strict=True):
             # The stored values decide; the block computes with what they say.
@@ -83,13 +89,16 @@ def _scale(
     if isinstance(transform, recipes.SmoothQuant):
         return smoothquant_scale(seen.magnitude.largest, weights, transform.alpha)
     candidates = awq_candidates(seen.magnitude.mean, weights, transform.steps, transform.duo, spec.group_size)
-    return best_scale(candidates, _output_loss(pair.group, weights, block, seen, spec))[0]
+    return best_scale(candidates, _output_loss(pair.group, weights, block, seen, spec))
 
 
 def _output_loss(
     group: InputGroup, weights: list[torch.Tensor], block: nn.Module, seen: _Seen, spec: GridSpec
 ) -> Callable[[torch.Tensor], float]:
-    """Mean squared change of the compared outputs when the group's weights are scaled, rounded and scaled back."""
+    """Squared change of the compared outputs when the group's weights are scaled, rounded and scaled back."""
+    if seen.moments is not None:
+        moments = seen.moments.matrix()
+        return lambda scale: float(layer_errors(weights[0], _rounded(weights[0], scale, spec), moments).sum())
     expected = [(call().float(), mask) for call, mask in seen.calls]
 
     def loss(scale: torch.Tensor) -> float:
@@ -97,12 +106,12 @@ def _output_loss(
         kept = [view.clone() for view in views]
         try:
             for view, weight in zip(views, weights, strict=True):
-                view.copy_(rtn(weight * scale, spec).weight / scale)
-            total, count = 0.0, 0
+                view.copy_(_rounded(weight, scale, spec))
+            total = 0.0
             for (call, _), (before, mask) in zip(seen.calls, expected, strict=True):
                 difference = (call().float() - before).square_().view(mask.numel(), -1)[mask.flatten()]
-                total, count = total + float(difference.sum(dtype=torch.float64)), count + difference.numel()
-            return total / max(count, 1)
+                total += float(difference.sum(dtype=torch.float64))
+            return total
         finally:
             for view, values in zip(views, kept, strict=True):
                 view.copy_(values)
@@ -110,21 +119,28 @@ def _output_loss(
     return loss
 
 
+def _rounded(weight: torch.Tensor, scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
+    """What rounding makes of ``weight`` on plain ranges of the scaled columns."""
+    return rtn(weight * scale, replace(spec, range_search="none")).weight / scale
+
+
 def _run(
-    block: nn.Module, index: int, pairs: list[FoldablePair], batches: list[MicroBatch], keep_calls: bool
+    block: nn.Module, index: int, pairs: list[FoldablePair], batches: list[MicroBatch], compare: bool
 ) -> list[_Seen]:
-    """Run the block over all batches and note what each pair needs."""
+    """Run the block over all batches and note what each pair needs, with ``compare`` also what outputs need."""
     device = batches[0].hidden.device
-    seen = [_Seen(Magnitude(pair.group.linears[0].in_features, device)) for pair in pairs]
-    left = _SEARCH_TOKENS
+    seen = []
+    for pair in pairs:
+        width, alone = pair.group.linears[0].in_features, compare and len(pair.group.linears) == 1
+        seen.append(_Seen(Magnitude(width, device), Hessian(width, device) if alone else None))
+    left = _SEARCH_TOKENS if compare else 0
     for batch in batches:
-        tokens = batch.mask.numel()
         handles = []
         for pair, one in zip(pairs, seen, strict=True):
             handles.append(block.get_submodule(pair.group.module).register_forward_pre_hook(_note_inputs(one, batch)))
-            if keep_calls and left > 0:
+            if left > 0 and one.moments is None:
                 handles += _note_calls(block, index, pair.group, one, batch)
-        left -= tokens
+        left -= batch.mask.numel()
         try:
             call_block(block, index, batch)
         finally:
@@ -135,14 +151,16 @@ def _run(
 
 def _note_inputs(seen: _Seen, batch: MicroBatch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].reshape(-1, args[0].shape[-1])
-        seen.magnitude.add(rows[batch.mask.reshape(-1)])
+        rows = args[0].reshape(-1, args[0].shape[-1])[batch.mask.reshape(-1)]
+        seen.magnitude.add(rows)
+        if seen.moments is not None:
+            seen.moments.add(rows)
 
     return note
 
 
 def _note_calls(block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch) -> list[Any]:
-    """Keep the calls of the smallest module that holds the whole group, a lone linear itself."""
+    """Keep the calls of the smallest module that holds the whole group."""
     name = _common_module([linear.name for linear in group.linears])
     if not name:
         seen.calls.append((lambda: call_block(block, index, batch), batch.mask))
@@ -160,7 +178,7 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _common_module(names: list[str]) -> str:
-    """The name of the innermost module above all of ``names``; the one name itself."""
+    """The name of the innermost module above all of ``names``."""
     parts = [name.split(".") for name in names]
     shared = 0
     while shared < min(map(len, parts)) and len({tuple(part[: shared + 1]) for part in parts}) == 1:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from calibrant.compression.grids import Grid, GridSpec, encode_groups, parameters, stored_scale
+from calibrant.kernels.range_search import cheapest_range
 
 _SHRINK_STEPS = 80
 _SHRINK_POINTS = 100
@@ -50,7 +51,7 @@ def fit_grid(weight: torch.Tensor, spec: GridSpec, moments: torch.Tensor | None 
         tried = _refitted(groups, low, high, importance, spec)
         return Grid(spec, *_cheapest(groups, plain, tried, spec, lambda e: (importance * e.square()).sum(-1)))
     if spec.range_search == "clip" and moments is not None:
-        return Grid(spec, *_cheapest(groups, plain, _clipped(low, high, spec), spec, _output_cost(groups, moments)))
+        return Grid(spec, *_best_clipped(groups, [plain, *_clipped(low, high, spec)], moments, spec))
     return Grid(spec, *plain)
 
 
@@ -90,16 +91,15 @@ def _clipped(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[
         yield parameters(torch.maximum(low, -bound), torch.minimum(high, bound), spec)
 
 
-def _output_cost(groups: torch.Tensor, moments: torch.Tensor) -> Cost:
-    """``e S_g e`` with the block of ``moments`` that belongs to each group."""
+def _best_clipped(
+    groups: torch.Tensor, candidates: list[Parameters], moments: torch.Tensor, spec: GridSpec
+) -> Parameters:
+    """For every group the first of least ``e S_g e``, with the block of ``moments`` that belongs to the group."""
     count, width = groups.shape[1:]
     blocks = torch.stack([moments[i : i + width, i : i + width] for i in range(0, count * width, width)])
-
-    def cost(errors: torch.Tensor) -> torch.Tensor:
-        by_group = errors.transpose(0, 1)
-        return ((by_group @ blocks) * by_group).sum(-1).T
-
-    return cost
+    scales, zeros = (torch.stack(values, 1) for values in zip(*candidates, strict=True))
+    best = cheapest_range(groups.flatten(1), scales, zeros, blocks, spec.lowest, spec.highest)[:, None]
+    return scales.gather(1, best)[:, 0], zeros.gather(1, best)[:, 0]
 
 
 def _importance(groups: torch.Tensor, weight: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:

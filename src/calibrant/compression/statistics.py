@@ -2,7 +2,7 @@
 
 import torch
 
-from calibrant.kernels.gram import add_gram
+from calibrant.kernels.gram import add_gram, add_product
 
 _CHUNK_ROWS = 256
 
@@ -34,7 +34,7 @@ class PairedHessian(Hessian):
     def add_pair(self, inputs: torch.Tensor, originals: torch.Tensor) -> None:
         """Further tokens, as the compressed and as the original model has them."""
         self.add(inputs)
-        self.drift += (originals - inputs).T @ inputs
+        add_product(self.drift, originals - inputs, inputs)
 
 
 class ColumnNorm:

@@ -30,6 +30,15 @@ def add_gram(lower: torch.Tensor, inputs: torch.Tensor) -> None:
             lower[begin:end, :end].addmm_(values[:, begin:end].T, values[:, :end])
 
 
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left^T right`` to ``total`` (float32 ``[in, in]``), in place; sums are float32.
+
+    ``left`` and ``right`` ``[tokens, in]`` of one floating dtype; of bfloat16 inputs the products are bfloat16's.
+    """
+    with _exact_bfloat16_products(left.dtype):
+        total.addmm_(left.float().T, right.float())
+
+
 @contextmanager
 def _exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     """Let the CPU multiply float32 values that are bfloat16 numbers as bfloat16, summing in float32.

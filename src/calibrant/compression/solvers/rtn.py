@@ -5,16 +5,17 @@ from typing import Literal
 import torch
 
 from calibrant.compression.grid_fitting import fit_grid
-from calibrant.compression.grids import GridSpec, decode, encode
+from calibrant.compression.grids import GridSpec
 from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.result import Solution
+from calibrant.kernels.grid_rounding import round_to_grid
 
 
 def rtn(weight: torch.Tensor, spec: GridSpec, moments: torch.Tensor | None = None) -> Solution:
     """Round ``weight`` ``[rows, in]`` (float32); ``moments`` of the inputs are for range searches that use them."""
     grid = fit_grid(weight, spec, moments)
-    codes = encode(weight, grid)
-    return Solution(decode(codes, grid), codes, grid)
+    codes, values = round_to_grid(weight, grid.scale, grid.zero, spec.lowest, spec.highest)
+    return Solution(values, codes, grid)
 
 
 class Rtn(MethodOptions):

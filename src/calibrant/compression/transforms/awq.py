@@ -32,12 +32,6 @@ def _relative_magnitude(weights: list[torch.Tensor], group_size: int | None) -> 
     return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).view_as(stacked).mean(0)
 
 
-def best_scale(candidates: Iterator[torch.Tensor], loss: Callable[[torch.Tensor], float]) -> tuple[torch.Tensor, float]:
-    """The first candidate of least ``loss``, and its loss over the first candidate's (1 where nothing helps)."""
-    best = next(candidates)
-    first = least = loss(best)
-    for candidate in candidates:
-        found = loss(candidate)
-        if found < least:
-            best, least = candidate, found
-    return best, least / first if first > 0 else 1.0
+def best_scale(candidates: Iterator[torch.Tensor], loss: Callable[[torch.Tensor], float]) -> torch.Tensor:
+    """The first candidate of least ``loss``."""
+    return min(candidates, key=loss)

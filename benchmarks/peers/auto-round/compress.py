@@ -1,0 +1,39 @@
+"""Compress a model with auto-round as its documentation shows, on given tokens. Runs in the peer's environment."""
+
+import argparse
+
+import torch
+from auto_round import AutoRound
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# Steps a block; 200 are its default, which takes hours on a CPU.
+ITERATIONS = {"autoround-0": 0, "autoround-20": 20, "autoround-200": 200}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("model", "tokens", "output", "dtype"):
+        parser.add_argument(name)
+    parser.add_argument("method", choices=ITERATIONS)
+    parser.add_argument("bits", type=int)
+    parser.add_argument("group_size", type=int)
+    options = parser.parse_args()
+    tokens = load_file(options.tokens)["tokens"].long()
+    rounding = AutoRound(
+        AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)),
+        AutoTokenizer.from_pretrained(options.model),
+        bits=options.bits,
+        group_size=options.group_size,
+        sym=True,
+        iters=ITERATIONS[options.method],
+        dataset=[row[None] for row in tokens],
+        nsamples=len(tokens),
+        seqlen=tokens.shape[1],
+        device_map="cpu",
+    )
+    rounding.quantize_and_save(options.output, format="auto_gptq")
+
+
+if __name__ == "__main__":
+    main()
