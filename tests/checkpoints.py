@@ -16,7 +16,7 @@ def put_stored_weights(model: torch.nn.Module, output: Path, group_size: int) ->
     for name, module in model.named_modules():
         tensors = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
         if "weight_scale" in tensors:
-            codes = PackQuantized().read(tensors, Layout(4, True, group_size, False))
+            codes = PackQuantized().read(tensors, Layout(4, True, group_size, None))
             spec = GridSpec(4, True, group_size, torch.float32)
             module.weight.data = decode(codes.codes, Grid(spec, codes.scale.float(), codes.zero.float()))
         elif "weight" in tensors:

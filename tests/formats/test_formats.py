@@ -38,8 +38,8 @@ def test_packing_is_what_the_format_library_does(bits: int, rows: int, columns: 
 
 
 @pytest.mark.parametrize("layout", [
-    Layout(4, True, 16, False), Layout(4, False, 16, False), Layout(2, False, None, False), Layout(3, True, 16, False),
-    Layout(8, True, None, True), Layout(6, False, 8, False),
+    Layout(4, True, 16, None), Layout(4, False, 16, None), Layout(2, False, None, None), Layout(3, True, 16, None),
+    Layout(8, True, None, "dynamic"), Layout(6, False, 8, None),
 ])  # fmt: skip
 @pytest.mark.parametrize("rows", [5, 8])
 def test_what_is_read_is_what_was_written(layout: Layout, rows: int) -> None:

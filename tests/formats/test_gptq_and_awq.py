@@ -37,8 +37,8 @@ def random_codes(bits: int, symmetric: bool, rows: int = 16, columns: int = 32, 
 def test_awq_words_are_the_documented_ones() -> None:
     """A word whose columns hold their own index, and the zeros of a symmetric model."""
     codes = (torch.arange(8, dtype=torch.int8) - 8)[:, None].expand(8, 8).contiguous()
-    written = format_for(Layout(4, True, 8, False, "awq")).write(
-        Codes(codes, torch.ones(8, 1).half(), torch.zeros(8, 1, dtype=torch.int8)), Layout(4, True, 8, False, "awq")
+    written = format_for(Layout(4, True, 8, None, "awq")).write(
+        Codes(codes, torch.ones(8, 1).half(), torch.zeros(8, 1, dtype=torch.int8)), Layout(4, True, 8, None, "awq")
     )
     assert hexadecimal(written["qweight"]) == {"0x75316420"}
     assert hexadecimal(written["qzeros"]) == {"0x88888888"}
@@ -46,7 +46,7 @@ def test_awq_words_are_the_documented_ones() -> None:
 
 
 def test_gptq_zeros_of_a_symmetric_model_are_stored_less_one() -> None:
-    layout = Layout(4, True, 8, False, "gptq")
+    layout = Layout(4, True, 8, None, "gptq")
     written = format_for(layout).write(random_codes(4, True), layout)
     assert hexadecimal(written["qzeros"]) == {"0x77777777"}
     assert written["qweight"].shape == (4, 16)
@@ -57,7 +57,7 @@ def test_gptq_zeros_of_a_symmetric_model_are_stored_less_one() -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gptq_is_unpacked_as_its_reference_does(bits: int) -> None:
     """Shifts of every word along the inputs, zeros along the outputs plus one, in plain numpy."""
-    layout = Layout(bits, True, 8, False, "gptq")
+    layout = Layout(bits, True, 8, None, "gptq")
     codes = random_codes(bits, True)
     written = {name: tensor.numpy() for name, tensor in format_for(layout).write(codes, layout).items()}
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
@@ -71,11 +71,11 @@ def test_gptq_is_unpacked_as_its_reference_does(bits: int) -> None:
 
 
 def test_the_format_librarys_converter_reads_our_awq() -> None:
-    codes, layout = random_codes(4, False), Layout(4, False, 8, False, "awq")
+    codes, layout = random_codes(4, False), Layout(4, False, 8, None, "awq")
     tensors = {f"layer.{suffix}": value for suffix, value in format_for(layout).write(codes, layout).items()}
     converted = AutoAWQConverter(group_size=8).process(tensors)
     read = PackQuantized().read(
-        {name.removeprefix("layer."): value for name, value in converted.items()}, Layout(4, False, 8, False)
+        {name.removeprefix("layer."): value for name, value in converted.items()}, Layout(4, False, 8, None)
     )
     for name in ("codes", "zero", "scale"):
         assert torch.equal(vars(read)[name], vars(codes)[name])
@@ -117,7 +117,7 @@ def test_a_whole_model_is_the_same_in_every_format(
 
 def test_gptq_of_version_two_is_read(tmp_path: Path) -> None:
     """Version 2 stores the zeros as they are."""
-    codes, layout = random_codes(4, True), Layout(4, True, 8, False, "gptq")
+    codes, layout = random_codes(4, True), Layout(4, True, 8, None, "gptq")
     tensors = {f"layer.{name}": value for name, value in format_for(layout).write(codes, layout).items()}
     one = dense_weights(tensors, tensors.__getitem__, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"})
     tensors["layer.qzeros"] = tensors["layer.qzeros"] + 0x11111111

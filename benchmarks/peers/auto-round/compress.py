@@ -1,6 +1,8 @@
 """Compress a model with auto-round as its documentation shows, on given tokens. Runs in the peer's environment."""
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import torch
 from auto_round import AutoRound
@@ -32,7 +34,10 @@ def main() -> None:
         seqlen=tokens.shape[1],
         device_map="cpu",
     )
-    rounding.quantize_and_save(options.output, format="auto_gptq")
+    # It writes a folder of its own choice inside the one it is given.
+    with tempfile.TemporaryDirectory(dir=Path(options.output).parent) as folder:
+        rounding.quantize_and_save(folder, format="auto_gptq")
+        next(path.parent for path in Path(folder).rglob("config.json")).rename(options.output)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from calibrant.clock import Clock
+from calibrant.compression.activation_ranges import InputGrid, InputRange
 from calibrant.compression.block_engine import Unit
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.methods import METHODS
@@ -57,12 +58,15 @@ class BlockSolver:
     layers: list[LayerReport] = field(default_factory=list)
     solved_parameters: set[str] = field(default_factory=set)
     _statistics: dict[Unit, Hessian | ColumnNorm] = field(default_factory=dict)
+    _ranges: dict[Unit, InputRange] = field(default_factory=dict)
 
     def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
-        kind = self.recipe.statistic
-        if kind is None:
-            return
+        kind, activations = self.recipe.statistic, self.recipe.scheme.activations
         with self.clock.stage("statistics"):
+            if activations is not None and not activations.dynamic:
+                self._ranges.setdefault(unit, InputRange(inputs.device)).add(inputs)
+            if kind is None:
+                return
             if unit not in self._statistics:
                 self._statistics[unit] = kind(unit[0].in_features, inputs.device)
             statistic = self._statistics[unit]
@@ -91,11 +95,24 @@ class BlockSolver:
             solution = replace(solution, record=record)
         else:
             solution = entry.solve(self.recipe.method, task)
+        inputs = self._input_grid(unit)
         begin = 0
         for linear, weight in zip(unit, weights, strict=True):
             rows = slice(begin, begin + len(weight))
             self._keep(linear, weight, solution, rows, task, statistic.tokens if statistic else 0)
+            if inputs is not None and linear.name in self.codes:
+                codes = self.codes[linear.name]
+                self.codes[linear.name] = replace(
+                    codes, input_scale=inputs.scale.clone(), input_zero=inputs.zero.clone()
+                )
             begin += len(weight)
+
+    def _input_grid(self, unit: Unit) -> InputGrid | None:
+        """Of static activations."""
+        activations, seen = self.recipe.scheme.activations, self._ranges.pop(unit, None)
+        if activations is None or seen is None or self.spec is None:
+            return None
+        return seen.grid(activations.range, activations.percentile, self.spec.scale_dtype)
 
     def _task(
         self, weight: torch.Tensor, segments: tuple[int, ...], statistic: Hessian | ColumnNorm | None, unit: Unit

@@ -91,4 +91,5 @@ def _tensor_hash(tensor: torch.Tensor) -> str:
 
 
 def _codes_hash(codes: Codes) -> str:
-    return "".join(map(_tensor_hash, (codes.codes, codes.scale, codes.zero)))
+    inputs = [tensor for tensor in (codes.input_scale, codes.input_zero) if tensor is not None]
+    return "".join(map(_tensor_hash, (codes.codes, codes.scale, codes.zero, *inputs)))

@@ -3,6 +3,7 @@
 import re
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -92,10 +93,10 @@ def make_plan(
         group = weights.group_size if isinstance(weights.group_size, int) else None
         scale_dtype = model.folder.dtype if format_name == "compressed-tensors" else torch.float16
         spec = GridSpec(weights.bits, weights.symmetric, group, scale_dtype, weights.range_search)
-        layout = Layout(weights.bits, weights.symmetric, group, recipe.scheme.activations is not None, format_name)
+        layout = Layout(weights.bits, weights.symmetric, group, _activations(recipe), format_name)
         if format_name != "compressed-tensors":
             _check_format(layout, linears, stored_otherwise, recipe)
-        if stored_otherwise and layout.dynamic_activations:
+        if stored_otherwise and layout.activations:
             raise CalibrantError(
                 f"{stored_otherwise[0]}: int8 activations need ordinary linear layers, and this model's are not; "
                 "take a weight-only recipe"
@@ -109,7 +110,7 @@ def make_plan(
                 "loads can hold: the quantized values are stored dense, so the files do not get smaller"
             )
             layout = None
-        elif not layout.symmetric and not layout.dynamic_activations and format_name == "compressed-tensors":
+        elif not layout.symmetric and not layout.activations and format_name == "compressed-tensors":
             notes.append(
                 "transformers 5.23 loads asymmetric packed weights only unpacked: pass from_pretrained "
                 "quantization_config=CompressedTensorsConfig(dequantize=True)"
@@ -125,6 +126,11 @@ def make_plan(
     return Plan(recipe, blocks, linears, fused, spec, _sparsity(recipe), layout, notes)
 
 
+def _activations(recipe: Recipe) -> Literal["dynamic", "static"] | None:
+    activations = recipe.scheme.activations
+    return None if activations is None else "dynamic" if activations.dynamic else "static"
+
+
 def _check_format(
     layout: Layout, linears: dict[str, tuple[int, int]], stored_otherwise: list[str], recipe: Recipe
 ) -> None:
@@ -134,7 +140,7 @@ def _check_format(
         CalibrantError: the scheme, the method or a layer does not fit.
     """
     refusal = format_for(layout).refusal(layout)
-    if layout.dynamic_activations:
+    if layout.activations:
         refusal = f"the {layout.format} format is for weights alone: take compressed-tensors for int8 activations"
     if recipe.stored_dense or stored_otherwise:
         what = recipe.method.name if recipe.stored_dense else f"{stored_otherwise[0]} is no ordinary linear layer and"

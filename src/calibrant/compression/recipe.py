@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from calibrant.compression.activation_ranges import RangeRule
 from calibrant.compression.grids import RangeSearch
 from calibrant.compression.methods import METHODS
 from calibrant.compression.solvers.method import MethodOptions, Statistic
@@ -54,10 +55,23 @@ class Weights(_Strict):
 
 
 class Activations(_Strict):
-    """Activation quantization at run time: symmetric int8 with one scale a token, found on the fly."""
+    """Activation quantization to int8.
+
+    ``dynamic``: symmetric, one scale a token, found at run time. Static: asymmetric, one range a tensor, chosen by
+    ``range`` from the calibration data: all that was seen ("minmax"), ``percentile`` percent of it, or what costs the
+    least squared error ("mse").
+    """
 
     bits: Literal[8] = 8
-    dynamic: Literal[True] = True
+    dynamic: bool = True
+    range: RangeRule = "minmax"
+    percentile: float = Field(default=99.99, gt=50, lt=100)
+
+    @model_validator(mode="after")
+    def _static(self) -> "Activations":
+        if self.dynamic and self.model_fields_set & {"range", "percentile"}:
+            raise ValueError("range and percentile are for static activations: add dynamic: false")
+        return self
 
 
 class Scheme(_Strict):
@@ -196,7 +210,9 @@ class Recipe(_Strict):
     @property
     def needs_data(self) -> bool:
         """Whether a calibration set is used."""
-        return self.statistic is not None or bool(self.transforms)
+        activations = self.scheme.activations
+        static = activations is not None and not activations.dynamic
+        return self.statistic is not None or bool(self.transforms) or static
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).

@@ -54,18 +54,22 @@ class IntQuantized:
         tensors = {"weight": codes.codes, "weight_scale": codes.scale}
         if not layout.symmetric:
             tensors["weight_zero_point"] = codes.zero
+        if codes.input_scale is not None and codes.input_zero is not None:
+            tensors |= {"input_scale": codes.input_scale, "input_zero_point": codes.input_zero}
         return tensors
 
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         scale = tensors["weight_scale"]
         zero = tensors.get("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
-        return Codes(tensors["weight"], scale, zero)
+        return Codes(tensors["weight"], scale, zero, tensors.get("input_scale"), tensors.get("input_zero_point"))
 
 
 def _config(name: str, layout: Layout, ignored: list[str]) -> dict[str, Any]:
     activations: dict[str, Any] | None = None
-    if layout.dynamic_activations:
+    if layout.activations == "dynamic":
         activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    elif layout.activations == "static":
+        activations = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}
     weights: dict[str, Any] = {
         "num_bits": layout.stored_bits,
         "type": "int",

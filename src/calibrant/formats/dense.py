@@ -39,7 +39,7 @@ def dense_weights(
 def _codes(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> Codes:
     bits = int(settings.get("bits", 4))
     if settings["quant_method"] == "awq":
-        return Awq().read(parts, Layout(bits, False, None, False, "awq"))
+        return Awq().read(parts, Layout(bits, False, None, None, "awq"))
     codes = read_gptq(parts, bits, version=2 if settings.get("checkpoint_format") == "gptq_v2" else 1)
     width = codes.codes.shape[1] // codes.scale.shape[1]
     if "g_idx" in parts and not torch.equal(parts["g_idx"], torch.arange(codes.codes.shape[1]) // width):

@@ -12,21 +12,29 @@ _STORED_WIDTHS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Codes:
-    """Finished integers: ``codes`` int8 ``[out, in]``; ``[out, groups]`` ``scale`` (storage dtype), ``zero`` int8."""
+    """Finished integers: ``codes`` int8 ``[out, in]``; ``[out, groups]`` ``scale`` (storage dtype), ``zero`` int8.
+
+    ``input_scale`` and ``input_zero`` ``[1]``, of those dtypes, are the grid of the layer's input if that is static.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
+    input_scale: torch.Tensor | None = None
+    input_zero: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the weights of a model are stored: ``bits`` as solved, ``group_size`` None for one scale a channel."""
+    """How the weights of a model are stored: ``bits`` as solved, ``group_size`` None for one scale a channel.
+
+    ``activations``: None, or whether the ranges of int8 activations are found at run time or stored.
+    """
 
     bits: int
     symmetric: bool
     group_size: int | None
-    dynamic_activations: bool
+    activations: Literal["dynamic", "static"] | None = None
     format: FormatName = "compressed-tensors"
 
     @property

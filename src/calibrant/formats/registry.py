@@ -14,4 +14,4 @@ def format_for(layout: Layout) -> WeightFormat:
         return Gptq()
     if layout.format == "awq":
         return Awq()
-    return IntQuantized() if layout.dynamic_activations else PackQuantized()
+    return IntQuantized() if layout.activations else PackQuantized()
