@@ -9,13 +9,11 @@ from torch import nn
 from calibrant.clock import Clock
 from calibrant.compression.activation_ranges import InputGrid, InputRange
 from calibrant.compression.block_engine import Unit
-from calibrant.compression.grids import GridSpec
 from calibrant.compression.methods import METHODS
-from calibrant.compression.recipe import Recipe
+from calibrant.compression.plan import Plan
 from calibrant.compression.solvers.asymmetric import asymmetric_target
 from calibrant.compression.solvers.method import Task
 from calibrant.compression.solvers.result import Solution, SolverRecord, layer_errors
-from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import ColumnNorm, Hessian, PairedHessian
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes
@@ -50,9 +48,7 @@ class BlockSolver:
     prefix: str
     block: nn.Module
     state: dict[str, torch.Tensor]
-    recipe: Recipe
-    spec: GridSpec | None
-    sparsity: Sparsity | None
+    plan: Plan
     clock: Clock
     codes: dict[str, Codes] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
@@ -61,7 +57,7 @@ class BlockSolver:
     _ranges: dict[Unit, InputRange] = field(default_factory=dict)
 
     def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
-        kind, activations = self.recipe.statistic, self.recipe.scheme.activations
+        kind, activations = self.plan.recipe.statistic, self.plan.recipe.scheme.activations
         with self.clock.stage("statistics"):
             if activations is not None and not activations.dynamic:
                 self._ranges.setdefault(unit, InputRange(inputs.device)).add(inputs)
@@ -80,7 +76,7 @@ class BlockSolver:
             self._solve(unit, self._statistics.pop(unit, None))
 
     def _solve(self, unit: Unit, statistic: Hessian | ColumnNorm | None) -> None:
-        entry = METHODS[self.recipe.method.name]
+        entry = METHODS[self.plan.recipe.method.name]
         weights = [linear.view(self.state[linear.parameter]).float() for linear in unit]
         for linear, weight in zip(unit, weights, strict=True):
             if not bool(torch.isfinite(weight).all()):
@@ -89,12 +85,12 @@ class BlockSolver:
         if isinstance(statistic, PairedHessian) and task.hessian is not None:
             task = replace(task, weight=asymmetric_target(task.weight, task.hessian, statistic.drift))
             weights = list(task.weight.split(task.segments))
-        if self.recipe.statistic is not None and statistic is None:
+        if self.plan.recipe.statistic is not None and statistic is None:
             solution = entry.without_data(task)
             record = replace(solution.record, fallback="saw no calibration token, solved without data")
             solution = replace(solution, record=record)
         else:
-            solution = entry.solve(self.recipe.method, task)
+            solution = entry.solve(self.plan.recipe.method, task)
         inputs = self._input_grid(unit)
         begin = 0
         for linear, weight in zip(unit, weights, strict=True):
@@ -109,10 +105,10 @@ class BlockSolver:
 
     def _input_grid(self, unit: Unit) -> InputGrid | None:
         """Of static activations."""
-        activations, seen = self.recipe.scheme.activations, self._ranges.pop(unit, None)
-        if activations is None or seen is None or self.spec is None:
+        activations, seen = self.plan.recipe.scheme.activations, self._ranges.pop(unit, None)
+        if activations is None or seen is None or self.plan.spec is None:
             return None
-        return seen.grid(activations.range, activations.percentile, self.spec.scale_dtype)
+        return seen.grid(activations.range, activations.percentile, self.plan.spec.scale_dtype)
 
     def _task(
         self, weight: torch.Tensor, segments: tuple[int, ...], statistic: Hessian | ColumnNorm | None, unit: Unit
@@ -126,7 +122,8 @@ class BlockSolver:
                     f"{self.prefix}.{unit[0].name}: its inputs hold values that are not finite; "
                     "compute in float32 (--dtype float32) or check the model"
                 )
-        return Task(weight, segments, self.spec, self.sparsity, hessian, norms)
+        name = f"{self.prefix}.{unit[0].name}"
+        return Task(weight, segments, self.plan.spec_for(name), self.plan.sparsity_for(name), hessian, norms)
 
     def _keep(
         self, linear: Linear, weight: torch.Tensor, solution: Solution, rows: slice, task: Task, tokens: int

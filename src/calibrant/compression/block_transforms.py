@@ -9,6 +9,7 @@ from torch import nn
 
 from calibrant.compression import recipe as recipes
 from calibrant.compression.grids import GridSpec
+from calibrant.compression.plan import Plan
 from calibrant.compression.solvers.result import layer_errors
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.compression.statistics import Hessian, Magnitude
@@ -50,20 +51,24 @@ def transform_block(
     probe: MicroBatch,
     batches: list[MicroBatch],
     state: dict[str, torch.Tensor],
-    recipe: recipes.Recipe,
-    spec: GridSpec,
+    prefix: str,
+    plan: Plan,
 ) -> Transformed:
-    """Apply the recipe's transforms to ``block`` and to its stored parameters ``state``, in place.
+    """Apply the plan's transforms to ``block`` (at ``prefix``) and to its stored parameters ``state``, in place.
 
     Scales are chosen on the block as it is and folded together.
     """
     done = Transformed()
-    for transform in recipe.transforms:
+    for transform in plan.recipe.transforms:
         pairs = find_foldable(block, structure, probe.hidden, lambda: call_block(block, index, probe))
         if isinstance(transform, recipes.SmoothQuant):
             pairs = [pair for pair in pairs if pair.producer.norm is not None]
         seen = _run(block, index, pairs, batches, compare=isinstance(transform, recipes.Awq))
-        scales = [_scale(transform, pair, one, block, state, spec) for pair, one in zip(pairs, seen, strict=True)]
+        scales = []
+        for pair, one in zip(pairs, seen, strict=True):
+            spec = plan.spec_for(f"{prefix}.{pair.group.linears[0].name}")
+            assert spec is not None  # recipes with transforms quantize
+            scales.append(_scale(transform, pair, one, block, state, spec))
         for pair, scale in zip(pairs, scales, strict=True):
             # The stored values decide; the block computes with what they say.
             pair.fold(state, scale)

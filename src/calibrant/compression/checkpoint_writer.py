@@ -8,7 +8,7 @@ from safetensors import safe_open
 from calibrant.compression.block_solver import BlockSolver
 from calibrant.compression.plan import Plan
 from calibrant.errors import CalibrantError
-from calibrant.formats.quantized import Codes
+from calibrant.formats.quantized import Codes, Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter
 from calibrant.hashing import sha256_bytes
@@ -22,7 +22,7 @@ class CheckpointWriter:
         self.shards = shards
         self._model, self._plan = model, plan
         self._hashes: dict[str, str] = {}
-        self._codes: dict[str, str] = {}
+        self._codes: dict[str, tuple[str, Layout]] = {}
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors under their checkpoint names."""
@@ -39,15 +39,15 @@ class CheckpointWriter:
             del dense[name]
             stored_name = self._model.stored_name(name)
             packed[stored_name] = self._model.folder.read(stored_name)  # in its own dtype, bit for bit
-        if self._plan.layout is not None:
-            layout_format = format_for(self._plan.layout)
-            for name, codes in solver.codes.items():
-                parameter = f"{prefix}.{name}.weight"
-                base = self._model.stored_name(parameter).removesuffix("weight")
-                self._codes[base] = _codes_hash(codes)
-                written = layout_format.write(codes, self._plan.layout)
-                packed.update({base + suffix: tensor for suffix, tensor in written.items()})
-                del dense[parameter]
+        for name, codes in solver.codes.items():
+            layout = self._plan.layout_for(f"{prefix}.{name}")
+            if layout is None:
+                continue
+            parameter = f"{prefix}.{name}.weight"
+            base = self._model.stored_name(parameter).removesuffix("weight")
+            self._codes[base] = _codes_hash(codes), layout
+            packed.update({base + suffix: tensor for suffix, tensor in format_for(layout).write(codes, layout).items()})
+            del dense[parameter]
         stored = self._model.to_checkpoint({name: value.contiguous() for name, value in dense.items()})
         self.write({**stored, **packed})
 
@@ -67,15 +67,14 @@ class CheckpointWriter:
                 raise CalibrantError(f"{file}: tensor {name} is not what was solved; the disk may be failing")
         if set(places) != set(self._hashes):
             raise CalibrantError(f"{files[0].parent}: tensors are missing after writing; the disk may be failing")
-        for base, expected in self._codes.items():
-            self._verify_codes(base, expected, places)
+        for base, (expected, layout) in self._codes.items():
+            self._verify_codes(base, expected, layout, places)
         return len(places)
 
-    def _verify_codes(self, base: str, expected: str, places: dict[str, Path]) -> None:
-        assert self._plan.layout is not None
+    def _verify_codes(self, base: str, expected: str, layout: Layout, places: dict[str, Path]) -> None:
         own = [name for name in places if name.startswith(base) and "." not in name.removeprefix(base)]
         tensors = {name.removeprefix(base): _read(places[name], name) for name in own}
-        if _codes_hash(format_for(self._plan.layout).read(tensors, self._plan.layout)) != expected:
+        if _codes_hash(format_for(layout).read(tensors, layout)) != expected:
             raise CalibrantError(f"{places[own[0]]}: {base}* does not unpack to what was solved")
 
 

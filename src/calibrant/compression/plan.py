@@ -2,7 +2,7 @@
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ class Plan:
 
     ``layout`` is None for models that are stored dense. ``linears`` maps the names of the plain linears to be
     compressed to ``(out, in)``; ``fused`` names parameters that hold many experts. ``notes`` are for the user.
+    ``choices`` holds the bits or shares of zeros of linears for which a budget chose others than the scheme's.
     """
 
     recipe: Recipe
@@ -35,6 +36,28 @@ class Plan:
     sparsity: Sparsity | None
     layout: Layout | None
     notes: list[str]
+    choices: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def nominal(self) -> float:
+        """The scheme's bits, or its share of zeros."""
+        return self.spec.bits if self.spec is not None else self.sparsity.share if self.sparsity is not None else 0.0
+
+    def spec_for(self, name: str) -> GridSpec | None:
+        """The grid of the linear of that full name."""
+        if self.spec is None or name not in self.choices:
+            return self.spec
+        return replace(self.spec, bits=int(self.choices[name]))
+
+    def sparsity_for(self, name: str) -> Sparsity | None:
+        """What is pruned of the linear of that full name."""
+        return Sparsity(self.choices[name]) if self.spec is None and name in self.choices else self.sparsity
+
+    def layout_for(self, name: str) -> Layout | None:
+        """How the linear of that full name is stored."""
+        if self.layout is None or name not in self.choices:
+            return self.layout
+        return replace(self.layout, bits=int(self.choices[name]))
 
     def ignored(self, name: str) -> bool:
         """Whether the recipe leaves the linear of that full name alone; for experts also by their module's name."""
@@ -96,6 +119,10 @@ def make_plan(
         layout = Layout(weights.bits, weights.symmetric, group, _activations(recipe), format_name)
         if format_name != "compressed-tensors":
             _check_format(layout, linears, stored_otherwise, recipe)
+        if recipe.budget is not None and (
+            stored_otherwise or recipe.stored_dense or format_name != "compressed-tensors"
+        ):
+            raise CalibrantError("a budget of bits needs layers that compressed-tensors can hold packed")
         if stored_otherwise and layout.activations:
             raise CalibrantError(
                 f"{stored_otherwise[0]}: int8 activations need ordinary linear layers, and this model's are not; "

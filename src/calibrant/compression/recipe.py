@@ -24,6 +24,7 @@ from calibrant.compression.methods import METHODS
 from calibrant.compression.solvers.method import MethodOptions, Statistic
 from calibrant.compression.statistics import ColumnNorm, Hessian, PairedHessian
 from calibrant.errors import CalibrantError
+from calibrant.formats.quantized import STORED_WIDTHS
 
 DEFAULT_RECIPE = "gptq-w4a16"
 # Groups tried, largest first, when a recipe leaves the size to the model (ours).
@@ -107,6 +108,16 @@ class Scheme(_Strict):
         return self
 
 
+class Budget(_Strict):
+    """Bits, or the share of zeros, by group of layers: those of ``choices`` that move the model least.
+
+    ``average`` over all weights; where left out, the scheme's own bits or share.
+    """
+
+    choices: list[float] = Field(min_length=2)
+    average: float | None = None
+
+
 class SmoothQuant(_Strict):
     """SmoothQuant: scales from norms into linears; ``alpha`` 1 moves the activations' whole range."""
 
@@ -149,8 +160,8 @@ class Recipe(_Strict):
     """A named compression: ``transforms`` in order, then ``method``.
 
     ``asymmetric`` fits every layer to what the original model computes from its own inputs, instead of to what the
-    layer would make of the compressed model's. ``ignore`` holds regular expressions searched for in module names to
-    leave alone.
+    layer would make of the compressed model's. With a ``budget`` the scheme's bits or share hold on average.
+    ``ignore`` holds regular expressions searched for in module names to leave alone.
     """
 
     name: str
@@ -159,6 +170,7 @@ class Recipe(_Strict):
     scheme: Scheme
     transforms: list[Transform] = []
     asymmetric: bool = False
+    budget: Budget | None = None
     ignore: list[str] = []
 
     @field_validator("ignore")
@@ -193,6 +205,21 @@ class Recipe(_Strict):
             raise ValueError(f"{name} is stored dense, which no int8 activations go with")
         return self
 
+    @model_validator(mode="after")
+    def _affordable(self) -> "Recipe":
+        if self.budget is None:
+            return self
+        choices, weights = self.budget.choices, self.scheme.weights
+        if self.scheme.activations is not None or (weights is not None and self.scheme.sparsity is not None):
+            raise ValueError("a budget is of bits or of zeros, not of both, and not for int8 activations")
+        if weights is not None and not weights.symmetric:
+            raise ValueError("a budget of bits needs symmetric weights: transformers loads no others of mixed widths")
+        if weights is not None and any(choice not in STORED_WIDTHS for choice in choices):
+            raise ValueError(f"budget.choices: widths that files have, of {', '.join(map(str, STORED_WIDTHS))}")
+        if weights is None and (":" in str(self.scheme.sparsity) or not all(0 <= choice < 1 for choice in choices)):
+            raise ValueError("budget.choices: shares of zeros from 0 to below 1, and no pattern n:m")
+        return self
+
     @property
     def statistic(self) -> Statistic | None:
         """What must be gathered of a layer's inputs: the larger of what the method and the search of ranges need."""
@@ -212,7 +239,7 @@ class Recipe(_Strict):
         """Whether a calibration set is used."""
         activations = self.scheme.activations
         static = activations is not None and not activations.dynamic
-        return self.statistic is not None or bool(self.transforms) or static
+        return self.statistic is not None or bool(self.transforms) or static or self.budget is not None
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).

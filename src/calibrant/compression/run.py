@@ -19,10 +19,12 @@ from calibrant.clock import Clock
 from calibrant.compression.block_engine import OrderDiffersError, sequential_pass, two_passes
 from calibrant.compression.block_solver import BlockSolver, LayerReport
 from calibrant.compression.block_transforms import transform_block
+from calibrant.compression.budget import spend_budget
 from calibrant.compression.checkpoint_writer import CheckpointWriter
 from calibrant.compression.entry import cast, enter_blocks
 from calibrant.compression.plan import Plan
 from calibrant.errors import CalibrantError
+from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter, copy_side_files
 from calibrant.hashing import canonical_json
@@ -101,6 +103,10 @@ def run_compression(
     identity = calibration.sha256 if calibration is not None else "none"
     map_large_blocks()
     with staged(output, settings.overwrite) as folder, torch.inference_mode():
+        spent = None
+        if plan.recipe.budget is not None and calibration is not None:
+            with clock.stage("sensitivity"):
+                plan, spent = spend_budget(model, plan, calibration, settings.dtype, progress)
         writer = CheckpointWriter(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
         notes = list(plan.notes)
         layers = _compress_blocks(model, plan, calibration, settings, writer, clock, notes, progress)
@@ -116,6 +122,7 @@ def run_compression(
             if calibration is not None:
                 calibration.save(folder / "calibration")
             record = _record(model, plan, calibration, settings, layers, notes)
+            record["budget"] = spent.describe() if spent is not None else None
             (folder / "calibrant.json").write_text(canonical_json(record), encoding="utf-8")
             (folder / "README.md").write_text(model_card(record), encoding="utf-8")
         with clock.stage("verify"):
@@ -267,11 +274,10 @@ def _opened(
             for text in structure.partly(lambda name: plan.ignored(f"{prefix}.{name}")):
                 if text not in notes:
                     notes.append(text)
-        solver = BlockSolver(prefix, block, state, plan.recipe, plan.spec, plan.sparsity, clock)
+        solver = BlockSolver(prefix, block, state, plan, clock)
         if plan.recipe.transforms and batches:
-            assert plan.spec is not None
             with clock.stage("transform"):
-                done = transform_block(block, index, structure, probe, batches, state, plan.recipe, plan.spec)
+                done = transform_block(block, index, structure, probe, batches, state, prefix, plan)
             solver.solved_parameters |= done.changed
             notes += [text for text in done.notes if text not in notes]
         yield solver, structure.without(lambda name: plan.ignored(f"{prefix}.{name}"))
@@ -285,7 +291,12 @@ def _write_config(model: LazyModel, plan: Plan, solved: set[str], folder: Path) 
             for name, module in model.module.named_modules()
             if isinstance(module, nn.Linear) and name not in solved
         ]
-        config["quantization_config"] = format_for(plan.layout).config(plan.layout, sorted(kept))
+        layouts: dict[Layout, list[str]] = {}
+        for name in sorted(solved):
+            layout = plan.layout_for(name)
+            if layout is not None:
+                layouts.setdefault(layout, []).append(name)
+        config["quantization_config"] = format_for(plan.layout).config(layouts, sorted(kept))
         if plan.layout.format == "gptq":  # its older readers look here
             settings = canonical_json(config["quantization_config"])
             (folder / "quantize_config.json").write_text(settings, encoding="utf-8")

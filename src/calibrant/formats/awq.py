@@ -1,5 +1,6 @@
 """AWQ checkpoints, the GEMM layout (formats.md §6)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class Awq:
         codes, zero = (_in_order(unpack(tensors[name], _BITS, scales.shape[1])).T for name in ("qweight", "qzeros"))
         return Codes(codes.contiguous(), scales.T.contiguous(), zero.contiguous())
 
-    def config(self, layout: Layout, ignored: list[str]) -> dict[str, Any]:
+    def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
+        (layout,) = layouts
         return {
             "quant_method": "awq",
             "bits": _BITS,

@@ -1,5 +1,6 @@
 """The two quantized layouts of compressed-tensors, ``pack-quantized`` and ``int-quantized`` (formats.md §3)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ class PackQuantized:
     def refusal(self, layout: Layout) -> str | None:
         return None
 
-    def config(self, layout: Layout, ignored: list[str]) -> dict[str, Any]:
-        return _config(self.name, layout, ignored)
+    def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
+        return _config(self.name, layouts, ignored)
 
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         tensors = {
@@ -47,8 +48,8 @@ class IntQuantized:
     def refusal(self, layout: Layout) -> str | None:
         return None
 
-    def config(self, layout: Layout, ignored: list[str]) -> dict[str, Any]:
-        return _config(self.name, layout, ignored)
+    def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
+        return _config(self.name, layouts, ignored)
 
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         tensors = {"weight": codes.codes, "weight_scale": codes.scale}
@@ -64,7 +65,21 @@ class IntQuantized:
         return Codes(tensors["weight"], scale, zero, tensors.get("input_scale"), tensors.get("input_zero_point"))
 
 
-def _config(name: str, layout: Layout, ignored: list[str]) -> dict[str, Any]:
+def _config(name: str, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
+    groups = {}
+    for number, (layout, linears) in enumerate(layouts.items()):
+        targets = ["Linear"] if len(layouts) == 1 else linears
+        groups[f"group_{number}"] = _group(name, layout, targets)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "quantization_status": "compressed",
+        "ignore": ignored,
+        "config_groups": groups,
+    }
+
+
+def _group(name: str, layout: Layout, targets: list[str]) -> dict[str, Any]:
     activations: dict[str, Any] | None = None
     if layout.activations == "dynamic":
         activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -80,17 +95,9 @@ def _config(name: str, layout: Layout, ignored: list[str]) -> dict[str, Any]:
     if layout.group_size:
         weights["group_size"] = layout.group_size
     return {
-        "quant_method": "compressed-tensors",
+        "targets": targets,
         "format": name,
-        "quantization_status": "compressed",
-        "ignore": ignored,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "format": name,
-                "weights": weights,
-                "input_activations": activations,
-                "output_activations": None,
-            }
-        },
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
     }

@@ -1,6 +1,7 @@
 """GPTQ checkpoints: version 1 is written, versions 1 and 2 are read (formats.md §5)."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class Gptq:
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         return read_gptq(tensors, layout.stored_bits, version=1)
 
-    def config(self, layout: Layout, ignored: list[str]) -> dict[str, Any]:
+    def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
+        (layout,) = layouts
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": layout.stored_bits,

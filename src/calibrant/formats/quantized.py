@@ -1,5 +1,6 @@
 """Finished integers and how a format for them looks; a format never quantizes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -7,7 +8,7 @@ import torch
 
 FormatName = Literal["compressed-tensors", "gptq", "awq"]
 # Widths whose packed layout is the same in every version of the format; others are stored in the next one.
-_STORED_WIDTHS = (2, 4, 8)
+STORED_WIDTHS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Layout:
     @property
     def stored_bits(self) -> int:
         """The width in the file: 3 bits go into 4, 5 to 7 into 8 (ours: packed odd widths differ between versions)."""
-        return next(width for width in _STORED_WIDTHS if width >= self.bits)
+        return next(width for width in STORED_WIDTHS if width >= self.bits)
 
 
 class WeightFormat(Protocol):
@@ -57,5 +58,8 @@ class WeightFormat(Protocol):
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         """Inverse of ``write``."""
 
-    def config(self, layout: Layout, ignored: list[str]) -> dict[str, Any]:
-        """The ``quantization_config`` block of ``config.json``; ``ignored`` are the linears stored unquantized."""
+    def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
+        """The ``quantization_config`` block of ``config.json``.
+
+        ``layouts`` lists the linears of each layout, ``ignored`` those stored unquantized.
+        """

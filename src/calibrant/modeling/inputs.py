@@ -100,6 +100,42 @@ def record_inputs(
     raise CalibrantError(f"{type(model).__name__}: its blocks cannot be run one at a time ({problem})")
 
 
+class _Replay(_Recorder):
+    """Stands in for the last block: hands given hidden states on."""
+
+    def __init__(self, block: nn.Module, hidden: torch.Tensor, as_tuple: bool) -> None:
+        super().__init__(block, [], as_tuple)
+        self._hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._hidden,) if self._as_tuple else self._hidden
+
+
+def finish(model: transformers.PreTrainedModel, blocks: list[str], hidden: torch.Tensor) -> torch.Tensor:
+    """Logits ``[rows, length, vocabulary]`` of what the last block gave, ``hidden`` ``[rows, length, width]``.
+
+    What lies behind the blocks treats every position alone, so some positions may be handed in without the others.
+    Everything outside the blocks must be loaded.
+
+    Raises:
+        CalibrantError: the model does not call its blocks one after the other.
+    """
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    problem: Exception | None = None
+    for as_tuple in (False, True):
+        originals = [model.get_submodule(name) for name in blocks]
+        _replace(model, blocks, [_Replay(block, hidden, as_tuple) for block in originals])
+        try:
+            logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+            if logits.shape[:2] == tokens.shape:
+                return logits
+        except (IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            problem = error
+        finally:
+            _replace(model, blocks, originals)
+    raise CalibrantError(f"{type(model).__name__}: what lies behind its blocks cannot be run alone ({problem})")
+
+
 def _replace(model: nn.Module, names: list[str], modules: Any) -> None:
     parent = model.get_submodule(names[0].rpartition(".")[0])
     for index, module in enumerate(modules):

@@ -48,9 +48,14 @@ def torch_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _unpacking(folder: ModelFolder) -> dict[str, Any]:
-    """Packed weights are unpacked: transformers 5.23 fails to load asymmetric ones otherwise."""
+    """Packed weights are unpacked: transformers 5.23 fails to load asymmetric ones otherwise.
+
+    Of mixed widths it unpacks none right; those are symmetric and load as they are.
+    """
     settings = folder.config_dict.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("format") != "pack-quantized":
+        return {}
+    if len(settings.get("config_groups", {})) > 1:
         return {}
     return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
 
