@@ -151,9 +151,9 @@ def summary(report: "RunReport") -> "list[Table | str]":
     table.add_row("time", f"{sum(report.seconds.values()):.1f} s: {stages}")
     table.add_row("peak memory", f"{size_text(report.peak_memory_bytes)} (of the process so far)")
     worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:_WORST_LAYERS]
-    table.add_row(
-        "worst layers", "\n".join(f"{layer.name}  relative error {layer.relative_error:.3g}" for layer in worst)
-    )
+    if worst:
+        lines = "\n".join(f"{layer.name}  relative error {layer.relative_error:.3g}" for layer in worst)
+        table.add_row("worst layers", lines)
     table.add_row(
         "fell back", "\n".join(f"{layer.name}: {layer.record.fallback}" for layer in report.fallbacks) or "none"
     )

@@ -85,6 +85,8 @@ class BlockSolver:
         if isinstance(statistic, PairedHessian) and task.hessian is not None:
             task = replace(task, weight=asymmetric_target(task.weight, task.hessian, statistic.drift))
             weights = list(task.weight.split(task.segments))
+        assert entry.solve is not None
+        assert entry.without_data is not None
         if self.plan.recipe.statistic is not None and statistic is None:
             solution = entry.without_data(task)
             record = replace(solution.record, fallback="saw no calibration token, solved without data")

@@ -17,7 +17,7 @@ from calibrant.compression.transforms.awq import awq_candidates, best_scale
 from calibrant.compression.transforms.smoothquant import smoothquant_scale
 from calibrant.modeling.foldable import FoldablePair, find_foldable
 from calibrant.modeling.inputs import MicroBatch, call_block
-from calibrant.modeling.structure import BlockStructure, InputGroup
+from calibrant.modeling.structure import BlockStructure, InputGroup, common_module
 
 # AWQ compares outputs of whole modules on this many tokens (ours; the paper's code takes its whole set, 65,536 of
 # them). Where the module is the linear itself, second moments stand for all tokens.
@@ -166,7 +166,7 @@ def _note_inputs(seen: _Seen, batch: MicroBatch) -> Callable[[nn.Module, tuple[A
 
 def _note_calls(block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch) -> list[Any]:
     """Keep the calls of the smallest module that holds the whole group."""
-    name = _common_module([linear.name for linear in group.linears])
+    name = common_module([linear.name for linear in group.linears])
     if not name:
         seen.calls.append((lambda: call_block(block, index, batch), batch.mask))
         return []
@@ -180,12 +180,3 @@ def _note_calls(block: nn.Module, index: int, group: InputGroup, seen: _Seen, ba
 def _first(output: Any) -> torch.Tensor:
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
-
-
-def _common_module(names: list[str]) -> str:
-    """The name of the innermost module above all of ``names``."""
-    parts = [name.split(".") for name in names]
-    shared = 0
-    while shared < min(map(len, parts)) and len({tuple(part[: shared + 1]) for part in parts}) == 1:
-        shared += 1
-    return ".".join(parts[0][:shared])

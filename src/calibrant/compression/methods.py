@@ -9,7 +9,8 @@ from calibrant.compression.solvers.quantease import QUANTEASE
 from calibrant.compression.solvers.rtn import RTN
 from calibrant.compression.solvers.sparsegpt import SPARSEGPT
 from calibrant.compression.solvers.spqr import SPQR
+from calibrant.compression.solvers.two_ssp import TWO_SSP
 from calibrant.compression.solvers.wanda import WANDA
 
-_ALL = (RTN, GPTQ, QUANTEASE, SPQR, HQQ, ADPQ, SPARSEGPT, WANDA, MAGNITUDE)
+_ALL = (RTN, GPTQ, QUANTEASE, SPQR, HQQ, ADPQ, SPARSEGPT, WANDA, MAGNITUDE, TWO_SSP)
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.compression.grids import GridSpec
+from calibrant.compression.methods import METHODS
 from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import Hessian, PairedHessian
@@ -149,7 +150,8 @@ def make_plan(
     elif format_name != "compressed-tensors":
         raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
     else:
-        notes.append("pruned weights are stored dense: the zeros are there, the files do not get smaller")
+        if not METHODS[recipe.method.name].structured:
+            notes.append("pruned weights are stored dense: the zeros are there, the files do not get smaller")
     return Plan(recipe, blocks, linears, fused, spec, _sparsity(recipe), layout, notes)
 
 

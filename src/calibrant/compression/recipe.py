@@ -197,6 +197,8 @@ class Recipe(_Strict):
                 raise ValueError(f"{name} needs weights with symmetric: {str(entry.symmetric).lower()}")
             if scheme.weights.range_search != "none":
                 raise ValueError(f"{name} fits its ranges itself: leave range_search out")
+        if entry.structured and (":" in str(scheme.sparsity) or self.ignore or self.budget):
+            raise ValueError(f"{name} prunes whole blocks to a share: it knows no pattern n:m, no ignore and no budget")
         if self.asymmetric and entry.statistic is not Hessian:
             raise ValueError(f"asymmetric needs the inputs' second moments, which {name} does not gather")
         if self.transforms and scheme.weights is None:

@@ -22,7 +22,9 @@ from calibrant.compression.block_transforms import transform_block
 from calibrant.compression.budget import spend_budget
 from calibrant.compression.checkpoint_writer import CheckpointWriter
 from calibrant.compression.entry import cast, enter_blocks
+from calibrant.compression.methods import METHODS
 from calibrant.compression.plan import Plan
+from calibrant.compression.two_stage_pruning import prune_structure
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
@@ -109,8 +111,17 @@ def run_compression(
                 plan, spent = spend_budget(model, plan, calibration, settings.dtype, progress)
         writer = CheckpointWriter(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
         notes = list(plan.notes)
-        layers = _compress_blocks(model, plan, calibration, settings, writer, clock, notes, progress)
-        uncalled = sorted(set(plan.linears) - {layer.name for layer in layers})
+        config, pruned, layers = dict(model.folder.config_dict), None, list[LayerReport]()
+        if METHODS[plan.recipe.method.name].structured:
+            assert calibration is not None
+            with clock.stage("prune"):
+                pruned, config = prune_structure(
+                    model, plan, calibration, settings.dtype, settings.micro_batch_tokens, writer, progress
+                )
+            notes.append(pruned.sentence())
+        else:
+            layers = _compress_blocks(model, plan, calibration, settings, writer, clock, notes, progress)
+        uncalled = sorted(set(plan.linears) - {layer.name for layer in layers}) if layers else []
         if uncalled:
             notes.append(f"left as they are, since the model does not call them: {', '.join(uncalled)}")
         with clock.stage("write"):
@@ -118,11 +129,12 @@ def run_compression(
                 writer.write({name: model.folder.read(name)})
             files = writer.shards.finish()
             copy_side_files(model.folder.path, folder)
-            _write_config(model, plan, {layer.name for layer in layers}, folder)
+            _write_config(model, plan, config, {layer.name for layer in layers}, folder)
             if calibration is not None:
                 calibration.save(folder / "calibration")
             record = _record(model, plan, calibration, settings, layers, notes)
             record["budget"] = spent.describe() if spent is not None else None
+            record["structure"] = pruned.describe() if pruned is not None else None
             (folder / "calibrant.json").write_text(canonical_json(record), encoding="utf-8")
             (folder / "README.md").write_text(model_card(record), encoding="utf-8")
         with clock.stage("verify"):
@@ -283,8 +295,7 @@ def _opened(
         yield solver, structure.without(lambda name: plan.ignored(f"{prefix}.{name}"))
 
 
-def _write_config(model: LazyModel, plan: Plan, solved: set[str], folder: Path) -> None:
-    config = dict(model.folder.config_dict)
+def _write_config(model: LazyModel, plan: Plan, config: dict[str, Any], solved: set[str], folder: Path) -> None:
     if plan.layout is not None:
         kept = [
             name

@@ -21,6 +21,8 @@ def use_fast_norms(model: nn.Module, dtype: torch.dtype, device: torch.device) -
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return
     for module in model.modules():
+        if "forward" in vars(module):  # it has the kernel already
+            continue
         epsilon = _epsilon(module)
         if epsilon is not None:
             module.forward = _forward(module, epsilon)

@@ -115,6 +115,15 @@ class BlockStructure:
                     yield from group
 
 
+def common_module(names: list[str]) -> str:
+    """The name of the innermost module above all of ``names``."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while shared < min(map(len, parts)) and len({tuple(part[: shared + 1]) for part in parts}) == 1:
+        shared += 1
+    return ".".join(parts[0][:shared])
+
+
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of the blocks: the longest list of modules of one class that lies in no other list (DESIGN §4).
 

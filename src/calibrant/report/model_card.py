@@ -35,8 +35,9 @@ def model_card(record: dict[str, Any]) -> str:
             f"- {calibration['counts']['masked_tokens']} tokens masked",
             f"- set SHA-256 `{calibration['set_sha256']}` (the set itself is in `calibration/`)",
         ]
-    lines += ["", "## Layers with the largest relative error", "", "| layer | relative error |", "| --- | --- |"]
     worst = sorted(record["layers"], key=lambda layer: -layer["relative_error"])[:_WORST_LAYERS]
+    if worst:
+        lines += ["", "## Layers with the largest relative error", "", "| layer | relative error |", "| --- | --- |"]
     lines += [f"| `{layer['name']}` | {layer['relative_error']:.3g} |" for layer in worst]
     if record["notes"]:
         lines += ["", "## Notes", ""] + [f"- {note}" for note in record["notes"]]

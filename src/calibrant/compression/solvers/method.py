@@ -70,19 +70,25 @@ def _never(_: Any) -> bool:
 class Method:
     """A registry entry.
 
-    ``solve`` gets the options and a task, ``without_data`` a task whose layer saw no token. ``statistic`` None: no
-    data. ``symmetric``: which weights the method is for, where it fits its ranges itself; None for grids of any kind.
+    ``solve`` gets the options and a task, ``without_data`` a task whose layer saw no token; both are None for what
+    does not work layer by layer (``structured``). ``statistic`` None: no data. ``symmetric``: which weights the method
+    is for, where it fits its ranges itself; None for grids of any kind.
     ``stored_dense``: with which options no quantized format holds the result.
     """
 
     options: type[MethodOptions]
-    solve: Callable[[Any, Task], Solution]
-    without_data: Callable[[Task], Solution]
+    solve: Callable[[Any, Task], Solution] | None
+    without_data: Callable[[Task], Solution] | None
     statistic: Statistic | None = None
     quantizes: bool = True
     prunes: bool = False
     symmetric: bool | None = None
     stored_dense: Callable[[Any], bool] = _never
+
+    @property
+    def structured(self) -> bool:
+        """Whether it changes the shapes of the model."""
+        return self.solve is None
 
     @property
     def name(self) -> str:

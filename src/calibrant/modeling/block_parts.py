@@ -1,0 +1,140 @@
+"""The attention and the MLP of a block, found from its data flow and checked by trying."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from calibrant.errors import CalibrantError
+from calibrant.modeling.structure import BlockStructure, InputGroup, Linear, common_module
+
+_UNCHANGED = 1e-3
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """``into`` give the neurons of the MLP and ``down`` reads them; ``attention_out`` is the last linear of attention.
+
+    ``attention_parameters`` and ``mlp_parameters`` count what belongs to each.
+    """
+
+    into: tuple[Linear, ...]
+    down: Linear
+    attention_out: Linear
+    attention_parameters: int
+    mlp_parameters: int
+
+    @property
+    def neurons(self) -> int:
+        """Width of the MLP."""
+        return self.down.in_features
+
+    def narrow(self, parameters: dict[str, torch.Tensor], kept: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of ``parameters`` those that have neurons, with the ``kept`` ones alone, in that order."""
+        narrowed = {}
+        for linear in self.into:
+            narrowed[linear.parameter] = parameters[linear.parameter].index_select(int(linear.transposed), kept)
+            bias = f"{linear.name}.bias"
+            if bias in parameters:
+                narrowed[bias] = parameters[bias].index_select(0, kept)
+        down = self.down
+        narrowed[down.parameter] = parameters[down.parameter].index_select(1 - int(down.transposed), kept)
+        return narrowed
+
+    def without_attention(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Zeros for what attention adds to the residual."""
+        names = (self.attention_out.parameter, f"{self.attention_out.name}.bias")
+        return {name: torch.zeros_like(parameters[name]) for name in names if name in parameters}
+
+
+def find_parts(
+    block: nn.Module,
+    prefix: str,
+    structure: BlockStructure,
+    hidden: torch.Tensor,
+    run: Callable[[], torch.Tensor],
+) -> BlockParts:
+    """The parts of ``block``, in float32; ``run`` gives its output on ``hidden``, a small input.
+
+    A pair of stages is the MLP if its neurons can change places without changing the output.
+
+    Raises:
+        CalibrantError: there is no such pair, or not one linear left that attention ends with.
+    """
+    groups = [stage for stage in structure.stages if isinstance(stage, InputGroup)]
+    parameters = {name: parameter.data for name, parameter in block.named_parameters()}
+    if len(groups) < len(structure.stages):
+        groups = []  # fused experts are no MLP to narrow
+    for first, second in itertools.pairwise(groups):
+        into, down = first.linears, second.linears[0]
+        if len(second.linears) > 1 or any(linear.out_features != down.in_features for linear in into):
+            continue
+        alone = [group.linears[0] for group in groups if group not in (first, second) and len(group.linears) == 1]
+        outs = [linear for linear in alone if linear.out_features == down.out_features]
+        before = [linear for group in groups[: groups.index(first)] for linear in group.linears]
+        if len(outs) != 1 or outs[0] not in before:
+            continue
+        parts = BlockParts(into, down, outs[0], _count(block, before), _count(block, [*into, down]))
+        if _interchangeable(block, parts, parameters, hidden, run):
+            return parts
+    raise CalibrantError(f"{prefix}: no attention followed by an MLP of plain linears found, so 2ssp cannot prune it")
+
+
+def _count(block: nn.Module, linears: list[Linear]) -> int:
+    """Parameters of the module around ``linears``, of the linears alone where that is the whole block."""
+    around = common_module([linear.name for linear in linears])
+    modules = [block.get_submodule(around)] if around else [block.get_submodule(one.name) for one in linears]
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _interchangeable(
+    block: nn.Module,
+    parts: BlockParts,
+    parameters: dict[str, torch.Tensor],
+    hidden: torch.Tensor,
+    run: Callable[[], torch.Tensor],
+) -> bool:
+    expected = run()
+    order = torch.randperm(parts.neurons, generator=torch.Generator().manual_seed(0)).to(expected.device)
+    with _values(block, parts.narrow(parameters, order)):
+        found = run()
+    return float((found - expected).norm()) <= _UNCHANGED * float((expected - hidden).norm())
+
+
+@contextmanager
+def narrowed(block: nn.Module, parts: BlockParts, kept: torch.Tensor) -> Iterator[None]:
+    """The block with the ``kept`` neurons alone."""
+    widths = [module for linear in parts.into if isinstance(module := block.get_submodule(linear.name), Conv1D)]
+    try:
+        for module in widths:
+            module.nf = len(kept)  # it shapes its output by this number
+        parameters = {name: parameter.data for name, parameter in block.named_parameters()}
+        with _values(block, parts.narrow(parameters, kept)):
+            yield
+    finally:
+        for module in widths:
+            module.nf = parts.neurons
+
+
+@contextmanager
+def attention_left_out(block: nn.Module, parts: BlockParts) -> Iterator[None]:
+    """The block with attention adding nothing."""
+    with _values(block, parts.without_attention({name: one.data for name, one in block.named_parameters()})):
+        yield
+
+
+@contextmanager
+def _values(block: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Other values, of other shapes perhaps, for some parameters."""
+    kept = {name: block.get_parameter(name).data for name in values}
+    try:
+        for name, value in values.items():
+            block.get_parameter(name).data = value
+        yield
+    finally:
+        for name, value in kept.items():
+            block.get_parameter(name).data = value
