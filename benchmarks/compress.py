@@ -1,8 +1,8 @@
-"""Compression, Calibrant beside a peer: wall time, CPU time, peak memory and quality, in turn, in one session.
+"""Compression, Calibrant beside its peers: wall time, CPU time, peak memory and quality, in turn, in one session.
 
     python benchmarks/compress.py MODEL --corpus c4.utf8.gz --text wiki.test.raw.gz --rounds 3
 
-Both get the same tokens, scheme and compute dtype. The peer runs in its own virtual environment, the versions pinned
+All get the same tokens, scheme and compute dtype. A peer runs in its own virtual environment, the versions pinned
 beside its script, made on the first call. The JSON holds every run, the machine, the versions and the date.
 """
 
@@ -19,19 +19,58 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.compression.plan import measured_rate
+from calibrant.compression.recipe import load_recipe
 
 HERE = Path(__file__).parent
-WORK = HERE / "work"
-PEER = "llm-compressor"
-METHODS = ["gptq-w4a16-g64", "sparsegpt-2:4", "wanda-2:4"]
+WORK = HERE / ".work"
+# The module of each peer, and its environment's versions stand in peers/.
+PEERS = {"llm-compressor": "llmcompressor", "gptqmodel": "gptqmodel", "auto-round": "auto_round"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method that tools share: our recipe, and what each peer's script calls it.
+
+    ``one_pass``: it takes one forward pass over the tokens, so that the floor can be said.
+    """
+
+    recipe: dict[str, Any]
+    peers: dict[str, str]
+    one_pass: bool = True
+
+
+def comparisons(bits: int, group_size: int) -> dict[str, Comparison]:
+    """By method."""
+    grouped = {"weights": {"bits": bits, "group_size": group_size}}
+    clipped = {"weights": {**grouped["weights"], "range_search": "clip"}}
+    int8 = {"weights": {"bits": 8}, "activations": {"bits": 8}}
+    rtn, gptq = {"name": "rtn"}, {"name": "gptq"}
+    smooth, awq = [{"name": "smoothquant", "alpha": 0.8}], [{"name": "awq"}]
+    best = load_recipe("best-w4a16").model_dump()
+    best["scheme"]["weights"] |= clipped["weights"]
+    return {
+        "gptq": Comparison({"method": gptq, "scheme": grouped}, {"llm-compressor": "gptq", "gptqmodel": "gptq"}),
+        "awq": Comparison({"transforms": awq, "method": rtn, "scheme": clipped}, {"llm-compressor": "awq"}, False),
+        "smoothquant": Comparison(
+            {"transforms": smooth, "method": rtn, "scheme": int8}, {"llm-compressor": "smoothquant"}, False
+        ),
+        "sparsegpt": Comparison(
+            {"method": {"name": "sparsegpt"}, "scheme": {"sparsity": "2:4"}}, {"llm-compressor": "sparsegpt"}
+        ),
+        "wanda": Comparison({"method": {"name": "wanda"}, "scheme": {"sparsity": "2:4"}}, {"llm-compressor": "wanda"}),
+        "best": Comparison(best, {"auto-round": "autoround-20"}, False),
+        "best-200": Comparison(best, {"auto-round": "autoround-200"}, False),
+    }
 
 
 @dataclass
@@ -69,47 +108,40 @@ def timed(command: list[str], log: Path) -> tuple[float, float, int]:
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
-def peer_python() -> Path:
+def peer_python(peer: str) -> Path:
     """The peer's interpreter; its environment is made on the first call."""
-    folder = WORK / "peers" / PEER
+    folder = WORK / "peers" / peer
     python = folder / "bin" / "python"
     if not (folder / ".ready").exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        requirements = HERE / "peers" / PEER / "requirements.txt"
+        requirements = HERE / "peers" / peer / "requirements.txt"
         subprocess.run([python, "-m", "pip", "install", "--quiet", "torch==2.13.0"], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
         (folder / ".ready").touch()
     return python
 
 
-def run_ours(model: Path, tokens: Path, method: str, dtype: str, number: int) -> Run:
+def run_ours(options: argparse.Namespace, tokens: Path, method: str, one: Comparison, number: int) -> Run:
     """Calibrant's command line."""
-    output = WORK / f"calibrant-{method.replace(':', '-')}"
+    output, recipe = WORK / f"calibrant-{method}", WORK / f"{method}.yaml"
+    recipe.write_text(yaml.safe_dump({"name": method, "description": method, **one.recipe}), encoding="utf-8")
     entry = "from calibrant.cli.main import main; main()"
-    options = ["-r", method, "-c", str(tokens), "-o", str(output), "--dtype", dtype, "--overwrite"]
-    command = [sys.executable, "-c", entry, "compress", str(model), *options]
-    warm(sys.executable, "calibrant.api", model)
+    arguments = ["-r", recipe, "-c", tokens, "-o", output, "--dtype", options.dtype, "--overwrite"]
+    command = [sys.executable, "-c", entry, "compress", str(options.model), *map(str, arguments)]
+    warm(sys.executable, "calibrant.api", options.model)
     measured = timed(command, WORK / "calibrant.log")
     return Run("calibrant", method, number, *measured, json.loads((output / "report.json").read_text())["seconds"])
 
 
-def run_peer(model: Path, tokens: Path, method: str, dtype: str, number: int) -> Run:
+def run_peer(options: argparse.Namespace, tokens: Path, method: str, peer: str, name: str, number: int) -> Run:
     """The peer's script."""
-    output = WORK / f"{PEER}-{method.replace(':', '-')}"
+    output, python = WORK / f"{peer}-{method}", peer_python(peer)
     shutil.rmtree(output, ignore_errors=True)
-    script = HERE / "peers" / PEER / "compress.py"
-    command = [
-        str(peer_python()),
-        str(script),
-        str(model),
-        str(tokens / "tokens.safetensors"),
-        str(output),
-        dtype,
-        method,
-    ]
-    warm(str(peer_python()), "llmcompressor", model)
-    return Run(PEER, method, number, *timed(command, WORK / f"{PEER}.log"))
+    arguments = [options.model, tokens / "tokens.safetensors", output, options.dtype, name]
+    command = [python, HERE / "peers" / peer / "compress.py", *arguments, options.bits, options.group_size]
+    warm(str(python), PEERS[peer], options.model)
+    return Run(peer, method, number, *timed(list(map(str, command)), WORK / f"{peer}.log"))
 
 
 def floor_flops(model: Path, made: CalibrationSet) -> dict[str, float]:
@@ -139,7 +171,7 @@ def floor_ratios(runs: list[Run], flops: dict[str, float], rates: list[float]) -
     for method in dict.fromkeys(run.method for run in runs):
         ours = [run.stages for run in runs if run.tool == "calibrant" and run.method == method and run.stages]
         floor = {"forward": flops["forward"] / rate}
-        if not method.startswith("wanda"):
+        if method != "wanda":
             floor["statistics"] = flops["statistics"] / rate
         spent = {stage: statistics.median(stages[stage] for stages in ours) for stage in ours[0]}
         row = {f"{stage} seconds": round(seconds, 2) for stage, seconds in spent.items()}
@@ -150,41 +182,49 @@ def floor_ratios(runs: list[Run], flops: dict[str, float], rates: list[float]) -
     return table
 
 
-def quality(model: Path, methods: list[str], text: str, windows: int) -> dict[str, dict[str, object]]:
+def quality(options: argparse.Namespace, runs: list[Run]) -> dict[str, dict[str, Any]]:
     """Perplexity and divergence from the original of the last output of each tool."""
     found = {}
-    for method in methods:
-        for tool in ("calibrant", PEER):
-            folder = WORK / f"{tool}-{method.replace(':', '-')}"
-            measured = cb.evaluate(folder, against=model, text=text, limit=windows)
-            found[f"{tool} {method}"] = asdict(measured)
+    for tool, method in dict.fromkeys((run.tool, run.method) for run in runs):
+        folder = WORK / f"{tool}-{method}"
+        measured = cb.evaluate(folder, against=options.model, text=options.text, limit=options.windows)
+        found[f"{tool} {method}"] = asdict(measured)
     return found
 
 
-def show(runs: list[Run], found: dict[str, dict], ratios: dict[str, dict[str, float]]) -> None:
+def show(runs: list[Run], found: dict[str, dict[str, Any]], ratios: dict[str, dict[str, float]]) -> None:
     """The table with ratios, on the terminal."""
     table = Table("method", "tool", "wall s", "CPU s", "peak MB", "perplexity", "mean KL", "wall ratio")
-    for method in dict.fromkeys(run.method for run in runs):
-        walls = {}
-        for tool in ("calibrant", PEER):
-            chosen = [run for run in runs if run.tool == tool and run.method == method]
-            walls[tool] = statistics.median(run.wall_seconds for run in chosen)
-            measured = found[f"{tool} {method}"]
-            kl = measured["divergence"]
-            table.add_row(
-                method,
-                tool,
-                f"{walls[tool]:.1f}",
-                f"{statistics.median(run.cpu_seconds for run in chosen):.1f}",
-                f"{statistics.median(run.peak_memory_bytes for run in chosen) / 1e6:.0f}",
-                f"{measured['perplexity']['value']:.2f}",
-                f"{kl['kl_mean']:.4f} ± {kl['kl_standard_error']:.4f}",
-                "" if tool == "calibrant" else f"{walls[PEER] / walls['calibrant']:.2f}",
-            )
+    walls: dict[str, float] = {}
+    for tool, method in dict.fromkeys((run.tool, run.method) for run in runs):
+        chosen = [run for run in runs if (run.tool, run.method) == (tool, method)]
+        wall = statistics.median(run.wall_seconds for run in chosen)
+        walls.setdefault(method, wall)  # ours is the first of each method
+        measured = found[f"{tool} {method}"]
+        kl = measured["divergence"]
+        table.add_row(
+            method,
+            tool,
+            f"{wall:.1f}",
+            f"{statistics.median(run.cpu_seconds for run in chosen):.1f}",
+            f"{statistics.median(run.peak_memory_bytes for run in chosen) / 1e6:.0f}",
+            f"{measured['perplexity']['value']:.2f}",
+            f"{kl['kl_mean']:.4f} ± {kl['kl_standard_error']:.4f}",
+            "" if tool == "calibrant" else f"{wall / walls[method]:.2f}",
+        )
     console = Console(width=140)
     console.print(table)
     for method, row in ratios.items():
         console.print(f"{method}: " + ", ".join(f"{name} {value}" for name, value in row.items()))
+
+
+def pinned_versions() -> dict[str, str]:
+    """Ours, and what each peer's requirements pin it to."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numba")}
+    for peer in PEERS:
+        first = (HERE / "peers" / peer / "requirements.txt").read_text().splitlines()[0]
+        versions[peer] = first.partition("==")[2]
+    return {"calibrant": cb.__version__, **versions}
 
 
 def main() -> None:
@@ -192,7 +232,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--corpus", default="builtin", help="text to calibrate with")
     parser.add_argument("--text", default="builtin", help="held-out text to evaluate on")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=["gptq", "sparsegpt", "wanda"])
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
@@ -200,30 +242,39 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of 512 tokens")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "compress.json")
     options = parser.parse_args()
+    known = comparisons(options.bits, options.group_size)
+    if not set(options.methods) <= set(known):
+        parser.error(f"--methods: there are {', '.join(known)}")
     WORK.mkdir(exist_ok=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    peer_python()
+    chosen = {method: known[method] for method in options.methods}
+    for peer in {peer for one in chosen.values() for peer in one.peers}:
+        peer_python(peer)
     made = cb.select(options.corpus, tokenizer=options.model, samples=options.samples, length=options.length)
     tokens = WORK / "tokens"
+    shutil.rmtree(tokens, ignore_errors=True)
     made.save(tokens)
     runs: list[Run] = []
     rates: list[float] = []
     for number in range(options.rounds):
-        for method in options.methods:
+        for method, one in chosen.items():
             rates.append(measured_rate(getattr(torch, options.dtype), torch.device("cpu")))
-            runs.append(run_ours(options.model, tokens, method, options.dtype, number))
-            runs.append(run_peer(options.model, tokens, method, options.dtype, number))
-            print(*(f"{run.tool} {run.method}: {run.wall_seconds:.1f} s" for run in runs[-2:]), sep="; ", flush=True)
-    found = quality(options.model, options.methods, options.text, options.windows)
-    ratios = floor_ratios(runs, floor_flops(options.model, made), rates)
+            runs.append(run_ours(options, tokens, method, one, number))
+            runs += [run_peer(options, tokens, method, peer, name, number) for peer, name in one.peers.items()]
+            done = [run for run in runs if (run.method, run.round) == (method, number)]
+            print(*(f"{run.tool} {run.method}: {run.wall_seconds:.1f} s" for run in done), sep="; ", flush=True)
+    found = quality(options, runs)
+    one_pass = [run for run in runs if chosen[run.method].one_pass]
+    ratios = floor_ratios(one_pass, floor_flops(options.model, made), rates)
     show(runs, found, ratios)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numba")}
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {"calibrant": cb.__version__, **versions, PEER: "0.14.0.1"},
+        "versions": pinned_versions(),
         "settings": {
             "model": options.model.resolve().name,
+            "bits": options.bits,
+            "group_size": options.group_size,
             "samples": options.samples,
             "length": options.length,
             "dtype": options.dtype,

@@ -21,7 +21,7 @@ from calibrant.modeling.structure import BlockStructure, InputGroup, common_modu
 
 # AWQ compares outputs of whole modules on this many tokens (ours; the paper's code takes its whole set, 65,536 of
 # them). Where the module is the linear itself, second moments stand for all tokens.
-_SEARCH_TOKENS = 2048
+_SEARCH_TOKENS = 1024
 
 
 @dataclass
