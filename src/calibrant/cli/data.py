@@ -93,7 +93,7 @@ def generate(
         final = 1.0 if temperature is None else temperature
         schedule = None if temperature is None else TemperatureSchedule(final, final, 0)
         if initial_temperature is not None:
-            schedule = TemperatureSchedule(initial_temperature, final, temperature_steps or 10)
+            schedule = TemperatureSchedule(initial_temperature, final, 10 if temperature_steps is None else temperature_steps)
         made = run(
             model,
             strategy=strategy,
