@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     parser.add_argument("--sparsity", nargs="*", default=["0.5", "2:4"])
     parser.add_argument("--no-int8", action="store_true")
+    parser.add_argument("--only", nargs="*", help="run these labels alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     file = options.json or HERE / "results" / f"methods_{options.model.resolve().name}.json"
@@ -179,7 +180,7 @@ def main() -> None:
         calibration = Path(folder) / "set"
         cb.select(options.corpus, tokenizer=options.model, samples=options.samples, length=512).save(calibration)
         for label, recipe in recipes(options.bits, options.sparsity, not options.no_int8).items():
-            if label in found:
+            if label in found or (options.only and label not in options.only):
                 continue
             found[label] = in_own_process(options, recipe, calibration)
             print(f"{label}: KL {found[label]['kl_mean']:.4f}, {found[label]['seconds']:.0f} s", flush=True)

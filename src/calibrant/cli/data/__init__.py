@@ -1,0 +1,13 @@
+"""``calibrant data``: generate, select, score, rebuild, inspect; one module a command."""
+
+import typer
+
+from calibrant.cli.data.generate import generate
+from calibrant.cli.data.inspect import inspect
+from calibrant.cli.data.rebuild import rebuild
+from calibrant.cli.data.score import score
+from calibrant.cli.data.select import select
+
+app = typer.Typer(help="Make, choose and look at calibration sets.", no_args_is_help=True, rich_markup_mode="markdown")
+for command in (generate, select, score, rebuild, inspect):
+    app.command()(command)

@@ -1,0 +1,70 @@
+"""``calibrant data inspect``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calibrant.cli.console import DeviceOption, DtypeOption, JsonOption, QuietOption, terminal
+
+
+def inspect(
+    folders: Annotated[list[Path], typer.Argument(help="Calibration set folders.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Model folder whose tokenizer reads the rows; else where a manifest says."),
+    ] = None,
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Also run the model over the sets, for perplexities.")
+    ] = False,
+    html: Annotated[
+        Path,
+        typer.Option("--html", help="Page to write (an earlier page is replaced): curves, overlap, odd rows, samples."),
+    ] = Path("inspection.html"),
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show as text in the terminal.")] = 1,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in calibration sets, side by side, and write a page about them.
+
+    Example: calibrant data inspect ./self ./c4 -m ./SmolLM2-135M --perplexity --html sets.html
+    """
+    with terminal(quiet, as_json) as screen:
+        from rich.markup import escape
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        from calibrant.output_folder import whole_file
+        from calibrant.report.inspection import check_page, inspect_sets
+
+        check_page(html)
+        found = inspect_sets(
+            folders, model=model, perplexity=perplexity, device=device, dtype=dtype, progress=screen.progress
+        )
+        page = found.page()
+        with whole_file(html) as beside:
+            beside.write_text(page, encoding="utf-8")
+        table = Table("", *(escape(one.name) for one in found.sets))
+        for name in found.sets[0].statistics.numbers:
+            values = [one.statistics.numbers[name] for one in found.sets]
+            table.add_row(Text(name, style="bold"), *map(_number_text, values))
+        odd = [
+            Text(f"{one.name}, row {row.row}: {'; '.join(row.reasons)}")
+            for one in found.sets
+            for row in one.statistics.odd[:3]
+        ]
+        panels = [
+            Panel(Text(text), title=Text(f"{one.name}, row {index}"))
+            for one in found.sets
+            for index, text in enumerate(one.texts[:rows])
+        ]
+        screen.result(found.as_json(), table, *odd, *panels, Text(f"page: {html}"))
+
+
+def _number_text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
