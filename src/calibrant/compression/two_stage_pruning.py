@@ -34,7 +34,8 @@ _POSITIONS = 256
 class Pruned:
     """``neurons`` of each MLP's ``neurons_before`` were kept; ``attention_removed`` are blocks in order of removal.
 
-    ``losses`` are mean negative log-likelihoods in nats on ``row`` of the set: before any removal, then after each.
+    ``losses`` are mean negative log-likelihoods in nats on ``row`` of the set: before any removal, then after each;
+    empty if no attention goes.
     """
 
     neurons: int
@@ -218,6 +219,8 @@ class _AttentionRemoval:
         """Indices of the blocks in order of removal; the loss before any and after each."""
         removed: list[int] = []
         losses: list[float] = []
+        if not count:
+            return removed, losses
         with self._progress.task("removing attention", count * len(self._blocks)) as task:
             for _ in range(count):
                 trunk, candidates = self._round(removed, task.advance)

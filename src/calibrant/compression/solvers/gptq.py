@@ -10,7 +10,7 @@ from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.quantease import descend
 from calibrant.compression.solvers.result import Solution, SolverRecord, keep_rounded_rows
 from calibrant.compression.solvers.rtn import round_task, rtn
-from calibrant.compression.solvers.second_order import prepare, undo
+from calibrant.compression.solvers.second_order import damped, prepare, undo
 from calibrant.compression.statistics import Hessian
 from calibrant.kernels.column_loop import BLOCK_SIZE, ColumnProblem, solve_columns
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
@@ -30,9 +30,10 @@ def gptq(
     """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
 
     Static groups: every grid is fitted on the original weight, so ``act_order`` keeps groups contiguous and
-    ``block_size`` only changes speed (methods.md §7). ``refine_sweeps`` of coordinate descent go on from there, each of
-    which lowers the error or leaves it (methods.md §14). A row whose error on ``hessian`` comes out above
-    round-to-nearest's on the same grid keeps round-to-nearest (ours; rows are independent), counted in the record.
+    ``block_size`` only changes speed (methods.md §7). ``refine_sweeps`` of coordinate descent go on from there on the
+    damped Hessian, on which each lowers the error or leaves it (methods.md §14). A row whose error on ``hessian`` comes
+    out above round-to-nearest's on the same grid keeps round-to-nearest (ours; rows are independent), counted in the
+    record.
     If no damping makes the Hessian factor, the whole layer is rounded to nearest and the record says so.
     """
     rounded = rtn(weight, spec, hessian)
@@ -47,7 +48,7 @@ def gptq(
     solved = solve_columns(problem, block_size, compiled)
     values, codes = undo(prepared.order, solved.weight), undo(prepared.order, solved.codes)
     if refine_sweeps:
-        values, codes = descend(weight, values, hessian, grid, [False] * refine_sweeps)
+        values, codes = descend(weight, values, damped(hessian, prepared.damping), grid, [False] * refine_sweeps)
     record = SolverRecord(prepared.damping, prepared.damping > damping, prepared.dead_columns)
     return keep_rounded_rows(weight, values, codes, rounded, hessian, record)
 

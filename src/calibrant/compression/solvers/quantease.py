@@ -11,7 +11,7 @@ from calibrant.compression.grids import Grid, GridSpec, decode, encode
 from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.result import Solution, SolverRecord, keep_rounded_rows
 from calibrant.compression.solvers.rtn import round_task, rtn
-from calibrant.compression.solvers.second_order import undo
+from calibrant.compression.solvers.second_order import damped, undo
 from calibrant.compression.statistics import Hessian
 from calibrant.kernels.coordinate_descent import sweep
 
@@ -20,17 +20,20 @@ _RELAXED_EVERY = 3
 _RELAXED_UNTIL = 25
 
 
-def quantease(weight: torch.Tensor, hessian: torch.Tensor, spec: GridSpec, *, sweeps: int = 30) -> Solution:
+def quantease(
+    weight: torch.Tensor, hessian: torch.Tensor, spec: GridSpec, *, sweeps: int = 30, damping: float = 0.0
+) -> Solution:
     """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
 
     Starts from the weights themselves, with the relaxed sweeps of the released code, on grids fitted to the weights.
+    ``damping`` as in GPTQ keeps weights near their own values where inputs say little (ours; the paper has none).
     A row that ends above round-to-nearest's error keeps round-to-nearest (ours), counted in the record.
     """
     rounded = rtn(weight, spec, hessian)
     assert rounded.grid is not None
     last = sweeps - 1
     relaxed = [n % _RELAXED_EVERY == 1 and n <= _RELAXED_UNTIL and n != last for n in range(sweeps)]
-    values, codes = descend(weight, weight, hessian, rounded.grid, relaxed)
+    values, codes = descend(weight, weight, damped(hessian, damping), rounded.grid, relaxed)
     dead = int((hessian.diagonal() == 0).sum())
     return keep_rounded_rows(weight, values, codes, rounded, hessian, SolverRecord(dead_columns=dead))
 
@@ -100,13 +103,15 @@ class QuantEase(MethodOptions):
 
     name: Literal["quantease"] = "quantease"
     sweeps: int = Field(default=30, ge=1)
+    damping: float = Field(default=0.0, ge=0)
     outliers: float = Field(default=0.0, ge=0, lt=1)
 
 
 def _solve(options: QuantEase, task: Task) -> Solution:
     weight, moments, spec = task.weight, task.full_moments, task.grid_spec
     if not options.outliers:
-        return quantease(weight, moments, spec, sweeps=options.sweeps)
+        return quantease(weight, moments, spec, sweeps=options.sweeps, damping=options.damping)
+    moments = damped(moments, options.damping)
     return quantease_with_outliers(
         weight, moments, spec, sweeps=options.sweeps, share=options.outliers, segments=task.segments
     )

@@ -41,6 +41,13 @@ def prepare(weight: torch.Tensor, hessian: torch.Tensor, damping: float, act_ord
     return Prepared(alive, factor, order, used, int(dead.sum()))
 
 
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """``hessian`` with ``damping`` times the mean of its diagonal added to the diagonal."""
+    result = hessian.clone()
+    result.diagonal().add_(damping * hessian.diagonal().mean())
+    return result
+
+
 def undo(order: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Columns from solving order back to the layer's."""
     return columns.index_select(1, torch.argsort(order))
