@@ -28,6 +28,7 @@ import calibrant as cb
 
 HERE = Path(__file__).parent
 AWQ = {"transforms": [{"name": "awq"}]}
+SMOOTHQUANT = {"transforms": [{"name": "smoothquant", "alpha": 0.8}]}
 GPTQ = {"method": {"name": "gptq"}}
 REFINED = {"method": {"name": "gptq", "refine_sweeps": 10}}
 # By label: what the recipe says beyond the scheme, and what its weights say beyond bits and groups.
@@ -59,7 +60,8 @@ PRUNERS: dict[str, dict[str, Any]] = {
 INT8: dict[str, dict[str, Any]] = {
     "rtn": {"method": {"name": "rtn"}},
     "gptq": GPTQ,
-    "smoothquant, rtn": {"transforms": [{"name": "smoothquant", "alpha": 0.8}], "method": {"name": "rtn"}},
+    "smoothquant, rtn": {**SMOOTHQUANT, "method": {"name": "rtn"}},
+    "smoothquant, gptq": {**SMOOTHQUANT, **GPTQ},
 }
 
 

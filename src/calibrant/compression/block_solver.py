@@ -82,8 +82,9 @@ class BlockSolver:
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrantError(f"{self.prefix}.{linear.name}: its weights hold values that are not finite")
         task = self._task(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
+        share = self.plan.recipe.asymmetric
         if isinstance(statistic, PairedHessian) and task.hessian is not None:
-            task = replace(task, weight=asymmetric_target(task.weight, task.hessian, statistic.drift))
+            task = replace(task, weight=asymmetric_target(task.weight, task.hessian, statistic.drift, share))
             weights = list(task.weight.split(task.segments))
         assert entry.solve is not None
         assert entry.without_data is not None

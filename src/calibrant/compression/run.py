@@ -178,7 +178,7 @@ def _compress_blocks(
             settings.dtype,
             settings.device,
             settings.micro_batch_tokens,
-            with_original=plan.recipe.asymmetric,
+            with_original=plan.recipe.asymmetric > 0,
         )
     with progress.task("compressing", len(plan.blocks)) as task:
         for index, prefix in enumerate(plan.blocks):
