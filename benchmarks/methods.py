@@ -44,12 +44,17 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gptq, clip": (GPTQ, {"range_search": "clip"}),
     "gptq, clip, refined": (REFINED, {"range_search": "clip"}),
     "quantease": ({"method": {"name": "quantease"}}, {}),
+    "quantease, damped": ({"method": {"name": "quantease", "damping": 0.01}}, {}),
     "quantease, outliers": ({"method": {"name": "quantease", "outliers": 0.01}}, {}),
     "spqr": ({"method": {"name": "spqr"}}, {"symmetric": False, "group_size": 16}),
     "awq, gptq, clip": ({**AWQ, **GPTQ}, {"range_search": "clip"}),
-    "gptq, asymmetric": ({**GPTQ, "asymmetric": True}, {}),
-    "gptq, clip, refined, asymmetric": ({**REFINED, "asymmetric": True}, {"range_search": "clip"}),
-    "awq, gptq, clip, refined, asymmetric": ({**AWQ, **REFINED, "asymmetric": True}, {"range_search": "clip"}),
+    "gptq, asymmetric": ({**GPTQ, "asymmetric": 1.0}, {}),
+    "gptq, clip, a quarter asymmetric": ({**GPTQ, "asymmetric": 0.25}, {"range_search": "clip"}),
+    "awq, gptq, clip, refined": ({**AWQ, **REFINED}, {"range_search": "clip"}),
+    "awq, gptq, clip, refined, a quarter asymmetric": (
+        {**AWQ, **REFINED, "asymmetric": 0.25},
+        {"range_search": "clip"},
+    ),
 }
 PRUNERS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": {"name": "magnitude"}},

@@ -160,8 +160,9 @@ class Recipe(_Strict):
     """A named compression: ``transforms`` in order, then ``method``.
 
     ``asymmetric`` fits every layer to what the original model computes from its own inputs, instead of to what the
-    layer would make of the compressed model's; between 0 (not at all) and 1 it makes up for that share of the drift. With a ``budget`` the scheme's bits or share hold on average.
-    ``ignore`` holds regular expressions searched for in module names to leave alone.
+    layer would make of the compressed model's; between 0 (not at all) and 1 it makes up for that share of the drift.
+    With a ``budget`` the scheme's bits or share hold on average. ``ignore`` holds regular expressions searched for in
+    module names to leave alone.
     """
 
     name: str

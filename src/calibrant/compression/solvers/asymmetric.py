@@ -13,8 +13,8 @@ def asymmetric_target(
     x is the layer's input in the compressed model, y the original model's; ``hessian`` H is ``sum x x^T``, ``drift`` D
     is ``sum (y - x) x^T``. ``sum |W y - V x|^2`` and ``sum |(W + W D H^-1) x - V x|^2`` differ by what no V changes,
     so any solver for the second solves the first (ours; the paper corrects column by column). D is known from finitely
-    many tokens, so a ``share`` below 1 can generalize better, as in the released code. H is damped as in GPTQ; where it
-    does not factor, the weights stay.
+    many tokens, so a ``share`` below 1 can generalize better (ours). H is damped as in GPTQ; where it does not factor,
+    the weights stay.
     """
     diagonal = hessian.diagonal()
     alive = hessian.clone()
