@@ -60,7 +60,8 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": {"name": "magnitude"}},
     "wanda": {"method": {"name": "wanda"}},
     "sparsegpt": {"method": {"name": "sparsegpt"}},
-    "sparsegpt, asymmetric": {"method": {"name": "sparsegpt"}, "asymmetric": True},
+    "sparsegpt, asymmetric": {"method": {"name": "sparsegpt"}, "asymmetric": 1.0},
+    "sparsegpt, a quarter asymmetric": {"method": {"name": "sparsegpt"}, "asymmetric": 0.25},
 }
 INT8: dict[str, dict[str, Any]] = {
     "rtn": {"method": {"name": "rtn"}},
