@@ -10,17 +10,16 @@ from torch import nn
 from calibrant.compression import recipe as recipes
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.plan import Plan
-from calibrant.compression.solvers.result import layer_errors
 from calibrant.compression.solvers.rtn import rtn
-from calibrant.compression.statistics import Hessian, Magnitude
+from calibrant.compression.statistics import Magnitude
 from calibrant.compression.transforms.awq import awq_candidates, best_scale
 from calibrant.compression.transforms.smoothquant import smoothquant_scale
 from calibrant.modeling.foldable import FoldablePair, find_foldable
 from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.structure import BlockStructure, InputGroup, common_module
 
-# AWQ compares outputs of whole modules on this many tokens (ours; the paper's code takes its whole set, 65,536 of
-# them). Where the module is the linear itself, second moments stand for all tokens.
+# AWQ compares outputs on this many tokens, or one micro-batch where a module cannot be run on part of one (ours; the
+# paper's code takes its whole set, 65,536 of them).
 _SEARCH_TOKENS = 1024
 
 
@@ -36,11 +35,11 @@ class Transformed:
 class _Seen:
     """What a pass over the calibration data showed of one pair: magnitudes, and what to compare outputs with.
 
-    That is ``moments`` of a lone linear's input, or ``calls`` of the smallest module around several linears.
+    That is the first ``rows`` of a lone linear's input, or ``calls`` of the smallest module around several linears.
     """
 
     magnitude: Magnitude
-    moments: Hessian | None = None
+    rows: list[torch.Tensor] = field(default_factory=list)
     calls: list[tuple[Callable[[], torch.Tensor], torch.Tensor]] = field(default_factory=list)
 
 
@@ -101,9 +100,14 @@ def _output_loss(
     group: InputGroup, weights: list[torch.Tensor], block: nn.Module, seen: _Seen, spec: GridSpec
 ) -> Callable[[torch.Tensor], float]:
     """Squared change of the compared outputs when the group's weights are scaled, rounded and scaled back."""
-    if seen.moments is not None:
-        moments = seen.moments.matrix()
-        return lambda scale: float(layer_errors(weights[0], _rounded(weights[0], scale, spec), moments).sum())
+    if len(weights) == 1:
+        inputs = torch.cat(seen.rows)
+
+        def lone_loss(scale: torch.Tensor) -> float:
+            difference = (_rounded(weights[0], scale, spec) - weights[0]).to(inputs.dtype)
+            return float(nn.functional.linear(inputs, difference).float().square().sum(dtype=torch.float64))
+
+        return lone_loss
     expected = [(call().float(), mask) for call, mask in seen.calls]
 
     def loss(scale: torch.Tensor) -> float:
@@ -134,17 +138,16 @@ def _run(
 ) -> list[_Seen]:
     """Run the block over all batches and note what each pair needs, with ``compare`` also what outputs need."""
     device = batches[0].hidden.device
-    seen = []
-    for pair in pairs:
-        width, alone = pair.group.linears[0].in_features, compare and len(pair.group.linears) == 1
-        seen.append(_Seen(Magnitude(width, device), Hessian(width, device) if alone else None))
+    seen = [_Seen(Magnitude(pair.group.linears[0].in_features, device)) for pair in pairs]
     left = _SEARCH_TOKENS if compare else 0
     for batch in batches:
         handles = []
         for pair, one in zip(pairs, seen, strict=True):
-            handles.append(block.get_submodule(pair.group.module).register_forward_pre_hook(_note_inputs(one, batch)))
-            if left > 0 and one.moments is None:
-                handles += _note_calls(block, index, pair.group, one, batch)
+            alone = len(pair.group.linears) == 1
+            note = _note_inputs(one, batch, left if alone else 0)
+            handles.append(block.get_submodule(pair.group.module).register_forward_pre_hook(note))
+            if left > 0 and not alone:
+                handles += _note_calls(block, index, pair.group, one, batch, left)
         left -= batch.mask.numel()
         try:
             call_block(block, index, batch)
@@ -154,25 +157,34 @@ def _run(
     return seen
 
 
-def _note_inputs(seen: _Seen, batch: MicroBatch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Note magnitudes, and keep the first ``kept`` counted rows."""
+
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].reshape(-1, args[0].shape[-1])[batch.mask.reshape(-1)]
         seen.magnitude.add(rows)
-        if seen.moments is not None:
-            seen.moments.add(rows)
+        if kept > 0:
+            seen.rows.append(rows[:kept].clone())
 
     return note
 
 
-def _note_calls(block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch) -> list[Any]:
-    """Keep the calls of the smallest module that holds the whole group."""
+def _note_calls(
+    block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch, tokens: int
+) -> list[Any]:
+    """Keep the calls of the smallest module that holds the whole group, on about so many tokens if it takes parts."""
     name = common_module([linear.name for linear in group.linears])
     if not name:
         seen.calls.append((lambda: call_block(block, index, batch), batch.mask))
         return []
+    rows = max(1, tokens // batch.mask.shape[1])
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.calls.append((lambda: _first(module.forward(*args, **kwargs)), batch.mask))
+        mask = batch.mask
+        # An argument alone, with a row for each row of the batch, can be cut; others belong together.
+        if len(args) == 1 and not kwargs and args[0].shape[:2] == mask.shape:
+            args, mask = (args[0][:rows],), mask[:rows]
+        seen.calls.append((lambda: _first(module.forward(*args, **kwargs)), mask))
 
     return [block.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)]
 
