@@ -1,6 +1,6 @@
 """The kernels beside what they replace: ratios of the best of several runs, in one session.
 
-python benchmarks/kernels.py
+python benchmarks/kernel_speed.py
 """
 
 import argparse

@@ -1,16 +1,18 @@
 """Static int8 activations: the ranges, and a whole model that computes what its file says."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import calibrant as cb
 from calibrant.compression.activation_ranges import InputRange
 from calibrant.compression.recipe import Recipe
+from calibrant.errors import CalibrantError
 from tests.conftest import random_set
 
 
@@ -97,3 +99,17 @@ def test_the_loaded_model_rounds_its_inputs_as_the_file_says(llama: Path, tmp_pa
 def test_dynamic_activations_have_no_range() -> None:
     with pytest.raises(ValueError, match="dynamic: false"):
         recipe(range="mse")
+
+
+def test_a_recipe_with_dynamic_activations_can_change_its_weights() -> None:
+    assert recipe().with_weights(8, 0).scheme.activations == recipe().scheme.activations
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused(llama: Path, tmp_path: Path, value: float) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CalibrantError, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs .* not finite"):
+        cb.compress(model, output=tmp_path / "out", recipe=recipe(dynamic=False), calibration=random_set(model))

@@ -55,7 +55,7 @@ def test_the_pairs_of_known_architectures(model_folder, architecture: str, dtype
                 if parameter.ndim == 1:
                     parameter.data.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * 0.2)
             before = {name: value.clone() for name, value in block.state_dict().items()}
-            structure = probe_block(block, probe.hidden, lambda: call_block(block, 0, probe))
+            structure = probe_block(block, 0, probe)
             output = call_block(block, 0, probe)
             pairs = find_foldable(block, structure, probe.hidden, lambda: call_block(block, 0, probe))
             assert [described(pair) for pair in pairs] == EXPECTED[architecture]

@@ -150,16 +150,14 @@ def summary(report: "RunReport") -> "list[Table | str]":
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     table.add_row("time", f"{sum(report.seconds.values()):.1f} s: {stages}")
     table.add_row("peak memory", f"{size_text(report.peak_memory_bytes)} (of the process so far)")
-    worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:_WORST_LAYERS]
-    if worst:
+    if report.layers:
+        worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:_WORST_LAYERS]
         lines = "\n".join(f"{layer.name}  relative error {layer.relative_error:.3g}" for layer in worst)
         table.add_row("worst layers", lines)
-    table.add_row(
-        "fell back", "\n".join(f"{layer.name}: {layer.record.fallback}" for layer in report.fallbacks) or "none"
-    )
-    raised = [layer for layer in report.layers if layer.record.damping_raised]
-    dead = sum(layer.record.dead_columns for layer in report.layers)
-    table.add_row("damping raised", f"{len(raised)} layers")
-    table.add_row("dead columns", str(dead))
+        fallbacks = "\n".join(f"{layer.name}: {layer.record.fallback}" for layer in report.fallbacks)
+        table.add_row("fell back", fallbacks or "none")
+        raised = [layer for layer in report.layers if layer.record.damping_raised]
+        table.add_row("damping raised", f"{len(raised)} layers")
+        table.add_row("dead columns", str(sum(layer.record.dead_columns for layer in report.layers)))
     table.add_row("verified", f"{report.tensors_verified} tensors read back, equal to what was solved")
     return [table]

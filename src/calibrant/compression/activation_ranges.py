@@ -3,6 +3,7 @@
 One range a tensor, asymmetric, fixed before the model is used, as Quadapter and ZSAQ have it (methods.md §19, §20).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,20 +25,21 @@ class InputGrid:
 
 
 class InputRange:
-    """Minimum, maximum and a histogram of a layer's input over counted tokens."""
+    """Minimum, maximum and a histogram of a layer's input over counted tokens; ``finite`` as long as all of it was."""
 
     def __init__(self, device: torch.device) -> None:
-        self.low, self.high = 0.0, 0.0
+        self.low, self.high, self.finite = 0.0, 0.0, True
         self._bound = 0.0
         self._counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
 
     def add(self, inputs: torch.Tensor) -> None:
         """Further inputs ``[tokens, in]``."""
         low, high = (float(value) for value in torch.aminmax(inputs))
-        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.finite = self.finite and math.isfinite(low) and math.isfinite(high)
         largest = max(-low, high)
-        if largest == 0 or not torch.isfinite(torch.tensor(largest)):
+        if not self.finite or largest == 0:
             return
+        self.low, self.high = min(self.low, low), max(self.high, high)
         if self._bound == 0:
             self._bound = 2.0 ** torch.tensor(largest).log2().ceil().item()
         while self._bound < largest:

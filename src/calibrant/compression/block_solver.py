@@ -101,6 +101,7 @@ class BlockSolver:
             self._keep(linear, weight, solution, rows, task, statistic.tokens if statistic else 0)
             if inputs is not None and linear.name in self.codes:
                 codes = self.codes[linear.name]
+                # Of each layer its own: safetensors writes no tensors that share memory.
                 self.codes[linear.name] = replace(
                     codes, input_scale=inputs.scale.clone(), input_zero=inputs.zero.clone()
                 )
@@ -111,6 +112,8 @@ class BlockSolver:
         activations, seen = self.plan.recipe.scheme.activations, self._ranges.pop(unit, None)
         if activations is None or seen is None or self.plan.spec is None:
             return None
+        if not seen.finite:
+            raise self._not_finite(unit)
         return seen.grid(activations.range, activations.percentile, self.plan.spec.scale_dtype)
 
     def _task(
@@ -121,12 +124,15 @@ class BlockSolver:
         # An input that is not finite shows on the diagonal: |S_ij|^2 <= S_ii S_jj.
         for values in (hessian.diagonal() if hessian is not None else None, norms):
             if values is not None and not bool(torch.isfinite(values).all()):
-                raise CalibrantError(
-                    f"{self.prefix}.{unit[0].name}: its inputs hold values that are not finite; "
-                    "compute in float32 (--dtype float32) or check the model"
-                )
+                raise self._not_finite(unit)
         name = f"{self.prefix}.{unit[0].name}"
         return Task(weight, segments, self.plan.spec_for(name), self.plan.sparsity_for(name), hessian, norms)
+
+    def _not_finite(self, unit: Unit) -> CalibrantError:
+        return CalibrantError(
+            f"{self.prefix}.{unit[0].name}: its inputs hold values that are not finite; "
+            "compute in float32 (--dtype float32) or check the model"
+        )
 
     def _keep(
         self, linear: Linear, weight: torch.Tensor, solution: Solution, rows: slice, task: Task, tokens: int

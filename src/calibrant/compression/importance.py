@@ -9,7 +9,6 @@ from calibrant.compression.block_engine import Unit, two_passes
 from calibrant.compression.entry import enter_blocks
 from calibrant.compression.statistics import ColumnNorm
 from calibrant.errors import CalibrantError
-from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import Experts, probe_block
 from calibrant.progress import Progress
@@ -49,7 +48,7 @@ def input_norms(
     with progress.task("gathering", len(blocks)) as task:
         for index, prefix in enumerate(blocks):
             with model.loaded(prefix) as block:
-                structure = probe_block(block, probe.hidden, lambda: call_block(block, index, probe))  # noqa: B023
+                structure = probe_block(block, index, probe)
                 if any(isinstance(stage, Experts) for stage in structure.stages):
                     raise CalibrantError(f"{prefix}: importance matrices of fused experts are not written")
                 gathering = _Gathering(prefix)

@@ -70,7 +70,8 @@ class Activations(_Strict):
 
     @model_validator(mode="after")
     def _static(self) -> "Activations":
-        if self.dynamic and self.model_fields_set & {"range", "percentile"}:
+        rule = Activations.model_fields
+        if self.dynamic and (self.range, self.percentile) != (rule["range"].default, rule["percentile"].default):
             raise ValueError("range and percentile are for static activations: add dynamic: false")
         return self
 

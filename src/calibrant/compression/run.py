@@ -30,7 +30,7 @@ from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter, copy_side_files
 from calibrant.hashing import canonical_json
-from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.inputs import MicroBatch
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, Experts, probe_block
 from calibrant.output_folder import staged
@@ -278,7 +278,7 @@ def _opened(
             block = stack.enter_context(model.loaded(prefix))
             state = {name: value.data for name, value in block.state_dict().items()}
             cast(block, settings.dtype, copy=True)
-            structure = probe_block(block, probe.hidden, lambda: call_block(block, index, probe))
+            structure = probe_block(block, index, probe)
             if structure.unseen:
                 notes.append(
                     f"{prefix}: {', '.join(structure.unseen)} left as they are, no product with one expert was seen"

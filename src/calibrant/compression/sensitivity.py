@@ -17,7 +17,7 @@ from calibrant.compression.statistics import ColumnNorm
 from calibrant.errors import CalibrantError
 from calibrant.modeling.inputs import MicroBatch, call_block, finish
 from calibrant.modeling.lazy_model import LazyModel, drop
-from calibrant.modeling.structure import InputGroup, probe_block
+from calibrant.modeling.structure import BlockStructure, InputGroup, probe_block
 from calibrant.progress import Progress
 
 # Tokens of the set that are run, and every how many of them are compared (ours).
@@ -64,11 +64,7 @@ def measure_sensitivities(
         for index, prefix in enumerate(blocks):
             with model.loaded(prefix) as block:
                 cast(block, dtype)
-                structure = probe_block(block, probe.hidden, lambda: call_block(block, index, probe))  # noqa: B023  # called at once
-                stages = structure.without(lambda name: ignored(f"{prefix}.{name}")).stages  # noqa: B023
-                if any(not isinstance(stage, InputGroup) for stage in stages):
-                    raise CalibrantError(f"{prefix}: its experts are fused, so a budget cannot be spread over them")
-                inputs = [stage for stage in stages if isinstance(stage, InputGroup)]
+                inputs = _groups_to_compress(probe_block(block, index, probe), prefix, ignored)
                 variants = [call_block(block, index, replace(trunk, hidden=hidden)) for hidden in variants]
                 norms, after = _norms(block, index, inputs, trunk)
                 for stage, norm in zip(inputs, norms, strict=True):
@@ -84,6 +80,14 @@ def measure_sensitivities(
         Sensitivity(names, elements, divergences[number * size : (number + 1) * size])
         for number, (names, elements) in enumerate(groups)
     ]
+
+
+def _groups_to_compress(structure: BlockStructure, prefix: str, ignored: Callable[[str], bool]) -> list[InputGroup]:
+    stages = structure.without(lambda name: ignored(f"{prefix}.{name}")).stages
+    groups = [stage for stage in stages if isinstance(stage, InputGroup)]
+    if len(groups) < len(stages):
+        raise CalibrantError(f"{prefix}: its experts are fused, so a budget cannot be spread over them")
+    return groups
 
 
 def _named(prefix: str, group: InputGroup) -> tuple[list[str], int]:

@@ -142,15 +142,18 @@ def _find_all_parts(model: LazyModel, blocks: list[str]) -> tuple[list[BlockPart
     probe, _ = enter_blocks(model, blocks, None, torch.float32, model.device, 0)
     parts, total = [], 0
     for index, prefix in enumerate(blocks):
+        _refuse_merged(model, prefix)
         with model.loaded(prefix) as block:
             total += sum(parameter.numel() for parameter in block.parameters())
             cast(block, torch.float32)
-
-            def run(block: nn.Module = block, index: int = index) -> torch.Tensor:
-                return call_block(block, index, probe)
-
-            parts.append(find_parts(block, prefix, probe_block(block, probe.hidden, run), probe.hidden, run))
+            parts.append(find_parts(block, index, prefix, probe_block(block, index, probe), probe))
     return parts, total
+
+
+def _refuse_merged(model: LazyModel, prefix: str) -> None:
+    for name, _ in model.module.get_submodule(prefix).named_parameters():
+        if not model.is_stored_alone(f"{prefix}.{name}"):
+            raise CalibrantError(f"{prefix}.{name}: stored within another tensor, so 2ssp cannot write its block")
 
 
 def _neuron_norms(
@@ -227,7 +230,7 @@ class _AttentionRemoval:
                 found = self._losses({-1: trunk, **candidates})
                 losses = losses or [found[-1]]
                 del found[-1]
-                best = min(found, key=lambda index: (found[index], index))  # called at once
+                best = min(found, key=lambda index: (found[index], index))
                 removed.append(best)
                 losses.append(found[best])
         return removed, losses
@@ -286,9 +289,6 @@ def _write(
 ) -> int:
     """Write a block, every kept number bit for bit as it was; returns how many parameters are gone or zero."""
     names = [name for name, _ in model.module.get_submodule(prefix).named_parameters()]
-    merged = [name for name in names if not model.is_stored_alone(f"{prefix}.{name}")]
-    if merged:
-        raise CalibrantError(f"{prefix}.{merged[0]}: stored within another tensor, so 2ssp cannot write its block")
     stored = {name: model.stored_name(f"{prefix}.{name}") for name in names}
     parameters = {name: model.folder.read(stored[name]) for name in names}
     changed = part.narrow(parameters, kept.cpu())

@@ -1,7 +1,7 @@
 """The attention and the MLP of a block, found from its data flow and checked by trying."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError
+from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.structure import BlockStructure, InputGroup, Linear, common_module
 
 _UNCHANGED = 1e-3
@@ -51,14 +52,8 @@ class BlockParts:
         return {name: torch.zeros_like(parameters[name]) for name in names if name in parameters}
 
 
-def find_parts(
-    block: nn.Module,
-    prefix: str,
-    structure: BlockStructure,
-    hidden: torch.Tensor,
-    run: Callable[[], torch.Tensor],
-) -> BlockParts:
-    """The parts of ``block``, in float32; ``run`` gives its output on ``hidden``, a small input.
+def find_parts(block: nn.Module, index: int, prefix: str, structure: BlockStructure, batch: MicroBatch) -> BlockParts:
+    """The parts of ``block``, number ``index``, in float32; ``batch`` is a small input to try it with.
 
     A pair of stages is the MLP if its neurons can change places without changing the output.
 
@@ -79,7 +74,7 @@ def find_parts(
         if len(outs) != 1 or outs[0] not in before:
             continue
         parts = BlockParts(into, down, outs[0], _count(block, before), _count(block, [*into, down]))
-        if _interchangeable(block, parts, parameters, hidden, run):
+        if _interchangeable(block, index, parts, parameters, batch):
             return parts
     raise CalibrantError(f"{prefix}: no attention followed by an MLP of plain linears found, so 2ssp cannot prune it")
 
@@ -92,17 +87,13 @@ def _count(block: nn.Module, linears: list[Linear]) -> int:
 
 
 def _interchangeable(
-    block: nn.Module,
-    parts: BlockParts,
-    parameters: dict[str, torch.Tensor],
-    hidden: torch.Tensor,
-    run: Callable[[], torch.Tensor],
+    block: nn.Module, index: int, parts: BlockParts, parameters: dict[str, torch.Tensor], batch: MicroBatch
 ) -> bool:
-    expected = run()
+    expected = call_block(block, index, batch)
     order = torch.randperm(parts.neurons, generator=torch.Generator().manual_seed(0)).to(expected.device)
     with _values(block, parts.narrow(parameters, order)):
-        found = run()
-    return float((found - expected).norm()) <= _UNCHANGED * float((expected - hidden).norm())
+        found = call_block(block, index, batch)
+    return float((found - expected).norm()) <= _UNCHANGED * float((expected - batch.hidden).norm())
 
 
 @contextmanager

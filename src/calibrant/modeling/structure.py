@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError
+from calibrant.modeling.inputs import MicroBatch, call_block
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,9 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{best}.{index}" for index in range(len(outer[best]))]
 
 
-def probe_block(block: nn.Module, hidden: torch.Tensor, run: Callable[[], torch.Tensor]) -> BlockStructure:
-    """Run ``block`` once on ``hidden`` through ``run``: which linears are handed which tensors, in which order."""
-    probe = _Probe(block, hidden)
+def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructure:
+    """Run ``block``, number ``index``, once on a small ``batch``: which linears read which tensors, in which order."""
+    probe = _Probe(block, batch.hidden)
     handles = [
         module.register_forward_pre_hook(probe.linear_reached(name))
         for name, module in block.named_modules()
@@ -157,7 +158,7 @@ def probe_block(block: nn.Module, hidden: torch.Tensor, run: Callable[[], torch.
         handles.append(block.get_submodule(owner).register_forward_pre_hook(probe.experts_reached(owner)))
     try:
         with watch_experts(block, probe.product_seen), _Uses(probe.tensor_used):
-            probe.tensor_returned(run())
+            probe.tensor_returned(call_block(block, index, batch))
     finally:
         for handle in handles:
             handle.remove()
