@@ -6,7 +6,7 @@ from pathlib import Path
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.making import DEFAULT_LENGTH, check_length, check_size, default_length, generate
-from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.calibration.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.compression.importance import input_norms
 from calibrant.compression.plan import Estimate, Plan, estimate, make_plan
 from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
@@ -211,13 +211,15 @@ def evaluate(
 
 def _check_calibration(folder: ModelFolder, calibration: CalibrationSet) -> None:
     check_length(folder, calibration.tokens.shape[1])
-    tokenizer = Tokenizer(folder.path)
-    if calibration.manifest.tokenizer_sha256 != tokenizer.sha256:
-        raise CalibrantError(
-            f"the calibration set was made with another tokenizer than {folder.path}'s "
-            f"({calibration.manifest.tokenizer_sha256[:12]} instead of {tokenizer.sha256[:12]}); "
-            "make it again for this model"
-        )
+    manifest = calibration.manifest
+    # A large tokenizer takes seconds to read.
+    if manifest.tokenizer_files_sha256 != tokenizer_files_sha256(folder.path):
+        tokenizer = Tokenizer(folder.path)
+        if manifest.tokenizer_sha256 != tokenizer.sha256:
+            raise CalibrantError(
+                f"the calibration set was made with another tokenizer than {folder.path}'s "
+                f"({manifest.tokenizer_sha256[:12]} instead of {tokenizer.sha256[:12]}); make it again for this model"
+            )
     vocabulary = folder.vocabulary
     if int(calibration.tokens.max()) >= vocabulary or int(calibration.tokens.min()) < 0:
         raise CalibrantError(f"the calibration set holds token ids outside {folder.path}'s vocabulary of {vocabulary}")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.calibration.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.errors import CalibrantError
 from tests.conftest import random_set
 
@@ -111,6 +111,20 @@ def test_the_tokenizer_is_the_same_before_and_after_use(llama: Path, tmp_path: P
     fresh, used = Tokenizer(folder), Tokenizer(folder)
     assert len(used.encode("more than five characters")) == 25
     assert fresh.sha256 == used.sha256 == Tokenizer(llama).sha256
+
+
+def test_what_a_tokenizer_does_decides_and_equal_files_spare_reading_it(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "model")
+    made = cb.generate(folder, strategy="vocabulary", samples=4, length=32)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(definition, indent=7))
+    cb.compress(folder, output=tmp_path / "a", recipe="wanda-2:4", calibration=made)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CalibrantError, match="no usable tokenizer"):
+        cb.compress(folder, output=tmp_path / "b", recipe="wanda-2:4", calibration=made)
+    same_files = made.manifest.model_copy(update={"tokenizer_files_sha256": tokenizer_files_sha256(folder)})
+    same = CalibrationSet(made.tokens, made.mask, same_files)
+    assert cb.compress(folder, output=tmp_path / "b", recipe="wanda-2:4", calibration=same).layers
 
 
 def test_vocabulary_draws_every_ordinary_token_and_no_special_one(llama: Path) -> None:

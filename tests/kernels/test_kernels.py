@@ -119,14 +119,22 @@ def _attention_inputs(batch: int, heads: int, shared: int, length: int, width: i
 @needs_bfloat16_tile
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 130), st.integers(1, 40), st.integers(0, 9)
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
+    st.integers(1, 230),
+    st.integers(1, 40),
+    st.none() | st.integers(1, 240),
+    st.integers(0, 9),
 )
-def test_causal_attention_is_attention(batch: int, shared: int, group: int, length: int, half: int, seed: int) -> None:
+def test_causal_attention_is_attention(
+    heads: tuple[int, int, int], length: int, half: int, window: int | None, seed: int
+) -> None:
+    batch, shared, group = heads
     query, key, value = _attention_inputs(batch, shared * group, shared, length, 2 * half, seed)
+    seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
     expected = torch.nn.functional.scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True, scale=0.25
+        query.double(), key.double(), value.double(), attn_mask=seen, enable_gqa=True, scale=0.25
     )
-    ours = causal_attention(query, key, value, 0.25)
+    ours = causal_attention(query, key, value, 0.25, window)
     torch.testing.assert_close(ours.double(), expected.transpose(1, 2), rtol=0.01, atol=0.01)
 
 

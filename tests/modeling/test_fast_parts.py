@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 needs_bfloat16_tile = pytest.mark.skipif(not bfloat16_tile.available(), reason="this processor has no AVX512-BF16")
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma2", "gpt2", "mixtral"])
+@pytest.fixture(params=["llama", "qwen3", "gemma2", "gemma3", "gpt2", "mixtral"])
 def model(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     return ARCHITECTURES[request.param]().bfloat16().eval()
@@ -72,6 +72,20 @@ def test_an_epsilon_is_not_guessed() -> None:
     module = Hidden()
     norms.use_fast_norms(module, torch.bfloat16, CPU)
     assert "forward" not in vars(module)
+
+
+@needs_bfloat16_tile
+@torch.inference_mode()
+def test_masks_of_another_kind_stay_with_sdpa(model, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    padded = torch.ones_like(tokens)
+    padded[1, :9] = 0
+    expected = model(tokens, attention_mask=padded).logits
+    calls = counted(monkeypatch, attention, "causal_attention")
+    attention.use_fast_attention(model, torch.bfloat16, CPU)
+    found = model(tokens, attention_mask=padded).logits
+    torch.testing.assert_close(found[0], expected[0], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(found[1, 9:], expected[1, 9:], rtol=0.05, atol=0.05)
+    assert not calls
 
 
 def test_other_dtypes_keep_their_own_parts(model) -> None:

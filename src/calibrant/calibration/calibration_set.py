@@ -38,7 +38,8 @@ class Manifest(BaseModel):
     ``rows[i]`` lists the segments of row ``i``; sources that read no corpus leave it empty. With several ``corpora`` a
     segment's document begins with its corpus's number. ``model`` is the one that wrote or scored text, ``evaluations``
     the texts that were looked for as leakage, ``embedding_sha256`` the sentence encoder's folder. ``locations`` are the
-    model and the corpora as they were named, ``versions`` those of the libraries at work.
+    model and the corpora as they were named, ``versions`` those of the libraries at work. ``tokenizer_sha256`` is of
+    what the tokenizer does and decides; equal ``tokenizer_files_sha256`` only spare reading it.
     ``counts`` holds what was read, dropped and used. ``set_sha256`` covers shape, token ids and mask.
     """
 
@@ -52,6 +53,7 @@ class Manifest(BaseModel):
     samples: int
     length: int
     tokenizer_sha256: str
+    tokenizer_files_sha256: str | None = None
     corpora: list[dict[str, Any]] = []
     model: dict[str, Any] | None = None
     evaluations: list[dict[str, Any]] = []

@@ -9,7 +9,16 @@ import tokenizers
 import transformers
 
 from calibrant.errors import CalibrantError, first_line
-from calibrant.hashing import sha256_json
+from calibrant.hashing import sha256_file, sha256_json
+
+# What tokenizers are made of besides the weights beside them.
+_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
+
+
+def tokenizer_files_sha256(folder: str | Path) -> str:
+    """Hash of the files in ``folder`` that a tokenizer may be made of; equal files make the same tokenizer."""
+    found = sorted({file for pattern in _FILES for file in Path(folder).glob(pattern) if file.is_file()})
+    return sha256_json({file.name: sha256_file(file) for file in found})
 
 
 class Tokenizer:
@@ -20,7 +29,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        self._folder = folder = Path(folder)
         if not folder.is_dir():
             raise CalibrantError(f"{folder}: no such folder, name the folder that holds the model's tokenizer")
         try:
@@ -72,6 +81,11 @@ class Tokenizer:
             definition["truncation"] = definition["padding"] = None
             return sha256_json(definition)
         return sha256_json(self.hf.get_vocab())
+
+    @cached_property
+    def files_sha256(self) -> str:
+        """``tokenizer_files_sha256`` of its folder."""
+        return tokenizer_files_sha256(self._folder)
 
     @property
     def size(self) -> int:

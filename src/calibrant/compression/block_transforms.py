@@ -9,6 +9,7 @@ from torch import nn
 
 from calibrant.compression import recipe as recipes
 from calibrant.compression.grids import GridSpec
+from calibrant.compression.module_call import ModuleCall
 from calibrant.compression.plan import Plan
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.compression.statistics import Magnitude
@@ -40,7 +41,7 @@ class _Seen:
 
     magnitude: Magnitude
     rows: list[torch.Tensor] = field(default_factory=list)
-    calls: list[tuple[Callable[[], torch.Tensor], torch.Tensor]] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
 
 
 def transform_block(
@@ -108,7 +109,8 @@ def _output_loss(
             return float(nn.functional.linear(inputs, difference).float().square().sum(dtype=torch.float64))
 
         return lone_loss
-    expected = [(call().float(), mask) for call, mask in seen.calls]
+    calls = [call.shortened() for call in seen.calls]
+    expected = [call.output() for call in calls]
 
     def loss(scale: torch.Tensor) -> float:
         views = [linear.view(block.get_parameter(linear.parameter).data) for linear in group.linears]
@@ -116,11 +118,8 @@ def _output_loss(
         try:
             for view, weight in zip(views, weights, strict=True):
                 view.copy_(_rounded(weight, scale, spec))
-            total = 0.0
-            for (call, _), (before, mask) in zip(seen.calls, expected, strict=True):
-                difference = (call().float() - before).square_().view(mask.numel(), -1)[mask.flatten()]
-                total += float(difference.sum(dtype=torch.float64))
-            return total
+            changes = (call.output() - before for call, before in zip(calls, expected, strict=True))
+            return sum(float(change.square_().sum(dtype=torch.float64)) for change in changes)
         finally:
             for view, values in zip(views, kept, strict=True):
                 view.copy_(values)
@@ -172,23 +171,15 @@ def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Callable[[nn.Modu
 def _note_calls(
     block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch, tokens: int
 ) -> list[Any]:
-    """Keep the calls of the smallest module that holds the whole group, on about so many tokens if it takes parts."""
+    """Keep the calls of the smallest module that holds the whole group."""
     name = common_module([linear.name for linear in group.linears])
-    if not name:
-        seen.calls.append((lambda: call_block(block, index, batch), batch.mask))
-        return []
     rows = max(1, tokens // batch.mask.shape[1])
+    if not name:
+        args, kwargs = (batch.hidden, *batch.calls.args[index]), batch.calls.kwargs[index]
+        seen.calls.append(ModuleCall(block, args, kwargs, batch.mask, rows))
+        return []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = batch.mask
-        # An argument alone, with a row for each row of the batch, can be cut; others belong together.
-        if len(args) == 1 and not kwargs and args[0].shape[:2] == mask.shape:
-            args, mask = (args[0][:rows],), mask[:rows]
-        seen.calls.append((lambda: _first(module.forward(*args, **kwargs)), mask))
+        seen.calls.append(ModuleCall(module, args, kwargs, batch.mask, rows))
 
     return [block.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)]
-
-
-def _first(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden

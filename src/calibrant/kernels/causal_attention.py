@@ -1,9 +1,9 @@
 """Causal attention in bfloat16 on a CPU with the bfloat16 register tile.
 
 Scores are built transposed, keys by queries: the softmax over the keys then runs down the columns, a vector of queries
-at a time, and its result already lies as the second product wants it. Keys after the last query of a panel are never
-looked at. Scores, their maximum and their sum are float32; probabilities are rounded to bfloat16 before they weigh the
-values, and the sum divides afterwards.
+at a time, and its result already lies as the second product wants it. Keys after the last query of a panel, or before
+all their windows, are never looked at. Scores, their maximum and their sum are float32; probabilities are rounded to
+bfloat16 before they weigh the values, and the sum divides afterwards.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,12 @@ from calibrant.kernels.bfloat16_words import pairs, rounded, words
 from calibrant.kernels.exponential import LOG2_E, power_of_two
 
 
-def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
+) -> torch.Tensor:
     """Attention of every position to itself and earlier ones; needs ``bfloat16_tile.available()``.
+
+    ``window``: to the last so many of them only, itself counted.
 
     ``query`` ``[batch, heads, length, width]``; ``key``, ``value`` ``[batch, kv heads, length, width]``; ``heads`` is a
     multiple of ``kv heads``, ``width`` is even, ``scale`` positive. Returns ``[batch, length, heads, width]``; all
@@ -31,7 +35,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     keys = np.empty((shared, panels, width // 2, COLUMNS), dtype=np.uint32)
     values = np.empty((shared, -(-width // COLUMNS), -(-length // 2), COLUMNS), dtype=np.uint32)
     _pack(pairs(key), words(value), keys, values)
-    _attend(pairs(query), keys, values, np.float32(scale * LOG2_E), words(output))
+    _attend(pairs(query), keys, values, np.float32(scale * LOG2_E), window or length, words(output))
     return output
 
 
@@ -48,7 +52,7 @@ def _pack_keys_and_values(key_pairs: np.ndarray, value_words: np.ndarray, keys: 
 
 
 def _attend_queries(
-    query_pairs: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: np.float32, output: np.ndarray
+    query_pairs: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: np.float32, window: int, output: np.ndarray
 ) -> None:
     """One head of one sequence after the other, panel of queries by panel; ``scale`` includes ``log2 e``."""
     heads, length, half = query_pairs.shape[1:]
@@ -64,10 +68,12 @@ def _attend_queries(
         divisor = np.empty(COLUMNS, dtype=np.float32)
         for first in range(0, length, COLUMNS):
             count = min(first + COLUMNS, length)
+            oldest = max(0, first - window + 1) // COLUMNS * COLUMNS
             pack_columns(query_pairs[row, head], first, queries)
-            _score(keys[source], queries, count, first, scores)
-            _normalize(scores, count, scale, weights, divisor)
-            _multiply(values[source], weights, (count + 1) // 2, width, mixed)
+            _multiply(keys[source], queries, 0, half, oldest, count, scores)
+            _mask(scores, first, window, oldest, count)
+            _normalize(scores, oldest, count, scale, weights, divisor)
+            _multiply(values[source], weights, oldest // 2, (count + 1) // 2, 0, width, mixed)
             for column in range(min(COLUMNS, length - first)):
                 target = output[row, first + column, head]
                 inverse = np.float32(1.0) / divisor[column]
@@ -76,32 +82,38 @@ def _attend_queries(
 
 
 @numba.njit(error_model="numpy")
-def _multiply(panels: np.ndarray, right: np.ndarray, pairs: int, rows: int, product: np.ndarray) -> None:
-    """``product[i, j] = sum_k panels[.., k, i] . right[k, j]`` over ``pairs`` steps, for the first ``rows`` rows."""
-    address = np.intp(right.ctypes.data)
-    for begin in range(0, rows, ROWS):
-        product[begin : begin + ROWS] = 0
-        left = np.intp(panels[begin // COLUMNS].ctypes.data) + 4 * (begin % COLUMNS)
-        multiply_tile(left, address, pairs, np.intp(product[begin].ctypes.data), COLUMNS)
+def _multiply(
+    panels: np.ndarray, right: np.ndarray, first: int, last: int, begin: int, end: int, product: np.ndarray
+) -> None:
+    """``product[i, j] = sum_k panels[.., k, i] . right[k, j]``: rows from ``begin``, ``k`` from ``first``."""
+    address = np.intp(right[first].ctypes.data)
+    for row in range(begin, end, ROWS):
+        product[row : row + ROWS] = 0
+        left = np.intp(panels[row // COLUMNS, first].ctypes.data) + 4 * (row % COLUMNS)
+        multiply_tile(left, address, last - first, np.intp(product[row].ctypes.data), COLUMNS)
 
 
 @numba.njit(error_model="numpy")
-def _score(keys: np.ndarray, queries: np.ndarray, count: int, first: int, scores: np.ndarray) -> None:
-    """Products of keys ``0 .. count`` with the panel of queries that begins at ``first``; later keys get ``-inf``."""
-    _multiply(keys, queries, queries.shape[0], count, scores)
+def _mask(scores: np.ndarray, first: int, window: int, oldest: int, count: int) -> None:
+    """``-inf`` where a query, of those from ``first`` on, meets a later key or one before its window."""
     for key in range(first + 1, count):
         scores[key, : key - first] = -np.inf
+    for key in range(oldest, min(count, first + COLUMNS - window)):
+        scores[key, max(0, key + window - first) :] = -np.inf
 
 
 @numba.njit(error_model="numpy")
-def _normalize(scores: np.ndarray, count: int, scale: np.float32, weights: np.ndarray, divisor: np.ndarray) -> None:
-    """``2^(scale (score - largest))`` down every column as pairs of bfloat16; their sums."""
-    largest = np.full(COLUMNS, -np.inf, dtype=np.float32)
-    for key in range(count):
+def _normalize(
+    scores: np.ndarray, oldest: int, count: int, scale: np.float32, weights: np.ndarray, divisor: np.ndarray
+) -> None:
+    """``2^(scale (score - largest))`` of keys ``oldest .. count`` down every column, pairs of bfloat16; their sums."""
+    # Columns past the last query may have no key left; -inf less -inf would be no number.
+    largest = np.full(COLUMNS, np.float32(-3e38), dtype=np.float32)
+    for key in range(oldest, count):
         for column in range(COLUMNS):
             largest[column] = max(largest[column], scores[key, column])
     divisor[:] = 0
-    for pair in range(count // 2):
+    for pair in range(oldest // 2, count // 2):
         for column in range(COLUMNS):
             even = power_of_two(scale * (scores[2 * pair, column] - largest[column]))
             odd = power_of_two(scale * (scores[2 * pair + 1, column] - largest[column]))

@@ -1,5 +1,6 @@
 """A faster attention for models that transformers would run with ``sdpa`` in bfloat16 on a CPU that multiplies it."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ _NAME = "calibrant_causal"
 
 
 def use_fast_attention(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Route plain causal attention of ``model`` through ``causal_attention``; anything else stays with ``sdpa``."""
+    """Route causal attention of ``model``, over all or a window, through our kernel; the rest stays with ``sdpa``."""
     if dtype is not torch.bfloat16 or device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return
     if not bfloat16_tile.available():
@@ -37,12 +38,28 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     causal = is_causal if is_causal is not None else vars(module).get("is_causal", True)
-    plain = attention_mask is None and causal and dropout == 0.0 and query.shape[2] == key.shape[2] > 1
+    length = query.shape[2]
+    plain = causal and dropout == 0.0 and length == key.shape[2] > 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     fits = query.shape[-1] == value.shape[-1] and query.shape[-1] % 2 == 0 and scale > 0
-    if plain and fits and query.dtype is torch.bfloat16:
-        return causal_attention(query, key, value, scale), None
+    window = length if attention_mask is None else _window(attention_mask, length)
+    if plain and fits and window and query.dtype is torch.bfloat16:
+        return causal_attention(query, key, value, scale, window), None
     result: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
     )
     return result
+
+
+def _window(mask: torch.Tensor, length: int) -> int | None:
+    """How many last positions each one sees by ``mask`` ``[.., length, length]``; None if it is of another kind."""
+    if mask.dtype is not torch.bool or mask.shape[-2:] != (length, length):
+        return None
+    window = int(mask[..., -1, :].sum(-1).flatten()[0])
+    band = _band(length, window)
+    return window if all(torch.equal(one, band) for one in mask.reshape(-1, length, length)) else None
+
+
+@lru_cache(maxsize=4)
+def _band(length: int, window: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)

@@ -290,6 +290,7 @@ def _assemble(
         samples=request.samples,
         length=request.length,
         tokenizer_sha256=tokenizer.sha256,
+        tokenizer_files_sha256=tokenizer.files_sha256,
         corpora=described,
         evaluations=[Corpus(place, request.filters.leakage_field).describe() for place in request.filters.leakage],
         embedding_sha256=embedding_sha256(request.embedding),

@@ -58,6 +58,7 @@ def generate_llm_qat(
         samples=samples,
         length=length,
         tokenizer_sha256=tokenizer.sha256,
+        tokenizer_files_sha256=tokenizer.files_sha256,
         model=dict(provenance),
         counts={"generations": written.generations},
     )
@@ -121,6 +122,7 @@ def generate_from_prefixes(
         samples=samples,
         length=length,
         tokenizer_sha256=tokenizer.sha256,
+        tokenizer_files_sha256=tokenizer.files_sha256,
         corpora=[{**corpus.describe(), "rows": samples}],
         model=dict(provenance),
         counts={"generations": written.generations, "rows_written": rows, "rows_kept": samples},

@@ -84,6 +84,7 @@ def generate_self_calibration(
         samples=samples,
         length=length,
         tokenizer_sha256=tokenizer.sha256,
+        tokenizer_files_sha256=tokenizer.files_sha256,
         model=dict(provenance),
         counts={"generations": written.generations},
     )

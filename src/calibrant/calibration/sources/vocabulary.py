@@ -27,5 +27,6 @@ def draw_vocabulary(tokenizer: Tokenizer, *, samples: int, length: int, seed: in
         samples=samples,
         length=length,
         tokenizer_sha256=tokenizer.sha256,
+        tokenizer_files_sha256=tokenizer.files_sha256,
     )
     return CalibrationSet.build(tokens, torch.ones_like(tokens, dtype=torch.bool), manifest)
