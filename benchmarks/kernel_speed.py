@@ -63,7 +63,7 @@ def norm(width: int) -> tuple[float, float]:
         wide = inputs.to(torch.float32)
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(torch.bfloat16)
 
-    return best(lambda: rms_norm(inputs, weight, 1e-5)), best(operations)
+    return best(lambda: rms_norm(inputs, weight.float(), 1e-5, True)), best(operations)
 
 
 def columns(rows: int, width: int) -> tuple[float, float]:

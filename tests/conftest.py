@@ -36,6 +36,7 @@ ARCHITECTURES: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GATED, head_dim=16)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_GATED, head_dim=16)),
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_GATED, head_dim=16, sliding_window=16)),
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_GATED)),
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**{**_GATED, "num_key_value_heads": 4})),
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(

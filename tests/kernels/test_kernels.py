@@ -98,14 +98,17 @@ def test_short_rows_are_ranked_as_sorting_would(width: int, data: st.DataObject)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 600), st.sampled_from([1e-6, 1e-5, 0.1]), st.integers(0, 9))
-def test_the_norm_divides_by_the_root_mean_square(rows: int, width: int, epsilon: float, seed: int) -> None:
+@given(st.integers(1, 9), st.integers(1, 600), st.sampled_from([1e-6, 1e-5, 0.1]), st.booleans(), st.integers(0, 9))
+def test_the_norm_divides_by_the_root_mean_square(
+    rows: int, width: int, epsilon: float, rounded_first: bool, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(2, rows, width, generator=generator).bfloat16().transpose(0, 1)
     weight = torch.randn(width, generator=generator).bfloat16()
     wide = inputs.double()
     expected = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
-    torch.testing.assert_close(rms_norm(inputs, weight, epsilon).double(), expected, rtol=2**-7, atol=1e-6)
+    found = rms_norm(inputs, weight.float(), epsilon, rounded_first).double()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)
 
 
 def _attention_inputs(batch: int, heads: int, shared: int, length: int, width: int, seed: int) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 needs_bfloat16_tile = pytest.mark.skipif(not bfloat16_tile.available(), reason="this processor has no AVX512-BF16")
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma2", "gemma3", "gpt2", "mixtral"])
+@pytest.fixture(params=["llama", "qwen3", "gemma2", "gemma3", "olmo2", "gpt2", "mixtral"])
 def model(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     return ARCHITECTURES[request.param]().bfloat16().eval()
@@ -44,7 +44,7 @@ def test_models_run_on_our_attention(model, tokens: torch.Tensor, monkeypatch: p
 
 @torch.inference_mode()
 def test_norms_are_known_by_what_they_compute(model, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma's norm adds 1 to its weight and GPT-2's subtracts the mean: neither is ours."""
+    """Gemma's norms add 1 to their weights, OLMo's round once; GPT-2's subtract the mean and are none of ours."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.add_(torch.randn_like(parameter))
@@ -52,7 +52,8 @@ def test_norms_are_known_by_what_they_compute(model, tokens: torch.Tensor, monke
     norms.use_fast_norms(model, torch.bfloat16, CPU)
     calls = counted(monkeypatch, norms, "rms_norm")
     assert torch.equal(model(tokens).logits, expected)
-    blocks = {"llama": 2 * 2 + 1, "mixtral": 2 * 2 + 1, "qwen3": 2 * 4 + 1}
+    blocks = {"llama": 2 * 2 + 1, "mixtral": 2 * 2 + 1, "qwen3": 2 * 4 + 1, "olmo2": 2 * 4 + 1}
+    blocks |= {"gemma2": 2 * 4 + 1, "gemma3_text": 2 * 6 + 1}
     assert len(calls) == blocks.get(model.config.model_type, 0)
 
 

@@ -14,7 +14,7 @@ from tests.conftest import ARCHITECTURES, random_set
 
 GATED = ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]
 EXPECTED = {
-    "llama": GATED, "mistral": GATED, "qwen2": GATED, "qwen3": GATED, "gemma2": GATED, "gemma3": GATED,
+    "llama": GATED, "mistral": GATED, "qwen2": GATED, "qwen3": GATED, "gemma2": GATED, "gemma3": GATED, "olmo2": GATED,
     "phi": ["q_proj k_proj v_proj fc1", "dense", "fc2"],
     "gpt2": ["c_attn", "c_proj", "c_fc", "c_proj"],
     "opt": ["q_proj k_proj v_proj", "out_proj", "fc1", "fc2"],

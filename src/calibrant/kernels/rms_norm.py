@@ -11,15 +11,15 @@ from calibrant.kernels.bfloat16_words import rounded, widened, words
 _UPPER = 16
 
 
-def rms_norm(inputs: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """``weight * bfloat16(x / sqrt(mean(x^2) + epsilon))`` over the last axis, means in float32.
+def rms_norm(inputs: torch.Tensor, gain: torch.Tensor, epsilon: float, rounded_first: bool) -> torch.Tensor:
+    """``gain * x / sqrt(mean(x^2) + epsilon)`` over the last axis, computed in float32.
 
-    ``inputs`` bfloat16 ``[..., width]``, ``weight`` bfloat16 ``[width]``, both on the CPU; returns bfloat16
-    ``[..., width]``.
+    ``inputs`` bfloat16 ``[..., width]``, ``gain`` float32 ``[width]``, both on the CPU; returns bfloat16
+    ``[..., width]``. ``rounded_first``: the quotient is rounded to bfloat16 before it meets the gain, as Llama has it.
     """
     rows = inputs.reshape(-1, inputs.shape[-1]).contiguous()
     output = torch.empty_like(rows)
-    _normalize(words(rows), words(weight), np.float32(epsilon), words(output))
+    _normalize(words(rows), gain.numpy(), np.float32(epsilon), rounded_first, words(output))
     return output.view(inputs.shape)
 
 
@@ -32,14 +32,20 @@ def _sum_of_squares(row: np.ndarray) -> np.float32:
     return total
 
 
-def _normalize_rows(rows: np.ndarray, weight: np.ndarray, epsilon: np.float32, output: np.ndarray) -> None:
+def _normalize_rows(
+    rows: np.ndarray, gain: np.ndarray, epsilon: np.float32, rounded_first: bool, output: np.ndarray
+) -> None:
     width = rows.shape[1]
     for index in numba.prange(rows.shape[0]):
         row, target = rows[index], output[index]
         factor = np.float32(1.0) / np.sqrt(_sum_of_squares(row) / np.float32(width) + epsilon)
-        for column in range(width):
-            scaled = np.uint16(rounded(widened(row[column]) * factor) >> np.uint32(_UPPER))
-            target[column] = rounded(widened(scaled) * widened(weight[column])) >> np.uint32(_UPPER)
+        if rounded_first:
+            for column in range(width):
+                scaled = np.uint16(rounded(widened(row[column]) * factor) >> np.uint32(_UPPER))
+                target[column] = rounded(widened(scaled) * gain[column]) >> np.uint32(_UPPER)
+        else:
+            for column in range(width):
+                target[column] = rounded(widened(row[column]) * factor * gain[column]) >> np.uint32(_UPPER)
 
 
 _normalize: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_normalize_rows)

@@ -1,6 +1,7 @@
 """A faster root-mean-square norm for modules that compute just that, in bfloat16 on a CPU."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,10 +11,28 @@ from calibrant.kernels.rms_norm import rms_norm
 
 # Inputs this small make epsilon count, so that the right one among a module's numbers is found.
 _PROBE_ROWS, _PROBE_SCALE = 4, 1e-3
+# What is added to the weight, and whether the product's first factor is rounded.
+_FORMS = ((0.0, True), (0.0, False), (1.0, False))
+# One rounding of bfloat16; forms differ by a second one.
+_SAME = 2**-7
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """An RMS norm whose gain is ``offset`` plus its weight; Llama rounds before the product with it, OLMo 2 and Gemma
+    behind.
+    """
+
+    epsilon: float
+    offset: float
+    rounded_first: bool
+
+    def apply(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(inputs, weight.detach().float() + self.offset, self.epsilon, self.rounded_first)
 
 
 def use_fast_norms(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every module that computes ``rms_norm`` with its one weight the kernel; anything else stays as it is.
+    """Give every module that computes an RMS norm with its one weight the kernel; anything else stays as it is.
 
     A module is known by what it computes, not by its name: it is run on random numbers with a random weight, and must
     give the kernel's result for one of the numbers it holds as epsilon.
@@ -23,20 +42,20 @@ def use_fast_norms(model: nn.Module, dtype: torch.dtype, device: torch.device) -
     for module in model.modules():
         if "forward" in vars(module):  # it has the kernel already
             continue
-        epsilon = _epsilon(module)
-        if epsilon is not None:
-            module.forward = _forward(module, epsilon)
+        norm = _norm_of(module)
+        if norm is not None:
+            module.forward = _forward(module, norm)
 
 
-def _forward(module: nn.Module, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def _forward(module: nn.Module, norm: _Norm) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, module.get_parameter("weight"), epsilon)
+        return norm.apply(hidden_states, module.get_parameter("weight"))
 
     return forward
 
 
-def _epsilon(module: nn.Module) -> float | None:
-    """The epsilon with which ``module`` is an RMS norm; None if it is something else."""
+def _norm_of(module: nn.Module) -> _Norm | None:
+    """Which RMS norm ``module`` is; None if it is something else."""
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     if list(shapes) != ["weight"] or len(shapes["weight"]) != 1 or next(module.children(), None) is not None:
         return None
@@ -50,9 +69,11 @@ def _epsilon(module: nn.Module) -> float | None:
     if not isinstance(expected, torch.Tensor) or expected.shape != inputs.shape or expected.dtype is not inputs.dtype:
         return None
     numbers = [value for value in vars(module).values() if isinstance(value, float) and value > 0]
-    return next((number for number in numbers if _same(rms_norm(inputs, weight, number), expected)), None)
+    norms = [_Norm(number, *form) for number in numbers for form in _FORMS]
+    closest = min(norms, key=lambda norm: _distance(norm.apply(inputs, weight), expected), default=None)
+    return closest if closest is not None and _distance(closest.apply(inputs, weight), expected) <= _SAME else None
 
 
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Equal up to one rounding of the normed value and one of its product with the weight."""
-    return torch.allclose(left.float(), right.float(), rtol=2**-6, atol=0.0)
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative difference."""
+    return float(((found.float() - expected.float()).abs() / expected.float().abs().clamp(min=1e-30)).max())
