@@ -3,7 +3,8 @@
     python benchmarks/compress.py MODEL --corpus c4.utf8.gz --text wiki.test.raw.gz --rounds 3
 
 All get the same tokens, scheme and compute dtype. A peer runs in its own virtual environment, the versions pinned
-beside its script, made on the first call. The JSON holds every run, the machine, the versions and the date.
+beside its script, made on the first call. The JSON holds every run, the machine, the versions and the date; it is
+written after every run, and a stopped benchmark goes on where it was.
 """
 
 import argparse
@@ -16,8 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +78,14 @@ def comparisons(bits: int, group_size: int) -> dict[str, Comparison]:
 
 @dataclass
 class Run:
-    """One process: seconds and bytes as the operating system counted them."""
+    """One process: seconds and bytes as the operating system counted them; None where a count was lost."""
 
     tool: str
     method: str
     round: int
     wall_seconds: float
-    cpu_seconds: float
-    peak_memory_bytes: int
+    cpu_seconds: float | None
+    peak_memory_bytes: int | None
     stages: dict[str, float] | None = None
 
 
@@ -182,16 +185,6 @@ def floor_ratios(runs: list[Run], flops: dict[str, float], rates: list[float]) -
     return table
 
 
-def quality(options: argparse.Namespace, runs: list[Run]) -> dict[str, dict[str, Any]]:
-    """Perplexity and divergence from the original of the last output of each tool."""
-    found = {}
-    for tool, method in dict.fromkeys((run.tool, run.method) for run in runs):
-        folder = WORK / f"{tool}-{method}"
-        measured = cb.evaluate(folder, against=options.model, text=options.text, limit=options.windows)
-        found[f"{tool} {method}"] = asdict(measured)
-    return found
-
-
 def show(runs: list[Run], found: dict[str, dict[str, Any]], ratios: dict[str, dict[str, float]]) -> None:
     """The table with ratios, on the terminal."""
     table = Table("method", "tool", "wall s", "CPU s", "peak MB", "perplexity", "mean KL", "wall ratio")
@@ -206,8 +199,8 @@ def show(runs: list[Run], found: dict[str, dict[str, Any]], ratios: dict[str, di
             method,
             tool,
             f"{wall:.1f}",
-            f"{statistics.median(run.cpu_seconds for run in chosen):.1f}",
-            f"{statistics.median(run.peak_memory_bytes for run in chosen) / 1e6:.0f}",
+            _median([run.cpu_seconds for run in chosen], 1.0),
+            _median([run.peak_memory_bytes for run in chosen], 1e6),
             f"{measured['perplexity']['value']:.2f}",
             f"{kl['kl_mean']:.4f} ± {kl['kl_standard_error']:.4f}",
             "" if tool == "calibrant" else f"{wall / walls[method]:.2f}",
@@ -216,6 +209,11 @@ def show(runs: list[Run], found: dict[str, dict[str, Any]], ratios: dict[str, di
     console.print(table)
     for method, row in ratios.items():
         console.print(f"{method}: " + ", ".join(f"{name} {value}" for name, value in row.items()))
+
+
+def _median(counts: Sequence[float | None], unit: float) -> str:
+    known = [count for count in counts if count is not None]
+    return f"{statistics.median(known) / unit:.0f}" if known else ""
 
 
 def pinned_versions() -> dict[str, str]:
@@ -254,40 +252,54 @@ def main() -> None:
     tokens = WORK / "tokens"
     shutil.rmtree(tokens, ignore_errors=True)
     made.save(tokens)
-    runs: list[Run] = []
-    rates: list[float] = []
-    for number in range(options.rounds):
-        for method, one in chosen.items():
-            rates.append(measured_rate(getattr(torch, options.dtype), torch.device("cpu")))
-            runs.append(run_ours(options, tokens, method, one, number))
-            runs += [run_peer(options, tokens, method, peer, name, number) for peer, name in one.peers.items()]
-            done = [run for run in runs if (run.method, run.round) == (method, number)]
-            print(*(f"{run.tool} {run.method}: {run.wall_seconds:.1f} s" for run in done), sep="; ", flush=True)
-    found = quality(options, runs)
-    one_pass = [run for run in runs if chosen[run.method].one_pass]
-    ratios = floor_ratios(one_pass, floor_flops(options.model, made), rates)
-    show(runs, found, ratios)
-    result = {
+    settings = {
+        "model": options.model.resolve().name,
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "samples": options.samples,
+        "length": options.length,
+        "windows": options.windows,
+        "dtype": options.dtype,
+        "corpus": Path(options.corpus).name,
+        "text": Path(options.text).name,
+        "set_sha256": made.sha256,
+    }
+    result: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    if result.get("settings") != settings:
+        result = {"settings": settings, "matrix_product_flops_per_second": [], "runs": [], "quality": {}}
+    result |= {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": pinned_versions(),
-        "settings": {
-            "model": options.model.resolve().name,
-            "bits": options.bits,
-            "group_size": options.group_size,
-            "samples": options.samples,
-            "length": options.length,
-            "dtype": options.dtype,
-            "corpus": Path(options.corpus).name,
-            "text": Path(options.text).name,
-            "set_sha256": made.sha256,
-        },
-        "matrix_product_flops_per_second": rates,
-        "floor": ratios,
-        "runs": [asdict(run) for run in runs],
-        "quality": found,
     }
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    rates = result["matrix_product_flops_per_second"]
+
+    def keep() -> None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+    def do(tool: str, method: str, number: int, run: Callable[[], Run]) -> None:
+        if any((one["tool"], one["method"], one["round"]) == (tool, method, number) for one in result["runs"]):
+            return
+        done = run()
+        print(f"{tool} {method}: {done.wall_seconds:.1f} s", flush=True)
+        measured = cb.evaluate(
+            WORK / f"{tool}-{method}", against=options.model, text=options.text, limit=options.windows
+        )
+        result["runs"].append(asdict(done))
+        result["quality"][f"{tool} {method}"] = asdict(measured)
+        keep()
+
+    for number in range(options.rounds):
+        for method, one in chosen.items():
+            rates.append(measured_rate(getattr(torch, options.dtype), torch.device("cpu")))
+            do("calibrant", method, number, partial(run_ours, options, tokens, method, one, number))
+            for peer, name in one.peers.items():
+                do(peer, method, number, partial(run_peer, options, tokens, method, peer, name, number))
+    runs = [Run(**one) for one in result["runs"] if one["method"] in chosen]
+    one_pass = [run for run in runs if chosen[run.method].one_pass]
+    result["floor"] = floor_ratios(one_pass, floor_flops(options.model, made), rates)
+    keep()
+    show(runs, result["quality"], result["floor"])
 
 
 def processor() -> str:
