@@ -25,7 +25,7 @@ from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import find_blocks
 from calibrant.progress import Silent
-from tests.conftest import random_set
+from tests.conftest import random_set, write_model
 
 
 @settings(max_examples=30, deadline=None)
@@ -144,3 +144,22 @@ def test_what_a_budget_cannot_be(llama: Path, model_folder, tmp_path: Path) -> N
         cb.compress(llama, recipe=recipe(**QUANTIZE), checkpoint_format="gptq", **options)
     with pytest.raises(CalibrantError, match="compressed-tensors can hold"):
         cb.compress(model_folder("mixtral"), recipe=recipe(**QUANTIZE), **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_budget_that_changes_nothing_leaves_every_byte(tmp_path: Path, stored: torch.dtype, dtype: str) -> None:
+    """Measuring runs the model in another dtype than it is stored in, before it is read again to be compressed."""
+    model = write_model(tmp_path / "model", "llama", stored)
+    plain = {
+        "name": "r",
+        "description": "d",
+        "method": {"name": "rtn"},
+        "scheme": {"weights": {"bits": 8, "group_size": 32}},
+    }
+    for name, more in {"plain": {}, "budget": {"budget": {"choices": [2, 8], "average": 8}}}.items():
+        chosen = Recipe.model_validate({**plain, **more})
+        cb.compress(model, output=tmp_path / name, recipe=chosen, calibration=random_set(model), dtype=dtype)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "budget"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)

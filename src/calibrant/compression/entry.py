@@ -9,7 +9,7 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.errors import CalibrantError
 from calibrant.modeling.attention import use_fast_attention
 from calibrant.modeling.inputs import BlockCalls, MicroBatch, record_inputs
-from calibrant.modeling.lazy_model import LazyModel, drop
+from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.norms import use_fast_norms
 
 _PROBE_TOKENS = 16
@@ -42,7 +42,7 @@ def enter_blocks(
         calls = first if first.same_as(calls) else calls
         original = hidden.clone() if with_original else None  # the engine frees what it is done with
         batches.append(MicroBatch(hidden, mask.to(device), calls, original))
-    drop(model.module)
+    model.drop(model.module)
     return probe, batches
 
 

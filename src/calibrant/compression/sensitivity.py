@@ -16,7 +16,7 @@ from calibrant.compression.entry import cast, enter_blocks
 from calibrant.compression.statistics import ColumnNorm
 from calibrant.errors import CalibrantError
 from calibrant.modeling.inputs import MicroBatch, call_block, finish
-from calibrant.modeling.lazy_model import LazyModel, drop
+from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, InputGroup, probe_block
 from calibrant.progress import Progress
 
@@ -147,5 +147,5 @@ def _divergences(
                 found.append(float((expected.exp() * difference).sum(-1).mean().clamp(min=0)))
                 task.advance()
     finally:
-        drop(model.module)
+        model.drop(model.module)
     return found

@@ -19,7 +19,7 @@ from calibrant.compression.plan import Plan
 from calibrant.errors import CalibrantError
 from calibrant.modeling.block_parts import BlockParts, attention_left_out, find_parts, narrowed
 from calibrant.modeling.inputs import MicroBatch, call_block, finish
-from calibrant.modeling.lazy_model import LazyModel, drop
+from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import probe_block
 from calibrant.progress import Progress
 
@@ -271,7 +271,7 @@ class _AttentionRemoval:
         try:
             return {number: self._loss(hidden) for number, hidden in states.items()}
         finally:
-            drop(self._model.module)
+            self._model.drop(self._model.module)
 
     def _loss(self, hidden: torch.Tensor) -> float:
         wanted = self._start.mask[0, 1:]

@@ -37,6 +37,11 @@ class LazyModel:
     def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.dtype, self.device = folder, dtype, device
         self.module = _skeleton(folder, dtype, device)
+        self._dtypes = {
+            (module, name): parameter.dtype
+            for module in self.module.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
         self._rules = get_model_conversion_mapping(self.module)
         self._converted: set[str] = set()
         self._sources = self._sources_by_parameter()
@@ -84,7 +89,7 @@ class LazyModel:
         try:
             yield module
         finally:
-            drop(module)
+            self.drop(module)
 
     def load(self, names: list[str]) -> None:
         """Read checkpoint tensors into the parameters they belong to."""
@@ -115,17 +120,17 @@ class LazyModel:
         self.load([name for target in wanted for name in self._sources[target]])
         self.module.tie_weights()
 
+    def drop(self, module: nn.Module) -> None:
+        """Give the memory of a module's parameters back; whatever they were cast to, they are read as stored again."""
+        for child in module.modules():
+            for name, parameter in list(child.named_parameters(recurse=False)):
+                empty = parameter.to("meta", self._dtypes[child, name])
+                child.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
     def to_checkpoint(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Module parameters as checkpoint tensors: the inverse of loading, for the parameters loaded last."""
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.module, parameters)
         return reverted
-
-
-def drop(module: nn.Module) -> None:
-    """Give the memory of a module's parameters back."""
-    for child in module.modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            child.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _skeleton(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
