@@ -8,10 +8,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import calibrant as cb
-from calibrant.compression.module_call import ModuleCall
 from calibrant.compression.recipe import Recipe, load_recipe
 from calibrant.compression.transforms.awq import awq_candidates, best_scale
 from calibrant.compression.transforms.smoothquant import smoothquant_scale
@@ -126,26 +124,3 @@ def test_transforms_need_weights_to_quantize() -> None:
     fields = {"name": "r", "description": "d", "method": {"name": "wanda"}, "scheme": {"sparsity": "2:4"}}
     with pytest.raises(ValueError, match="the scheme needs weights"):
         Recipe.model_validate({**fields, "transforms": [{"name": "awq"}]})
-
-
-class _Mixed(nn.Module):
-    """Adds a tensor of the batch's rows, and with ``mixing`` every row's mean over the batch."""
-
-    def __init__(self, mixing: bool) -> None:
-        super().__init__()
-        self.mixing = mixing
-
-    def forward(self, hidden: torch.Tensor, *, beside: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, None]:
-        output = hidden * beside[0] + beside[1]
-        return (output - hidden.mean(0) if self.mixing else output), None
-
-
-@pytest.mark.parametrize("mixing", [False, True])
-def test_calls_are_shortened_only_where_rows_do_not_mix(mixing: bool) -> None:
-    torch.manual_seed(0)
-    mask = torch.rand(4, 6) < 0.8
-    beside = (torch.randn(4, 6, 5), torch.randn(1, 6, 5))
-    call = ModuleCall(_Mixed(mixing), (torch.randn(4, 6, 5),), {"beside": beside}, mask, rows=2)
-    part = call.shortened()
-    assert len(part.mask) == (4 if mixing else 2)
-    torch.testing.assert_close(part.output(), call.output()[: len(part.output())])

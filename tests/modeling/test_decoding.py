@@ -13,7 +13,20 @@ from calibrant.kernels import bfloat16_tile
 from calibrant.modeling.decoding import FastDecoder, PlainDecoder, prepare_decoding
 from tests.conftest import ARCHITECTURES
 
-FAST = {"llama", "mistral", "qwen2", "qwen3", "gemma3", "phi", "gpt2", "opt", "gpt_neox", "qwen3_moe", "olmo2", "mixtral"}
+FAST = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "phi",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "qwen3_moe",
+    "olmo2",
+    "mixtral",
+}
 CAUSAL = [name for name in ARCHITECTURES if name != "bert"]
 needs_bfloat16_tile = pytest.mark.skipif(not bfloat16_tile.available(), reason="this processor has no AVX512-BF16")
 ROWS, STEPS = 4, 40

@@ -46,7 +46,7 @@ def test_blocks_and_groups_are_found_and_blocks_replay(model_folder, architectur
     )
     structures = []
     for index in range(2):
-        with _opened(model, plan, index, probe, batches, settings, Clock(), []) as (solver, structure):
+        with _opened(model, plan, index, probe, batches, settings, Clock(), []) as (solver, structure, _):
             structures.append([described(stage) for stage in structure.stages])
             assert structure.unseen == ()
             batches[0].hidden = call_block(solver.block, index, batches[0])

@@ -9,7 +9,6 @@ from torch import nn
 
 from calibrant.compression import recipe as recipes
 from calibrant.compression.grids import GridSpec
-from calibrant.compression.module_call import ModuleCall
 from calibrant.compression.plan import Plan
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.compression.statistics import Magnitude
@@ -17,6 +16,7 @@ from calibrant.compression.transforms.awq import awq_candidates, best_scale
 from calibrant.compression.transforms.smoothquant import smoothquant_scale
 from calibrant.modeling.foldable import FoldablePair, find_foldable
 from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.module_call import ModuleCall
 from calibrant.modeling.structure import BlockStructure, InputGroup, common_module
 
 # AWQ compares outputs on this many tokens, or one micro-batch where a module cannot be run on part of one (ours; the
@@ -26,9 +26,10 @@ _SEARCH_TOKENS = 1024
 
 @dataclass
 class Transformed:
-    """Names of the parameters that changed, and a sentence on each transform."""
+    """Names of the parameters that changed, a sentence on each transform, and what the block gave on each batch."""
 
     changed: set[str] = field(default_factory=set)
+    outputs: list[torch.Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -56,19 +57,21 @@ def transform_block(
 ) -> Transformed:
     """Apply the plan's transforms to ``block`` (at ``prefix``) and to its stored parameters ``state``, in place.
 
-    Scales are chosen on the block as it is and folded together.
+    Scales are chosen on the block as it is, or were learned before, and are folded together.
     """
     done = Transformed()
     for transform in plan.recipe.transforms:
-        pairs = find_foldable(block, structure, probe.hidden, lambda: call_block(block, index, probe))
-        if isinstance(transform, recipes.SmoothQuant):
+        pairs = find_foldable(block, index, structure, probe)
+        if not isinstance(transform, recipes.Awq):
             pairs = [pair for pair in pairs if pair.producer.norm is not None]
-        seen = _run(block, index, pairs, batches, compare=isinstance(transform, recipes.Awq))
-        scales = []
-        for pair, one in zip(pairs, seen, strict=True):
-            spec = plan.spec_for(f"{prefix}.{pair.group.linears[0].name}")
-            assert spec is not None  # recipes with transforms quantize
-            scales.append(_scale(transform, pair, one, block, state, spec))
+        if isinstance(transform, recipes.Quadapter):
+            scales = [plan.scales[f"{prefix}.{pair.group.module}"] for pair in pairs]
+        else:
+            seen, done.outputs = _run(block, index, pairs, batches, compare=isinstance(transform, recipes.Awq))
+            scales = [
+                _scale(transform, pair, one, block, state, _spec(plan, prefix, pair))
+                for pair, one in zip(pairs, seen, strict=True)
+            ]
         for pair, scale in zip(pairs, scales, strict=True):
             # The stored values decide; the block computes with what they say.
             pair.fold(state, scale)
@@ -82,8 +85,14 @@ def transform_block(
     return done
 
 
+def _spec(plan: Plan, prefix: str, pair: FoldablePair) -> GridSpec:
+    spec = plan.spec_for(f"{prefix}.{pair.group.linears[0].name}")
+    assert spec is not None  # recipes with transforms quantize
+    return spec
+
+
 def _scale(
-    transform: recipes.Transform,
+    transform: recipes.SmoothQuant | recipes.Awq,
     pair: FoldablePair,
     seen: _Seen,
     block: nn.Module,
@@ -109,7 +118,7 @@ def _output_loss(
             return float(nn.functional.linear(inputs, difference).float().square().sum(dtype=torch.float64))
 
         return lone_loss
-    calls = [call.shortened() for call in seen.calls]
+    calls = [call.shortened(max(1, _SEARCH_TOKENS // call.mask.shape[1])) for call in seen.calls]
     expected = [call.output() for call in calls]
 
     def loss(scale: torch.Tensor) -> float:
@@ -134,11 +143,15 @@ def _rounded(weight: torch.Tensor, scale: torch.Tensor, spec: GridSpec) -> torch
 
 def _run(
     block: nn.Module, index: int, pairs: list[FoldablePair], batches: list[MicroBatch], compare: bool
-) -> list[_Seen]:
-    """Run the block over all batches and note what each pair needs, with ``compare`` also what outputs need."""
+) -> tuple[list[_Seen], list[torch.Tensor]]:
+    """Run the block over all batches and note what each pair needs, with ``compare`` also what outputs need.
+
+    Returns the block's outputs too.
+    """
     device = batches[0].hidden.device
     seen = [_Seen(Magnitude(pair.group.linears[0].in_features, device)) for pair in pairs]
     left = _SEARCH_TOKENS if compare else 0
+    outputs = []
     for batch in batches:
         handles = []
         for pair, one in zip(pairs, seen, strict=True):
@@ -146,14 +159,14 @@ def _run(
             note = _note_inputs(one, batch, left if alone else 0)
             handles.append(block.get_submodule(pair.group.module).register_forward_pre_hook(note))
             if left > 0 and not alone:
-                handles += _note_calls(block, index, pair.group, one, batch, left)
+                handles += _note_calls(block, index, pair.group, one, batch)
         left -= batch.mask.numel()
         try:
-            call_block(block, index, batch)
+            outputs.append(call_block(block, index, batch))
         finally:
             for handle in handles:
                 handle.remove()
-    return seen
+    return seen, outputs
 
 
 def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -168,18 +181,15 @@ def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Callable[[nn.Modu
     return note
 
 
-def _note_calls(
-    block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch, tokens: int
-) -> list[Any]:
+def _note_calls(block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch) -> list[Any]:
     """Keep the calls of the smallest module that holds the whole group."""
     name = common_module([linear.name for linear in group.linears])
-    rows = max(1, tokens // batch.mask.shape[1])
     if not name:
         args, kwargs = (batch.hidden, *batch.calls.args[index]), batch.calls.kwargs[index]
-        seen.calls.append(ModuleCall(block, args, kwargs, batch.mask, rows))
+        seen.calls.append(ModuleCall(block, args, kwargs, batch.mask))
         return []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.calls.append(ModuleCall(module, args, kwargs, batch.mask, rows))
+        seen.calls.append(ModuleCall(module, args, kwargs, batch.mask))
 
     return [block.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)]

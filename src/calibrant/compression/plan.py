@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.methods import METHODS
-from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Recipe
+from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Quadapter, Recipe
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import Hessian, PairedHessian
 from calibrant.errors import CalibrantError
@@ -26,7 +26,8 @@ class Plan:
 
     ``layout`` is None for models that are stored dense. ``linears`` maps the names of the plain linears to be
     compressed to ``(out, in)``; ``fused`` names parameters that hold many experts. ``notes`` are for the user.
-    ``choices`` holds the bits or shares of zeros of linears for which a budget chose others than the scheme's.
+    ``choices`` holds the bits or shares of zeros of linears for which a budget chose others than the scheme's,
+    ``scales`` what was learned before the run for the columns behind a norm, by the first linear's full name.
     """
 
     recipe: Recipe
@@ -38,6 +39,7 @@ class Plan:
     layout: Layout | None
     notes: list[str]
     choices: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nominal(self) -> float:
@@ -257,6 +259,11 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
         hessian = per_block * len(plan.blocks) * float(tokens)
     flops = 2.0 * parameters * tokens + hessian
     seconds = 1.5 * flops / measured_rate(dtype, model.device) + 0.02 * groups + 5
+    for transform in plan.recipe.transforms:
+        if isinstance(transform, Quadapter):
+            # Three times a forward pass a step; one row in eight is looked at every 25 steps.
+            passes = transform.steps * (3 + samples / (8 * 25))
+            seconds += 1.5 * 2.0 * parameters * length * passes / measured_rate(torch.float32, model.device)
     element = torch.empty(0, dtype=dtype).element_size()
     hidden = int(hidden_width(model))
     block = max(1, parameters // len(plan.blocks))

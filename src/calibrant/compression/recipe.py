@@ -134,7 +134,15 @@ class Awq(_Strict):
     duo: bool = False
 
 
-Transform = Annotated[SmoothQuant | Awq, Field(discriminator="name")]
+class Quadapter(_Strict):
+    """Quadapter's channel scales from norms into linears, learned block by block in so many ``steps`` of Adam."""
+
+    name: Literal["quadapter"]
+    steps: int = Field(default=300, ge=1)
+    learning_rate: float = Field(default=0.02, gt=0)
+
+
+Transform = Annotated[SmoothQuant | Awq | Quadapter, Field(discriminator="name")]
 _WITH_DATA: dict[RangeSearch, Statistic | None] = {
     "none": None,
     "mse": None,
@@ -205,6 +213,8 @@ class Recipe(_Strict):
             raise ValueError(f"asymmetric needs the inputs' second moments, which {name} does not gather")
         if self.transforms and scheme.weights is None:
             raise ValueError("transforms prepare for quantization: the scheme needs weights")
+        if sum(isinstance(transform, Quadapter) for transform in self.transforms) and len(self.transforms) > 1:
+            raise ValueError("quadapter learns on the model as it is: leave other transforms out")
         if scheme.activations is not None and self.stored_dense:
             raise ValueError(f"{name} is stored dense, which no int8 activations go with")
         return self
@@ -239,11 +249,20 @@ class Recipe(_Strict):
         return METHODS[self.method.name].stored_dense(self.method)
 
     @property
+    def solves_with_data(self) -> bool:
+        """Whether layers are solved on what their inputs show."""
+        activations = self.scheme.activations
+        return self.statistic is not None or (activations is not None and not activations.dynamic)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the calibration set runs through the blocks while they are compressed."""
+        return self.solves_with_data or any(not isinstance(transform, Quadapter) for transform in self.transforms)
+
+    @property
     def needs_data(self) -> bool:
         """Whether a calibration set is used."""
-        activations = self.scheme.activations
-        static = activations is not None and not activations.dynamic
-        return self.statistic is not None or bool(self.transforms) or static or self.budget is not None
+        return self.gathers or bool(self.transforms) or self.budget is not None
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).

@@ -24,12 +24,14 @@ from calibrant.compression.checkpoint_writer import CheckpointWriter
 from calibrant.compression.entry import cast, enter_blocks
 from calibrant.compression.methods import METHODS
 from calibrant.compression.plan import Plan
+from calibrant.compression.recipe import Quadapter
 from calibrant.compression.two_stage_pruning import prune_structure
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter, copy_side_files
 from calibrant.hashing import canonical_json
+from calibrant.learning.quadapter import learn_scales
 from calibrant.modeling.inputs import MicroBatch
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, Experts, probe_block
@@ -109,6 +111,12 @@ def run_compression(
         if plan.recipe.budget is not None and calibration is not None:
             with clock.stage("sensitivity"):
                 plan, spent = spend_budget(model, plan, calibration, settings.dtype, progress)
+        for transform in plan.recipe.transforms:
+            if isinstance(transform, Quadapter) and calibration is not None:
+                with clock.stage("learn"):
+                    plan = learn_scales(
+                        model, plan, transform, calibration, settings.dtype, settings.micro_batch_tokens, progress
+                    )
         writer = CheckpointWriter(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
         notes = list(plan.notes)
         config, pruned, layers = dict(model.folder.config_dict), None, list[LayerReport]()
@@ -174,7 +182,7 @@ def _compress_blocks(
         probe, batches = enter_blocks(
             model,
             plan.blocks,
-            calibration,
+            calibration if plan.recipe.gathers else None,
             settings.dtype,
             settings.device,
             settings.micro_batch_tokens,
@@ -212,11 +220,12 @@ def _compress_block(
     sequential = settings.sequential and settings.propagate
     try:
         with (
-            _opened(model, plan, index, probe, batches, settings, clock, notes) as (solver, structure),
+            _opened(model, plan, index, probe, batches, settings, clock, notes) as (solver, structure, outputs),
             clock.stage("forward"),
         ):
-            if not batches:
+            if not plan.recipe.solves_with_data:
                 _solve_without_data(solver, structure)
+                _move(batches, outputs)
             elif plan.recipe.asymmetric:
                 _solve_beside_original(solver, index, structure, batches)
             elif sequential:
@@ -230,7 +239,7 @@ def _compress_block(
             raise CalibrantError(f"{where}, so {_NOT_ASYMMETRIC}") from difference
         notes.append(f"{prefix}: sequences reach {difference} in different orders, solved in two passes")
     with (
-        _opened(model, plan, index, probe, batches, settings, clock, notes) as (solver, structure),
+        _opened(model, plan, index, probe, batches, settings, clock, notes) as (solver, structure, _),
         clock.stage("forward"),
     ):
         _move(batches, two_passes(solver.block, index, structure, batches, solver, settings.propagate))
@@ -270,8 +279,8 @@ def _opened(
     settings: Settings,
     clock: Clock,
     notes: list[str],
-) -> Iterator[tuple[BlockSolver, BlockStructure]]:
-    """A block in memory, its structure and its solver; dropped on leaving."""
+) -> Iterator[tuple[BlockSolver, BlockStructure, list[torch.Tensor]]]:
+    """A block in memory, dropped on leaving: its solver, its structure, and what it gave before its transforms."""
     prefix = plan.blocks[index]
     with ExitStack() as stack:
         with clock.stage("load"):
@@ -287,12 +296,14 @@ def _opened(
                 if text not in notes:
                     notes.append(text)
         solver = BlockSolver(prefix, block, state, plan, clock)
-        if plan.recipe.transforms and batches:
+        outputs: list[torch.Tensor] = []
+        if batches or plan.scales:
             with clock.stage("transform"):
                 done = transform_block(block, index, structure, probe, batches, state, prefix, plan)
             solver.solved_parameters |= done.changed
             notes += [text for text in done.notes if text not in notes]
-        yield solver, structure.without(lambda name: plan.ignored(f"{prefix}.{name}"))
+            outputs = done.outputs
+        yield solver, structure.without(lambda name: plan.ignored(f"{prefix}.{name}")), outputs
 
 
 def _write_config(model: LazyModel, plan: Plan, config: dict[str, Any], solved: set[str], folder: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.structure import BlockStructure, InputGroup, Linear
 
 # Powers of two scale without rounding, so a right guess changes next to nothing in any dtype.
@@ -80,14 +81,12 @@ def _divided(producer: Producer) -> list[tuple[str, bool]]:
     return [(f"{producer.norm}.weight", False), *found]
 
 
-def find_foldable(
-    block: nn.Module, structure: BlockStructure, hidden: torch.Tensor, run: Callable[[], torch.Tensor]
-) -> list[FoldablePair]:
-    """The pairs of ``block`` that pass the trial, at most one for each input group; ``run`` gives its output."""
+def find_foldable(block: nn.Module, index: int, structure: BlockStructure, batch: MicroBatch) -> list[FoldablePair]:
+    """The pairs of ``block``, number ``index``, that pass a trial on a small ``batch``, at most one an input group."""
     with _watched(block) as seen:
-        expected = run()
+        expected = call_block(block, index, batch)
     parameters = {name: parameter.data for name, parameter in block.named_parameters()}
-    effect = (expected.float() - hidden.float()).norm()
+    effect = (expected.float() - batch.hidden.float()).norm()
     pairs = []
     for number, stage in enumerate(structure.stages):
         if not isinstance(stage, InputGroup):
@@ -95,7 +94,9 @@ def find_foldable(
         for producer in _candidates(block, structure, number, stage, seen):
             pair = FoldablePair(producer, stage)
             limit = _UNCHANGED_WITH_OFFSET if producer.offset else _UNCHANGED
-            if _change_by_folding(pair, parameters, run, expected) <= limit * effect:
+            with _folded(pair, parameters):
+                change = (call_block(block, index, batch).float() - expected.float()).norm()
+            if change <= limit * effect:
                 pairs.append(pair)
                 break
     return pairs
@@ -142,17 +143,16 @@ def _candidates(
                 yield Producer(linear=linear, bias=f"{linear.name}.bias" if biased else None)
 
 
-def _change_by_folding(
-    pair: FoldablePair, parameters: dict[str, torch.Tensor], run: Callable[[], torch.Tensor], expected: torch.Tensor
-) -> float:
-    """How far the block's output moves when a random scale is folded; the parameters are as before afterwards."""
+@contextmanager
+def _folded(pair: FoldablePair, parameters: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Meanwhile a random scale is folded."""
     kept = {name: parameters[name].clone() for name in pair.changed()}
     width = pair.group.linears[0].in_features
     choice = torch.randint(len(_SCALES), (width,), generator=torch.Generator().manual_seed(0))
-    scale = torch.tensor(_SCALES)[choice].to(expected.device)
+    scale = torch.tensor(_SCALES)[choice].to(next(iter(kept.values())).device)
     try:
         pair.fold(parameters, scale)
-        return float((run().float() - expected.float()).norm())
+        yield
     finally:
         for name, value in kept.items():
             parameters[name].copy_(value)

@@ -1,6 +1,7 @@
 """A faster root-mean-square norm for modules that compute just that, in bfloat16 on a CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,17 @@ def use_fast_norms(model: nn.Module, dtype: torch.dtype, device: torch.device) -
         norm = _norm_of(module)
         if norm is not None:
             module.forward = _forward(module, norm)
+
+
+@contextmanager
+def plain_norms(model: nn.Module) -> Iterator[None]:
+    """Norms that have the kernel compute as the module says meanwhile: the kernel knows no gradients and no float32."""
+    fast = {module: vars(module).pop("forward") for module in model.modules() if "forward" in vars(module)}
+    try:
+        yield
+    finally:
+        for module, forward in fast.items():
+            module.forward = forward
 
 
 def _forward(module: nn.Module, norm: _Norm) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Methods that train: rounding with gradients, learned scales."""

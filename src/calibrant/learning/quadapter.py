@@ -1,0 +1,152 @@
+"""Quadapter's first phase: channel scales learned block by block, in folded form (arXiv 2211.16912; methods.md §19).
+
+A norm's gain is multiplied by ``alpha`` and the columns of the linears behind it are divided by it, which changes
+nothing until both are rounded. ``alpha = exp(a)`` stays positive. Every block is fitted alone: the original model's
+hidden states go in, and its output is what the rounded block must give.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.compression.entry import cast, enter_blocks
+from calibrant.compression.grids import GridSpec
+from calibrant.compression.plan import Plan
+from calibrant.compression.recipe import Quadapter
+from calibrant.errors import CalibrantError
+from calibrant.learning.fake_quantization import fake_quantize_tensor, fake_quantize_tokens, fake_quantize_weight
+from calibrant.learning.trainable_block import TrainableBlock, trainable
+from calibrant.modeling.foldable import FoldablePair, find_foldable
+from calibrant.modeling.inputs import call_block
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.module_call import ModuleCall
+from calibrant.modeling.structure import Experts, Linear, probe_block
+from calibrant.progress import Progress
+
+# One row in so many is held out, and looked at every so many steps (ours).
+_HELD_OUT = 8
+_LOOK = 25
+
+
+@torch.inference_mode()
+def learn_scales(
+    model: LazyModel,
+    plan: Plan,
+    options: Quadapter,
+    calibration: CalibrationSet,
+    dtype: torch.dtype,
+    micro_batch_tokens: int,
+    progress: Progress,
+) -> Plan:
+    """The plan with scales for every norm that linears can be folded into.
+
+    Raises:
+        CalibrantError: a block holds fused experts.
+    """
+    probe, batches = enter_blocks(model, plan.blocks, calibration, dtype, model.device, micro_batch_tokens)
+    scales: dict[str, torch.Tensor] = {}
+    with progress.task("learning scales", len(plan.blocks)) as task:
+        for index, prefix in enumerate(plan.blocks):
+            with model.loaded(prefix) as block:
+                cast(block, dtype)
+                structure = probe_block(block, index, probe)
+                if any(isinstance(stage, Experts) for stage in structure.stages):
+                    raise CalibrantError(f"{prefix}: its experts are fused, which quadapter learns no scales for")
+                pairs = find_foldable(block, index, structure, probe)
+                pairs = [pair for pair in pairs if pair.producer.norm is not None]
+                with trainable(block, list(structure.linears())) as student:
+                    calls = [call for call in student.calls(index, batches) if bool(call.mask.any())]
+                    found = _Fit(student, prefix, pairs, plan).learn(calls, options)
+                for batch in batches:
+                    batch.hidden = call_block(block, index, batch)
+            scales |= {f"{prefix}.{pair.group.module}": scale for pair, scale in zip(pairs, found, strict=True)}
+            task.advance()
+    return replace(plan, scales=scales)
+
+
+class _Fit:
+    """One block on its way to its scales."""
+
+    def __init__(self, student: TrainableBlock, prefix: str, pairs: list[FoldablePair], plan: Plan) -> None:
+        self._student, self._prefix, self._pairs, self._plan = student, prefix, pairs, plan
+        self._pair_of = {linear: number for number, pair in enumerate(pairs) for linear in pair.group.linears}
+        # Lowest and highest value of every input channel: scaled, their extremes are the tensor's.
+        self._low: dict[Linear, torch.Tensor] = {}
+        self._high: dict[Linear, torch.Tensor] = {}
+
+    def learn(self, calls: list[ModuleCall], options: Quadapter) -> list[torch.Tensor]:
+        """What the columns behind each norm are multiplied by: ``1 / alpha`` of least loss on held-out rows."""
+        targets = [self._target(call) for call in calls]
+        held = calls[::_HELD_OUT], targets[::_HELD_OUT]
+        rest = [number for number in range(len(calls)) if number % _HELD_OUT] or list(range(len(calls)))
+        sizes = [pair.group.linears[0].in_features for pair in self._pairs]
+        logs = [torch.zeros(size, device=calls[0].mask.device, requires_grad=True) for size in sizes]
+        if not logs:
+            return []
+        optimizer = torch.optim.Adam(logs, lr=options.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+        best, kept = self._held_out_loss(logs, *held), [log.detach().clone() for log in logs]
+        for step in range(options.steps):
+            number = rest[step % len(rest)]
+            optimizer.zero_grad()
+            self._loss(logs, calls[number], targets[number]).backward()
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % _LOOK == 0 or step + 1 == options.steps:
+                loss = self._held_out_loss(logs, *held)
+                if loss < best:
+                    best, kept = loss, [log.detach().clone() for log in logs]
+        return [torch.exp(-log) for log in kept]
+
+    @torch.no_grad()
+    def _target(self, call: ModuleCall) -> torch.Tensor:
+        """What the block gives as it is; takes note of the ranges of its linears' inputs over counted tokens."""
+
+        def note(linear: Linear, inputs: torch.Tensor) -> torch.Tensor:
+            rows = inputs.reshape(*call.mask.shape, -1)[call.mask]
+            low, high = rows.amin(0), rows.amax(0)
+            self._low[linear] = torch.minimum(self._low.get(linear, low), low)
+            self._high[linear] = torch.maximum(self._high.get(linear, high), high)
+            return inputs
+
+        with self._student.watched(note):
+            return call.output()
+
+    @torch.no_grad()
+    def _held_out_loss(self, logs: list[torch.Tensor], calls: list[ModuleCall], targets: list[torch.Tensor]) -> float:
+        losses = [float(self._loss(logs, call, target)) for call, target in zip(calls, targets, strict=True)]
+        return sum(losses) / len(losses)
+
+    def _loss(self, logs: list[torch.Tensor], call: ModuleCall, target: torch.Tensor) -> torch.Tensor:
+        """Squared difference of the rounded block's output from ``target``, as a share of what the target holds."""
+        alphas = [log.exp() for log in logs]
+        weights = {linear: self._rounded_weight(linear, alphas) for linear in self._student.linears}
+        change = self._student.changed(weights, lambda linear, inputs: self._rounded_input(linear, inputs, alphas))
+        rounded = ModuleCall(change, call.args, call.kwargs, call.mask).output()
+        return (rounded - target).square().sum() / target.square().sum()
+
+    def _rounded_weight(self, linear: Linear, alphas: list[torch.Tensor]) -> torch.Tensor:
+        weight, pair = self._student.weight(linear), self._pair_of.get(linear)
+        if pair is not None:
+            weight = weight / alphas[pair]
+        spec = self._spec(linear)
+        return fake_quantize_weight(weight, spec) if spec is not None else weight
+
+    def _rounded_input(self, linear: Linear, inputs: torch.Tensor, alphas: list[torch.Tensor]) -> torch.Tensor:
+        pair, low, high = self._pair_of.get(linear), self._low[linear], self._high[linear]
+        if pair is not None:
+            inputs, low, high = inputs * alphas[pair], low * alphas[pair], high * alphas[pair]
+        spec, activations = self._spec(linear), self._plan.recipe.scheme.activations
+        if spec is None or activations is None:
+            return inputs
+        if activations.dynamic:
+            return fake_quantize_tokens(inputs, activations.bits)
+        return fake_quantize_tensor(
+            inputs, low.amin(), high.amax(), GridSpec(activations.bits, False, None, spec.scale_dtype)
+        )
+
+    def _spec(self, linear: Linear) -> GridSpec | None:
+        """The grid of a linear's weights; None if it is left alone."""
+        name = f"{self._prefix}.{linear.name}"
+        return None if self._plan.ignored(name) else self._plan.spec_for(name)

@@ -1,0 +1,100 @@
+"""A block run in float32 with other weights and inputs of its linears, so that gradients reach what they depend on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from calibrant.modeling.inputs import MicroBatch
+from calibrant.modeling.module_call import ModuleCall
+from calibrant.modeling.norms import plain_norms
+from calibrant.modeling.structure import Linear
+
+ChangeInput = Callable[[Linear, torch.Tensor], torch.Tensor]
+
+
+class TrainableBlock:
+    """``linears`` of ``block`` with their weights in float32; the block itself is not changed.
+
+    Made and used outside of inference mode; ``trainable`` opens one.
+    """
+
+    def __init__(self, block: nn.Module, linears: list[Linear]) -> None:
+        self.linears = linears
+        self._block = block
+        self._tensors = {name: _wide(tensor) for name, tensor in _tensors(block)}
+        self._change_input: ChangeInput = lambda _, inputs: inputs
+
+    def weight(self, linear: Linear) -> torch.Tensor:
+        """``[out, in]``, a view."""
+        return linear.view(self._tensors[linear.parameter])
+
+    def calls(self, index: int, batches: list[MicroBatch]) -> list[ModuleCall]:
+        """The block as it is, number ``index``, on every row of the batches' hidden states."""
+        found = []
+        for batch in batches:
+            args, kwargs = (batch.hidden, *batch.calls.args[index]), batch.calls.kwargs[index]
+            args, kwargs = tree_map(_wide, (args, kwargs))
+            found += ModuleCall(self._run, args, kwargs, _wide(batch.mask)).split()
+        return found
+
+    def changed(self, weights: dict[Linear, torch.Tensor], change_input: ChangeInput) -> Callable[..., Any]:
+        """The block with these weights ``[out, in]`` and changed inputs of its linears, to be called once."""
+        tensors = {linear.parameter: weight.T if linear.transposed else weight for linear, weight in weights.items()}
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._changing(change_input):
+                return self._run(*args, tensors=tensors, **kwargs)
+
+        return run
+
+    @contextmanager
+    def watched(self, watch: ChangeInput) -> Iterator[None]:
+        """Meanwhile hand the inputs of linears to ``watch``, and on what it returns."""
+        with self._changing(watch):
+            yield
+
+    @contextmanager
+    def _changing(self, change: ChangeInput) -> Iterator[None]:
+        before, self._change_input = self._change_input, change
+        try:
+            yield
+        finally:
+            self._change_input = before
+
+    def _run(self, *args: Any, tensors: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
+        return functional_call(self._block, {**self._tensors, **(tensors or {})}, args, kwargs)
+
+    def hook(self, linear: Linear) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        """A forward hook for the module of ``linear``."""
+        return lambda _, args: (self._change_input(linear, args[0]), *args[1:])
+
+
+@contextmanager
+def trainable(block: nn.Module, linears: list[Linear]) -> Iterator[TrainableBlock]:
+    """``block`` made trainable, inside or outside of inference mode."""
+    with torch.inference_mode(False), torch.enable_grad(), plain_norms(block):
+        made = TrainableBlock(block, linears)
+        handles = [block.get_submodule(linear.name).register_forward_pre_hook(made.hook(linear)) for linear in linears]
+        try:
+            yield made
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _tensors(block: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from block.named_parameters()
+    yield from block.named_buffers()
+
+
+def _wide(value: Any) -> Any:
+    """A copy that gradients may need, floating point numbers as float32; anything but a tensor as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    copy = value.detach().clone()
+    return copy.float() if copy.is_floating_point() else copy

@@ -1,0 +1,80 @@
+"""Rounding with gradients: the very values that are stored, and the gradients that it says it has."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibrant.compression.activation_ranges import InputRange
+from calibrant.compression.grids import GridSpec
+from calibrant.compression.solvers.rtn import rtn
+from calibrant.learning.fake_quantization import (
+    fake_quantize,
+    fake_quantize_tensor,
+    fake_quantize_tokens,
+    fake_quantize_weight,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 8),
+    st.booleans(),
+    st.sampled_from([None, 8, 24]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.integers(0, 99),
+)
+def test_weights_are_what_round_to_nearest_stores(
+    bits: int, symmetric: bool, group: int | None, dtype: torch.dtype, seed: int
+) -> None:
+    weight = torch.randn(5, 24, generator=torch.Generator().manual_seed(seed))
+    weight[0] = 0
+    spec = GridSpec(bits, symmetric, group, dtype)
+    assert torch.equal(fake_quantize_weight(weight, spec), rtn(weight, spec).weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([torch.bfloat16, torch.float32]), st.floats(-2, 2), st.integers(0, 99))
+def test_static_activations_are_what_the_stored_grid_says(dtype: torch.dtype, shift: float, seed: int) -> None:
+    inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed)) + shift
+    seen = InputRange(torch.device("cpu"))
+    seen.add(inputs)
+    grid = seen.grid("minmax", 99.0, dtype)
+    scale, zero = grid.scale.float(), grid.zero.float()
+    expected = (torch.clamp(inputs / scale + zero, -128, 127).round() - zero) * scale
+    found = fake_quantize_tensor(inputs, inputs.amin(), inputs.amax(), GridSpec(8, False, None, dtype))
+    assert torch.equal(found, expected)
+
+
+def test_dynamic_activations_are_what_compressed_tensors_makes_of_them() -> None:
+    helpers = pytest.importorskip("compressed_tensors.quantization.utils.helpers")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize as theirs
+
+    inputs = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0))
+    inputs[0, 0] = 0
+    settings_ = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True)
+    scale, zero = helpers.compute_dynamic_scales_and_zp(inputs, settings_, torch.nn.Identity())
+    torch.testing.assert_close(fake_quantize_tokens(inputs, 8), theirs(inputs, scale, zero, settings_))
+
+
+def test_gradients_go_straight_through_inside_and_stop_outside() -> None:
+    values = torch.tensor([-9.0, -0.3, 0.26, 0.74, 9.0], requires_grad=True)
+    scale = torch.tensor(0.5, requires_grad=True)
+    fake_quantize(values, scale, torch.tensor(0.0), -8, 7).sum().backward()
+    assert values.grad is not None
+    assert scale.grad is not None
+    assert values.grad.tolist() == [0, 1, 1, 1, 0]
+    inside = values.detach()[1:4] / 0.5
+    assert scale.grad.item() == pytest.approx(-8 + 7 + float((inside.round() - inside).sum()), rel=1e-6)
+
+
+def test_gradients_reach_weights_through_their_range() -> None:
+    """The largest weight of a row sets the scale of all others."""
+    weight = torch.tensor([[0.13, 1.0, -0.37]], requires_grad=True)
+    spec = GridSpec(3, True, None, torch.float32)
+    fake_quantize_weight(weight, spec)[0, 0].backward()
+    assert weight.grad is not None
+    assert weight.grad[0, 0] == 1.0
+    assert weight.grad[0, 1] != 0.0
+    assert weight.grad[0, 2] == 0.0
