@@ -103,7 +103,8 @@ def timed(command: list[str], log: Path) -> tuple[float, float, int]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     begin = time.perf_counter()
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        # In the working folder, since some tools leave logs where they are run.
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=WORK)
         _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begin
     if os.waitstatus_to_exitcode(status):
@@ -185,6 +186,18 @@ def floor_ratios(runs: list[Run], flops: dict[str, float], rates: list[float]) -
     return table
 
 
+def quality(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Perplexity and divergence from the original, from a process of its own.
+
+    A child's count of memory begins with its parent's, which therefore must stay small.
+    """
+    arguments = [folder, options.model, options.text, options.windows]
+    command = [sys.executable, __file__, "--evaluate", *map(str, arguments)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
 def show(runs: list[Run], found: dict[str, dict[str, Any]], ratios: dict[str, dict[str, float]]) -> None:
     """The table with ratios, on the terminal."""
     table = Table("method", "tool", "wall s", "CPU s", "peak MB", "perplexity", "mean KL", "wall ratio")
@@ -226,6 +239,10 @@ def pinned_versions() -> dict[str, str]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--evaluate"]:
+        folder, model, text, windows = sys.argv[2:]
+        print(json.dumps(asdict(cb.evaluate(folder, against=model, text=text, limit=int(windows)))))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--corpus", default="builtin", help="text to calibrate with")
@@ -240,6 +257,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of 512 tokens")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "compress.json")
     options = parser.parse_args()
+    options.model = options.model.absolute()
     known = comparisons(options.bits, options.group_size)
     if not set(options.methods) <= set(known):
         parser.error(f"--methods: there are {', '.join(known)}")
@@ -296,6 +314,7 @@ def main() -> None:
             for peer, name in one.peers.items():
                 do(peer, method, number, partial(run_peer, options, tokens, method, peer, name, number))
     runs = [Run(**one) for one in result["runs"] if one["method"] in chosen]
+    runs.sort(key=lambda run: (list(chosen).index(run.method), run.tool != "calibrant"))
     one_pass = [run for run in runs if chosen[run.method].one_pass]
     result["floor"] = floor_ratios(one_pass, floor_flops(options.model, made), rates)
     keep()

@@ -297,7 +297,7 @@ def _opened(
                     notes.append(text)
         solver = BlockSolver(prefix, block, state, plan, clock)
         outputs: list[torch.Tensor] = []
-        if batches or plan.scales:
+        if plan.recipe.transforms and (batches or plan.scales):
             with clock.stage("transform"):
                 done = transform_block(block, index, structure, probe, batches, state, prefix, plan)
             solver.solved_parameters |= done.changed
