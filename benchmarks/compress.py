@@ -281,15 +281,13 @@ def main() -> None:
         "corpus": Path(options.corpus).name,
         "text": Path(options.text).name,
         "set_sha256": made.sha256,
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "versions": pinned_versions(),
     }
     result: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     if result.get("settings") != settings:
         result = {"settings": settings, "matrix_product_flops_per_second": [], "runs": [], "quality": {}}
-    result |= {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": pinned_versions(),
-    }
+    result["date"] = datetime.now(UTC).date().isoformat()
     rates = result["matrix_product_flops_per_second"]
 
     def keep() -> None:
@@ -298,18 +296,15 @@ def main() -> None:
     def do(tool: str, method: str, number: int, run: Callable[[], Run]) -> None:
         if any((one["tool"], one["method"], one["round"]) == (tool, method, number) for one in result["runs"]):
             return
+        rates.append(measured_rate(getattr(torch, options.dtype), torch.device("cpu")))
         done = run()
         print(f"{tool} {method}: {done.wall_seconds:.1f} s", flush=True)
-        measured = cb.evaluate(
-            WORK / f"{tool}-{method}", against=options.model, text=options.text, limit=options.windows
-        )
         result["runs"].append(asdict(done))
-        result["quality"][f"{tool} {method}"] = asdict(measured)
+        result["quality"][f"{tool} {method}"] = quality(options, WORK / f"{tool}-{method}")
         keep()
 
     for number in range(options.rounds):
         for method, one in chosen.items():
-            rates.append(measured_rate(getattr(torch, options.dtype), torch.device("cpu")))
             do("calibrant", method, number, partial(run_ours, options, tokens, method, one, number))
             for peer, name in one.peers.items():
                 do(peer, method, number, partial(run_peer, options, tokens, method, peer, name, number))

@@ -213,7 +213,8 @@ def _check_calibration(folder: ModelFolder, calibration: CalibrationSet) -> None
     check_length(folder, calibration.tokens.shape[1])
     manifest = calibration.manifest
     # A large tokenizer takes seconds to read.
-    if manifest.tokenizer_files_sha256 != tokenizer_files_sha256(folder.path):
+    known = manifest.tokenizer_files_sha256
+    if known is None or known != tokenizer_files_sha256(folder.path):
         tokenizer = Tokenizer(folder.path)
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise CalibrantError(

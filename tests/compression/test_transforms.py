@@ -124,3 +124,18 @@ def test_transforms_need_weights_to_quantize() -> None:
     fields = {"name": "r", "description": "d", "method": {"name": "wanda"}, "scheme": {"sparsity": "2:4"}}
     with pytest.raises(ValueError, match="the scheme needs weights"):
         Recipe.model_validate({**fields, "transforms": [{"name": "awq"}]})
+
+
+def test_smoothquant_before_plain_rounding_looks_at_the_original_model(llama: Path, tmp_path: Path) -> None:
+    """In one pass over each block: what compressed blocks give is never asked for."""
+    for name, propagate in {"default": True, "original": False}.items():
+        cb.compress(
+            llama,
+            output=tmp_path / name,
+            recipe="smoothquant-w8a8",
+            calibration=random_set(llama),
+            propagate=propagate,
+            dtype="float32",
+        )
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("default", "original"))
+    assert all(torch.equal(first[name], second[name]) for name in first)

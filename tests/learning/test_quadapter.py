@@ -10,12 +10,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import calibrant as cb
+from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.compression.recipe import Recipe
 from calibrant.errors import CalibrantError
 from tests.conftest import random_set
 
 PLANTED = (3, 17, 40)
 FACTOR = 48.0
+# Those in front of linears: Llama, Gemma 3, GPT-2, OPT.
+NORMS = ("input_layernorm.weight", "ln_1.weight", "ln_2.weight", "layers.0.self_attn_layer_norm.weight")
 BEHIND = {"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
 BEHIND |= {"post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"]}
 
@@ -96,6 +99,10 @@ def test_architectures_learn_scales_for_weights_too(
     cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=random_set(model), dtype=dtype)
     notes = json.loads((tmp_path / "out" / "calibrant.json").read_text())["notes"]
     assert any("quadapter scales moved:" in note and "nowhere" not in note for note in notes)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    norms = [name for name in before if name.endswith(NORMS)]
+    assert norms
+    assert any(not torch.equal(before[name].float(), after[name].float()) for name in norms)
 
 
 def test_dynamic_activations_and_one_row_are_enough(planted: Path, tmp_path: Path) -> None:
@@ -114,9 +121,42 @@ def test_the_same_command_gives_the_same_bytes(planted: Path, tmp_path: Path) ->
     assert first == second
 
 
+@pytest.mark.parametrize("transforms", [[{"name": "quadapter", "steps": 10}], [{"name": "smoothquant"}]])
+def test_uncounted_tokens_change_nothing(planted: Path, tmp_path: Path, transforms: list[dict[str, object]]) -> None:
+    whole = random_set(planted, samples=9)
+    mask = whole.mask.clone()
+    mask[:, 24:] = False
+    mask[:, :2] = False
+    tokens = whole.tokens.clone()
+    tokens[:, 24:] = 7
+    for name, one in {"a": whole.tokens, "b": tokens}.items():
+        data = CalibrationSet.build(one, mask, whole.manifest)
+        cb.compress(planted, output=tmp_path / name, recipe=recipe(*transforms), calibration=data)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["quadapter", "smoothquant"])
+def test_a_model_that_is_not_finite_is_refused(llama: Path, tmp_path: Path, name: str) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    chosen = recipe({"name": name}, weights={"bits": 8}, activations={"bits": 8})
+    with pytest.raises(CalibrantError, match=r"model\.layers\.1: .*not finite"):
+        cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=random_set(model))
+
+
+def test_a_model_without_a_place_for_scales_says_so(model_folder, tmp_path: Path) -> None:
+    model = model_folder("olmo2")
+    chosen = recipe({"name": "quadapter", "steps": 2}, weights={"bits": 4})
+    report = cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=random_set(model))
+    assert any("nowhere" in note for note in report.notes)
+
+
 def test_fused_experts_are_refused(model_folder, tmp_path: Path) -> None:
     model = model_folder("mixtral")
-    with pytest.raises(CalibrantError, match="quadapter learns no scales for"):
+    with pytest.raises(CalibrantError, match="fused experts, which quadapter"):
         cb.compress(
             model,
             output=tmp_path / "out",

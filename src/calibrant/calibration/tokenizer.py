@@ -11,14 +11,17 @@ import transformers
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_file, sha256_json
 
-# What tokenizers are made of besides the weights beside them.
-_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
+# What a tokenizer with a ``tokenizer.json`` is read from; ``config.json`` may name its class.
+_DEFINITION = "tokenizer.json"
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
-def tokenizer_files_sha256(folder: str | Path) -> str:
-    """Hash of the files in ``folder`` that a tokenizer may be made of; equal files make the same tokenizer."""
-    found = sorted({file for pattern in _FILES for file in Path(folder).glob(pattern) if file.is_file()})
-    return sha256_json({file.name: sha256_file(file) for file in found})
+def tokenizer_files_sha256(folder: str | Path) -> str | None:
+    """Hash of the files that a fast tokenizer in ``folder`` is read from; None if it has no ``tokenizer.json``."""
+    files = [Path(folder) / name for name in (_DEFINITION, *_SETTINGS)]
+    if not files[0].is_file():
+        return None
+    return sha256_json({file.name: sha256_file(file) for file in files if file.is_file()})
 
 
 class Tokenizer:
@@ -83,9 +86,9 @@ class Tokenizer:
         return sha256_json(self.hf.get_vocab())
 
     @cached_property
-    def files_sha256(self) -> str:
-        """``tokenizer_files_sha256`` of its folder."""
-        return tokenizer_files_sha256(self._folder)
+    def files_sha256(self) -> str | None:
+        """Hash of the files it is read from, if they alone make it."""
+        return tokenizer_files_sha256(self._folder) if self.hf.is_fast else None
 
     @property
     def size(self) -> int:

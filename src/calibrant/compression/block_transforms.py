@@ -65,6 +65,7 @@ def transform_block(
         if not isinstance(transform, recipes.Awq):
             pairs = [pair for pair in pairs if pair.producer.norm is not None]
         if isinstance(transform, recipes.Quadapter):
+            assert plan.scales is not None  # learned before the run
             scales = [plan.scales[f"{prefix}.{pair.group.module}"] for pair in pairs]
         else:
             seen, done.outputs = _run(block, index, pairs, batches, compare=isinstance(transform, recipes.Awq))

@@ -39,7 +39,7 @@ class Plan:
     layout: Layout | None
     notes: list[str]
     choices: dict[str, float] = field(default_factory=dict)
-    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] | None = None
 
     @property
     def nominal(self) -> float:
@@ -109,6 +109,8 @@ def make_plan(
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
     recipe = _fit_groups(chosen, linears, fused)
     _check_pattern(recipe, linears, fused)
+    if fused and any(isinstance(transform, Quadapter) for transform in recipe.transforms):
+        raise CalibrantError(f"{next(iter(fused))}: fused experts, which quadapter learns no scales for; ignore them")
     weights, notes = recipe.scheme.weights, []
     spec = layout = None
     asked = chosen.scheme.weights.group_size if chosen.scheme.weights is not None else None
@@ -264,6 +266,7 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
             # Three times a forward pass a step; one row in eight is looked at every 25 steps.
             passes = transform.steps * (3 + samples / (8 * 25))
             seconds += 1.5 * 2.0 * parameters * length * passes / measured_rate(torch.float32, model.device)
+            seconds += 0.02 * transform.steps * len(plan.blocks)
     element = torch.empty(0, dtype=dtype).element_size()
     hidden = int(hidden_width(model))
     block = max(1, parameters // len(plan.blocks))

@@ -32,7 +32,7 @@ AUTOMATIC_GROUP_SIZES = (128, 64, 32)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Weights(_Strict):
@@ -138,8 +138,8 @@ class Quadapter(_Strict):
     """Quadapter's channel scales from norms into linears, learned block by block in so many ``steps`` of Adam."""
 
     name: Literal["quadapter"]
-    steps: int = Field(default=300, ge=1)
-    learning_rate: float = Field(default=0.02, gt=0)
+    steps: int = Field(default=100, ge=1)
+    learning_rate: float = Field(default=0.06, gt=0)
 
 
 Transform = Annotated[SmoothQuant | Awq | Quadapter, Field(discriminator="name")]
@@ -213,7 +213,7 @@ class Recipe(_Strict):
             raise ValueError(f"asymmetric needs the inputs' second moments, which {name} does not gather")
         if self.transforms and scheme.weights is None:
             raise ValueError("transforms prepare for quantization: the scheme needs weights")
-        if sum(isinstance(transform, Quadapter) for transform in self.transforms) and len(self.transforms) > 1:
+        if any(isinstance(transform, Quadapter) for transform in self.transforms) and len(self.transforms) > 1:
             raise ValueError("quadapter learns on the model as it is: leave other transforms out")
         if scheme.activations is not None and self.stored_dense:
             raise ValueError(f"{name} is stored dense, which no int8 activations go with")

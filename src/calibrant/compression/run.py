@@ -225,6 +225,11 @@ def _compress_block(
         ):
             if not plan.recipe.solves_with_data:
                 _solve_without_data(solver, structure)
+                if not all(bool(torch.isfinite(output).all()) for output in outputs):
+                    raise CalibrantError(
+                        f"{prefix}: its output holds values that are not finite; compute in float32 (--dtype float32) "
+                        "or check the model"
+                    )
                 _move(batches, outputs)
             elif plan.recipe.asymmetric:
                 _solve_beside_original(solver, index, structure, batches)
@@ -297,7 +302,7 @@ def _opened(
                     notes.append(text)
         solver = BlockSolver(prefix, block, state, plan, clock)
         outputs: list[torch.Tensor] = []
-        if plan.recipe.transforms and (batches or plan.scales):
+        if plan.recipe.transforms and (batches or plan.scales is not None):
             with clock.stage("transform"):
                 done = transform_block(block, index, structure, probe, batches, state, prefix, plan)
             solver.solved_parameters |= done.changed

@@ -21,7 +21,7 @@ from calibrant.modeling.foldable import FoldablePair, find_foldable
 from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.module_call import ModuleCall
-from calibrant.modeling.structure import Experts, Linear, probe_block
+from calibrant.modeling.structure import InputGroup, Linear, probe_block
 from calibrant.progress import Progress
 
 # One row in so many is held out, and looked at every so many steps (ours).
@@ -42,7 +42,7 @@ def learn_scales(
     """The plan with scales for every norm that linears can be folded into.
 
     Raises:
-        CalibrantError: a block holds fused experts.
+        CalibrantError: values are not finite, or a linear is given other rows than the tokens.
     """
     probe, batches = enter_blocks(model, plan.blocks, calibration, dtype, model.device, micro_batch_tokens)
     scales: dict[str, torch.Tensor] = {}
@@ -51,15 +51,16 @@ def learn_scales(
             with model.loaded(prefix) as block:
                 cast(block, dtype)
                 structure = probe_block(block, index, probe)
-                if any(isinstance(stage, Experts) for stage in structure.stages):
-                    raise CalibrantError(f"{prefix}: its experts are fused, which quadapter learns no scales for")
                 pairs = find_foldable(block, index, structure, probe)
                 pairs = [pair for pair in pairs if pair.producer.norm is not None]
-                with trainable(block, list(structure.linears())) as student:
-                    calls = [call for call in student.calls(index, batches) if bool(call.mask.any())]
+                groups = [stage for stage in structure.stages if isinstance(stage, InputGroup)]
+                with trainable(block, [linear for group in groups for linear in group.linears]) as student:
+                    calls = student.calls(index, batches)
                     found = _Fit(student, prefix, pairs, plan).learn(calls, options)
                 for batch in batches:
                     batch.hidden = call_block(block, index, batch)
+                    if not bool(torch.isfinite(batch.hidden).all()):
+                        raise CalibrantError(f"{prefix}: its output holds values that are not finite; check the model")
             scales |= {f"{prefix}.{pair.group.module}": scale for pair, scale in zip(pairs, found, strict=True)}
             task.advance()
     return replace(plan, scales=scales)
@@ -74,16 +75,18 @@ class _Fit:
         # Lowest and highest value of every input channel: scaled, their extremes are the tensor's.
         self._low: dict[Linear, torch.Tensor] = {}
         self._high: dict[Linear, torch.Tensor] = {}
+        # Weights that no scale reaches are rounded once.
+        self._fixed = {linear: self._rounded(linear) for linear in student.linears if linear not in self._pair_of}
 
     def learn(self, calls: list[ModuleCall], options: Quadapter) -> list[torch.Tensor]:
         """What the columns behind each norm are multiplied by: ``1 / alpha`` of least loss on held-out rows."""
+        if not self._pairs:
+            return []
         targets = [self._target(call) for call in calls]
         held = calls[::_HELD_OUT], targets[::_HELD_OUT]
         rest = [number for number in range(len(calls)) if number % _HELD_OUT] or list(range(len(calls)))
         sizes = [pair.group.linears[0].in_features for pair in self._pairs]
         logs = [torch.zeros(size, device=calls[0].mask.device, requires_grad=True) for size in sizes]
-        if not logs:
-            return []
         optimizer = torch.optim.Adam(logs, lr=options.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
         best, kept = self._held_out_loss(logs, *held), [log.detach().clone() for log in logs]
@@ -104,6 +107,10 @@ class _Fit:
         """What the block gives as it is; takes note of the ranges of its linears' inputs over counted tokens."""
 
         def note(linear: Linear, inputs: torch.Tensor) -> torch.Tensor:
+            if inputs.shape[:-1].numel() != call.mask.numel():
+                raise CalibrantError(
+                    f"{self._prefix}.{linear.name}: is given other rows than the tokens, which quadapter cannot follow"
+                )
             rows = inputs.reshape(*call.mask.shape, -1)[call.mask]
             low, high = rows.amin(0), rows.amax(0)
             self._low[linear] = torch.minimum(self._low.get(linear, low), low)
@@ -121,16 +128,17 @@ class _Fit:
     def _loss(self, logs: list[torch.Tensor], call: ModuleCall, target: torch.Tensor) -> torch.Tensor:
         """Squared difference of the rounded block's output from ``target``, as a share of what the target holds."""
         alphas = [log.exp() for log in logs]
-        weights = {linear: self._rounded_weight(linear, alphas) for linear in self._student.linears}
-        change = self._student.changed(weights, lambda linear, inputs: self._rounded_input(linear, inputs, alphas))
+        scaled = {linear: self._rounded(linear, alphas[pair]) for linear, pair in self._pair_of.items()}
+        change = self._student.changed(
+            self._fixed | scaled, lambda linear, inputs: self._rounded_input(linear, inputs, alphas)
+        )
         rounded = ModuleCall(change, call.args, call.kwargs, call.mask).output()
         return (rounded - target).square().sum() / target.square().sum()
 
-    def _rounded_weight(self, linear: Linear, alphas: list[torch.Tensor]) -> torch.Tensor:
-        weight, pair = self._student.weight(linear), self._pair_of.get(linear)
-        if pair is not None:
-            weight = weight / alphas[pair]
-        spec = self._spec(linear)
+    def _rounded(self, linear: Linear, alpha: torch.Tensor | None = None) -> torch.Tensor:
+        """A linear's weight, its columns divided by ``alpha``, as it will be stored."""
+        weight, spec = self._student.weight(linear), self._spec(linear)
+        weight = weight / alpha if alpha is not None else weight
         return fake_quantize_weight(weight, spec) if spec is not None else weight
 
     def _rounded_input(self, linear: Linear, inputs: torch.Tensor, alphas: list[torch.Tensor]) -> torch.Tensor:

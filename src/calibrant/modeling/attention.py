@@ -42,9 +42,10 @@ def _forward(
     plain = causal and dropout == 0.0 and length == key.shape[2] > 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     fits = query.shape[-1] == value.shape[-1] and query.shape[-1] % 2 == 0 and scale > 0
-    window = length if attention_mask is None else _window(attention_mask, length)
-    if plain and fits and window and query.dtype is torch.bfloat16:
-        return causal_attention(query, key, value, scale, window), None
+    if plain and fits and query.dtype is torch.bfloat16:
+        window = length if attention_mask is None else _window(attention_mask, length)
+        if window:
+            return causal_attention(query, key, value, scale, window), None
     result: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
     )

@@ -26,6 +26,8 @@ class ModuleCall:
 
     def shortened(self, rows: int) -> "ModuleCall":
         """On the first ``rows`` rows alone, if cutting the arguments gives the same output there."""
+        if rows >= len(self.mask):
+            return self
         part = self._part(slice(0, rows))
         wanted = self._hidden()[:rows]
         try:
