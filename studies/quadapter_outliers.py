@@ -30,8 +30,9 @@ BEHIND = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
+CLEAN, PLAIN = "round-to-nearest without outliers", "round-to-nearest"
 TRANSFORMS: dict[str, list[dict[str, Any]]] = {
-    "round-to-nearest": [],
+    PLAIN: [],
     "SmoothQuant": [{"name": "smoothquant", "alpha": 0.5}],
 }
 
@@ -78,52 +79,64 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.06)
     parser.add_argument("--draws", type=int, default=1, help="calibration sets")
     options = parser.parse_args()
-    runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        harmed = Path(name) / "harmed"
-        planted = plant(options.model, harmed, options.channels, options.factor)
-        original = cb.evaluate(harmed, text=options.text, length=512, limit=options.windows).perplexity.value
-        for draw in range(options.draws):
-            data = cb.select(options.corpus, tokenizer=options.model, samples=options.samples, length=512, draw=draw)
-            quadapter = {"name": "quadapter", "steps": options.steps, "learning_rate": options.learning_rate}
-            for label, transforms in {**TRANSFORMS, "Quadapter": [quadapter]}.items():
-                scheme = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
-                recipe = Recipe.model_validate(
-                    {"name": "study", "description": label, "transforms": transforms, "scheme": scheme}
-                    | {"method": {"name": "rtn"}}
-                )
-                output = Path(name) / "out"
-                report = cb.compress(harmed, output=output, recipe=recipe, calibration=data, overwrite=True)
-                result = cb.evaluate(output, against=harmed, text=options.text, length=512, limit=options.windows)
-                assert result.divergence is not None
-                runs.append(
-                    {
-                        "method": label,
-                        "draw": draw,
-                        "perplexity": result.perplexity.value,
-                        "kl_mean": result.divergence.kl_mean,
-                        "kl_standard_error": result.divergence.kl_standard_error,
-                        "planted_found": found_share(planted, harmed, output) if transforms else None,
-                        "seconds": sum(report.seconds.values()),
-                    }
-                )
-                print(runs[-1], flush=True)
-    table = Table("method", "draw", "perplexity", "log loss brought back", "KL", "planted found", "s")
-    for run in runs:
-        plain = next(one for one in runs if one["draw"] == run["draw"] and not one["planted_found"])
-        lost = math.log(plain["perplexity"] / original)
-        run["log_loss_recovered"] = 1 - math.log(run["perplexity"] / original) / lost
-        found = "" if run["planted_found"] is None else f"{run['planted_found']:.0%}"
-        error = f"{run['kl_mean']:.4f} ± {run['kl_standard_error']:.4f}"
-        shown = (f"{run['perplexity']:.2f}", f"{run['log_loss_recovered']:.1%}", error, found, f"{run['seconds']:.0f}")
-        table.add_row(run["method"], str(run["draw"]), *shown)
-    Console(width=120).print(f"perplexity of the original: {original:.2f}", table)
     settings = {"model": options.model.resolve().name, "channels": options.channels, "factor": options.factor}
     settings |= {"samples": options.samples, "windows": options.windows}
     settings |= {"steps": options.steps, "learning_rate": options.learning_rate}
-    found = {"date": datetime.now(UTC).date().isoformat(), "system": platform.platform(), "settings": settings}
     file = HERE / "results" / "quadapter_outliers.json"
-    file.write_text(json.dumps({**found, "original_perplexity": original, "runs": runs}, indent=2) + "\n")
+    known = json.loads(file.read_text()) if file.exists() else {}
+    runs: list[dict[str, Any]] = known["runs"] if known.get("settings") == settings else []
+    quadapter = {"name": "quadapter", "steps": options.steps, "learning_rate": options.learning_rate}
+    with tempfile.TemporaryDirectory() as name:
+        harmed = Path(name) / "harmed"
+        planted = plant(options.model, harmed, options.channels, options.factor)
+        for draw in range(options.draws):
+            data = cb.select(options.corpus, tokenizer=options.model, samples=options.samples, length=512, draw=draw)
+            for label, transforms in {CLEAN: [], **TRANSFORMS, "Quadapter": [quadapter]}.items():
+                if any((run["method"], run["draw"]) == (label, draw) for run in runs):
+                    continue
+                model = options.model if label == CLEAN else harmed
+                run = measure(model, transforms, data, options, Path(name) / "out")
+                found = found_share(planted, harmed, Path(name) / "out") if transforms else None
+                runs.append({"method": label, "draw": draw, **run, "planted_found": found})
+                print(runs[-1], flush=True)
+                found_so_far = {"settings": settings, "runs": runs, "system": platform.platform()}
+                found_so_far["date"] = datetime.now(UTC).date().isoformat()
+                file.write_text(json.dumps(found_so_far, indent=2) + "\n")
+    show(runs)
+
+
+def measure(
+    model: Path, transforms: list[dict[str, Any]], data: cb.CalibrationSet, options: argparse.Namespace, output: Path
+) -> dict[str, Any]:
+    """Quantize ``model`` and compare it with itself."""
+    scheme = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    said = {"name": "study", "description": "study", "transforms": transforms, "scheme": scheme}
+    recipe = Recipe.model_validate({**said, "method": {"name": "rtn"}})
+    report = cb.compress(model, output=output, recipe=recipe, calibration=data, overwrite=True)
+    result = cb.evaluate(output, against=model, text=options.text, length=512, limit=options.windows)
+    assert result.divergence is not None
+    return {
+        "perplexity": result.perplexity.value,
+        "kl_mean": result.divergence.kl_mean,
+        "kl_standard_error": result.divergence.kl_standard_error,
+        "seconds": sum(report.seconds.values()),
+    }
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    """The table; what outliers cost is the log loss beyond that of the model without them, rounded the same way."""
+    table = Table("method", "draw", "perplexity", "brought back", "KL", "planted found", "s")
+    for run in runs:
+        clean, plain = (
+            next(math.log(one["perplexity"]) for one in runs if (one["method"], one["draw"]) == (label, run["draw"]))
+            for label in (CLEAN, PLAIN)
+        )
+        recovered = (plain - math.log(run["perplexity"])) / (plain - clean)
+        found = "" if run["planted_found"] is None else f"{run['planted_found']:.0%}"
+        error = f"{run['kl_mean']:.4f} ± {run['kl_standard_error']:.4f}"
+        shown = (f"{run['perplexity']:.2f}", f"{recovered:.1%}", error, found, f"{run['seconds']:.0f}")
+        table.add_row(run["method"], str(run["draw"]), *shown)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

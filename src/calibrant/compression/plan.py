@@ -272,6 +272,9 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
     block = max(1, parameters // len(plan.blocks))
     widest = max(widths, default=hidden)
     memory = 600 * 2**20 + tokens * element * (3 * hidden + 2 * widest) + block * 16 + 3 * 4 * widest**2
+    if any(isinstance(transform, Quadapter) for transform in plan.recipe.transforms):
+        # Float32 inputs and targets of a block; its weights, rounded and on the way there, with their gradients.
+        memory += 2 * 4 * tokens * hidden + 10 * 4 * block
     disk = 2 * sum(info_bytes(info.dtype, info.shape) for info in model.folder.tensors.values())
     return Estimate(seconds, memory, disk)
 
