@@ -1,8 +1,9 @@
-"""Quadapter's first phase: channel scales learned block by block, in folded form (arXiv 2211.16912; methods.md §19).
+"""Quadapter's first phase: channel scales learned block by block (arXiv 2211.16912; methods.md §19).
 
 A norm's gain is multiplied by ``alpha`` and the columns of the linears behind it are divided by it, which changes
 nothing until both are rounded. ``alpha = exp(a)`` stays positive. Every block is fitted alone: the original model's
-hidden states go in, and its output is what the rounded block must give.
+hidden states go in, and its output is what the rounded block must give. The folded form, ``exp``, the places (norms)
+and the training's numbers are ours: the paper's are not known to us.
 """
 
 from dataclasses import replace

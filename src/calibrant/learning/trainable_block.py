@@ -43,11 +43,11 @@ class TrainableBlock:
         return found
 
     def changed(self, weights: dict[Linear, torch.Tensor], change_input: ChangeInput) -> Callable[..., Any]:
-        """The block with these weights ``[out, in]`` and changed inputs of its linears, to be called once."""
+        """The block with these weights ``[out, in]`` and changed inputs of its linears."""
         tensors = {linear.parameter: weight.T if linear.transposed else weight for linear, weight in weights.items()}
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self._changing(change_input):
+            with self.watched(change_input):
                 return self._run(*args, tensors=tensors, **kwargs)
 
         return run
@@ -55,12 +55,7 @@ class TrainableBlock:
     @contextmanager
     def watched(self, watch: ChangeInput) -> Iterator[None]:
         """Meanwhile hand the inputs of linears to ``watch``, and on what it returns."""
-        with self._changing(watch):
-            yield
-
-    @contextmanager
-    def _changing(self, change: ChangeInput) -> Iterator[None]:
-        before, self._change_input = self._change_input, change
+        before, self._change_input = self._change_input, watch
         try:
             yield
         finally:

@@ -20,8 +20,9 @@ _SAME = 2**-7
 
 @dataclass(frozen=True)
 class _Norm:
-    """An RMS norm whose gain is ``offset`` plus its weight; Llama rounds before the product with it, OLMo 2 and Gemma
-    behind.
+    """An RMS norm whose gain is ``offset`` plus its weight.
+
+    ``rounded_first``: before the product with the gain, as Llama has it; OLMo 2 and Gemma round once, behind it.
     """
 
     epsilon: float
