@@ -42,6 +42,7 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "awq": ({**AWQ, "method": {"name": "rtn"}}, {"range_search": "clip"}),
     "gptq": (GPTQ, {}),
     "gptq, clip": (GPTQ, {"range_search": "clip"}),
+    "gptq, refined": (REFINED, {}),
     "gptq, clip, refined": (REFINED, {"range_search": "clip"}),
     "quantease": ({"method": {"name": "quantease"}}, {}),
     "quantease, damped": ({"method": {"name": "quantease", "damping": 0.01}}, {}),

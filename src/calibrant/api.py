@@ -6,10 +6,11 @@ from pathlib import Path
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.making import DEFAULT_LENGTH, check_length, check_size, default_length, generate
+from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.calibration.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.compression.importance import input_norms
 from calibrant.compression.plan import Estimate, Plan, estimate, make_plan
-from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, Zsaq, load_recipe
 from calibrant.compression.run import RunReport, Settings, run_compression
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.divergence import Evaluation, evaluate_models
@@ -17,6 +18,7 @@ from calibrant.evaluation.windows import evaluation_windows
 from calibrant.formats.imatrix import gguf_names, write_imatrix
 from calibrant.formats.quantized import FormatName
 from calibrant.formats.registry import FORMATS
+from calibrant.learning.train_model import check_training
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
@@ -24,6 +26,8 @@ from calibrant.modeling.structure import find_blocks
 from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
 from calibrant.output_folder import check_output, whole_file
 from calibrant.progress import Progress, Silent
+
+_WATCHED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,26 @@ class PreparedRun:
 
     def run(self, calibration: CalibrationSet | None, progress: Progress) -> RunReport:
         """Compress."""
+        training = self.plan.recipe.training
+        if isinstance(training, Zsaq):
+            calibration = self._watched(training, progress)
         return run_compression(self.model, self.plan, calibration, self.output, self.settings, progress)
+
+    def _watched(self, training: Zsaq, progress: Progress) -> CalibrationSet:
+        """What a training without data is watched on: text the model writes, or random tokens if it writes none."""
+        folder = self.model.folder
+        samples, length, seed = _WATCHED_ROWS, training.length, training.seed
+        if not folder.causal:
+            return draw_vocabulary(Tokenizer(folder.path), samples=samples, length=length, seed=seed, draw=0)
+        return generate(
+            folder.path,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=str(self.settings.device),
+            dtype=str(self.settings.dtype).removeprefix("torch."),
+            progress=progress,
+        )
 
 
 def prepare(
@@ -75,6 +98,8 @@ def prepare(
     folder = ModelFolder(model_path(model), allow_encoder)
     if calibration is not None and chosen.needs_data:
         _check_calibration(folder, calibration)
+    if chosen.training is not None:
+        check_training(folder, chosen.training)
     place = torch_device(device)
     lazy = LazyModel(folder, folder.dtype, place)
     if checkpoint_format not in FORMATS:

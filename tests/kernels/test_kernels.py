@@ -11,6 +11,7 @@ from calibrant.compression.solvers.gptq import quantization_problem
 from calibrant.kernels import bfloat16_gram, bfloat16_tile
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
+from calibrant.kernels.column_sums import column_magnitudes, column_squares
 from calibrant.kernels.decode_attention import decode_attention
 from calibrant.kernels.gram import add_gram
 from calibrant.kernels.grid_rounding import round_to_grid
@@ -109,6 +110,17 @@ def test_the_norm_divides_by_the_root_mean_square(
     expected = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
     found = rms_norm(inputs, weight.float(), epsilon, rounded_first).double()
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 80), st.integers(0, 99))
+def test_sums_over_rows_are_those_of_float64(rows: int, width: int, seed: int) -> None:
+    inputs = torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(seed)).bfloat16()[:, ::2]
+    wide = inputs.double()
+    total, largest = column_magnitudes(inputs)
+    torch.testing.assert_close(column_squares(inputs).double(), wide.square().sum(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total.double(), wide.abs().sum(0), rtol=1e-5, atol=1e-6)
+    assert torch.equal(largest.double(), wide.abs().amax(0))
 
 
 def _attention_inputs(batch: int, heads: int, shared: int, length: int, width: int, seed: int) -> list[torch.Tensor]:

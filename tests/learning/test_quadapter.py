@@ -2,7 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,12 @@ import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.compression.recipe import Recipe
 from calibrant.errors import CalibrantError
+from calibrant.formats.compressed_tensors import PackQuantized
+from calibrant.formats.quantized import Layout
+from calibrant.learning.divergence import divergences
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.whole_model import load_whole
+from calibrant.progress import Silent
 from tests.conftest import random_set
 
 PLANTED = (3, 17, 40)
@@ -23,13 +32,14 @@ BEHIND = {"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn
 BEHIND |= {"post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"]}
 
 
-def recipe(*transforms: dict[str, object], **scheme: object) -> Recipe:
+def recipe(*transforms: dict[str, object], training: dict[str, object] | None = None, **scheme: object) -> Recipe:
     wanted = scheme or {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
     return Recipe.model_validate(
         {
             "name": "r",
             "description": "d",
             "transforms": list(transforms),
+            "training": training,
             "method": {"name": "rtn"},
             "scheme": wanted,
         }
@@ -168,3 +178,93 @@ def test_fused_experts_are_refused(model_folder, tmp_path: Path) -> None:
 def test_other_transforms_do_not_go_with_it() -> None:
     with pytest.raises(ValueError, match="leave other transforms out"):
         recipe({"name": "quadapter"}, {"name": "smoothquant"})
+
+
+SECOND = {"name": "quadapter", "steps": 12, "rows": 4, "length": 16, "look": 4}
+
+
+@pytest.mark.parametrize("ignore", [[], ["v_proj"]])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "opt"])
+def test_the_scaled_model_computes_what_is_stored(
+    model_folder, tmp_path: Path, architecture: str, ignore: list[str]
+) -> None:
+    """The divergence that the second phase ended with, from the files by another library."""
+    model = model_folder(architecture)
+    static = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    scheme = {"weights": {"bits": 4}} if architecture == "gpt2" else static
+    training = {**SECOND, "objective": "teacher"}
+    data = random_set(model, samples=8, length=16)
+    chosen = recipe({"name": "quadapter", "steps": 20}, training=training, **scheme)
+    chosen = chosen.model_copy(update={"ignore": ignore})
+    cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=data, dtype="float32")
+    record = json.loads((tmp_path / "out" / "calibrant.json").read_text())["training"]
+    assert record["best"] > 0 or ignore
+    rows = data.tokens[-1:].long()
+    original = load_whole(ModelFolder(model), "cpu", "float32")
+    loaded = load_whole(ModelFolder(tmp_path / "out", allow_quantized=True), "cpu", "float32")
+    with torch.no_grad():
+        found = divergences(original(input_ids=rows).logits, loaded(input_ids=rows).logits)
+    assert float(found.mean()) == pytest.approx(record["held_out"][str(record["best"])], rel=1e-2)
+
+
+def test_the_second_phase_changes_no_weight_but_by_scales(planted: Path, tmp_path: Path) -> None:
+    """Stored weights over the norms' gains are those of the model, to rounding."""
+    chosen = recipe({"name": "quadapter", "steps": 10}, training={**SECOND, "learning_rate": 0.05}, weights={"bits": 8})
+    cb.compress(planted, output=tmp_path / "out", recipe=chosen, calibration=random_set(planted), dtype="float32")
+    before, after = load_file(planted / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for block in range(2):
+        name = f"model.layers.{block}"
+        alpha = after[f"{name}.input_layernorm.weight"] / before[f"{name}.input_layernorm.weight"]
+        packed = {
+            key.removeprefix(f"{name}.self_attn.q_proj."): value
+            for key, value in after.items()
+            if "q_proj" in key and key.startswith(name)
+        }
+        codes = PackQuantized().read(packed, Layout(8, True, None))
+        weight = (codes.codes.float() * codes.scale.float()) * alpha
+        original = before[f"{name}.self_attn.q_proj.weight"]
+        assert float((weight - original).norm() / original.norm()) < 0.02
+
+
+def test_a_killed_first_phase_goes_on_after_the_block(planted: Path, tmp_path: Path) -> None:
+    class Stops(Silent):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        @contextmanager
+        def task(self, label: str, total: int | None) -> Iterator[Any]:
+            class Handle:
+                def advance(self, steps: int = 1) -> None:
+                    if label == "learning scales":
+                        raise KeyboardInterrupt
+
+            yield Handle()
+
+    class Listens(Silent):
+        notes: tuple[str, ...] = ()
+
+        def note(self, text: str) -> None:
+            self.notes += (text,)
+
+    chosen, data = recipe({"name": "quadapter", "steps": 10}), random_set(planted)
+    cb.compress(planted, output=tmp_path / "whole", recipe=chosen, calibration=data)
+    with pytest.raises(KeyboardInterrupt):
+        cb.compress(planted, output=tmp_path / "parts", recipe=chosen, calibration=data, progress=Stops())
+    listener = Listens()
+    cb.compress(planted, output=tmp_path / "parts", recipe=chosen, calibration=data, progress=listener)
+    assert any("goes on after block 1" in note for note in listener.notes)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert first == second
+    assert not (tmp_path / "parts.training").exists()
+
+
+def test_a_second_phase_with_nothing_to_learn_says_so(model_folder, tmp_path: Path) -> None:
+    model = model_folder("olmo2")
+    chosen = recipe({"name": "quadapter", "steps": 2}, training=SECOND, weights={"bits": 4})
+    with pytest.raises(CalibrantError, match="nothing to learn"):
+        cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=random_set(model))
+
+
+def test_the_second_phase_needs_the_first() -> None:
+    with pytest.raises(ValueError, match="add it to transforms"):
+        recipe(training=SECOND)

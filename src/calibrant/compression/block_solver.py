@@ -10,13 +10,14 @@ from calibrant.clock import Clock
 from calibrant.compression.activation_ranges import InputGrid, InputRange
 from calibrant.compression.block_engine import Unit
 from calibrant.compression.methods import METHODS
-from calibrant.compression.plan import Plan
+from calibrant.compression.plan import Plan, TrainedLinear
 from calibrant.compression.solvers.asymmetric import asymmetric_target
 from calibrant.compression.solvers.method import Task
 from calibrant.compression.solvers.result import Solution, SolverRecord, layer_errors
 from calibrant.compression.statistics import ColumnNorm, Hessian, PairedHessian
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes
+from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.modeling.structure import Linear
 
 
@@ -73,7 +74,19 @@ class BlockSolver:
 
     def solve(self, unit: Unit) -> None:
         with self.clock.stage("solve"):
-            self._solve(unit, self._statistics.pop(unit, None))
+            if self.plan.trained is not None:
+                for linear in unit:
+                    self._take(linear, self.plan.trained[f"{self.prefix}.{linear.name}"])
+            else:
+                self._solve(unit, self._statistics.pop(unit, None))
+            self._add_input_grids(unit)
+
+    def _take(self, linear: Linear, trained: TrainedLinear) -> None:
+        """What training made of a linear."""
+        spec = trained.grid.spec
+        codes, values = round_to_grid(trained.weight, trained.grid.scale, trained.grid.zero, spec.lowest, spec.highest)
+        task = Task(trained.weight, (len(trained.weight),), spec, None)
+        self._keep(linear, trained.weight, Solution(values, codes, trained.grid), slice(None), task, 0)
 
     def _solve(self, unit: Unit, statistic: Hessian | ColumnNorm | None) -> None:
         entry = METHODS[self.plan.recipe.method.name]
@@ -94,21 +107,25 @@ class BlockSolver:
             solution = replace(solution, record=record)
         else:
             solution = entry.solve(self.plan.recipe.method, task)
-        inputs = self._input_grid(unit)
         begin = 0
         for linear, weight in zip(unit, weights, strict=True):
             rows = slice(begin, begin + len(weight))
             self._keep(linear, weight, solution, rows, task, statistic.tokens if statistic else 0)
+            begin += len(weight)
+
+    def _add_input_grids(self, unit: Unit) -> None:
+        inputs = self._input_grid(unit)
+        for linear in unit:
             if inputs is not None and linear.name in self.codes:
-                codes = self.codes[linear.name]
                 # Of each layer its own: safetensors writes no tensors that share memory.
                 self.codes[linear.name] = replace(
-                    codes, input_scale=inputs.scale.clone(), input_zero=inputs.zero.clone()
+                    self.codes[linear.name], input_scale=inputs.scale.clone(), input_zero=inputs.zero.clone()
                 )
-            begin += len(weight)
 
     def _input_grid(self, unit: Unit) -> InputGrid | None:
         """Of static activations."""
+        if self.plan.input_grids is not None:
+            return self.plan.input_grids.get(f"{self.prefix}.{unit[0].name}")
         activations, seen = self.plan.recipe.scheme.activations, self._ranges.pop(unit, None)
         if activations is None or seen is None or self.plan.spec is None:
             return None

@@ -9,15 +9,29 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from calibrant.compression.grids import GridSpec
+from calibrant.compression.activation_ranges import InputGrid
+from calibrant.compression.grids import Grid, GridSpec
 from calibrant.compression.methods import METHODS
-from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Quadapter, Recipe
+from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Quadapter, Recipe, Training, Zsaq
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import Hessian, PairedHessian
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.modeling.lazy_model import LazyModel
+
+# What two cores read and write a second in elementwise work (ours, for estimates alone).
+_BYTES_PER_SECOND = 1e10
+# What a look at a training runs on, at most.
+_WATCHED_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class TrainedLinear:
+    """A linear after training: its weight ``[out, in]`` (float32), to be rounded on ``grid``."""
+
+    weight: torch.Tensor
+    grid: Grid
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,8 @@ class Plan:
     ``layout`` is None for models that are stored dense. ``linears`` maps the names of the plain linears to be
     compressed to ``(out, in)``; ``fused`` names parameters that hold many experts. ``notes`` are for the user.
     ``choices`` holds the bits or shares of zeros of linears for which a budget chose others than the scheme's,
-    ``scales`` what was learned before the run for the columns behind a norm, by the first linear's full name.
+    ``scales`` what was learned before the run for the columns behind a norm, by the first linear's full name,
+    ``trained`` weights and grids that were learned, ``input_grids`` those of static inputs, by the linear's full name.
     """
 
     recipe: Recipe
@@ -40,6 +55,8 @@ class Plan:
     notes: list[str]
     choices: dict[str, float] = field(default_factory=dict)
     scales: dict[str, torch.Tensor] | None = None
+    trained: dict[str, TrainedLinear] | None = None
+    input_grids: dict[str, InputGrid] | None = None
 
     @property
     def nominal(self) -> float:
@@ -111,6 +128,10 @@ def make_plan(
     _check_pattern(recipe, linears, fused)
     if fused and any(isinstance(transform, Quadapter) for transform in recipe.transforms):
         raise CalibrantError(f"{next(iter(fused))}: fused experts, which quadapter learns no scales for; ignore them")
+    if fused and recipe.training is not None:
+        raise CalibrantError(
+            f"{next(iter(fused))}: fused experts, which {recipe.training.name} cannot train; ignore them"
+        )
     weights, notes = recipe.scheme.weights, []
     spec = layout = None
     asked = chosen.scheme.weights.group_size if chosen.scheme.weights is not None else None
@@ -146,6 +167,11 @@ def make_plan(
             notes.append(
                 "transformers 5.23 loads asymmetric packed weights only unpacked: pass from_pretrained "
                 "quantization_config=CompressedTensorsConfig(dequantize=True)"
+            )
+        elif layout.activations and layout.bits < 8:
+            notes.append(
+                f"{layout.bits}-bit weights beside int8 activations are stored as int8 tensors, as engines read them: "
+                "the files are as large as those of 8 bits"
             )
         elif layout.stored_bits != layout.bits:
             notes.append(
@@ -267,16 +293,41 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
             passes = transform.steps * (3 + samples / (8 * 25))
             seconds += 1.5 * 2.0 * parameters * length * passes / measured_rate(torch.float32, model.device)
             seconds += 0.02 * transform.steps * len(plan.blocks)
-    element = torch.empty(0, dtype=dtype).element_size()
     hidden = int(hidden_width(model))
+    if plan.recipe.training is not None:
+        whole = parameters + hidden * model.folder.vocabulary
+        seconds += 1.5 * _training_flops(plan.recipe.training, whole) / measured_rate(dtype, model.device)
+        # Rounding, its gradients and the optimizer pass over the weights some forty times a step.
+        looks = 2 * (1 + plan.recipe.training.steps / plan.recipe.training.look) * _WATCHED_TOKENS
+        seconds += 1.5 * 2.0 * whole * looks / measured_rate(dtype, model.device)
+        seconds += plan.recipe.training.steps * 40 * 4 * parameters / _BYTES_PER_SECOND
+    element = torch.empty(0, dtype=dtype).element_size()
     block = max(1, parameters // len(plan.blocks))
     widest = max(widths, default=hidden)
     memory = 600 * 2**20 + tokens * element * (3 * hidden + 2 * widest) + block * 16 + 3 * 4 * widest**2
     if any(isinstance(transform, Quadapter) for transform in plan.recipe.transforms):
         # Float32 inputs and targets of a block; its weights, rounded and on the way there, with their gradients.
         memory += 2 * 4 * tokens * hidden + 10 * 4 * block
+    if plan.recipe.training is not None:
+        # Teacher, weights, rounded weights, their gradients, two moments, the best so far; a generator with its own.
+        copies = 8 + (5 if isinstance(plan.recipe.training, Zsaq) else 0)
+        logits = plan.recipe.training.rows * plan.recipe.training.length * model.folder.vocabulary
+        memory += 4 * (copies * (parameters + hidden * model.folder.vocabulary) + 6 * logits)
     disk = 2 * sum(info_bytes(info.dtype, info.shape) for info in model.folder.tensors.values())
+    if plan.recipe.training is not None:
+        # The journal, and the one before it: weights, moments, the best so far; a generator's.
+        disk += 2 * 4 * parameters * (4 + (4 if isinstance(plan.recipe.training, Zsaq) else 0))
     return Estimate(seconds, memory, disk)
+
+
+def _training_flops(options: Training, parameters: int) -> float:
+    """A backward pass is two forward ones; student and teacher run twice where steps look around."""
+    times = 2 if options.radius else 1
+    passes = (3 + options.checkpointing) * times + (1 if isinstance(options, Zsaq) else times)
+    if isinstance(options, Zsaq) and options.inputs == "generator":
+        # Its output for the student; its own step goes through itself, student and teacher and back.
+        passes += 1 + (9 if options.generator_learning_rate else 0)
+    return 2.0 * parameters * options.rows * options.length * passes * options.steps
 
 
 def hidden_width(model: LazyModel) -> int:

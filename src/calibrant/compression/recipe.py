@@ -102,10 +102,12 @@ class Scheme(_Strict):
     def _something(self) -> "Scheme":
         if self.weights is None and self.sparsity is None:
             raise ValueError("a scheme needs weights, a sparsity or both")
-        if self.activations is not None and (self.weights is None or self.weights.bits != 8):
-            raise ValueError("int8 activations go with 8-bit weights only")
-        if self.activations is not None and self.weights is not None and self.weights.group_size is not None:
-            raise ValueError("int8 activations go with one weight scale a channel: leave group_size out")
+        if self.activations is None:
+            return self
+        if self.weights is None:
+            raise ValueError("int8 activations go with quantized weights")
+        if self.weights.bits == 8 and self.weights.group_size is not None:
+            raise ValueError("int8 activations go with one scale a channel of int8 weights: leave group_size out")
         return self
 
 
@@ -143,6 +145,75 @@ class Quadapter(_Strict):
 
 
 Transform = Annotated[SmoothQuant | Awq | Quadapter, Field(discriminator="name")]
+
+
+class Training(_Strict):
+    """What every training of rounded weights has.
+
+    ``steps`` updates of ``rows`` sequences of ``length`` tokens, by AdamW with a rate that falls as a cosine.
+    ``radius`` is how far sharpness-aware steps look, 0 for plain ones. The held-out loss is taken every ``look``
+    steps; after ``patience`` looks without a better one training stops. ``checkpointing`` computes activations twice
+    instead of keeping them.
+    """
+
+    steps: int = Field(default=200, ge=1)
+    rows: int = Field(default=8, ge=1)
+    length: int = Field(default=64, ge=2)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    radius: float = Field(default=0.0, ge=0)
+    look: int = Field(default=20, ge=1)
+    patience: int = Field(default=5, ge=1)
+    checkpointing: bool = False
+    seed: int = Field(default=0, ge=0)
+
+
+class OnText(Training):
+    """Training on the calibration set.
+
+    ``objective``: give what the original model gives ("teacher"), or predict the set's next tokens ("text").
+    """
+
+    objective: Literal["teacher", "text"] = "teacher"
+
+
+class Qat(OnText):
+    """Quantization-aware training: weights, scales and ranges."""
+
+    name: Literal["qat"]
+
+
+class EndToEnd(OnText):
+    """Quadapter's second phase: the channel scales of all blocks together, and static ranges."""
+
+    name: Literal["quadapter"]
+    learning_rate: float = Field(default=2e-3, gt=0)
+    objective: Literal["teacher", "text"] = "text"
+
+
+class Zsaq(Training):
+    """ZSAQ: the original model is followed on what a generator makes up to tell the two apart; no data.
+
+    ``generator``: a language model's folder; left out, the model itself. ``inputs`` "random" takes random tokens
+    instead of a generator's. ``generator_learning_rate`` 0 freezes it. ``temperature`` is that of the softmax between
+    a generator of the same vocabulary and the model's embeddings.
+    """
+
+    name: Literal["zsaq"]
+    radius: float = Field(default=0.05, ge=0)
+    inputs: Literal["generator", "random"] = "generator"
+    generator: str | None = None
+    generator_learning_rate: float = Field(default=1e-5, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _generated(self) -> "Zsaq":
+        about = ("generator", "generator_learning_rate", "temperature")
+        defaults = {name: Zsaq.model_fields[name].default for name in about}
+        if self.inputs == "random" and defaults != self.model_dump(include=set(about)):
+            raise ValueError(f"random inputs need no generator: leave {', '.join(about)} out")
+        return self
+
+
 _WITH_DATA: dict[RangeSearch, Statistic | None] = {
     "none": None,
     "mse": None,
@@ -166,7 +237,7 @@ def _known_options(value: object) -> object:
 
 
 class Recipe(_Strict):
-    """A named compression: ``transforms`` in order, then ``method``.
+    """A named compression: ``transforms`` in order, then ``method``; or ``training``, which rounds to nearest itself.
 
     ``asymmetric`` fits every layer to what the original model computes from its own inputs, instead of to what the
     layer would make of the compressed model's; between 0 (not at all) and 1 it makes up for that share of the drift.
@@ -179,6 +250,7 @@ class Recipe(_Strict):
     method: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_known_options)]
     scheme: Scheme
     transforms: list[Transform] = []
+    training: Annotated[Qat | EndToEnd | Zsaq, Field(discriminator="name")] | None = None
     asymmetric: float = Field(default=0.0, ge=0, le=1)
     budget: Budget | None = None
     ignore: list[str] = []
@@ -220,6 +292,27 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _trainable(self) -> "Recipe":
+        if self.training is None:
+            return self
+        weights, activations = self.scheme.weights, self.scheme.activations
+        if self.method.name != "rtn" or weights is None or weights.range_search not in ("none", "mse"):
+            raise ValueError("training ends with method rtn, and range_search none or mse")
+        end_to_end = isinstance(self.training, EndToEnd)
+        if end_to_end and not any(isinstance(transform, Quadapter) for transform in self.transforms):
+            raise ValueError("quadapter's training goes on from the transform quadapter: add it to transforms")
+        if end_to_end and (weights.range_search != "none" or self.training.radius):
+            raise ValueError("quadapter's training knows no range_search and no radius")
+        if (self.transforms and not end_to_end) or self.asymmetric or self.budget:
+            raise ValueError("training goes without transforms, asymmetric and budget")
+        if activations is not None and not activations.dynamic:
+            if isinstance(self.training, Zsaq):
+                raise ValueError("zsaq has no data to choose static ranges from: leave dynamic: false out")
+            if activations.range != "minmax":
+                raise ValueError("training learns static ranges from the minimum and maximum: leave range out")
+        return self
+
+    @model_validator(mode="after")
     def _affordable(self) -> "Recipe":
         if self.budget is None:
             return self
@@ -251,8 +344,15 @@ class Recipe(_Strict):
     @property
     def solves_with_data(self) -> bool:
         """Whether layers are solved on what their inputs show."""
+        if self.training is not None:
+            return False
         activations = self.scheme.activations
         return self.statistic is not None or (activations is not None and not activations.dynamic)
+
+    @property
+    def learns(self) -> bool:
+        """Whether something is trained before layers are solved."""
+        return self.training is not None or any(isinstance(transform, Quadapter) for transform in self.transforms)
 
     @property
     def gathers(self) -> bool:
@@ -262,7 +362,7 @@ class Recipe(_Strict):
     @property
     def needs_data(self) -> bool:
         """Whether a calibration set is used."""
-        return self.gathers or bool(self.transforms) or self.budget is not None
+        return self.gathers or bool(self.transforms) or self.budget is not None or isinstance(self.training, OnText)
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).

@@ -31,7 +31,11 @@ from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter, copy_side_files
 from calibrant.hashing import canonical_json
+from calibrant.learning.journal import Journal
 from calibrant.learning.quadapter import learn_scales
+from calibrant.learning.scaled_model import PlacedPair
+from calibrant.learning.train_model import generator_identity, train_model
+from calibrant.learning.training_loop import Trained
 from calibrant.modeling.inputs import MicroBatch
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, Experts, probe_block
@@ -96,6 +100,9 @@ def run_compression(
 ) -> RunReport:
     """Compress ``model`` by ``plan`` into ``output``; nothing appears there unless everything succeeded.
 
+    For ZSAQ ``calibration`` is not trained on: its training is watched on it. A training that is broken off leaves its
+    journal beside ``output``, and the same run goes on from it.
+
     Raises:
         CalibrantError: the set does not fit the model, values are not finite, or the output cannot be written.
     """
@@ -104,21 +111,24 @@ def run_compression(
             f"recipe {plan.recipe.name} needs the single pass: leave out --two-pass and --no-propagate"
         )
     clock = Clock()
-    identity = calibration.sha256 if calibration is not None else "none"
     map_large_blocks()
     with staged(output, settings.overwrite) as folder, torch.inference_mode():
-        spent = None
+        spent = journal = training = None
+        learning_set = calibration
+        if not plan.recipe.needs_data:
+            calibration = None
+        identity = calibration.sha256 if calibration is not None else "none"
         if plan.recipe.budget is not None and calibration is not None:
             with clock.stage("sensitivity"):
                 plan, spent = spend_budget(model, plan, calibration, settings.dtype, progress)
-        for transform in plan.recipe.transforms:
-            if isinstance(transform, Quadapter) and calibration is not None:
-                with clock.stage("learn"):
-                    plan = learn_scales(
-                        model, plan, transform, calibration, settings.dtype, settings.micro_batch_tokens, progress
-                    )
+        if plan.recipe.learns:
+            if learning_set is None:
+                raise CalibrantError(f"recipe {plan.recipe.name} learns, and was given no calibration set")
+            journal = Journal(output, _identity(model, plan, learning_set, settings), settings.overwrite)
+            with clock.stage("learn"):
+                plan, training = _learn(model, plan, learning_set, settings, journal, progress)
         writer = CheckpointWriter(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
-        notes = list(plan.notes)
+        notes = [*plan.notes, *([training.sentence()] if training is not None else [])]
         config, pruned, layers = dict(model.folder.config_dict), None, list[LayerReport]()
         if METHODS[plan.recipe.method.name].structured:
             assert calibration is not None
@@ -143,6 +153,8 @@ def run_compression(
             record = _record(model, plan, calibration, settings, layers, notes)
             record["budget"] = spent.describe() if spent is not None else None
             record["structure"] = pruned.describe() if pruned is not None else None
+            record["training"] = training.describe() if training is not None else None
+            record["generator"] = _generator(model, plan)
             (folder / "calibrant.json").write_text(canonical_json(record), encoding="utf-8")
             (folder / "README.md").write_text(model_card(record), encoding="utf-8")
         with clock.stage("verify"):
@@ -159,7 +171,31 @@ def run_compression(
             verified,
         )
         (folder / "report.json").write_text(canonical_json(report_dict(report)), encoding="utf-8")
+        if journal is not None:
+            journal.keep_curves(folder / "training")
+    if journal is not None:
+        journal.remove()
     return report
+
+
+def _learn(
+    model: LazyModel,
+    plan: Plan,
+    calibration: CalibrationSet,
+    settings: Settings,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[Plan, Trained | None]:
+    """The plan with learned scales, or with what a training of the whole model made, or both."""
+    places: list[PlacedPair] = []
+    for transform in plan.recipe.transforms:
+        if isinstance(transform, Quadapter):
+            plan, places = learn_scales(
+                model, plan, transform, calibration, settings.dtype, settings.micro_batch_tokens, journal, progress
+            )
+    if plan.recipe.training is None:
+        return plan, None
+    return train_model(model.folder, plan, places, calibration, settings.dtype, settings.device, journal, progress)
 
 
 def report_dict(report: RunReport) -> dict[str, Any]:
@@ -328,6 +364,26 @@ def _write_config(model: LazyModel, plan: Plan, config: dict[str, Any], solved: 
             settings = canonical_json(config["quantization_config"])
             (folder / "quantize_config.json").write_text(settings, encoding="utf-8")
     (folder / "config.json").write_text(canonical_json(config), encoding="utf-8")
+
+
+def _identity(model: LazyModel, plan: Plan, calibration: CalibrationSet, settings: Settings) -> dict[str, Any]:
+    """What a training's outcome depends on."""
+    return {
+        "calibrant_version": calibrant.__version__,
+        "recipe": plan.recipe.model_dump(),
+        "scale_dtype": str(plan.spec.scale_dtype) if plan.spec is not None else None,
+        "model": model.folder.identity(),
+        "generator": _generator(model, plan),
+        "calibration": calibration.sha256,
+        "settings": settings.describe(),
+        "libraries": library_versions(),
+    }
+
+
+def _generator(model: LazyModel, plan: Plan) -> dict[str, str] | None:
+    """The other model that a training used."""
+    training = plan.recipe.training
+    return generator_identity(model.folder, training) if training is not None else None
 
 
 def _record(

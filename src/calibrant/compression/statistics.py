@@ -2,6 +2,7 @@
 
 import torch
 
+from calibrant.kernels import column_sums
 from calibrant.kernels.gram import add_gram, add_product
 
 _CHUNK_ROWS = 256
@@ -46,6 +47,9 @@ class ColumnNorm:
 
     def add(self, inputs: torch.Tensor) -> None:
         self.tokens += inputs.shape[0]
+        if column_sums.takes(inputs):
+            self.sum_of_squares += column_sums.column_squares(inputs)
+            return
         # Squaring chunks that stay in the cache is much faster on a CPU than a norm over the first axis.
         for rows in inputs.split(_CHUNK_ROWS):
             self.sum_of_squares += rows.to(torch.float32, copy=True).square_().sum(0)
@@ -61,6 +65,11 @@ class Magnitude:
 
     def add(self, inputs: torch.Tensor) -> None:
         self.tokens += inputs.shape[0]
+        if column_sums.takes(inputs):
+            total, largest = column_sums.column_magnitudes(inputs)
+            self._sum += total
+            torch.maximum(self.largest, largest, out=self.largest)
+            return
         for rows in inputs.split(_CHUNK_ROWS):
             magnitude = rows.float().abs_()
             self._sum += magnitude.sum(0)

@@ -4,19 +4,47 @@ Gradients are one inside the range and zero where values are clipped; scales get
 none (methods.md §19).
 """
 
+from typing import Any
+
 import torch
 
 from calibrant.compression.grids import GridSpec, parameters
+
+
+class _Rounded(torch.autograd.Function):
+    """The rounding with its gradients in closed form: nothing but the arguments is kept between the two."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, lowest: int, highest: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(values, scale, zero)
+        ctx.range = lowest, highest
+        codes = (values / scale).add_(zero).clamp_(lowest, highest).round_()
+        return codes.sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        values, scale, zero = ctx.saved_tensors
+        steps = values / scale
+        codes = steps + zero
+        clamped = codes.clamp(*ctx.range)
+        inside = clamped == codes
+        of_values = gradient * inside if ctx.needs_input_grad[0] else None
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            change = clamped.round_().sub_(zero).sub_(steps.mul_(inside))
+            of_scale = change.mul_(gradient).sum_to_size(scale.shape)
+        return of_values, of_scale, None, None, None
 
 
 def fake_quantize(
     values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, lowest: int, highest: int
 ) -> torch.Tensor:
     """``scale (code - zero)`` of float32 ``values``; ``scale`` and ``zero`` broadcast to them."""
-    inside = torch.clamp(values / scale + zero, lowest, highest)
-    # The difference of a number and its rounding is exact, so the sum is the whole number.
-    codes = inside + (torch.round(inside) - inside).detach()
-    return (codes - zero) * scale
+    rounded: torch.Tensor = _Rounded.apply(values, scale, zero, lowest, highest)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 def fake_quantize_weight(weight: torch.Tensor, spec: GridSpec) -> torch.Tensor:

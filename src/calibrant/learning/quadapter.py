@@ -17,6 +17,8 @@ from calibrant.compression.plan import Plan
 from calibrant.compression.recipe import Quadapter
 from calibrant.errors import CalibrantError
 from calibrant.learning.fake_quantization import fake_quantize_tensor, fake_quantize_tokens, fake_quantize_weight
+from calibrant.learning.journal import Journal
+from calibrant.learning.scaled_model import PlacedPair
 from calibrant.learning.trainable_block import TrainableBlock, trainable
 from calibrant.modeling.foldable import FoldablePair, find_foldable
 from calibrant.modeling.inputs import call_block
@@ -28,6 +30,7 @@ from calibrant.progress import Progress
 # One row in so many is held out, and looked at every so many steps (ours).
 _HELD_OUT = 8
 _LOOK = 25
+_NAME = "scales"
 
 
 @torch.inference_mode()
@@ -38,15 +41,22 @@ def learn_scales(
     calibration: CalibrationSet,
     dtype: torch.dtype,
     micro_batch_tokens: int,
+    journal: Journal,
     progress: Progress,
-) -> Plan:
-    """The plan with scales for every norm that linears can be folded into.
+) -> tuple[Plan, list[PlacedPair]]:
+    """The plan with scales for every norm that linears can be folded into, and these places.
+
+    Blocks that ``journal`` knows are not learned again.
 
     Raises:
         CalibrantError: values are not finite, or a linear is given other rows than the tokens.
     """
     probe, batches = enter_blocks(model, plan.blocks, calibration, dtype, model.device, micro_batch_tokens)
-    scales: dict[str, torch.Tensor] = {}
+    known = journal.read(_NAME) or {"blocks": 0, "scales": {}}
+    scales: dict[str, torch.Tensor] = {name: scale.to(model.device) for name, scale in known["scales"].items()}
+    if known["blocks"]:
+        progress.note(f"learning goes on after block {known['blocks']}, from {journal.folder}")
+    places: list[PlacedPair] = []
     with progress.task("learning scales", len(plan.blocks)) as task:
         for index, prefix in enumerate(plan.blocks):
             with model.loaded(prefix) as block:
@@ -54,17 +64,21 @@ def learn_scales(
                 structure = probe_block(block, index, probe)
                 pairs = find_foldable(block, index, structure, probe)
                 pairs = [pair for pair in pairs if pair.producer.norm is not None]
+                placed = [PlacedPair(prefix, pair) for pair in pairs]
                 groups = [stage for stage in structure.stages if isinstance(stage, InputGroup)]
-                with trainable(block, [linear for group in groups for linear in group.linears]) as student:
-                    calls = student.calls(index, batches)
-                    found = _Fit(student, prefix, pairs, plan).learn(calls, options)
+                if index >= known["blocks"]:
+                    with trainable(block, [linear for group in groups for linear in group.linears]) as student:
+                        calls = student.calls(index, batches)
+                        found = _Fit(student, prefix, pairs, plan).learn(calls, options)
+                    scales |= {place.name: scale for place, scale in zip(placed, found, strict=True)}
+                    journal.write(_NAME, {"blocks": index + 1, "scales": scales})
                 for batch in batches:
                     batch.hidden = call_block(block, index, batch)
                     if not bool(torch.isfinite(batch.hidden).all()):
                         raise CalibrantError(f"{prefix}: its output holds values that are not finite; check the model")
-            scales |= {f"{prefix}.{pair.group.module}": scale for pair, scale in zip(pairs, found, strict=True)}
+            places += placed
             task.advance()
-    return replace(plan, scales=scales)
+    return replace(plan, scales=scales), places
 
 
 class _Fit:

@@ -64,6 +64,11 @@ class ModelFolder:
         return path.name
 
     @property
+    def causal(self) -> bool:
+        """Whether it is a causal language model, which can write text."""
+        return self.architecture in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids the embedding holds."""
         return int(self.config.get_text_config().vocab_size)

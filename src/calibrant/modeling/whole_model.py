@@ -74,7 +74,7 @@ def _load_dequantized(
 
 
 def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.PreTrainedModel:
-    """The causal language model in ``folder``, in evaluation mode.
+    """The model in ``folder``, in evaluation mode.
 
     Raises:
         CalibrantError: it cannot be loaded, or its files lack weights.
@@ -83,7 +83,7 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
     settings = folder.config_dict.get("quantization_config")
     if isinstance(settings, dict) and settings.get("quant_method") in ("gptq", "awq"):
         return _load_dequantized(folder, settings, place, torch_dtype(dtype, place))
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained  # typed by transformers for the model alone
+    load: Any = model_class(folder.architecture).from_pretrained  # typed by transformers for the model alone
     try:
         model, found = load(
             str(folder.path),

@@ -1,0 +1,121 @@
+"""Inputs of linears rounded in training: per token, or on one static range that is learned."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibrant.compression.activation_ranges import InputGrid
+from calibrant.compression.grids import GridSpec, parameters
+from calibrant.compression.plan import Plan
+from calibrant.learning.fake_quantization import fake_quantize_tensor, fake_quantize_tokens
+
+# Token ids ``[rows, length]`` and which of them count.
+Rows = tuple[torch.Tensor, torch.Tensor]
+# Linears that read one tensor are called near each other.
+_RECENT = 4
+
+
+@dataclass(frozen=True)
+class SeenInput:
+    """Lowest and highest value of an input's channels ``[in]``; ``leader`` names the first linear that reads it."""
+
+    leader: str
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+class LearnedRange(nn.Module):
+    """A static range, learned as a factor of what was seen, channels multiplied by ``exp(log_alpha)`` if that is given.
+
+    A range of nothing stays one.
+    """
+
+    def __init__(self, seen: SeenInput, scale_dtype: torch.dtype, log_alpha: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self._spec, self._seen, self._log_alpha = GridSpec(8, False, None, scale_dtype), seen, log_alpha
+        self.low = nn.Parameter(torch.zeros((), device=seen.low.device))
+        self.high = nn.Parameter(torch.zeros((), device=seen.low.device))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return fake_quantize_tensor(inputs, *self._range(), self._spec)
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha = self._log_alpha.exp() if self._log_alpha is not None else 1.0
+        low, high = (self._seen.low * alpha).amin().clamp(max=0), (self._seen.high * alpha).amax().clamp(min=0)
+        return low * self.low.exp(), high * self.high.exp()
+
+    @torch.no_grad()
+    def grid(self) -> InputGrid:
+        low, high = self._range()
+        scale, zero = parameters(low[None], high[None], self._spec)
+        return InputGrid(scale.to(self._spec.scale_dtype).cpu(), zero.to(torch.int8).cpu())
+
+
+def learned_ranges(
+    plan: Plan, seen: dict[str, SeenInput], log_alphas: Mapping[str, torch.Tensor]
+) -> dict[str, LearnedRange]:
+    """Ranges by linear, one for all that read one tensor; none of linears whose input was not ``seen``."""
+    by_leader: dict[str, LearnedRange] = {}
+    for name in plan.linears:
+        spec = plan.spec_for(name)
+        if name in seen and spec is not None and seen[name].leader not in by_leader:
+            by_leader[seen[name].leader] = LearnedRange(seen[name], spec.scale_dtype, log_alphas.get(name))
+    return {name: by_leader[seen[name].leader] for name in plan.linears if name in seen}
+
+
+def range_parameters(ranges: dict[str, LearnedRange]) -> list[nn.Parameter]:
+    """What the ranges are learned by, each once."""
+    return [parameter for learned in dict.fromkeys(ranges.values()) for parameter in (learned.low, learned.high)]
+
+
+def round_inputs(model: nn.Module, plan: Plan, ranges: dict[str, LearnedRange]) -> None:
+    """From now on the plan's linears in ``model`` read rounded inputs, if the plan has it so."""
+    activations = plan.recipe.scheme.activations
+
+    def hook(learned: LearnedRange | None, bits: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            # In float32 also where the products are in bfloat16, whose scales would not be those that are stored.
+            inputs = args[0].float()
+            return (learned(inputs) if learned is not None else fake_quantize_tokens(inputs, bits), *args[1:])
+
+        return rounded
+
+    for name in plan.linears if activations is not None else ():
+        assert activations is not None
+        model.get_submodule(name).register_forward_pre_hook(hook(ranges.get(name), activations.bits))
+
+
+@torch.no_grad()
+def see_inputs(model: nn.Module, names: list[str], batches: Iterable[Rows]) -> dict[str, SeenInput]:
+    """What counted tokens bring to the linears of those names; linears that read one tensor have one account."""
+    found: dict[str, SeenInput] = {}
+    leaders: dict[str, str] = {}
+    recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=_RECENT)
+    batch: list[torch.Tensor] = []
+
+    def note(name: str, inputs: torch.Tensor) -> None:
+        leader = leaders.setdefault(name, next((first for one, first in recent if one is inputs), name))
+        recent.append((inputs, leader))
+        (counted,) = batch
+        rows = inputs[counted] if inputs.shape[:-1] == counted.shape else inputs.flatten(0, -2)
+        low, high = rows.float().aminmax(dim=0)
+        if leader in found:
+            low, high = torch.minimum(found[leader].low, low), torch.maximum(found[leader].high, high)
+        found[leader] = SeenInput(leader, low, high)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: note(name, args[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        for ids, counted in batches:
+            batch[:] = [counted]
+            model(input_ids=ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found[leader] for name, leader in leaders.items()}

@@ -1,0 +1,469 @@
+"""Training of rounded weights: QAT and ZSAQ on small models, from one step to the file that is loaded again."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import calibrant as cb
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.randomness import generator as seeded
+from calibrant.compression.grids import GridSpec
+from calibrant.compression.plan import make_plan
+from calibrant.compression.recipe import Recipe
+from calibrant.compression.solvers.rtn import rtn
+from calibrant.errors import CalibrantError
+from calibrant.learning import training_loop
+from calibrant.learning.divergence import divergences
+from calibrant.learning.generator import Generator, read_embeddings
+from calibrant.learning.lessons import TextLesson, ZsaqLesson
+from calibrant.learning.rounded_model import RoundedModel
+from calibrant.learning.sharpness import at_worst_nearby
+from calibrant.learning.student import Student
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.structure import find_blocks
+from calibrant.modeling.whole_model import load_whole
+from calibrant.progress import Silent
+from tests.conftest import random_set
+
+W4A8 = {"weights": {"bits": 4, "range_search": "mse"}, "activations": {"bits": 8}}
+CPU = torch.device("cpu")
+
+
+def recipe(training: dict[str, Any], **scheme: Any) -> Recipe:
+    short = {"steps": 6, "rows": 4, "length": 16, "look": 3, "learning_rate": 1e-3}
+    return Recipe.model_validate(
+        {
+            "name": "r",
+            "description": "d",
+            "training": {**short, **training},
+            "method": {"name": "rtn"},
+            "scheme": scheme or W4A8,
+        }
+    )
+
+
+def rounded(folder: Path, chosen: Recipe) -> tuple[RoundedModel, transformers.PreTrainedModel]:
+    """The student that a run would train, and its teacher."""
+    opened = ModelFolder(folder, allow_encoder=True)
+    lazy = LazyModel(opened, opened.dtype, CPU)
+    plan = make_plan(lazy, find_blocks(lazy.module), chosen)
+    return RoundedModel(load_whole(opened, "cpu", "float32"), plan), load_whole(opened, "cpu", "float32")
+
+
+def student(folder: Path, chosen: Recipe) -> Student:
+    assert chosen.training is not None
+    watched = random_set(samples=2, length=16, seed=9)
+    return Student(
+        *rounded(folder, chosen),
+        chosen.training,
+        (watched.tokens.long(), watched.mask),
+        torch.float32,
+        causal=True,
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma3"])
+def test_the_student_computes_with_what_is_stored(model_folder, architecture: str) -> None:
+    """Before any step: round-to-nearest."""
+    made, _ = rounded(model_folder(architecture), recipe({"name": "qat"}, weights={"bits": 3, "group_size": 32}))
+    spec = GridSpec(3, True, 32, torch.float32)
+    for name, linear in made.trained().items():
+        stored = rtn(linear.weight, spec).weight
+        module = made.model.get_submodule(name)
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        assert torch.equal(weight.T if architecture == "gpt2" else weight, stored)
+
+
+def test_a_move_is_as_long_as_the_radius_and_leaves_no_trace() -> None:
+    draw = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(5, 7, generator=draw, requires_grad=True) for _ in range(3)]
+    before = [parameter.detach().clone() for parameter in parameters]
+
+    def loss() -> torch.Tensor:
+        return torch.stack([(parameter**3).sum() for parameter in parameters]).sum()
+
+    loss().backward()
+    start = float(loss())
+    with at_worst_nearby(parameters, 0.1):
+        moves = [parameter.detach() - value for parameter, value in zip(parameters, before, strict=True)]
+        worst = float(loss())
+    assert torch.stack([move.norm() for move in moves]).norm() == pytest.approx(0.1, rel=1e-4)
+    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True))
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        moves = [torch.randn(5, 7, generator=draw) for _ in parameters]
+        length = torch.stack([move.norm() for move in moves]).norm()
+        with torch.no_grad():
+            near = sum(
+                float(((value + 0.1 * move / length) ** 3).sum()) for value, move in zip(before, moves, strict=True)
+            )
+        assert near < worst
+    assert worst > start
+
+
+def test_no_radius_is_adamw_bit_for_bit(llama: Path) -> None:
+    chosen = recipe({"name": "qat", "radius": 0})
+    data = random_set(length=16)
+    ids = data.tokens.long()
+    ours = student(llama, chosen)
+    assert chosen.training is not None
+    lesson = TextLesson(ours, chosen.training, (ids, data.mask))  # type: ignore[arg-type]
+    theirs, teacher = rounded(llama, chosen)
+    learned = [parameter for parameters, _ in theirs.groups for parameter in parameters]
+    groups = [{"params": parameters, "lr": 1e-3 * factor} for parameters, factor in theirs.groups]
+    plain = torch.optim.AdamW(groups, weight_decay=0.0)
+    for number in range(4):
+        lesson.step(number, 1.0)
+        rows = torch.from_numpy(np.asarray(seeded(0, "text", number).choice(len(ids), 4, replace=False)))
+        plain.zero_grad()
+        answer = theirs.model(input_ids=ids[rows]).logits
+        with torch.no_grad():
+            target = teacher(input_ids=ids[rows]).logits
+        (divergences(target, answer).flatten().sum() / (4 * 16)).backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        plain.step()
+    for mine, other in zip(ours.learned, learned, strict=True):
+        assert torch.equal(mine, other)
+    before = [weight.detach().clone() for weight in theirs.weights]
+    with at_worst_nearby(theirs.weights, 0.0):
+        assert all(torch.equal(one, other) for one, other in zip(theirs.weights, before, strict=True))
+
+
+def test_the_divergence_of_a_model_from_itself_is_nothing(llama: Path) -> None:
+    model = load_whole(ModelFolder(llama), "cpu", "float32")
+    logits = model(input_ids=random_set(length=16).tokens.long()).logits
+    assert float(divergences(logits, logits).abs().max()) < 1e-6
+    reference = F.kl_div(
+        torch.log_softmax(logits[:, 1:], -1), torch.log_softmax(logits[:, :-1], -1), reduction="none", log_target=True
+    )
+    torch.testing.assert_close(divergences(logits[:, :-1], logits[:, 1:]), reference.sum(-1))
+
+
+@pytest.mark.parametrize("same_vocabulary", [True, False])
+def test_the_generators_gradient_is_that_of_finite_differences(model_folder, same_vocabulary: bool) -> None:
+    """Along a direction; the rounding of a student has no derivative, so here another model stands for it."""
+    load = lambda name: load_whole(ModelFolder(model_folder(name)), "cpu", "float32")  # noqa: E731
+    teacher, other = load("llama"), load("mistral")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    generator = Generator(load("qwen2"), read_embeddings(teacher), same_vocabulary, 0.5, seed=0)
+    ids = random_set(length=12).tokens.long()
+
+    def apart() -> torch.Tensor:
+        vectors = generator(ids)
+        return divergences(teacher(inputs_embeds=vectors).logits, other(inputs_embeds=vectors).logits).mean()
+
+    learning = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(apart(), learning, allow_unused=True)
+    pairs = [
+        (parameter, gradient) for parameter, gradient in zip(learning, gradients, strict=True) if gradient is not None
+    ]
+    length = torch.stack([gradient.norm() for _, gradient in pairs]).norm()
+    assert length > 0
+    values = []
+    for step in (0.004, -0.004):
+        with torch.no_grad():
+            for parameter, gradient in pairs:
+                parameter.add_(gradient / length, alpha=step)
+            values.append(float(apart()))
+            for parameter, gradient in pairs:
+                parameter.sub_(gradient / length, alpha=step)
+    assert (values[0] - values[1]) / 0.008 == pytest.approx(float(length), rel=0.02)
+
+
+def test_mapped_vectors_look_like_embeddings(model_folder) -> None:
+    teacher = load_whole(ModelFolder(model_folder("gemma3")), "cpu", "float32")
+    embeddings = read_embeddings(teacher)
+    ids = random_set(length=16).tokens.long()
+    assert torch.equal(embeddings[ids], teacher.get_input_embeddings()(ids))
+    writer = load_whole(ModelFolder(model_folder("llama")), "cpu", "float32")
+    with torch.no_grad():
+        vectors = Generator(writer, embeddings, False, 1.0, seed=0)(ids)
+    for found, wanted in zip(torch.std_mean(vectors, (0, 1)), torch.std_mean(embeddings, 0), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-4)
+
+
+def zsaq(folder: Path, **training: Any) -> ZsaqLesson:
+    chosen = recipe({"name": "zsaq", **training}, weights={"bits": 2})
+    made = student(folder, chosen)
+    teacher = load_whole(ModelFolder(folder), "cpu", "float32")
+    generator = Generator(teacher, read_embeddings(teacher), True, 1.0, seed=0)
+    return ZsaqLesson(made, chosen.training, torch.arange(4, 99), generator)  # type: ignore[arg-type]
+
+
+def test_the_generator_drives_them_apart(llama: Path) -> None:
+    lesson = zsaq(llama, generator_learning_rate=3e-3)
+    ids = random_set(samples=4, length=16).tokens.long()
+    apart = [lesson._ascend(ids) for _ in range(25)]
+    assert apart[-1] > 1.2 * apart[0]
+
+
+def test_a_frozen_generator_stays(llama: Path) -> None:
+    for rate, stays in ((0.0, True), (1e-3, False)):
+        lesson = zsaq(llama, generator_learning_rate=rate)
+        assert lesson._generator is not None
+        before = [parameter.detach().clone() for parameter in lesson._generator.parameters()]
+        lesson.step(0, 1.0)
+        after = list(lesson._generator.parameters())
+        assert stays == all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.fixture
+def peaked(llama: Path, tmp_path: Path) -> Path:
+    """``llama`` with larger weights: random ones of the usual size give next to uniform distributions."""
+    folder = shutil.copytree(llama, tmp_path / "peaked")
+    tensors = load_file(folder / "model.safetensors")
+    larger = {name: value * 8 if "proj" in name or "lm_head" in name else value for name, value in tensors.items()}
+    save_file(larger, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+LONGER = {"steps": 60, "look": 10, "rows": 8}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"name": "qat"}, {"name": "qat", "radius": 0.05}, {"name": "zsaq"}, {"name": "zsaq", "inputs": "random"}],
+)
+def test_training_brings_the_student_closer(peaked: Path, tmp_path: Path, training: dict[str, Any]) -> None:
+    chosen = recipe({**training, **LONGER}, weights={"bits": 3}, activations={"bits": 8})
+    cb.compress(
+        peaked, output=tmp_path / "out", recipe=chosen, calibration=random_set(peaked, samples=64), dtype="float32"
+    )
+    record = json.loads((tmp_path / "out" / "calibrant.json").read_text())
+    held_out = record["training"]["held_out"]
+    assert held_out[str(record["training"]["best"])] < 0.8 * held_out["0"]
+    assert (record["calibration"] is None) == (training["name"] == "zsaq")
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"weights": {"bits": 4, "range_search": "mse"}, "activations": {"bits": 8}},
+        {"weights": {"bits": 2, "group_size": 32}, "activations": {"bits": 8}},
+        {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}},
+        {"weights": {"bits": 4, "group_size": 32}},
+    ],
+)
+def test_what_is_loaded_is_what_was_trained(llama: Path, tmp_path: Path, scheme: dict[str, Any]) -> None:
+    """The divergence that training saw on held-out rows, from the files by another library."""
+    data = random_set(llama, samples=8, length=16)
+    cb.compress(
+        llama, output=tmp_path / "out", recipe=recipe({"name": "qat"}, **scheme), calibration=data, dtype="float32"
+    )
+    training = json.loads((tmp_path / "out" / "calibrant.json").read_text())["training"]
+    rows = data.tokens[-1:].long()
+    original = load_whole(ModelFolder(llama), "cpu", "float32")
+    loaded = load_whole(ModelFolder(tmp_path / "out", allow_quantized=True), "cpu", "float32")
+    with torch.no_grad():
+        found = divergences(original(input_ids=rows).logits, loaded(input_ids=rows).logits)
+    assert float(found.mean()) == pytest.approx(training["held_out"][str(training["best"])], rel=1e-3)
+    assert list((tmp_path / "out" / "training").glob("events*"))
+    assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gemma3", "bert"])
+def test_architectures_can_be_trained(model_folder, tmp_path: Path, architecture: str) -> None:
+    scheme = {"weights": {"bits": 4}} if architecture == "gpt2" else W4A8
+    inputs = "random" if architecture == "bert" else "generator"
+    report = cb.compress(
+        model_folder(architecture),
+        output=tmp_path / "out",
+        recipe=recipe({"name": "zsaq", "inputs": inputs}, **scheme),
+        allow_encoder=architecture == "bert",
+    )
+    assert any("held-out loss" in note for note in report.notes)
+    assert len(report.layers) == {"gpt2": 8, "opt": 12, "gemma3": 14, "bert": 12}[architecture]
+
+
+def test_a_language_model_of_another_vocabulary_can_be_the_generator(llama: Path, model_folder, tmp_path: Path) -> None:
+    writer = shutil.copytree(model_folder("opt"), tmp_path / "writer")
+    text = (writer / "tokenizer.json").read_text().replace('"~"', '"~~"')
+    (writer / "tokenizer.json").write_text(text)
+    chosen = recipe({"name": "zsaq", "generator": str(writer), "generator_learning_rate": 1e-4})
+    report = cb.compress(llama, output=tmp_path / "out", recipe=chosen)
+    assert report.tensors_verified
+
+
+class _StoppedError(Exception):
+    pass
+
+
+class _StopsAfter(Silent):
+    def __init__(self, steps: int) -> None:
+        self.left, self.notes = steps, list[str]()
+
+    @contextmanager
+    def task(self, label: str, total: int | None) -> Iterator[Any]:
+        outer = self
+
+        class Handle:
+            def advance(self, steps: int = 1) -> None:
+                if label == "training":
+                    if not outer.left:
+                        raise _StoppedError
+                    outer.left -= 1
+
+        yield Handle()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("training", [{"name": "qat"}, {"name": "zsaq", "generator_learning_rate": 1e-3}])
+def test_a_killed_training_goes_on_to_the_same_bytes(
+    llama: Path, tmp_path: Path, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_loop, "_JOURNAL_SECONDS", -1.0)
+    chosen, data = recipe({**training, "steps": 8}), random_set(llama)
+    cb.compress(llama, output=tmp_path / "whole", recipe=chosen, calibration=data)
+    for steps in (3, 2):
+        stopping = _StopsAfter(steps)
+        with pytest.raises(_StoppedError):
+            cb.compress(llama, output=tmp_path / "parts", recipe=chosen, calibration=data, progress=stopping)
+        assert not (tmp_path / "parts").exists()
+    ends = _StopsAfter(99)
+    cb.compress(llama, output=tmp_path / "parts", recipe=chosen, calibration=data, progress=ends)
+    assert any("goes on after step 5" in note for note in ends.notes)
+    for name in ("model.safetensors", "calibrant.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_another_training_begins_anew_and_a_damaged_journal_says_what_to_do(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_loop, "_JOURNAL_SECONDS", -1.0)
+    data = random_set(llama)
+
+    def run(steps: int, stops: int, overwrite: bool = True) -> _StopsAfter:
+        listener = _StopsAfter(stops)
+        chosen = recipe({"name": "qat", "steps": steps})
+        cb.compress(
+            llama, output=tmp_path / "out", recipe=chosen, calibration=data, progress=listener, overwrite=overwrite
+        )
+        return listener
+
+    with pytest.raises(_StoppedError):
+        run(8, 3)
+    with pytest.raises(CalibrantError, match="holds an unfinished training with other settings"):
+        run(5, 99, overwrite=False)
+    assert not run(5, 99).notes
+    with pytest.raises(_StoppedError):
+        run(8, 3)
+    state = tmp_path / "out.training" / "steps.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CalibrantError, match=r"steps\.pt: damaged .* begin the training anew"):
+        run(8, 99)
+
+
+def test_an_early_stop_is_the_same_after_a_break(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_loop, "_JOURNAL_SECONDS", -1.0)
+    worse = recipe({"name": "qat", "steps": 30, "look": 1, "patience": 4, "learning_rate": 0.5})
+    data = random_set(llama)
+    cb.compress(llama, output=tmp_path / "whole", recipe=worse, calibration=data)
+    with pytest.raises(_StoppedError):
+        cb.compress(llama, output=tmp_path / "parts", recipe=worse, calibration=data, progress=_StopsAfter(2))
+    cb.compress(llama, output=tmp_path / "parts", recipe=worse, calibration=data)
+    first, second = ((tmp_path / name / "calibrant.json").read_bytes() for name in ("whole", "parts"))
+    assert first == second
+    training = json.loads(first)["training"]
+    assert training["steps"] == training["best"] + 4 < 30
+
+
+def test_inputs_that_are_one_tensor_have_one_range(model_folder, tmp_path: Path) -> None:
+    static = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    for architecture in ("opt", "llama"):
+        model, output = model_folder(architecture), tmp_path / architecture
+        chosen = recipe({"name": "qat", "learning_rate": 1e-2}, **static)
+        cb.compress(model, output=output, recipe=chosen, calibration=random_set(model))
+        stored = load_file(output / "model.safetensors")
+        scales = {name: value for name, value in stored.items() if name.endswith("input_scale") and "layers.0." in name}
+        several = [float(value) for name, value in scales.items() if any(one in name for one in ("q_", "k_", "v_"))]
+        assert len(several) == 3
+        assert len(set(several)) == 1
+        assert len({float(value) for value in scales.values()}) > 1
+
+
+def test_uncounted_tokens_change_nothing(llama: Path, tmp_path: Path) -> None:
+    whole = random_set(llama, samples=9)
+    mask = whole.mask.clone()
+    mask[:, 24:] = False
+    tokens = whole.tokens.clone()
+    tokens[:, 24:] = 7
+    static = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    for name, one in {"a": whole.tokens, "b": tokens}.items():
+        data = CalibrationSet.build(one, mask, whole.manifest)
+        chosen = recipe({"name": "qat", "length": 32}, **static)
+        cb.compress(llama, output=tmp_path / name, recipe=chosen, calibration=data)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_checkpointing_changes_nothing(llama: Path, tmp_path: Path) -> None:
+    for name, checkpointing in {"kept": False, "again": True}.items():
+        chosen = recipe({"name": "zsaq", "checkpointing": checkpointing, "generator_learning_rate": 1e-3})
+        cb.compress(llama, output=tmp_path / name, recipe=chosen, dtype="float32")
+    kept, again = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "again"))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_weights_that_are_not_trained_keep_their_bytes(llama: Path, tmp_path: Path) -> None:
+    cb.compress(llama, output=tmp_path / "out", recipe=recipe({"name": "qat"}), calibration=random_set(llama))
+    before, after = (load_file(folder / "model.safetensors") for folder in (llama, tmp_path / "out"))
+    kept = [name for name in before if "_proj" not in name]
+    assert len(kept) == 7
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_refusals(llama: Path, model_folder, tmp_path: Path) -> None:
+    for scheme, others, said in (
+        ({**W4A8, "activations": {"bits": 8, "dynamic": False}}, {}, "zsaq has no data"),
+        (W4A8, {"transforms": [{"name": "smoothquant"}]}, "without transforms"),
+        (W4A8, {"method": {"name": "gptq"}}, "ends with method rtn"),
+    ):
+        value = {
+            "name": "r",
+            "description": "d",
+            "training": {"name": "zsaq"},
+            "method": {"name": "rtn"},
+            "scheme": scheme,
+        }
+        with pytest.raises(ValueError, match=said):
+            Recipe.model_validate({**value, **others})
+    with pytest.raises(CalibrantError, match="fused experts, which qat"):
+        cb.compress(model_folder("mixtral"), output=tmp_path / "out", recipe=recipe({"name": "qat"}))
+    with pytest.raises(CalibrantError, match="at least two rows"):
+        cb.compress(
+            llama,
+            output=tmp_path / "out",
+            recipe=recipe({"name": "qat"}),
+            calibration=random_set(llama, samples=1, length=16),
+        )
+    short = recipe({"name": "zsaq", "length": 65})
+    with pytest.raises(CalibrantError, match="reads 64 tokens at most"):
+        cb.compress(llama, output=tmp_path / "out", recipe=short)
+    text = recipe({"name": "qat", "objective": "text"})
+    with pytest.raises(CalibrantError, match="predicts no next tokens"):
+        cb.compress(model_folder("bert"), output=tmp_path / "out", recipe=text, allow_encoder=True)
+    with pytest.raises(ValueError, match="random inputs need no generator"):
+        recipe({"name": "zsaq", "inputs": "random", "temperature": 2.0})
+    with pytest.raises(CalibrantError, match="cannot be its own generator"):
+        cb.compress(model_folder("bert"), output=tmp_path / "out", recipe=recipe({"name": "zsaq"}), allow_encoder=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.training" / "notes.txt").write_text("mine")
+    with pytest.raises(CalibrantError, match="in the way of the training's journal"):
+        cb.compress(llama, output=tmp_path / "out", recipe=recipe({"name": "zsaq"}))
