@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of 512 tokens")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "compress.json")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "compress.json", help="kept and gone on with")
     options = parser.parse_args()
     options.model = options.model.absolute()
     known = comparisons(options.bits, options.group_size)

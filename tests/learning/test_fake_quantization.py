@@ -78,3 +78,28 @@ def test_gradients_reach_weights_through_their_range() -> None:
     assert weight.grad[0, 0] == 1.0
     assert weight.grad[0, 1] != 0.0
     assert weight.grad[0, 2] == 0.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 8), st.sampled_from([(6, 1), (1, 1), ()]), st.integers(0, 99))
+def test_gradients_are_those_of_autograd(bits: int, shape: tuple[int, ...], seed: int) -> None:
+    """Of the same rounding written down with detached differences, in float64."""
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(4, 6, 9, generator=draw, requires_grad=True)
+    scale = (torch.rand(shape, generator=draw) * 0.5 + 0.05).requires_grad_(True)
+    zero = torch.randint(-2, 2, shape, generator=draw).float()
+    lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    weights = torch.randn(4, 6, 9, generator=draw)
+    found = fake_quantize(values, scale, zero, lowest, highest)
+    (found * weights).sum().backward()
+    wide, wide_scale = values.detach().double().requires_grad_(True), scale.detach().double().requires_grad_(True)
+    clamped = torch.clamp(wide / wide_scale + zero, lowest, highest)
+    expected = (clamped + (clamped.round() - clamped).detach() - zero) * wide_scale
+    (expected * weights).sum().backward()
+    assert values.grad is not None
+    assert scale.grad is not None
+    assert wide.grad is not None
+    assert wide_scale.grad is not None
+    torch.testing.assert_close(found.detach().double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values.grad.double(), wide.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scale.grad.double(), wide_scale.grad, rtol=1e-4, atol=1e-4)

@@ -190,7 +190,7 @@ def test_the_scaled_model_computes_what_is_stored(
 ) -> None:
     """The divergence that the second phase ended with, from the files by another library."""
     model = model_folder(architecture)
-    static = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    static = {"weights": {"bits": 4}, "activations": {"bits": 8, "dynamic": False}}
     scheme = {"weights": {"bits": 4}} if architecture == "gpt2" else static
     training = {**SECOND, "objective": "teacher"}
     data = random_set(model, samples=8, length=16)
@@ -198,7 +198,7 @@ def test_the_scaled_model_computes_what_is_stored(
     chosen = chosen.model_copy(update={"ignore": ignore})
     cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=data, dtype="float32")
     record = json.loads((tmp_path / "out" / "calibrant.json").read_text())["training"]
-    assert record["best"] > 0 or ignore
+    assert len(set(record["held_out"].values())) > 1
     rows = data.tokens[-1:].long()
     original = load_whole(ModelFolder(model), "cpu", "float32")
     loaded = load_whole(ModelFolder(tmp_path / "out", allow_quantized=True), "cpu", "float32")

@@ -145,10 +145,25 @@ def test_the_divergence_of_a_model_from_itself_is_nothing(llama: Path) -> None:
     model = load_whole(ModelFolder(llama), "cpu", "float32")
     logits = model(input_ids=random_set(length=16).tokens.long()).logits
     assert float(divergences(logits, logits).abs().max()) < 1e-6
-    reference = F.kl_div(
-        torch.log_softmax(logits[:, 1:], -1), torch.log_softmax(logits[:, :-1], -1), reduction="none", log_target=True
-    )
-    torch.testing.assert_close(divergences(logits[:, :-1], logits[:, 1:]), reference.sum(-1))
+
+
+@pytest.mark.parametrize("shape", [(3, 50, 20), (7, 3)])
+def test_the_divergence_is_that_of_the_library_with_its_gradients(shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    teacher, student = (3 * torch.randn(shape, generator=draw) for _ in range(2))
+    weights = torch.randn(shape[:-1], generator=draw)
+    ours = [teacher.clone().requires_grad_(True), student.clone().requires_grad_(True)]
+    found = divergences(*ours)
+    (found * weights).sum().backward()
+    theirs = [teacher.double().requires_grad_(True), student.double().requires_grad_(True)]
+    log_p, log_q = (torch.log_softmax(logits, -1) for logits in theirs)
+    expected = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("same_vocabulary", [True, False])

@@ -111,7 +111,6 @@ def run_compression(
             f"recipe {plan.recipe.name} needs the single pass: leave out --two-pass and --no-propagate"
         )
     clock = Clock()
-    map_large_blocks()
     with staged(output, settings.overwrite) as folder, torch.inference_mode():
         spent = journal = training = None
         learning_set = calibration
@@ -127,6 +126,8 @@ def run_compression(
             journal = Journal(output, _identity(model, plan, learning_set, settings), settings.overwrite)
             with clock.stage("learn"):
                 plan, training = _learn(model, plan, learning_set, settings, journal, progress)
+        # Not before something was trained, which frees and takes large blocks all the time.
+        map_large_blocks()
         writer = CheckpointWriter(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
         notes = [*plan.notes, *([training.sentence()] if training is not None else [])]
         config, pruned, layers = dict(model.folder.config_dict), None, list[LayerReport]()

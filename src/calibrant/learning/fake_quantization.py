@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from calibrant.compression.grids import GridSpec, parameters
+from calibrant.kernels.fake_rounding import rounded_gradients, rounded_values
 
 
 class _Rounded(torch.autograd.Function):
@@ -20,6 +21,9 @@ class _Rounded(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(values, scale, zero)
         ctx.range = lowest, highest
+        if values.device.type == "cpu":
+            rows, scales, zeros = _rows(values, scale, zero)
+            return rounded_values(rows, scales, zeros, lowest, highest).view(values.shape)
         codes = (values / scale).add_(zero).clamp_(lowest, highest).round_()
         return codes.sub_(zero).mul_(scale)
 
@@ -27,22 +31,33 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = gradients
         values, scale, zero = ctx.saved_tensors
+        if values.device.type == "cpu":
+            rows, scales, zeros = _rows(values, scale, zero)
+            of_values, of_scales = rounded_gradients(rows, gradient.reshape(rows.shape), scales, zeros, *ctx.range)
+            of_scale = of_scales.view(*values.shape[:-1], 1).sum_to_size(scale.shape)
+            return of_values.view(values.shape), of_scale, None, None, None
         steps = values / scale
         codes = steps + zero
         clamped = codes.clamp(*ctx.range)
-        inside = clamped == codes
-        of_values = gradient * inside if ctx.needs_input_grad[0] else None
-        of_scale = None
-        if ctx.needs_input_grad[1]:
-            change = clamped.round_().sub_(zero).sub_(steps.mul_(inside))
-            of_scale = change.mul_(gradient).sum_to_size(scale.shape)
-        return of_values, of_scale, None, None, None
+        outside = clamped != codes
+        change = clamped.round_().sub_(zero).sub_(steps.masked_fill_(outside, 0.0)).mul_(gradient)
+        return gradient.masked_fill(outside, 0.0), change.sum_to_size(scale.shape), None, None, None
+
+
+def _rows(
+    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values ``[.., width]`` as ``[rows, width]``, and what is one for all of a row as ``[rows]``."""
+    each = (*values.shape[:-1], 1)
+    return values.reshape(-1, values.shape[-1]), scale.expand(each).reshape(-1), zero.expand(each).reshape(-1)
 
 
 def fake_quantize(
     values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, lowest: int, highest: int
 ) -> torch.Tensor:
-    """``scale (code - zero)`` of float32 ``values``; ``scale`` and ``zero`` broadcast to them."""
+    """``scale (code - zero)`` of float32 ``values`` ``[.., width]``; ``scale`` and ``zero`` are one for all of a row,
+    ``[.., 1]``, or of everything.
+    """
     rounded: torch.Tensor = _Rounded.apply(values, scale, zero, lowest, highest)  # type: ignore[no-untyped-call]
     return rounded
 

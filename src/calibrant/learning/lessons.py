@@ -104,7 +104,13 @@ class ZsaqLesson:
     def _inputs(self, ids: torch.Tensor) -> Inputs:
         if self._generator is None:
             return {"input_ids": ids}
-        return {"inputs_embeds": torch.cat([self._generator(ids[part]) for part in self._parts()])}
+        return {"inputs_embeds": torch.cat([self._generated(ids[part]) for part in self._parts()])}
+
+    def _generated(self, ids: torch.Tensor) -> torch.Tensor:
+        assert self._generator is not None
+        with self._student.computing():
+            vectors: torch.Tensor = self._generator(ids)
+        return vectors.float()
 
     def _parts(self) -> list[slice]:
         return list(self._student.parts(self._options.rows, self._options.length))
@@ -126,12 +132,11 @@ class ZsaqLesson:
 
     def _ascend(self, ids: torch.Tensor) -> float:
         """One step of the generator towards where student and teacher differ most."""
-        assert self._generator is not None
         assert self._ascent is not None
         learning, total = self._learning(), 0.0
         sums = [torch.zeros_like(parameter) for parameter in learning]
         for part in self._parts():
-            inputs = {"inputs_embeds": self._generator(ids[part])}
+            inputs = {"inputs_embeds": self._generated(ids[part])}
             apart = self._share(divergences(self._student.target(inputs), self._student.answer(inputs)))
             # Asked for by name, so that nothing is computed for the student's weights.
             for into, gradient in zip(sums, torch.autograd.grad(apart, learning, allow_unused=True), strict=True):

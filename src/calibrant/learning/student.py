@@ -66,6 +66,10 @@ class Student:
         """The teacher's logits."""
         return self._logits(self._teacher, inputs)
 
+    def computing(self) -> torch.autocast:
+        """Where products are computed in the run's dtype."""
+        return torch.autocast(self._teacher.device.type, self._dtype, enabled=self._dtype != torch.float32)
+
     def parts(self, rows: int, length: int) -> Iterator[slice]:
         """Rows to be run at a time."""
         bytes_of_row = 4 * length * int(self._teacher.config.get_text_config().vocab_size)
@@ -153,7 +157,7 @@ class Student:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _logits(self, model: transformers.PreTrainedModel, inputs: Inputs) -> torch.Tensor:
-        with torch.autocast(model.device.type, self._dtype, enabled=self._dtype != torch.float32):
+        with self.computing():
             found: torch.Tensor = model(**inputs).logits
         return found
 
