@@ -20,10 +20,8 @@ from calibrant.formats.quantized import FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.modeling.lazy_model import LazyModel
 
-# What two cores read and write a second in elementwise work (ours, for estimates alone).
-_BYTES_PER_SECOND = 1e10
-# What a look at a training runs on, at most.
-_WATCHED_TOKENS = 4096
+# A look at a training runs on at most so many tokens: it should cost little beside the steps between two (ours).
+WATCHED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -296,11 +294,8 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
     hidden = int(hidden_width(model))
     if plan.recipe.training is not None:
         whole = parameters + hidden * model.folder.vocabulary
-        seconds += 1.5 * _training_flops(plan.recipe.training, whole) / measured_rate(dtype, model.device)
-        # Rounding, its gradients and the optimizer pass over the weights some forty times a step.
-        looks = 2 * (1 + plan.recipe.training.steps / plan.recipe.training.look) * _WATCHED_TOKENS
-        seconds += 1.5 * 2.0 * whole * looks / measured_rate(dtype, model.device)
-        seconds += plan.recipe.training.steps * 40 * 4 * parameters / _BYTES_PER_SECOND
+        # Products of a few hundred rows, and the head in float32, are further from the best rate.
+        seconds += 2.5 * _training_flops(plan.recipe.training, whole) / measured_rate(dtype, model.device)
     element = torch.empty(0, dtype=dtype).element_size()
     block = max(1, parameters // len(plan.blocks))
     widest = max(widths, default=hidden)
@@ -327,7 +322,8 @@ def _training_flops(options: Training, parameters: int) -> float:
     if isinstance(options, Zsaq) and options.inputs == "generator":
         # Its output for the student; its own step goes through itself, student and teacher and back.
         passes += 1 + (9 if options.generator_learning_rate else 0)
-    return 2.0 * parameters * options.rows * options.length * passes * options.steps
+    looks = 2 * (1 + options.steps / options.look) * WATCHED_TOKENS
+    return 2.0 * parameters * (options.rows * options.length * passes * options.steps + looks)
 
 
 def hidden_width(model: LazyModel) -> int:

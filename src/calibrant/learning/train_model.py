@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.tokenizer import Tokenizer
-from calibrant.compression.plan import Plan
+from calibrant.compression.plan import WATCHED_TOKENS, Plan
 from calibrant.compression.recipe import EndToEnd, OnText, Training, Zsaq
 from calibrant.errors import CalibrantError
 from calibrant.learning.generator import Generator, read_embeddings
@@ -28,8 +28,6 @@ from calibrant.progress import Progress
 
 # One row in so many of a calibration set is held out (ours).
 _HELD_OUT = 8
-# At most so many tokens are watched: a look should cost little beside the steps between two (ours).
-_WATCHED_TOKENS = 4096
 
 
 def train_model(
@@ -134,7 +132,7 @@ def _rows(calibration: CalibrationSet, options: Training, causal: bool, device: 
     # Pieces of what a classifier reads are none that it was made for.
     length = min(options.length, tokens.shape[1]) if causal else tokens.shape[1]
     held_out = _cut((tokens[last:], counted[last:]), length, text)
-    most = max(1, _WATCHED_TOKENS // length)
+    most = max(1, WATCHED_TOKENS // length)
     return (held_out[0][:most], held_out[1][:most]), _cut((tokens[:last], counted[:last]), length, text)
 
 
