@@ -18,6 +18,8 @@ from calibrant.compression.statistics import Hessian, PairedHessian
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import FormatName, Layout
 from calibrant.formats.registry import format_for
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 
 # A look at a training runs on at most so many tokens: it should cost little beside the steps between two (ours).
@@ -295,7 +297,8 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
     if plan.recipe.training is not None:
         whole = parameters + hidden * model.folder.vocabulary
         # Products of a few hundred rows, and the head in float32, are further from the best rate.
-        seconds += 2.5 * _training_flops(plan.recipe.training, whole) / measured_rate(dtype, model.device)
+        generator = _generator_parameters(model, plan.recipe.training)
+        seconds += 2.5 * _training_flops(plan.recipe.training, whole, generator) / measured_rate(dtype, model.device)
     element = torch.empty(0, dtype=dtype).element_size()
     block = max(1, parameters // len(plan.blocks))
     widest = max(widths, default=hidden)
@@ -305,25 +308,34 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
         memory += 2 * 4 * tokens * hidden + 10 * 4 * block
     if plan.recipe.training is not None:
         # Teacher, weights, rounded weights, their gradients, two moments, the best so far; a generator with its own.
-        copies = 8 + (5 if isinstance(plan.recipe.training, Zsaq) else 0)
+        generator = _generator_parameters(model, plan.recipe.training)
         logits = plan.recipe.training.rows * plan.recipe.training.length * model.folder.vocabulary
-        memory += 4 * (copies * (parameters + hidden * model.folder.vocabulary) + 6 * logits)
+        memory += 4 * (8 * (parameters + hidden * model.folder.vocabulary) + 5 * generator + 6 * logits)
     disk = 2 * sum(info_bytes(info.dtype, info.shape) for info in model.folder.tensors.values())
     if plan.recipe.training is not None:
         # The journal, and the one before it: weights, moments, the best so far; a generator's.
-        disk += 2 * 4 * parameters * (4 + (4 if isinstance(plan.recipe.training, Zsaq) else 0))
+        disk += 2 * 4 * (4 * parameters + 3 * _generator_parameters(model, plan.recipe.training))
     return Estimate(seconds, memory, disk)
 
 
-def _training_flops(options: Training, parameters: int) -> float:
+def _generator_parameters(model: LazyModel, options: Training) -> int:
+    if not isinstance(options, Zsaq) or options.inputs == "random":
+        return 0
+    folder = model.folder if options.generator is None else ModelFolder(model_path(options.generator))
+    return sum(torch.Size(info.shape).numel() for info in folder.tensors.values())
+
+
+def _training_flops(options: Training, parameters: int, generator: int) -> float:
     """A backward pass is two forward ones; student and teacher run twice where steps look around."""
     times = 2 if options.radius else 1
     passes = (3 + options.checkpointing) * times + (1 if isinstance(options, Zsaq) else times)
-    if isinstance(options, Zsaq) and options.inputs == "generator":
-        # Its output for the student; its own step goes through itself, student and teacher and back.
-        passes += 1 + (9 if options.generator_learning_rate else 0)
+    generator_passes = 1
+    if isinstance(options, Zsaq) and options.generator_learning_rate:
+        # Its own step goes through student and teacher and back to what they read.
+        passes, generator_passes = passes + 4, 4
     looks = 2 * (1 + options.steps / options.look) * WATCHED_TOKENS
-    return 2.0 * parameters * (options.rows * options.length * passes * options.steps + looks)
+    work = passes * parameters + generator_passes * generator
+    return 2.0 * (options.rows * options.length * options.steps * work + looks * parameters)
 
 
 def hidden_width(model: LazyModel) -> int:

@@ -124,7 +124,7 @@ def run_compression(
             if learning_set is None:
                 raise CalibrantError(f"recipe {plan.recipe.name} learns, and was given no calibration set")
             journal = Journal(output, _identity(model, plan, learning_set, settings), settings.overwrite)
-            with clock.stage("learn"):
+            with clock.stage("learn"), journal.left_if_worth_it():
                 plan, training = _learn(model, plan, learning_set, settings, journal, progress)
         # Not before something was trained, which frees and takes large blocks all the time.
         map_large_blocks()

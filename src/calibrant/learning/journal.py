@@ -1,6 +1,8 @@
 """An unfinished training beside its output: where it was, so that a killed one can go on, and its curves."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ class Journal:
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise CalibrantError(f"{self.folder}: is in the way of the training's journal; move it")
         elif mark.read_text(encoding="utf-8") != self._identity:
-            if not overwrite:
+            if not overwrite and self._saved():
                 raise CalibrantError(
                     f"{self.folder}: holds an unfinished training with other settings, model or data; run that again, "
                     "delete the folder, or pass --overwrite"
@@ -45,8 +47,13 @@ class Journal:
     def opened(self) -> Path:
         """The folder, which exists now."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / _IDENTITY).write_text(self._identity, encoding="utf-8")
+        if not (self.folder / _IDENTITY).is_file():
+            with whole_file(self.folder / _IDENTITY) as beside:
+                beside.write_text(self._identity, encoding="utf-8")
         return self.folder
+
+    def _saved(self) -> bool:
+        return any(self.folder.glob("*.pt"))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The state that was written last under ``name``, or None.
@@ -81,6 +88,16 @@ class Journal:
         """Copy the curves, if there are any, to ``target``."""
         if (self.folder / CURVES).is_dir():
             shutil.copytree(self.folder / CURVES, target)
+
+    @contextmanager
+    def left_if_worth_it(self) -> Iterator[None]:
+        """Where learning is broken off before there is a state to go on from, nothing is left behind."""
+        try:
+            yield
+        except BaseException:
+            if not self._saved():
+                self.remove()
+            raise
 
     def remove(self) -> None:
         """The training is over."""

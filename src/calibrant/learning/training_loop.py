@@ -1,9 +1,10 @@
 """Steps, looks at what was held out, an early stop, a journal: whatever is trained."""
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +15,10 @@ from calibrant.errors import CalibrantError
 from calibrant.learning.journal import CURVES, Journal
 from calibrant.progress import Progress
 
-# A journal holds weights and moments of every parameter, which takes seconds to write for a small model (ours).
-_JOURNAL_SECONDS = 300.0
+# The journal is written this often, or so that writing takes a twentieth of the time: it holds weights and moments of
+# every parameter (ours).
+_JOURNAL_SECONDS = 30.0
+_JOURNAL_SHARE = 20
 _NAME = "steps"
 
 
@@ -69,6 +72,11 @@ class Trained:
 
     def sentence(self) -> str:
         """For people."""
+        if self.best == 0:
+            return (
+                f"training did not help in {self.steps} steps: the held-out loss is {self.looks[0]:.4g} before it and "
+                "no lower after, so the untrained values were kept"
+            )
         return (
             f"trained for {self.steps} steps: held-out loss {self.looks[0]:.4g} before, "
             f"{self.looks[self.best]:.4g} after step {self.best}, which was taken"
@@ -85,49 +93,66 @@ def train(lesson: Lesson, options: Training, journal: Journal, progress: Progres
     """
     found = journal.read(_NAME)
     if found is None:
-        looks = {0: _finite(lesson.held_out(), 0)}
-        done, best, kept, losses = 0, 0, _copy(lesson.learned), list[float]()
+        # Curves of a training that left no state.
+        shutil.rmtree(journal.opened() / CURVES, ignore_errors=True)
+        now = _Now({0: lesson.held_out()}, _copy(lesson.learned))
+        _check_finite(now, journal)
     else:
-        done, best, looks, kept, losses = (found[key] for key in ("done", "best", "looks", "kept", "losses"))
-        lesson.load(found["lesson"])
-        progress.note(f"training goes on after step {done}, from {journal.folder}")
-    written = time.monotonic()
+        lesson.load(found.pop("lesson"))
+        now = _Now(**found)
+        progress.note(f"training goes on after step {now.done}, from {journal.folder}")
+    written, wait = time.monotonic(), _JOURNAL_SECONDS
     with (
-        SummaryWriter(str(journal.opened() / CURVES), purge_step=done + 1 if done else None) as curves,
-        progress.task("training", options.steps - done) as task,
+        SummaryWriter(str(journal.opened() / CURVES), purge_step=now.done + 1 if now.done else None) as curves,
+        progress.task("training", options.steps) as task,
     ):
-        for number in range(done, options.steps):
-            rate = 0.5 * (1 + math.cos(math.pi * number / options.steps))
-            numbers = lesson.step(number, rate)
-            for name, value in numbers.items():
-                curves.add_scalar(name, value, number + 1)
-            losses = [*losses, numbers["loss"]][-options.look :]
-            done = number + 1
+        if now.done:
+            task.advance(now.done)
+        while not now.ended:
+            numbers = lesson.step(now.done, 0.5 * (1 + math.cos(math.pi * now.done / options.steps)))
+            now.done += 1
             task.advance()
-            if done % options.look == 0 or done == options.steps:
-                looks[done] = _finite(lesson.held_out(), done)
-                curves.add_scalar("held_out", looks[done], done)
-                if looks[done] < looks[best]:
-                    best, kept = done, _copy(lesson.learned)
-                elif done - best >= options.patience * options.look:
-                    break
-            if time.monotonic() - written > _JOURNAL_SECONDS:
-                state = {"done": done, "best": best, "looks": looks, "kept": kept, "losses": losses}
-                journal.write(_NAME, {**state, "lesson": lesson.state()})
+            now.losses = [*now.losses, numbers["loss"]][-options.look :]
+            if now.done % options.look == 0 or now.done == options.steps:
+                numbers["held_out"] = now.looks[now.done] = lesson.held_out()
+                _check_finite(now, journal)
+                if numbers["held_out"] < now.looks[now.best]:
+                    now.best, now.kept = now.done, _copy(lesson.learned)
+                now.ended = now.done == options.steps or now.done - now.best >= options.patience * options.look
+            for name, value in numbers.items():
+                curves.add_scalar(name, value, now.done)
+            begin = time.monotonic()
+            if now.ended or begin - written > wait:
+                journal.write(_NAME, {**vars(now), "lesson": lesson.state()})
                 written = time.monotonic()
+                wait = max(_JOURNAL_SECONDS, _JOURNAL_SHARE * (written - begin))
     with torch.no_grad():
-        for parameter, best_value in zip(lesson.learned, kept, strict=True):
+        for parameter, best_value in zip(lesson.learned, now.kept, strict=True):
             parameter.copy_(best_value)
-    return Trained(looks, best, done, sum(losses) / len(losses), lesson.sharpness())
+    trained = Trained(now.looks, now.best, now.done, sum(now.losses) / len(now.losses), lesson.sharpness())
+    progress.note(trained.sentence())
+    return trained
+
+
+@dataclass
+class _Now:
+    """Where a training is: held-out losses by step, the best parameters so far and their step, the last losses."""
+
+    looks: dict[int, float]
+    kept: list[torch.Tensor]
+    best: int = 0
+    done: int = 0
+    losses: list[float] = field(default_factory=list)
+    ended: bool = False
 
 
 def _copy(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-def _finite(value: float, step: int) -> float:
-    if not math.isfinite(value):
+def _check_finite(now: _Now, journal: Journal) -> None:
+    if not math.isfinite(now.looks[now.done]):
+        journal.remove()
         raise CalibrantError(
-            f"the held-out loss is not finite after step {step}; lower the learning rate, or check the model"
+            f"the held-out loss is not finite after step {now.done}; lower the learning rate, or check the model"
         )
-    return value
