@@ -1,4 +1,4 @@
-"""What an output folder stores, put into a model by this project's own reading of the format."""
+"""What an output folder stores: put into a model by this project's own reading of the format, or loaded by others."""
 
 from pathlib import Path
 
@@ -8,6 +8,9 @@ from safetensors.torch import load_file
 from calibrant.compression.grids import Grid, GridSpec, decode
 from calibrant.formats.compressed_tensors import PackQuantized
 from calibrant.formats.quantized import Layout
+from calibrant.learning.divergence import divergences
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.whole_model import load_whole
 
 
 def put_stored_weights(model: torch.nn.Module, output: Path, group_size: int) -> None:
@@ -23,3 +26,11 @@ def put_stored_weights(model: torch.nn.Module, output: Path, group_size: int) ->
             module.weight.data = tensors["weight"]
         if "bias" in tensors:
             module.bias.data = tensors["bias"]
+
+
+def loaded_divergence(output: Path, original: Path, rows: torch.Tensor) -> float:
+    """Mean divergence on token ids ``[rows, length]``, both models loaded by transformers, in float32."""
+    first = load_whole(ModelFolder(original), "cpu", "float32")
+    second = load_whole(ModelFolder(output, allow_quantized=True), "cpu", "float32")
+    with torch.no_grad():
+        return float(divergences(first(input_ids=rows).logits, second(input_ids=rows).logits).mean())

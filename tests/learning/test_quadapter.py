@@ -18,10 +18,8 @@ from calibrant.compression.recipe import Recipe
 from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import PackQuantized
 from calibrant.formats.quantized import Layout
-from calibrant.learning.divergence import divergences
-from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import Silent
+from tests.checkpoints import loaded_divergence
 from tests.conftest import random_set
 
 PLANTED = (3, 17, 40)
@@ -199,12 +197,8 @@ def test_the_scaled_model_computes_what_is_stored(
     cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=data, dtype="float32")
     record = json.loads((tmp_path / "out" / "calibrant.json").read_text())["training"]
     assert len(set(record["held_out"].values())) > 1
-    rows = data.tokens[-1:].long()
-    original = load_whole(ModelFolder(model), "cpu", "float32")
-    loaded = load_whole(ModelFolder(tmp_path / "out", allow_quantized=True), "cpu", "float32")
-    with torch.no_grad():
-        found = divergences(original(input_ids=rows).logits, loaded(input_ids=rows).logits)
-    assert float(found.mean()) == pytest.approx(record["held_out"][str(record["best"])], rel=1e-2)
+    found = loaded_divergence(tmp_path / "out", model, data.tokens[-1:].long())
+    assert found == pytest.approx(record["held_out"][str(record["best"])], rel=1e-2)
 
 
 def test_the_second_phase_changes_no_weight_but_by_scales(planted: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import find_blocks
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import Silent
+from tests.checkpoints import loaded_divergence
 from tests.conftest import random_set
 
 W4A8 = {"weights": {"bits": 4, "range_search": "mse"}, "activations": {"bits": 8}}
@@ -280,12 +281,8 @@ def test_what_is_loaded_is_what_was_trained(llama: Path, tmp_path: Path, scheme:
         llama, output=tmp_path / "out", recipe=recipe({"name": "qat"}, **scheme), calibration=data, dtype="float32"
     )
     training = json.loads((tmp_path / "out" / "calibrant.json").read_text())["training"]
-    rows = data.tokens[-1:].long()
-    original = load_whole(ModelFolder(llama), "cpu", "float32")
-    loaded = load_whole(ModelFolder(tmp_path / "out", allow_quantized=True), "cpu", "float32")
-    with torch.no_grad():
-        found = divergences(original(input_ids=rows).logits, loaded(input_ids=rows).logits)
-    assert float(found.mean()) == pytest.approx(training["held_out"][str(training["best"])], rel=1e-3)
+    found = loaded_divergence(tmp_path / "out", llama, data.tokens[-1:].long())
+    assert found == pytest.approx(training["held_out"][str(training["best"])], rel=1e-3)
     assert list((tmp_path / "out" / "training").glob("events*"))
     assert not (tmp_path / "out.training").exists()
 
