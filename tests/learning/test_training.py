@@ -169,24 +169,41 @@ def test_the_divergence_is_that_of_the_library_with_its_gradients(shape: tuple[i
 
 @pytest.mark.parametrize("same_vocabulary", [True, False])
 def test_the_generators_gradient_is_that_of_finite_differences(model_folder, same_vocabulary: bool) -> None:
-    """Along a direction; the rounding of a student has no derivative, so here another model stands for it."""
-    load = lambda name: load_whole(ModelFolder(model_folder(name)), "cpu", "float32")  # noqa: E731
-    teacher, other = load("llama"), load("mistral")
+    """Along a direction; the rounding of a student has no derivative, so here another model stands for it.
+
+    Drawn tokens have none either: there it is that of the distribution's mean, weighted as the drawn ones ask for.
+    """
+    teacher, other, writer = (
+        load_whole(ModelFolder(model_folder(name)), "cpu", "float32") for name in ("llama", "mistral", "qwen2")
+    )
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
-    generator = Generator(load("qwen2"), read_embeddings(teacher), same_vocabulary, 0.5, seed=0)
+    embeddings = read_embeddings(teacher)
+    generator = Generator(writer, embeddings, same_vocabulary, 0.5, seed=0)
     ids = random_set(length=12).tokens.long()
 
-    def apart() -> torch.Tensor:
-        vectors = generator(ids)
-        return divergences(teacher(inputs_embeds=vectors).logits, other(inputs_embeds=vectors).logits).mean()
+    def vectors() -> torch.Tensor:
+        found: torch.Tensor = generator(ids, torch.Generator().manual_seed(1))
+        return found
 
-    learning = [parameter for parameter in generator.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(apart(), learning, allow_unused=True)
-    pairs = [
-        (parameter, gradient) for parameter, gradient in zip(learning, gradients, strict=True) if gradient is not None
-    ]
+    def apart(read: torch.Tensor) -> torch.Tensor:
+        return divergences(teacher(inputs_embeds=read).logits, other(inputs_embeds=read).logits).mean()
+
+    read = vectors()
+    if same_vocabulary:
+        rows = read.detach().flatten(0, 1)[:, None]
+        assert float((rows - embeddings).abs().amax(-1).amin(-1).max()) < 1e-6
+    (wanted,) = torch.autograd.grad(apart(read), read, retain_graph=True)
+
+    def value() -> torch.Tensor:
+        if not same_vocabulary:
+            return apart(vectors())
+        return (wanted * (torch.softmax(writer(input_ids=ids).logits / 0.5, -1) @ embeddings)).sum()
+
+    learning = list(generator.parameters())
+    gradients = torch.autograd.grad(apart(read), learning, allow_unused=True)
+    pairs = [(one, gradient) for one, gradient in zip(learning, gradients, strict=True) if gradient is not None]
     length = torch.stack([gradient.norm() for _, gradient in pairs]).norm()
     assert length > 0
     values = []
@@ -194,10 +211,10 @@ def test_the_generators_gradient_is_that_of_finite_differences(model_folder, sam
         with torch.no_grad():
             for parameter, gradient in pairs:
                 parameter.add_(gradient / length, alpha=step)
-            values.append(float(apart()))
+            values.append(float(value()))
             for parameter, gradient in pairs:
                 parameter.sub_(gradient / length, alpha=step)
-    assert (values[0] - values[1]) / 0.008 == pytest.approx(float(length), rel=0.02)
+    assert (values[0] - values[1]) / 0.008 == pytest.approx(float(length), rel=0.03)
 
 
 def test_mapped_vectors_look_like_embeddings(model_folder) -> None:
@@ -207,7 +224,7 @@ def test_mapped_vectors_look_like_embeddings(model_folder) -> None:
     assert torch.equal(embeddings[ids], teacher.get_input_embeddings()(ids))
     writer = load_whole(ModelFolder(model_folder("llama")), "cpu", "float32")
     with torch.no_grad():
-        vectors = Generator(writer, embeddings, False, 1.0, seed=0)(ids)
+        vectors = Generator(writer, embeddings, False, 1.0, seed=0)(ids, torch.Generator())
     for found, wanted in zip(torch.std_mean(vectors, (0, 1)), torch.std_mean(embeddings, 0), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-4)
 
@@ -223,8 +240,8 @@ def zsaq(folder: Path, **training: Any) -> ZsaqLesson:
 def test_the_generator_drives_them_apart(llama: Path) -> None:
     lesson = zsaq(llama, generator_learning_rate=3e-3)
     ids = random_set(samples=4, length=16).tokens.long()
-    apart = [lesson._ascend(ids) for _ in range(25)]
-    assert apart[-1] > 1.2 * apart[0]
+    apart = [lesson._ascend(ids, torch.Generator().manual_seed(step)) for step in range(40)]
+    assert sum(apart[-8:]) > 1.1 * sum(apart[:8])
 
 
 def test_a_frozen_generator_stays(llama: Path) -> None:

@@ -1,7 +1,8 @@
 """ZSAQ's generator: a language model whose output is carried into another model's embedding space (methods.md §20).
 
-Tokens would block gradients, so what the other model reads are vectors: mixtures of its own embeddings where the
-vocabularies are one, else a linear image of the generator's hidden states.
+Where the vocabularies are one, the other model reads embeddings of tokens drawn from the generator's distribution, and
+gradients go as if it had read the distribution's mean of them (straight through; ours: means themselves are no
+embeddings). Else it reads a linear image of the generator's hidden states.
 """
 
 import torch
@@ -19,7 +20,7 @@ class Generator(nn.Module):
     Args:
         language_model: a causal language model.
         embeddings: what the reader reads for every id of its vocabulary, ``[vocabulary, width]``.
-        same_vocabulary: mix embeddings by the language model's probabilities at ``temperature``; else map its last
+        same_vocabulary: draw tokens by the language model's probabilities at ``temperature``; else map its last
             hidden state linearly (weights drawn from ``seed``), with mean and variance of every channel those of the
             embeddings (ours: otherwise ascent leaves what embeddings look like).
     """
@@ -46,10 +47,14 @@ class Generator(nn.Module):
             with torch.no_grad():
                 self.adapter.weight.copy_(torch.randn(self.adapter.weight.shape, generator=draw) / width**0.5)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        """``draw`` decides which tokens are drawn."""
         found = self.language_model(input_ids=ids, use_cache=False, output_hidden_states=self.adapter is not None)
         if self.adapter is None:
-            return torch.softmax(found.logits.float() / self._temperature, -1) @ self._embeddings
+            probabilities = torch.softmax(found.logits.float() / self._temperature, -1)
+            drawn = torch.multinomial(probabilities.detach().flatten(0, 1), 1, generator=draw).view(ids.shape)
+            mean = probabilities @ self._embeddings
+            return self._embeddings[drawn] + (mean - mean.detach())
         mapped = self.adapter(found.hidden_states[-1].float())
         spread, mean = torch.std_mean(mapped, (0, 1))
         wanted_spread, wanted_mean = torch.std_mean(self._embeddings, 0)

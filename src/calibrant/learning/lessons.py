@@ -69,8 +69,10 @@ class ZsaqLesson:
 
     def step(self, number: int, rate: float) -> dict[str, float]:
         """The generator's step, then the student's, each on rows drawn for it."""
-        numbers = {"generator": self._ascend(self._rows(number, "generator"))} if self._ascent is not None else {}
-        inputs = self._inputs(self._rows(number, "student"))
+        numbers = {}
+        if self._ascent is not None:
+            numbers["generator"] = self._ascend(self._rows(number, "generator"), self._draw(number, "generator"))
+        inputs = self._inputs(self._rows(number, "student"), self._draw(number, "student"))
         targets = [self._target(part) for part in self._split(inputs)]
         return numbers | self._student.descend(rate, lambda: self._loss(inputs, targets))
 
@@ -100,16 +102,20 @@ class ZsaqLesson:
         shape = (self._options.rows, self._options.length)
         return self._eligible[torch.from_numpy(draw.integers(0, len(self._eligible), shape)).to(self._eligible.device)]
 
+    def _draw(self, number: int, purpose: str) -> torch.Generator:
+        seed = int(seeded(self._options.seed, "zsaq", "draw", purpose, number).integers(2**63))
+        return torch.Generator(self._eligible.device).manual_seed(seed)
+
     @torch.no_grad()
-    def _inputs(self, ids: torch.Tensor) -> Inputs:
+    def _inputs(self, ids: torch.Tensor, draw: torch.Generator) -> Inputs:
         if self._generator is None:
             return {"input_ids": ids}
-        return {"inputs_embeds": torch.cat([self._generated(ids[part]) for part in self._parts()])}
+        return {"inputs_embeds": torch.cat([self._generated(ids[part], draw) for part in self._parts()])}
 
-    def _generated(self, ids: torch.Tensor) -> torch.Tensor:
+    def _generated(self, ids: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         assert self._generator is not None
         with self._student.computing():
-            vectors: torch.Tensor = self._generator(ids)
+            vectors: torch.Tensor = self._generator(ids, draw)
         return vectors.float()
 
     def _parts(self) -> list[slice]:
@@ -130,13 +136,13 @@ class ZsaqLesson:
             total += float(loss.detach())
         return total
 
-    def _ascend(self, ids: torch.Tensor) -> float:
+    def _ascend(self, ids: torch.Tensor, draw: torch.Generator) -> float:
         """One step of the generator towards where student and teacher differ most."""
         assert self._ascent is not None
         learning, total = self._learning(), 0.0
         sums = [torch.zeros_like(parameter) for parameter in learning]
         for part in self._parts():
-            inputs = {"inputs_embeds": self._generated(ids[part])}
+            inputs = {"inputs_embeds": self._generated(ids[part], draw)}
             apart = self._share(divergences(self._student.target(inputs), self._student.answer(inputs)))
             # Asked for by name, so that nothing is computed for the student's weights.
             for into, gradient in zip(sums, torch.autograd.grad(apart, learning, allow_unused=True), strict=True):
