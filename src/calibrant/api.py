@@ -10,8 +10,10 @@ from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.calibration.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.compression.importance import input_norms
 from calibrant.compression.plan import Estimate, Plan, estimate, make_plan
-from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, Zsaq, load_recipe
-from calibrant.compression.run import RunReport, Settings, run_compression
+from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from calibrant.compression.recipe_parts import Zsaq
+from calibrant.compression.run import run_compression
+from calibrant.compression.run_record import RunReport, Settings
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.divergence import Evaluation, evaluate_models
 from calibrant.evaluation.windows import evaluation_windows

@@ -87,7 +87,7 @@ def whole_file(target: Path) -> Iterator[Path]:
         staging.parent.mkdir(parents=True, exist_ok=True)
         yield staging
         staging.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _cannot_write(target, error) from error
     finally:
         staging.unlink(missing_ok=True)

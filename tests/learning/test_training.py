@@ -397,9 +397,9 @@ def test_another_training_begins_anew_and_a_damaged_journal_says_what_to_do(
     assert not any("goes on" in note for note in run(5, 99).notes)
     with pytest.raises(_StoppedError):
         run(8, 3)
-    state = tmp_path / "out.training" / "steps.pt"
+    state = tmp_path / "out.training" / "steps.safetensors"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(CalibrantError, match=r"steps\.pt: damaged .* begin the training anew"):
+    with pytest.raises(CalibrantError, match=r"steps\.safetensors: damaged .* begin the training anew"):
         run(8, 99)
 
 

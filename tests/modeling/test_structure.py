@@ -5,7 +5,8 @@ from calibrant.clock import Clock
 from calibrant.compression.entry import enter_blocks
 from calibrant.compression.plan import make_plan
 from calibrant.compression.recipe import load_recipe
-from calibrant.compression.run import Settings, _opened
+from calibrant.compression.run import _opened
+from calibrant.compression.run_record import Settings
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel

@@ -24,7 +24,7 @@ from calibrant.cli.console import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from calibrant.compression.run import RunReport
+    from calibrant.compression.run_record import RunReport
 
 _WORST_LAYERS = 5
 
@@ -83,7 +83,7 @@ def compress(
         from calibrant.calibration.calibration_set import CalibrationSet
         from calibrant.calibration.making import generate
         from calibrant.compression.recipe import load_recipe
-        from calibrant.compression.run import report_dict
+        from calibrant.compression.run_record import report_dict
         from calibrant.output_folder import check_output
 
         chosen = load_recipe(recipe).with_weights(bits, group_size)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibrant.compression import recipe as recipes
+from calibrant.compression import recipe_parts as recipes
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.plan import Plan
 from calibrant.compression.solvers.rtn import rtn

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from calibrant.compression.activation_ranges import InputGrid
 from calibrant.compression.grids import Grid, GridSpec
 from calibrant.compression.methods import METHODS
-from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Quadapter, Recipe, Training, Zsaq
+from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Recipe
+from calibrant.compression.recipe_parts import Quadapter, Training, Zsaq
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import Hessian, PairedHessian
 from calibrant.errors import CalibrantError

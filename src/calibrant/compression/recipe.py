@@ -4,13 +4,11 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -18,9 +16,19 @@ from pydantic import (
     model_validator,
 )
 
-from calibrant.compression.activation_ranges import RangeRule
 from calibrant.compression.grids import RangeSearch
 from calibrant.compression.methods import METHODS
+from calibrant.compression.recipe_parts import (
+    Budget,
+    EndToEnd,
+    OnText,
+    Qat,
+    Quadapter,
+    Scheme,
+    Strict,
+    Transform,
+    Zsaq,
+)
 from calibrant.compression.solvers.method import MethodOptions, Statistic
 from calibrant.compression.statistics import ColumnNorm, Hessian, PairedHessian
 from calibrant.errors import CalibrantError
@@ -29,189 +37,6 @@ from calibrant.formats.quantized import STORED_WIDTHS
 DEFAULT_RECIPE = "gptq-w4a16"
 # Groups tried, largest first, when a recipe leaves the size to the model (ours).
 AUTOMATIC_GROUP_SIZES = (128, 64, 32)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Weights(_Strict):
-    """Weight quantization.
-
-    ``group_size`` None is one scale an output channel, "auto" the largest of 128, 64, 32 that fits. ``range_search``:
-    "mse" needs no data, "importance" and "clip" look at the layer's inputs.
-    """
-
-    bits: int = Field(ge=2, le=8)
-    symmetric: bool = True
-    group_size: int | Literal["auto"] | None = None
-    range_search: RangeSearch = "none"
-
-    @field_validator("group_size")
-    @classmethod
-    def _positive(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("group_size must be at least 1 (leave it out for one scale a channel)")
-        return value
-
-
-class Activations(_Strict):
-    """Activation quantization to int8.
-
-    ``dynamic``: symmetric, one scale a token, found at run time. Static: asymmetric, one range a tensor, chosen by
-    ``range`` from the calibration data: all that was seen ("minmax"), ``percentile`` percent of it, or what costs the
-    least squared error ("mse").
-    """
-
-    bits: Literal[8] = 8
-    dynamic: bool = True
-    range: RangeRule = "minmax"
-    percentile: float = Field(default=99.99, gt=50, lt=100)
-
-    @model_validator(mode="after")
-    def _static(self) -> "Activations":
-        rule = Activations.model_fields
-        if self.dynamic and (self.range, self.percentile) != (rule["range"].default, rule["percentile"].default):
-            raise ValueError("range and percentile are for static activations: add dynamic: false")
-        return self
-
-
-class Scheme(_Strict):
-    """The target; ``sparsity`` is a share ("0.5") or a pattern ("2:4", two of every four kept)."""
-
-    weights: Weights | None = None
-    activations: Activations | None = None
-    sparsity: str | None = None
-
-    @field_validator("sparsity", mode="before")
-    @classmethod
-    def _pattern(cls, value: object) -> str | None:
-        if value is None:
-            return None
-        text = str(value)
-        pattern = re.fullmatch(r"(\d+):(\d+)", text)
-        if pattern and 0 < int(pattern[1]) < int(pattern[2]) <= 32:
-            return text
-        if not pattern and re.fullmatch(r"0?\.\d+", text) and 0 < float(text) < 1:
-            return text
-        raise ValueError(
-            f'{text} is neither a share between 0 and 1 nor a pattern n:m with 0 < n < m <= 32 (in quotes: "2:4")'
-        )
-
-    @model_validator(mode="after")
-    def _something(self) -> "Scheme":
-        if self.weights is None and self.sparsity is None:
-            raise ValueError("a scheme needs weights, a sparsity or both")
-        if self.activations is None:
-            return self
-        if self.weights is None:
-            raise ValueError("int8 activations go with quantized weights")
-        if self.weights.bits == 8 and self.weights.group_size is not None:
-            raise ValueError("int8 activations go with one scale a channel of int8 weights: leave group_size out")
-        return self
-
-
-class Budget(_Strict):
-    """Bits, or the share of zeros, by group of layers: those of ``choices`` that move the model least.
-
-    ``average`` over all weights; where left out, the scheme's own bits or share.
-    """
-
-    choices: list[float] = Field(min_length=2)
-    average: float | None = None
-
-
-class SmoothQuant(_Strict):
-    """SmoothQuant: scales from norms into linears; ``alpha`` 1 moves the activations' whole range."""
-
-    name: Literal["smoothquant"]
-    alpha: float = Field(default=0.5, ge=0, le=1)
-
-
-class Awq(_Strict):
-    """AWQ's channel scales, searched over ``steps`` powers; ``duo`` also divides by the weights' magnitude."""
-
-    name: Literal["awq"]
-    steps: int = Field(default=20, ge=1)
-    duo: bool = False
-
-
-class Quadapter(_Strict):
-    """Quadapter's channel scales from norms into linears, learned block by block in so many ``steps`` of Adam."""
-
-    name: Literal["quadapter"]
-    steps: int = Field(default=100, ge=1)
-    learning_rate: float = Field(default=0.06, gt=0)
-
-
-Transform = Annotated[SmoothQuant | Awq | Quadapter, Field(discriminator="name")]
-
-
-class Training(_Strict):
-    """What every training of rounded weights has.
-
-    ``steps`` updates of ``rows`` sequences of ``length`` tokens, by AdamW with a rate that falls as a cosine.
-    ``radius`` is how far sharpness-aware steps look, 0 for plain ones. The held-out loss is taken every ``look``
-    steps; after ``patience`` looks without a better one training stops. ``checkpointing`` computes activations twice
-    instead of keeping them.
-    """
-
-    steps: int = Field(default=200, ge=1)
-    rows: int = Field(default=8, ge=1)
-    length: int = Field(default=64, ge=2)
-    learning_rate: float = Field(default=5e-5, gt=0)
-    radius: float = Field(default=0.0, ge=0)
-    look: int = Field(default=20, ge=1)
-    patience: int = Field(default=5, ge=1)
-    checkpointing: bool = False
-    seed: int = Field(default=0, ge=0)
-
-
-class OnText(Training):
-    """Training on the calibration set.
-
-    ``objective``: give what the original model gives ("teacher"), or predict the set's next tokens ("text").
-    """
-
-    objective: Literal["teacher", "text"] = "teacher"
-
-
-class Qat(OnText):
-    """Quantization-aware training: weights, scales and ranges."""
-
-    name: Literal["qat"]
-
-
-class EndToEnd(OnText):
-    """Quadapter's second phase: the channel scales of all blocks together, and static ranges."""
-
-    name: Literal["quadapter"]
-    learning_rate: float = Field(default=2e-3, gt=0)
-    objective: Literal["teacher", "text"] = "text"
-
-
-class Zsaq(Training):
-    """ZSAQ: the original model is followed on what a generator makes up to tell the two apart; no data.
-
-    ``generator``: a language model's folder; left out, the model itself. ``inputs`` "random" takes random tokens
-    instead of a generator's. ``generator_learning_rate`` 0 freezes it. ``temperature`` is that of the softmax between
-    a generator of the same vocabulary and the model's embeddings.
-    """
-
-    name: Literal["zsaq"]
-    radius: float = Field(default=0.05, ge=0)
-    inputs: Literal["generator", "random"] = "generator"
-    generator: str | None = None
-    generator_learning_rate: float = Field(default=1e-5, ge=0)
-    temperature: float = Field(default=1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _generated(self) -> "Zsaq":
-        about = ("generator", "generator_learning_rate", "temperature")
-        defaults = {name: Zsaq.model_fields[name].default for name in about}
-        if self.inputs == "random" and defaults != self.model_dump(include=set(about)):
-            raise ValueError(f"random inputs need no generator: leave {', '.join(about)} out")
-        return self
 
 
 _WITH_DATA: dict[RangeSearch, Statistic | None] = {
@@ -236,7 +61,7 @@ def _known_options(value: object) -> object:
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {_said(first)}") from None
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A named compression: ``transforms`` in order, then ``method``; or ``training``, which rounds to nearest itself.
 
     ``asymmetric`` fits every layer to what the original model computes from its own inputs, instead of to what the
@@ -249,11 +74,11 @@ class Recipe(_Strict):
     description: str
     method: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_known_options)]
     scheme: Scheme
-    transforms: list[Transform] = []
+    transforms: list[Transform] = Field(default=[])
     training: Annotated[Qat | EndToEnd | Zsaq, Field(discriminator="name")] | None = None
     asymmetric: float = Field(default=0.0, ge=0, le=1)
     budget: Budget | None = None
-    ignore: list[str] = []
+    ignore: list[str] = Field(default=[])
 
     @field_validator("ignore")
     @classmethod

@@ -1,18 +1,14 @@
 """One compression, from a model folder to a verified output folder."""
 
 import copy
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import calibrant
 from calibrant.allocator import map_large_blocks, return_freed_memory
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.clock import Clock
@@ -24,7 +20,15 @@ from calibrant.compression.checkpoint_writer import CheckpointWriter
 from calibrant.compression.entry import cast, enter_blocks
 from calibrant.compression.methods import METHODS
 from calibrant.compression.plan import Plan
-from calibrant.compression.recipe import Quadapter
+from calibrant.compression.recipe_parts import Quadapter
+from calibrant.compression.run_record import (
+    RunReport,
+    Settings,
+    peak_memory,
+    report_dict,
+    run_record,
+    training_identity,
+)
 from calibrant.compression.two_stage_pruning import prune_structure
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Layout
@@ -34,7 +38,7 @@ from calibrant.hashing import canonical_json
 from calibrant.learning.journal import Journal
 from calibrant.learning.quadapter import learn_scales
 from calibrant.learning.scaled_model import PlacedPair
-from calibrant.learning.train_model import generator_identity, train_model
+from calibrant.learning.train_model import train_model
 from calibrant.learning.training_loop import Trained
 from calibrant.modeling.inputs import MicroBatch
 from calibrant.modeling.lazy_model import LazyModel
@@ -44,50 +48,6 @@ from calibrant.progress import Progress
 from calibrant.report.model_card import model_card
 
 _NOT_ASYMMETRIC = "the original model cannot run beside it; take a recipe that is not asymmetric"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run computes. ``sequential``: solve inside one suspended pass (else collect, then propagate);
-    ``propagate``: feed blocks the outputs of compressed ones; ``micro_batch_tokens``: tokens of one forward.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    sequential: bool = True
-    propagate: bool = True
-    micro_batch_tokens: int = 2048
-    overwrite: bool = False
-
-    def describe(self) -> dict[str, Any]:
-        """What of this shapes the result."""
-        return {
-            "compute_dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "sequential": self.sequential and self.propagate,
-            "propagate": self.propagate,
-            "micro_batch_tokens": self.micro_batch_tokens,
-        }
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """What a run did and took. ``seconds`` by stage; ``peak_memory_bytes`` of the process so far; sizes in bytes."""
-
-    output: Path
-    recipe: str
-    layers: list[LayerReport]
-    notes: list[str]
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    bytes_before: int
-    bytes_after: int
-    tensors_verified: int
-
-    @property
-    def fallbacks(self) -> list[LayerReport]:
-        """Layers that were not solved as asked."""
-        return [layer for layer in self.layers if layer.record.fallback is not None]
 
 
 def run_compression(
@@ -123,7 +83,7 @@ def run_compression(
         if plan.recipe.learns:
             if learning_set is None:
                 raise CalibrantError(f"recipe {plan.recipe.name} learns, and was given no calibration set")
-            journal = Journal(output, _identity(model, plan, learning_set, settings), settings.overwrite)
+            journal = Journal(output, training_identity(model, plan, learning_set, settings), settings.overwrite)
             with clock.stage("learn"), journal.left_if_worth_it():
                 plan, training = _learn(model, plan, learning_set, settings, journal, progress)
         # Not before something was trained, which frees and takes large blocks all the time.
@@ -151,11 +111,10 @@ def run_compression(
             _write_config(model, plan, config, {layer.name for layer in layers}, folder)
             if calibration is not None:
                 calibration.save(folder / "calibration")
-            record = _record(model, plan, calibration, settings, layers, notes)
+            record = run_record(model, plan, calibration, settings, layers, notes)
             record["budget"] = spent.describe() if spent is not None else None
             record["structure"] = pruned.describe() if pruned is not None else None
             record["training"] = training.describe() if training is not None else None
-            record["generator"] = _generator(model, plan)
             (folder / "calibrant.json").write_text(canonical_json(record), encoding="utf-8")
             (folder / "README.md").write_text(model_card(record), encoding="utf-8")
         with clock.stage("verify"):
@@ -166,7 +125,7 @@ def run_compression(
             layers,
             notes,
             {name: round(value, 3) for name, value in clock.seconds.items()},
-            _peak_memory(),
+            peak_memory(),
             sum({info.file: info.file.stat().st_size for info in model.folder.tensors.values()}.values()),
             sum(file.stat().st_size for file in files),
             verified,
@@ -199,11 +158,6 @@ def _learn(
     return train_model(model.folder, plan, places, calibration, settings.dtype, settings.device, journal, progress)
 
 
-def report_dict(report: RunReport) -> dict[str, Any]:
-    """The report as plain values."""
-    return {**asdict(report), "output": report.output.name}
-
-
 def _compress_blocks(
     model: LazyModel,
     plan: Plan,
@@ -234,12 +188,6 @@ def _compress_blocks(
             return_freed_memory()
             task.advance()
     return layers
-
-
-def _peak_memory() -> int:
-    """Bytes; macOS counts them, other systems count units of 1,024."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _compress_block(
@@ -365,52 +313,3 @@ def _write_config(model: LazyModel, plan: Plan, config: dict[str, Any], solved: 
             settings = canonical_json(config["quantization_config"])
             (folder / "quantize_config.json").write_text(settings, encoding="utf-8")
     (folder / "config.json").write_text(canonical_json(config), encoding="utf-8")
-
-
-def _identity(model: LazyModel, plan: Plan, calibration: CalibrationSet, settings: Settings) -> dict[str, Any]:
-    """What a training's outcome depends on."""
-    return {
-        "calibrant_version": calibrant.__version__,
-        "recipe": plan.recipe.model_dump(),
-        "scale_dtype": str(plan.spec.scale_dtype) if plan.spec is not None else None,
-        "model": model.folder.identity(),
-        "generator": _generator(model, plan),
-        "calibration": calibration.sha256,
-        "settings": settings.describe(),
-        "libraries": library_versions(),
-    }
-
-
-def _generator(model: LazyModel, plan: Plan) -> dict[str, str] | None:
-    """The other model that a training used."""
-    training = plan.recipe.training
-    return generator_identity(model.folder, training) if training is not None else None
-
-
-def _record(
-    model: LazyModel,
-    plan: Plan,
-    calibration: CalibrationSet | None,
-    settings: Settings,
-    layers: list[LayerReport],
-    notes: list[str],
-) -> dict[str, Any]:
-    """Everything that determined the result and what came out: ``calibrant.json``. No times, no paths."""
-    return {
-        "calibrant_version": calibrant.__version__,
-        "recipe": plan.recipe.model_dump(),
-        "format": format_for(plan.layout).name if plan.layout else "dense",
-        "model": {"name": model.folder.name, **model.folder.identity()},
-        "calibration": calibration.manifest.model_dump(exclude={"rows"}) if calibration is not None else None,
-        "settings": settings.describe(),
-        "libraries": library_versions(),
-        "layers": [asdict(layer) for layer in layers],
-        "notes": notes,
-    }
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic or formats shape a result."""
-    import importlib.metadata as metadata
-
-    return {name: metadata.version(name) for name in ("torch", "transformers", "safetensors", "numba", "numpy")}

@@ -1,19 +1,23 @@
 """An unfinished training beside its output: where it was, so that a killed one can go on, and its curves."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import canonical_json
 from calibrant.output_folder import whole_file
 
 _IDENTITY = "training.json"
+_SUFFIX = ".safetensors"
+_KEY = "calibrant.state"
 CURVES = "curves"
 
 
@@ -53,7 +57,7 @@ class Journal:
         return self.folder
 
     def _saved(self) -> bool:
-        return any(self.folder.glob("*.pt"))
+        return any(self.folder.glob(f"*{_SUFFIX}"))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The state that was written last under ``name``, or None.
@@ -61,12 +65,14 @@ class Journal:
         Raises:
             CalibrantError: it is damaged.
         """
-        file = self.folder / f"{name}.pt"
+        file = self.folder / f"{name}{_SUFFIX}"
         if not file.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in pickle, zip or tensor code
+            with safe_open(file, framework="pt") as opened:
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # not a dict
+                state: dict[str, Any] = _joined(json.loads(opened.metadata()[_KEY]), tensors)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CalibrantError(
                 f"{file}: damaged ({first_line(error)}); delete {self.folder} to begin the training anew"
             ) from error
@@ -78,11 +84,10 @@ class Journal:
         Raises:
             CalibrantError: it cannot be written.
         """
-        with whole_file(self.opened() / f"{name}.pt") as beside:
-            try:
-                torch.save(state, beside)
-            except RuntimeError as error:  # what its writer makes of a full disk
-                raise OSError(ENOSPC, str(error)) from error
+        tensors: dict[str, torch.Tensor] = {}
+        rest = json.dumps(_apart(state, tensors))
+        with whole_file(self.opened() / f"{name}{_SUFFIX}") as beside:
+            save_file(tensors, beside, {_KEY: rest})
 
     def keep_curves(self, target: Path) -> None:
         """Copy the curves, if there are any, to ``target``."""
@@ -102,3 +107,25 @@ class Journal:
     def remove(self) -> None:
         """The training is over."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """``value`` for JSON; its tensors go to ``tensors``, under a number each. Keys of dicts need not be texts."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _apart(one, tensors)] for key, one in value.items()]}
+    return {"list": [_apart(one, tensors) for one in value]} if isinstance(value, list | tuple) else value
+
+
+def _joined(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Inverse of ``_apart``."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "dict" in value:
+        return {key: _joined(one, tensors) for key, one in value["dict"]}
+    return [_joined(one, tensors) for one in value["list"]]

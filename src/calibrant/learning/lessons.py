@@ -6,13 +6,11 @@ import torch
 from torch import nn
 
 from calibrant.calibration.randomness import generator as seeded
-from calibrant.compression.recipe import OnText, Zsaq
+from calibrant.compression.recipe_parts import OnText, Zsaq
 from calibrant.learning.divergence import divergences
 from calibrant.learning.generator import Generator
 from calibrant.learning.learned_range import Rows
-from calibrant.learning.student import Inputs, Student
-
-_LARGEST_GRADIENT = 1.0
+from calibrant.learning.student import LARGEST_GRADIENT, Inputs, Student
 
 
 class TextLesson:
@@ -25,9 +23,8 @@ class TextLesson:
     """
 
     def __init__(self, student: Student, options: OnText, rows: Rows) -> None:
-        self._student, self._options = student, options
+        self.student, self._options = student, options
         self._tokens, self._counted = rows
-        self.learned, self.held_out, self.sharpness = student.learned, student.held_out, student.sharpness
         self.state, self.load = student.state, student.load
 
     def step(self, number: int, rate: float) -> dict[str, float]:
@@ -36,13 +33,13 @@ class TextLesson:
         count = min(self._options.rows, len(self._tokens))
         chosen = torch.from_numpy(draw.choice(len(self._tokens), count, replace=False))
         ids, counted = self._tokens[chosen], self._counted[chosen]
-        return self._student.descend(rate, lambda: self._loss(ids, counted))
+        return self.student.descend(rate, lambda: self._loss(ids, counted))
 
     def _loss(self, ids: torch.Tensor, counted: torch.Tensor) -> float:
         total = 0.0
-        for part in self._student.parts(*ids.shape):
-            losses = self._student.losses((ids[part], counted[part]))
-            loss = losses.sum() / self._student.positions(losses, counted)
+        for part in self.student.parts(*ids.shape):
+            losses = self.student.losses((ids[part], counted[part]))
+            loss = losses.sum() / self.student.positions(losses, counted)
             loss.backward()
             total += float(loss.detach())
         return total
@@ -59,8 +56,7 @@ class ZsaqLesson:
     """
 
     def __init__(self, student: Student, options: Zsaq, eligible: torch.Tensor, generator: Generator | None) -> None:
-        self._student, self._options, self._eligible, self._generator = student, options, eligible, generator
-        self.learned, self.held_out, self.sharpness = student.learned, student.held_out, student.sharpness
+        self.student, self._options, self._eligible, self._generator = student, options, eligible, generator
         self._ascent: torch.optim.Adam | None = None
         if generator is not None and options.generator_learning_rate:
             generator.requires_grad_(True)
@@ -74,7 +70,7 @@ class ZsaqLesson:
             numbers["generator"] = self._ascend(self._rows(number, "generator"), self._draw(number, "generator"))
         inputs = self._inputs(self._rows(number, "student"), self._draw(number, "student"))
         targets = [self._target(part) for part in self._split(inputs)]
-        return numbers | self._student.descend(rate, lambda: self._loss(inputs, targets))
+        return numbers | self.student.descend(rate, lambda: self._loss(inputs, targets))
 
     def state(self) -> dict[str, Any]:
         """The student's and the generator's."""
@@ -82,12 +78,12 @@ class ZsaqLesson:
         if self._ascent is not None:
             learned = [parameter.detach() for parameter in self._learning()]
             mine = {"generator": learned, "ascent": self._ascent.state_dict()}
-        return {**self._student.state(), **mine}
+        return {**self.student.state(), **mine}
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Inverse of ``state``."""
-        self._student.load(state)
+        self.student.load(state)
         if self._ascent is not None:
             for parameter, value in zip(self._learning(), state["generator"], strict=True):
                 parameter.copy_(value)
@@ -114,24 +110,24 @@ class ZsaqLesson:
 
     def _generated(self, ids: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         assert self._generator is not None
-        with self._student.computing():
+        with self.student.computing():
             vectors: torch.Tensor = self._generator(ids, draw)
         return vectors.float()
 
     def _parts(self) -> list[slice]:
-        return list(self._student.parts(self._options.rows, self._options.length))
+        return list(self.student.parts(self._options.rows, self._options.length))
 
     def _split(self, inputs: Inputs) -> list[Inputs]:
         return [{name: value[part] for name, value in inputs.items()} for part in self._parts()]
 
     @torch.no_grad()
     def _target(self, inputs: Inputs) -> torch.Tensor:
-        return self._student.target(inputs)
+        return self.student.target(inputs)
 
     def _loss(self, inputs: Inputs, targets: list[torch.Tensor]) -> float:
         total = 0.0
         for part, target in zip(self._split(inputs), targets, strict=True):
-            loss = self._share(divergences(target, self._student.answer(part)))
+            loss = self._share(divergences(target, self.student.answer(part)))
             loss.backward()
             total += float(loss.detach())
         return total
@@ -143,7 +139,7 @@ class ZsaqLesson:
         sums = [torch.zeros_like(parameter) for parameter in learning]
         for part in self._parts():
             inputs = {"inputs_embeds": self._generated(ids[part], draw)}
-            apart = self._share(divergences(self._student.target(inputs), self._student.answer(inputs)))
+            apart = self._share(divergences(self.student.target(inputs), self.student.answer(inputs)))
             # Asked for by name, so that nothing is computed for the student's weights.
             for into, gradient in zip(sums, torch.autograd.grad(apart, learning, allow_unused=True), strict=True):
                 if gradient is not None:
@@ -151,7 +147,7 @@ class ZsaqLesson:
             total += float(apart.detach())
         for parameter, gradient in zip(learning, sums, strict=True):
             parameter.grad = gradient
-        nn.utils.clip_grad_norm_(learning, _LARGEST_GRADIENT)
+        nn.utils.clip_grad_norm_(learning, LARGEST_GRADIENT)
         self._ascent.step()
         self._ascent.zero_grad()
         return total

@@ -14,7 +14,7 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.compression.entry import cast, enter_blocks
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.plan import Plan
-from calibrant.compression.recipe import Quadapter
+from calibrant.compression.recipe_parts import Quadapter
 from calibrant.errors import CalibrantError
 from calibrant.learning.fake_quantization import fake_quantize_tensor, fake_quantize_tokens, fake_quantize_weight
 from calibrant.learning.journal import Journal

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from calibrant.compression.recipe import OnText, Training
+from calibrant.compression.recipe_parts import OnText, Training
 from calibrant.learning.divergence import divergences
 from calibrant.learning.learned_range import Rows
 from calibrant.learning.rounded_model import Learner
@@ -15,7 +15,8 @@ from calibrant.learning.sharpness import at_worst_nearby, gradient_norm
 
 # Logits of so many bytes are held at a time (ours).
 _LOGIT_BYTES = 2**28
-_LARGEST_GRADIENT = 1.0
+# Global norms of gradients are clipped to this (ours).
+LARGEST_GRADIENT = 1.0
 # Of sharpness as it is reported, whatever a training looked for (ours).
 _MEASURED_RADIUS = 0.05
 
@@ -90,7 +91,7 @@ class Student:
                 self._optimizer.zero_grad()
                 numbers["sharpness"] = loss() - numbers["loss"]
         numbers["gradient"] = float(gradient_norm(self.learned))
-        torch.nn.utils.clip_grad_norm_(self.learned, _LARGEST_GRADIENT)
+        torch.nn.utils.clip_grad_norm_(self.learned, LARGEST_GRADIENT)
         self._optimizer.step()
         return numbers
 

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from tensorboardX import SummaryWriter
 
-from calibrant.compression.recipe import Training
+from calibrant.compression.recipe_parts import Training
 from calibrant.errors import CalibrantError
 from calibrant.learning.journal import CURVES, Journal
+from calibrant.learning.student import Student
 from calibrant.progress import Progress
 
 # The journal is written this often, or so that writing takes a twentieth of the time: it holds weights and moments of
@@ -23,20 +24,12 @@ _NAME = "steps"
 
 
 class Lesson(Protocol):
-    """What is trained, and by what."""
+    """Who is trained, and by what."""
 
-    @property
-    def learned(self) -> Sequence[torch.Tensor]:
-        """The parameters that are the result."""
+    student: Student
 
     def step(self, number: int, rate: float) -> dict[str, float]:
         """One update, at ``rate`` of the learning rate; numbers for the curves. Depends on nothing but the state."""
-
-    def held_out(self) -> float:
-        """Loss on what is not trained on."""
-
-    def sharpness(self) -> float | None:
-        """How much larger that is a fixed distance away in weights, where it rises most; None if no weight learns."""
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -84,18 +77,18 @@ class Trained:
 
 
 def train(lesson: Lesson, options: Training, journal: Journal, progress: Progress) -> Trained:
-    """Train, and leave the parameters of least held-out loss in ``lesson``.
+    """Train, and leave the parameters of least held-out loss in the student.
 
     Goes on from ``journal`` and writes to it now and then; the result is that of an uninterrupted training.
 
     Raises:
         CalibrantError: the loss is not finite.
     """
-    found = journal.read(_NAME)
+    student, found = lesson.student, journal.read(_NAME)
     if found is None:
         # Curves of a training that left no state.
         shutil.rmtree(journal.opened() / CURVES, ignore_errors=True)
-        now = _Now({0: lesson.held_out()}, _copy(lesson.learned))
+        now = _Now({0: student.held_out()}, _copy(student.learned))
         _check_finite(now, journal)
     else:
         lesson.load(found.pop("lesson"))
@@ -114,10 +107,10 @@ def train(lesson: Lesson, options: Training, journal: Journal, progress: Progres
             task.advance()
             now.losses = [*now.losses, numbers["loss"]][-options.look :]
             if now.done % options.look == 0 or now.done == options.steps:
-                numbers["held_out"] = now.looks[now.done] = lesson.held_out()
+                numbers["held_out"] = now.looks[now.done] = student.held_out()
                 _check_finite(now, journal)
                 if numbers["held_out"] < now.looks[now.best]:
-                    now.best, now.kept = now.done, _copy(lesson.learned)
+                    now.best, now.kept = now.done, _copy(student.learned)
                 now.ended = now.done == options.steps or now.done - now.best >= options.patience * options.look
             for name, value in numbers.items():
                 curves.add_scalar(name, value, now.done)
@@ -127,9 +120,9 @@ def train(lesson: Lesson, options: Training, journal: Journal, progress: Progres
                 written = time.monotonic()
                 wait = max(_JOURNAL_SECONDS, _JOURNAL_SHARE * (written - begin))
     with torch.no_grad():
-        for parameter, best_value in zip(lesson.learned, now.kept, strict=True):
+        for parameter, best_value in zip(student.learned, now.kept, strict=True):
             parameter.copy_(best_value)
-    trained = Trained(now.looks, now.best, now.done, sum(now.losses) / len(now.losses), lesson.sharpness())
+    trained = Trained(now.looks, now.best, now.done, sum(now.losses) / len(now.losses), student.sharpness())
     progress.note(trained.sentence())
     return trained
 
