@@ -22,7 +22,8 @@ from calibrant.compression.plan import make_plan
 from calibrant.compression.recipe import Recipe
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.errors import CalibrantError
-from calibrant.learning import training_loop
+from calibrant.learning import student as student_module
+from calibrant.learning import train_model, training_loop
 from calibrant.learning.divergence import divergences
 from calibrant.learning.generator import Generator, read_embeddings
 from calibrant.learning.lessons import TextLesson, ZsaqLesson
@@ -114,32 +115,78 @@ def test_a_move_is_as_long_as_the_radius_and_leaves_no_trace() -> None:
     assert worst > start
 
 
-def test_no_radius_is_adamw_bit_for_bit(llama: Path) -> None:
-    chosen = recipe({"name": "qat", "radius": 0})
-    data = random_set(length=16)
-    ids = data.tokens.long()
-    ours = student(llama, chosen)
-    assert chosen.training is not None
-    lesson = TextLesson(ours, chosen.training, (ids, data.mask))  # type: ignore[arg-type]
-    theirs, teacher = rounded(llama, chosen)
+def steps_by_hand(
+    folder: Path, chosen: Recipe, ids: torch.Tensor, radius: float, steps: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a loop of AdamW and, for a radius, of gradients taken a move away leaves; and the rounded weights."""
+    theirs, teacher = rounded(folder, chosen)
     learned = [parameter for parameters, _ in theirs.groups for parameter in parameters]
     groups = [{"params": parameters, "lr": 1e-3 * factor} for parameters, factor in theirs.groups]
     plain = torch.optim.AdamW(groups, weight_decay=0.0)
-    for number in range(4):
-        lesson.step(number, 1.0)
-        rows = torch.from_numpy(np.asarray(seeded(0, "text", number).choice(len(ids), 4, replace=False)))
+
+    def descend(rows: torch.Tensor) -> None:
         plain.zero_grad()
         answer = theirs.model(input_ids=ids[rows]).logits
         with torch.no_grad():
             target = teacher(input_ids=ids[rows]).logits
         (divergences(target, answer).flatten().sum() / (4 * 16)).backward()
+
+    for number in range(steps):
+        rows = torch.from_numpy(np.asarray(seeded(0, "text", number).choice(len(ids), 4, replace=False)))
+        descend(rows)
+        if radius:
+            gradients = [weight.grad.clone() for weight in theirs.weights if weight.grad is not None]
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            kept = [weight.detach().clone() for weight in theirs.weights]
+            with torch.no_grad():
+                for weight, gradient in zip(theirs.weights, gradients, strict=True):
+                    weight.add_(gradient * (radius / (norm + 1e-12)))
+            descend(rows)
+            with torch.no_grad():
+                for weight, value in zip(theirs.weights, kept, strict=True):
+                    weight.copy_(value)
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         plain.step()
-    for mine, other in zip(ours.learned, learned, strict=True):
-        assert torch.equal(mine, other)
-    before = [weight.detach().clone() for weight in theirs.weights]
-    with at_worst_nearby(theirs.weights, 0.0):
-        assert all(torch.equal(one, other) for one, other in zip(theirs.weights, before, strict=True))
+    return learned, list(theirs.weights)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.5])
+def test_a_step_is_that_of_a_loop_by_hand_bit_for_bit(llama: Path, radius: float) -> None:
+    """Without a radius AdamW's own."""
+    chosen = recipe({"name": "qat", "radius": radius})
+    data = random_set(length=16)
+    ids = data.tokens.long()
+    ours = student(llama, chosen)
+    assert chosen.training is not None
+    lesson = TextLesson(ours, chosen.training, (ids, data.mask))  # type: ignore[arg-type]
+    for number in range(4):
+        lesson.step(number, 1.0)
+    learned, weights = steps_by_hand(llama, chosen, ids, radius, 4)
+    assert all(torch.equal(mine, other) for mine, other in zip(ours.learned, learned, strict=True))
+    plainly, _ = steps_by_hand(llama, chosen, ids, 0.0, 4)
+    same = all(torch.equal(mine, other) for mine, other in zip(ours.learned, plainly, strict=True))
+    assert same == (radius == 0.0)
+    before = [weight.detach().clone() for weight in weights]
+    with at_worst_nearby(weights, 0.0):
+        assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("training", [{"name": "qat"}, {"name": "zsaq", "generator_learning_rate": 1e-3}])
+def test_rows_one_at_a_time_make_the_same_step(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: dict[str, Any]
+) -> None:
+    chosen = recipe({**training, "steps": 1})
+    data = random_set(llama)
+    cb.compress(llama, output=tmp_path / "whole", recipe=chosen, calibration=data)
+    monkeypatch.setattr(student_module, "_LOGIT_BYTES", 1)
+    assert len(list(student(llama, chosen).parts(4, 16))) == 4
+    cb.compress(llama, output=tmp_path / "parts", recipe=chosen, calibration=data)
+    whole, parts = (json.loads((tmp_path / name / "calibrant.json").read_text()) for name in ("whole", "parts"))
+    assert parts["training"]["loss"] == pytest.approx(whole["training"]["loss"], rel=1e-4)
+    for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
+        other = load_file(tmp_path / "parts" / "model.safetensors")[name]
+        if "packed" not in name:
+            torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4)
 
 
 def test_the_divergence_of_a_model_from_itself_is_nothing(llama: Path) -> None:
@@ -431,8 +478,11 @@ def test_inputs_that_are_one_tensor_have_one_range(model_folder, tmp_path: Path)
         assert len({float(value) for value in scales.values()}) > 1
 
 
-def test_uncounted_tokens_change_nothing(llama: Path, tmp_path: Path) -> None:
-    whole = random_set(llama, samples=9)
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_uncounted_tokens_change_nothing(model_folder, tmp_path: Path, architecture: str) -> None:
+    """A classifier sees them, so they are hidden from it."""
+    model = model_folder(architecture)
+    whole = random_set(model, samples=9)
     mask = whole.mask.clone()
     mask[:, 24:] = False
     tokens = whole.tokens.clone()
@@ -441,15 +491,24 @@ def test_uncounted_tokens_change_nothing(llama: Path, tmp_path: Path) -> None:
     for name, one in {"a": whole.tokens, "b": tokens}.items():
         data = CalibrationSet.build(one, mask, whole.manifest)
         chosen = recipe({"name": "qat", "length": 32}, **static)
-        cb.compress(llama, output=tmp_path / name, recipe=chosen, calibration=data)
+        cb.compress(model, output=tmp_path / name, recipe=chosen, calibration=data, allow_encoder=True)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_checkpointing_changes_nothing(llama: Path, tmp_path: Path) -> None:
+def test_checkpointing_changes_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"kept": 0, "again": 0}
+    real = train_model.checkpoint
     for name, checkpointing in {"kept": False, "again": True}.items():
+
+        def counted(*arguments: Any, now: str = name, **options: Any) -> Any:
+            calls[now] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(train_model, "checkpoint", counted)
         chosen = recipe({"name": "zsaq", "checkpointing": checkpointing, "generator_learning_rate": 1e-3})
         cb.compress(llama, output=tmp_path / name, recipe=chosen, dtype="float32")
+    assert calls["kept"] == 0 < calls["again"]
     kept, again = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "again"))
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 

@@ -12,9 +12,8 @@ from calibrant.compression.activation_ranges import InputGrid
 from calibrant.compression.grids import GridSpec, parameters
 from calibrant.compression.plan import Plan
 from calibrant.learning.fake_quantization import fake_quantize_tensor, fake_quantize_tokens
+from calibrant.learning.rows import Rows, model_inputs
 
-# Token ids ``[rows, length]`` and which of them count.
-Rows = tuple[torch.Tensor, torch.Tensor]
 # Linears that read one tensor are called near each other.
 _RECENT = 4
 
@@ -90,7 +89,7 @@ def round_inputs(model: nn.Module, plan: Plan, ranges: dict[str, LearnedRange]) 
 
 
 @torch.no_grad()
-def see_inputs(model: nn.Module, names: list[str], batches: Iterable[Rows]) -> dict[str, SeenInput]:
+def see_inputs(model: nn.Module, names: list[str], batches: Iterable[Rows], causal: bool) -> dict[str, SeenInput]:
     """What counted tokens bring to the linears of those names; linears that read one tensor have one account."""
     found: dict[str, SeenInput] = {}
     leaders: dict[str, str] = {}
@@ -112,9 +111,9 @@ def see_inputs(model: nn.Module, names: list[str], batches: Iterable[Rows]) -> d
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:
-        for ids, counted in batches:
-            batch[:] = [counted]
-            model(input_ids=ids)
+        for rows in batches:
+            batch[:] = [rows[1]]
+            model(**model_inputs(rows, causal))
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,7 @@ from calibrant.calibration.randomness import generator as seeded
 from calibrant.compression.recipe_parts import OnText, Zsaq
 from calibrant.learning.divergence import divergences
 from calibrant.learning.generator import Generator
-from calibrant.learning.learned_range import Rows
+from calibrant.learning.rows import Rows
 from calibrant.learning.student import LARGEST_GRADIENT, Inputs, Student
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from calibrant.compression.recipe_parts import OnText, Training
 from calibrant.learning.divergence import divergences
-from calibrant.learning.learned_range import Rows
 from calibrant.learning.rounded_model import Learner
+from calibrant.learning.rows import Rows, model_inputs
 from calibrant.learning.sharpness import at_worst_nearby, gradient_norm
 
 # Logits of so many bytes are held at a time (ours).
@@ -100,9 +100,7 @@ class Student:
         counts, or ``[rows]`` where logits are of classes.
         """
         ids, counted = rows
-        inputs = {"input_ids": ids}
-        if not self._causal:
-            inputs["attention_mask"] = counted.flip(1).cumsum(1).flip(1).clamp(max=1)
+        inputs = model_inputs(rows, self._causal)
         answer = self.answer(inputs)
         if self._on_text:
             each = F.cross_entropy(answer[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")

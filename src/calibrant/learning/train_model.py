@@ -15,9 +15,10 @@ from calibrant.compression.recipe_parts import EndToEnd, OnText, Training, Zsaq
 from calibrant.errors import CalibrantError
 from calibrant.learning.generator import Generator, read_embeddings
 from calibrant.learning.journal import Journal
-from calibrant.learning.learned_range import Rows, see_inputs
+from calibrant.learning.learned_range import see_inputs
 from calibrant.learning.lessons import TextLesson, ZsaqLesson
 from calibrant.learning.rounded_model import RoundedModel
+from calibrant.learning.rows import Rows
 from calibrant.learning.scaled_model import PlacedPair, ScaledModel
 from calibrant.learning.student import Student
 from calibrant.learning.training_loop import Lesson, Trained, train
@@ -56,7 +57,7 @@ def train_model(
         activations, seen = plan.recipe.scheme.activations, None
         if activations is not None and not activations.dynamic:
             batches = zip(rest[0].split(options.rows), rest[1].split(options.rows), strict=True)
-            seen = see_inputs(teacher, list(plan.linears), batches)
+            seen = see_inputs(teacher, list(plan.linears), batches, folder.causal)
         # What is not changed is shared.
         changed = {f"{name}.weight" for name in plan.linears if not isinstance(options, EndToEnd)}
         shared = {id(value): value for name, value in teacher.named_parameters() if name not in changed}
