@@ -8,6 +8,7 @@ from safetensors import safe_open
 from calibrant.compression.block_solver import BlockSolver
 from calibrant.compression.plan import Plan
 from calibrant.errors import CalibrantError
+from calibrant.formats.input_rounding import INPUT_ROUNDING, read_input_rounding, write_input_rounding
 from calibrant.formats.quantized import Codes, Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter
@@ -23,6 +24,8 @@ class CheckpointWriter:
         self._model, self._plan = model, plan
         self._hashes: dict[str, str] = {}
         self._codes: dict[str, tuple[str, Layout]] = {}
+        # Grids of int8 inputs that no layout holds.
+        self._inputs: dict[str, tuple[float, int] | None] = {}
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors under their checkpoint names."""
@@ -42,6 +45,8 @@ class CheckpointWriter:
         for name, codes in solver.codes.items():
             layout = self._plan.layout_for(f"{prefix}.{name}")
             if layout is None:
+                if self._plan.recipe.scheme.activations is not None:
+                    self._inputs[f"{prefix}.{name}"] = _input_grid(codes)
                 continue
             parameter = f"{prefix}.{name}.weight"
             base = self._model.stored_name(parameter).removesuffix("weight")
@@ -50,6 +55,11 @@ class CheckpointWriter:
             del dense[parameter]
         stored = self._model.to_checkpoint({name: value.contiguous() for name, value in dense.items()})
         self.write({**stored, **packed})
+
+    def write_input_rounding(self, folder: Path) -> None:
+        """Write how inputs are rounded that no quantized format describes, if there are any."""
+        if self._inputs:
+            write_input_rounding(folder, self._inputs)
 
     def verify(self, files: list[Path]) -> int:
         """Open the written files again and compare them with what was solved; returns the number of tensors.
@@ -69,6 +79,8 @@ class CheckpointWriter:
             raise CalibrantError(f"{files[0].parent}: tensors are missing after writing; the disk may be failing")
         for base, (expected, layout) in self._codes.items():
             self._verify_codes(base, expected, layout, places)
+        if read_input_rounding(files[0].parent) != self._inputs:
+            raise CalibrantError(f"{files[0].parent / INPUT_ROUNDING}: is not what was solved; the disk may be failing")
         return len(places)
 
     def _verify_codes(self, base: str, expected: str, layout: Layout, places: dict[str, Path]) -> None:
@@ -87,6 +99,12 @@ def _read(file: Path, name: str) -> torch.Tensor:
 def _tensor_hash(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return sha256_bytes(str((tensor.dtype, tuple(tensor.shape))).encode(), flat.tobytes())
+
+
+def _input_grid(codes: Codes) -> tuple[float, int] | None:
+    if codes.input_scale is None or codes.input_zero is None:
+        return None
+    return float(codes.input_scale), int(codes.input_zero)
 
 
 def _codes_hash(codes: Codes) -> str:

@@ -17,6 +17,7 @@ from calibrant.compression.recipe_parts import Quadapter, Training, Zsaq
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import Hessian, PairedHessian
 from calibrant.errors import CalibrantError
+from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.modeling.checkpoint import ModelFolder
@@ -150,10 +151,9 @@ def make_plan(
             stored_otherwise or recipe.stored_dense or format_name != "compressed-tensors"
         ):
             raise CalibrantError("a budget of bits needs layers that compressed-tensors can hold packed")
-        if stored_otherwise and layout.activations:
+        if fused and layout.activations:
             raise CalibrantError(
-                f"{stored_otherwise[0]}: int8 activations need ordinary linear layers, and this model's are not; "
-                "take a weight-only recipe"
+                f"{next(iter(fused))}: fused experts, which int8 activations do not go with; take a weight-only recipe"
             )
         if recipe.stored_dense:
             notes.append(f"{recipe.method.name} fits no quantized format: its values are stored dense")
@@ -163,6 +163,11 @@ def make_plan(
                 f"{stored_otherwise[0]} is not an ordinary linear layer, which no quantized format that transformers "
                 "loads can hold: the quantized values are stored dense, so the files do not get smaller"
             )
+            if layout.activations:
+                notes.append(
+                    f"its int8 inputs are described in {INPUT_ROUNDING}, which calibrant evaluate computes with; "
+                    "loaders of others see the rounded weights alone"
+                )
             layout = None
         elif not layout.symmetric and not layout.activations and format_name == "compressed-tensors":
             notes.append(

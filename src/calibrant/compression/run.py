@@ -108,6 +108,7 @@ def run_compression(
                 writer.write({name: model.folder.read(name)})
             files = writer.shards.finish()
             copy_side_files(model.folder.path, folder)
+            writer.write_input_rounding(folder)
             _write_config(model, plan, config, {layer.name for layer in layers}, folder)
             if calibration is not None:
                 calibration.save(folder / "calibration")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calibrant.errors import CalibrantError, first_line
+from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.hashing import sha256_file, sha256_json
 
 SINGLE_FILE = "model.safetensors"
@@ -51,7 +52,8 @@ class ModelFolder:
         self.config_dict = _read_json(self.path / "config.json")
         self.config = _read_config(self.path)
         self.architecture = _architecture(self.path, self.config_dict, allow_encoder)
-        if "quantization_config" in self.config_dict and not allow_quantized:
+        quantized = "quantization_config" in self.config_dict or (self.path / INPUT_ROUNDING).exists()
+        if quantized and not allow_quantized:
             raise CalibrantError(f"{self.path}: the model is quantized already; start from its original weights")
         self.tensors = _tensor_table(self.path)
 

@@ -1,0 +1,105 @@
+"""Int8 inputs of models whose layers no quantized format holds: stored beside dense weights and computed with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import calibrant as cb
+from calibrant.compression.recipe import Recipe
+from calibrant.errors import CalibrantError
+from calibrant.formats.input_rounding import INPUT_ROUNDING, read_input_rounding
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.whole_model import load_whole
+from tests.checkpoints import loaded_divergence
+from tests.conftest import random_set
+
+STATIC = {"bits": 8, "dynamic": False}
+DYNAMIC = {"bits": 8}
+
+
+def w8a8(activations: dict[str, Any], **others: Any) -> Recipe:
+    scheme = {"weights": {"bits": 8}, "activations": activations}
+    return Recipe.model_validate(
+        {"name": "r", "description": "d", "method": {"name": "rtn"}, "scheme": scheme, **others}
+    )
+
+
+def by_hand(inputs: torch.Tensor, grid: tuple[float, int] | None) -> torch.Tensor:
+    """What integer inputs stand for, in float64."""
+    exact = inputs.double()
+    if grid is None:
+        scale, zero = exact.abs().amax(-1, keepdim=True) / 127.5, 0
+    else:
+        scale, zero = torch.tensor(grid[0], dtype=torch.float64), grid[1]
+    return (((exact / scale).round() + zero).clamp(-128, 127) - zero) * scale
+
+
+@pytest.mark.parametrize("activations", [STATIC, DYNAMIC])
+@pytest.mark.parametrize("architecture", ["gpt2", "falcon"])
+def test_inputs_are_rounded_as_described(
+    model_folder, tmp_path: Path, architecture: str, activations: dict[str, Any]
+) -> None:
+    model, output = model_folder(architecture), tmp_path / "out"
+    report = cb.compress(model, output=output, recipe=w8a8(activations), calibration=random_set(model))
+    assert any(INPUT_ROUNDING in note for note in report.notes)
+    grids = read_input_rounding(output)
+    assert set(grids) == {layer.name for layer in report.layers}
+    assert all((grid is None) == (activations is DYNAMIC) for grid in grids.values())
+    ours = load_whole(ModelFolder(output, allow_quantized=True), "cpu", "float32")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    ids = random_set(model, samples=2).tokens.long()
+    first = report.layers[0].name
+    seen: list[torch.Tensor] = []
+    plain.get_submodule(first).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    read: list[torch.Tensor] = []
+    ours.get_submodule(first).register_forward_hook(lambda _, args, __: read.append(args[0]))
+    with torch.no_grad():
+        rounded, unrounded = ours(input_ids=ids).logits, plain(input_ids=ids).logits
+    apart = (read[0].double() - by_hand(seen[0], grids[first])).abs()
+    # Halves may be rounded otherwise in float32: a step at most, and few of them.
+    assert float((apart > 1e-5).double().mean()) < 0.01
+    assert float((apart / seen[0].abs().amax(-1, keepdim=True)).max()) < 1 / 64
+    assert not torch.equal(read[0], seen[0])
+    assert not torch.equal(rounded, unrounded)
+    again = tmp_path / "again"
+    cb.compress(model, output=again, recipe=w8a8(activations), calibration=random_set(model))
+    assert (again / INPUT_ROUNDING).read_bytes() == (output / INPUT_ROUNDING).read_bytes()
+
+
+@pytest.mark.parametrize("activations", [STATIC, DYNAMIC])
+def test_evaluation_sees_what_training_saw(model_folder, tmp_path: Path, activations: dict[str, Any]) -> None:
+    gpt2 = model_folder("gpt2")
+    data = random_set(gpt2, samples=8, length=16)
+    training = {"name": "qat", "steps": 4, "rows": 4, "length": 16, "look": 2, "learning_rate": 1e-3}
+    output = tmp_path / "out"
+    cb.compress(gpt2, output=output, recipe=w8a8(activations, training=training), calibration=data, dtype="float32")
+    found = json.loads((output / "calibrant.json").read_text())["training"]
+    divergence = loaded_divergence(output, gpt2, data.tokens[-1:].long())
+    assert divergence == pytest.approx(found["held_out"][str(found["best"])], rel=1e-3)
+
+
+def test_such_a_model_is_no_start_and_its_description_is_checked(model_folder, tmp_path: Path) -> None:
+    gpt2, output = model_folder("gpt2"), tmp_path / "out"
+    cb.compress(gpt2, output=output, recipe=w8a8(DYNAMIC), calibration=random_set(gpt2))
+    with pytest.raises(CalibrantError, match="quantized already"):
+        cb.compress(output, output=tmp_path / "second", recipe=w8a8(DYNAMIC), calibration=random_set(gpt2))
+    file = output / INPUT_ROUNDING
+    good = file.read_text()
+    for text, said in (
+        (good[:50], "damaged"),
+        ('{"linears": []}', "damaged"),
+        ('{"linears": {"no": null}}', "no layer"),
+    ):
+        file.write_text(text)
+        with pytest.raises(CalibrantError, match=said):
+            load_whole(ModelFolder(output, allow_quantized=True), "cpu", "float32")
+
+
+def test_fused_experts_do_not_go_with_int8_inputs(model_folder, tmp_path: Path) -> None:
+    mixtral = model_folder("mixtral")
+    with pytest.raises(CalibrantError, match="fused experts, which int8 activations do not go with"):
+        cb.compress(mixtral, output=tmp_path / "out", recipe=w8a8(DYNAMIC), calibration=random_set(mixtral))
