@@ -5,7 +5,8 @@
 W8A8 with static ranges throughout. Each method is given a share of the rows drawn from one tuning text; its result is
 measured on all texts by perplexity over the original model's (windows are a text's first ones, tuning rows are drawn
 from anywhere in it, so on its tuning text a method may have seen some of them). Trainings keep the parameters of least
-loss on held-out rows of the tuning text. The JSON holds every run; finished runs are kept.
+loss on held-out rows of the tuning text. With --outliers channels behind every norm are made 32 times as large first,
+the function unchanged. The JSON holds every run; finished runs are kept.
 """
 
 import argparse
@@ -23,8 +24,10 @@ import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.compression.recipe import Recipe
 from cells import measured, on_texts, spread
+from outliers import plant
 
 HERE = Path(__file__).parent
+OUTLIER_FACTOR = 32.0
 QUADAPTER: dict[str, Any] = {"transforms": [{"name": "quadapter"}]}
 METHODS: dict[str, dict[str, Any]] = {
     "static": {},
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--outliers", type=int, default=0, help="channels planted behind every norm")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     file = options.json or HERE / "results" / f"quadapter_{options.model.resolve().name}.json"
@@ -103,9 +107,13 @@ def main() -> None:
         for share in options.shares
         for method in options.methods
     ]
-    settings = {key: vars(options)[key] for key in ("samples", "length", "steps", "windows")}
+    settings = {key: vars(options)[key] for key in ("samples", "length", "steps", "windows", "outliers")}
     settings |= {key: [Path(text).name for text in vars(options)[key]] for key in ("tuning", "texts")}
-    show(measured(file, settings, labels, partial(measure, options=options)), options.texts)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.outliers:
+            plant(options.model, Path(folder) / "model", options.outliers, OUTLIER_FACTOR)
+            options.model = Path(folder) / "model"
+        show(measured(file, settings, labels, partial(measure, options=options)), options.texts)
 
 
 if __name__ == "__main__":

@@ -2,58 +2,33 @@
 
     python studies/quadapter_outliers.py MODEL --corpus c4.utf8.gz --text wiki.test.raw.gz
 
-Some channels behind every norm are made larger by a known factor and the linears' columns smaller by the same, so the
-function is as before; then the model is quantized by round-to-nearest, by SmoothQuant and by Quadapter. Norms must be
-of the kind whose gain is their weight (Llama's), and the model stored in one file.
+Some channels behind every norm are made larger and the linears' columns smaller by the same factor (``outliers.py``);
+then the model is quantized by round-to-nearest, by SmoothQuant and by Quadapter.
 """
 
 import argparse
 import json
 import math
 import platform
-import shutil
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import calibrant as cb
 from calibrant.compression.recipe import Recipe
+from outliers import plant
 
 HERE = Path(__file__).parent
-BEHIND = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
 CLEAN, PLAIN = "round-to-nearest without outliers", "round-to-nearest"
 TRANSFORMS: dict[str, list[dict[str, Any]]] = {
     PLAIN: [],
     "SmoothQuant": [{"name": "smoothquant", "alpha": 0.5}],
 }
-
-
-def plant(model: Path, folder: Path, channels: int, factor: float) -> dict[str, list[int]]:
-    """A copy of ``model`` with outliers; returns the channels behind each norm."""
-    shutil.copytree(model, folder)
-    tensors = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    planted = {}
-    for name in sorted(tensors):
-        block, _, norm = name.removesuffix(".weight").rpartition(".")
-        if norm not in BEHIND:
-            continue
-        chosen = torch.randperm(len(tensors[name]), generator=generator)[:channels]
-        tensors[name][chosen] *= factor
-        for linear in BEHIND[norm]:
-            tensors[f"{block}.{linear}.weight"][:, chosen] /= factor
-        planted[name] = sorted(chosen.tolist())
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return planted
 
 
 def found_share(planted: dict[str, list[int]], before: Path, after: Path) -> float:

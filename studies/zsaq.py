@@ -52,6 +52,17 @@ def recipe(arm: str, scheme: str, options: argparse.Namespace, seed: int) -> Rec
     return Recipe.model_validate({**cell, "scheme": SCHEMES[scheme]})
 
 
+def labels(options: argparse.Namespace) -> list[str]:
+    """Of all cells; what is not trained does not depend on the seed."""
+    return [
+        f"{scheme}, {arm}, {seed}"
+        for seed in options.seeds
+        for scheme in options.schemes
+        for arm in options.arms
+        if ARMS[arm] is not None or seed == options.seeds[0]
+    ]
+
+
 def data(arm: str, options: argparse.Namespace, seed: int) -> CalibrationSet | None:
     """What an arm trains on, if it has data."""
     size = {"samples": options.samples, "length": options.length, "seed": seed}
@@ -112,16 +123,9 @@ def main() -> None:
     options = parser.parse_args()
     file = options.json or HERE / "results" / f"zsaq_{options.model.resolve().name}.json"
     keys = ("steps", "rows", "length", "learning_rate", "samples", "windows", "window")
-    labels = [
-        f"{scheme}, {arm}, {seed}"
-        for seed in options.seeds
-        for scheme in options.schemes
-        for arm in options.arms
-        if ARMS[arm] is not None or seed == options.seeds[0]
-    ]
     settings = {key: vars(options)[key] for key in keys}
     settings |= {"real": Path(options.real).name, "texts": [Path(text).name for text in options.texts]}
-    show(measured(file, settings, labels, partial(measure, options=options)), options.texts)
+    show(measured(file, settings, labels(options), partial(measure, options=options)), options.texts)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from calibrant.evaluation.windows import evaluation_windows
 from calibrant.formats.imatrix import gguf_names, write_imatrix
 from calibrant.formats.quantized import FormatName
 from calibrant.formats.registry import FORMATS
+from calibrant.learning.journal import journal_folder
 from calibrant.learning.train_model import check_training
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
@@ -102,6 +103,8 @@ def prepare(
         _check_calibration(folder, calibration)
     if chosen.training is not None:
         check_training(folder, chosen.training)
+    if chosen.learns:
+        journal_folder(target)
     place = torch_device(device)
     lazy = LazyModel(folder, folder.dtype, place)
     if checkpoint_format not in FORMATS:

@@ -105,6 +105,17 @@ def test_select_and_rebuild(run, llama: Path, tmp_path: Path) -> None:
     refused(status, out, err, "strategy 'best'", tmp_path)
 
 
+def test_what_is_in_the_way_of_a_journal_is_seen_before_anything(run, llama: Path, tmp_path: Path) -> None:
+    arguments = ("compress", llama, "-r", "zsaq-w4a8", "-o", tmp_path / "out", "--dry-run", "-q")
+    assert run(*arguments)[0] == 0
+    (tmp_path / "out.training").mkdir()
+    assert run(*arguments)[0] == 0
+    (tmp_path / "out.training" / "mine.txt").write_text("mine")
+    status, out, err = run(*arguments)
+    assert status == 1
+    assert "in the way of the training's journal" in out + err
+
+
 def test_the_summary_names_what_matters(run, llama: Path, tmp_path: Path) -> None:
     status, shown, _ = run("compress", llama, "-o", tmp_path / "out", "-n", 4, "-l", 16)
     assert status == 0

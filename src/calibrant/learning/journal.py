@@ -21,6 +21,18 @@ _KEY = "calibrant.state"
 CURVES = "curves"
 
 
+def journal_folder(output: Path) -> Path:
+    """Where the journal of a training for ``output`` lies.
+
+    Raises:
+        CalibrantError: something that is no journal lies there.
+    """
+    folder = output.absolute().parent / f"{output.name}.training"
+    if folder.is_file() or (folder.exists() and not (folder / _IDENTITY).is_file() and any(folder.iterdir())):
+        raise CalibrantError(f"{folder}: is in the way of the training's journal; move it")
+    return folder
+
+
 class Journal:
     """The folder ``OUTPUT.training``, made when something is written; ``CURVES`` in it is for TensorBoard's files.
 
@@ -34,13 +46,10 @@ class Journal:
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], overwrite: bool) -> None:
-        self.folder = output.absolute().parent / f"{output.name}.training"
+        self.folder = journal_folder(output)
         self._identity = canonical_json(identity)
         mark = self.folder / _IDENTITY
-        if not mark.is_file():
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise CalibrantError(f"{self.folder}: is in the way of the training's journal; move it")
-        elif mark.read_text(encoding="utf-8") != self._identity:
+        if mark.is_file() and mark.read_text(encoding="utf-8") != self._identity:
             if not overwrite and self._saved():
                 raise CalibrantError(
                     f"{self.folder}: holds an unfinished training with other settings, model or data; run that again, "
