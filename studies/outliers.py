@@ -27,7 +27,7 @@ def plant(model: Path, folder: Path, channels: int, factor: float) -> dict[str, 
     planted = {}
     for name in sorted(tensors):
         block, _, norm = name.removesuffix(".weight").rpartition(".")
-        if norm not in _BEHIND or name.endswith(".bias"):
+        if norm not in _BEHIND:
             continue
         chosen = torch.randperm(len(tensors[name]), generator=generator)[:channels]
         linears, transposed = _BEHIND[norm]
@@ -38,7 +38,19 @@ def plant(model: Path, folder: Path, channels: int, factor: float) -> dict[str, 
             weight = tensors[f"{block}.{linear}.weight"]
             (weight if transposed else weight.T)[chosen] /= factor
         planted[name] = sorted(chosen.tolist())
+    if any("feedforward_layernorm" in name for name in tensors):
+        raise SystemExit(f"{model}: its norms are not of the kind that outliers can be planted behind")
     if not planted:
         raise SystemExit(f"{model}: has no norm of the names {', '.join(_BEHIND)}")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return planted
+
+
+def found_share(planted: dict[str, list[int]], before: Path, after: Path) -> float:
+    """The share of planted channels among as many whose scale fell most."""
+    first, second = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    hits = 0
+    for name, channels in planted.items():
+        alpha = second[name].float() / first[name].float()
+        hits += len(set(alpha.argsort()[: len(channels)].tolist()) & set(channels))
+    return hits / sum(map(len, planted.values()))

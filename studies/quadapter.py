@@ -5,8 +5,8 @@
 W8A8 with static ranges throughout. Each method is given a share of the rows drawn from one tuning text; its result is
 measured on all texts by perplexity over the original model's (windows are a text's first ones, tuning rows are drawn
 from anywhere in it, so on its tuning text a method may have seen some of them). Trainings keep the parameters of least
-loss on held-out rows of the tuning text. With --outliers channels behind every norm are made 32 times as large first,
-the function unchanged. The JSON holds every run; finished runs are kept.
+loss on held-out rows of the tuning text. With --outliers channels behind every norm are made larger first, the
+function unchanged. The JSON holds every run; finished runs are kept.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from cells import measured, on_texts, spread
 from outliers import plant
 
 HERE = Path(__file__).parent
-OUTLIER_FACTOR = 32.0
 QUADAPTER: dict[str, Any] = {"transforms": [{"name": "quadapter"}]}
 METHODS: dict[str, dict[str, Any]] = {
     "static": {},
@@ -44,6 +43,8 @@ def recipe(method: str, options: argparse.Namespace, seed: int) -> Recipe:
     if "training" in cell:
         shared = {"steps": options.steps, "rows": 8, "length": options.length, "seed": seed}
         cell["training"] = {**cell["training"], **shared, "look": max(1, options.steps // 10)}
+    if method == "QAT":
+        cell["training"]["learning_rate"] = options.learning_rate
     scheme = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
     return Recipe.model_validate({**cell, "scheme": scheme})
 
@@ -95,8 +96,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="rows of the whole of a tuning text")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="of QAT's weights")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--outliers", type=int, default=0, help="channels planted behind every norm")
+    parser.add_argument("--factor", type=float, default=32.0, help="how much larger those are made")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     file = options.json or HERE / "results" / f"quadapter_{options.model.resolve().name}.json"
@@ -107,11 +110,14 @@ def main() -> None:
         for share in options.shares
         for method in options.methods
     ]
-    settings = {key: vars(options)[key] for key in ("samples", "length", "steps", "windows", "outliers")}
+    settings = {
+        key: vars(options)[key]
+        for key in ("samples", "length", "steps", "learning_rate", "windows", "outliers", "factor")
+    }
     settings |= {key: [Path(text).name for text in vars(options)[key]] for key in ("tuning", "texts")}
     with tempfile.TemporaryDirectory() as folder:
         if options.outliers:
-            plant(options.model, Path(folder) / "model", options.outliers, OUTLIER_FACTOR)
+            plant(options.model, Path(folder) / "model", options.outliers, options.factor)
             options.model = Path(folder) / "model"
         show(measured(file, settings, labels, partial(measure, options=options)), options.texts)
 

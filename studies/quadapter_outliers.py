@@ -17,11 +17,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
 import calibrant as cb
 from calibrant.compression.recipe import Recipe
-from outliers import plant
+from outliers import found_share, plant
 
 HERE = Path(__file__).parent
 CLEAN, PLAIN = "round-to-nearest without outliers", "round-to-nearest"
@@ -29,16 +28,6 @@ TRANSFORMS: dict[str, list[dict[str, Any]]] = {
     PLAIN: [],
     "SmoothQuant": [{"name": "smoothquant", "alpha": 0.5}],
 }
-
-
-def found_share(planted: dict[str, list[int]], before: Path, after: Path) -> float:
-    """The share of planted channels among as many whose scale fell most."""
-    first, second = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
-    hits = 0
-    for name, channels in planted.items():
-        alpha = second[name].float() / first[name].float()
-        hits += len(set(alpha.argsort()[: len(channels)].tolist()) & set(channels))
-    return hits / sum(map(len, planted.values()))
 
 
 def main() -> None:

@@ -45,14 +45,20 @@ def recipe(arm: str, scheme: str, options: argparse.Namespace, seed: int) -> Rec
     return chosen.model_copy(update={"training": training})
 
 
+def questions(file: Path, model: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, mask and labels as ``model`` has them."""
+    named = transformers.AutoConfig.from_pretrained(model).id2label
+    subjects = [named[index] for index in range(len(named))]
+    return read_questions(file, transformers.AutoTokenizer.from_pretrained(model), subjects)
+
+
 def data(arm: str, options: argparse.Namespace, seed: int) -> CalibrationSet | None:
     """What an arm trains on, if it has data."""
     if arm == "self-written text":
         return cb.generate(options.generator, samples=options.samples, length=LENGTH, seed=seed)
     if arm != "real text":
         return None
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    ids, mask, _, _ = read_questions(options.train, tokenizer)
+    ids, mask, _ = questions(options.train, options.model)
     rows = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[: options.samples]
     manifest = Manifest(
         strategy="questions",
@@ -68,7 +74,7 @@ def data(arm: str, options: argparse.Namespace, seed: int) -> CalibrationSet | N
 
 @torch.no_grad()
 def answers(folder: Path, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities ``[questions, subjects]`` in float32."""
+    """Log-probabilities ``[questions, subjects]`` of a model that computes in float32."""
     model = load_whole(ModelFolder(folder, allow_encoder=True, allow_quantized=True), "cpu", "float32")
     parts = zip(ids.split(64), mask.split(64), strict=True)
     logits = torch.cat([model(input_ids=rows, attention_mask=seen).logits for rows, seen in parts])
@@ -78,8 +84,7 @@ def answers(folder: Path, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
 def measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
     """One cell."""
     scheme, arm, seed = label.split(", ")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    ids, mask, subjects, _ = read_questions(options.held_out, tokenizer)
+    ids, mask, subjects = questions(options.held_out, options.model)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         begin = time.perf_counter()
@@ -135,7 +140,7 @@ def main() -> None:
     options.length = LENGTH
     file = options.json or HERE / "results" / f"zsaq_{options.model.resolve().name}.json"
     settings = {key: vars(options)[key] for key in ("steps", "rows", "learning_rate", "samples")}
-    settings["generator"] = options.generator.resolve().name
+    settings |= {key: vars(options)[key].resolve().name for key in ("generator", "train", "held_out")}
     show(measured(file, settings, labels(options), partial(measure, options=options)))
 
 

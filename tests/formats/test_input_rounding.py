@@ -9,9 +9,10 @@ import torch
 import transformers
 
 import calibrant as cb
+from calibrant.compression import checkpoint_writer
 from calibrant.compression.recipe import Recipe
 from calibrant.errors import CalibrantError
-from calibrant.formats.input_rounding import INPUT_ROUNDING, read_input_rounding
+from calibrant.formats.input_rounding import INPUT_ROUNDING, read_input_rounding, write_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.whole_model import load_whole
 from tests.checkpoints import loaded_divergence
@@ -19,6 +20,16 @@ from tests.conftest import random_set
 
 STATIC = {"bits": 8, "dynamic": False}
 DYNAMIC = {"bits": 8}
+# Descriptions that no run wrote, and what is said of them.
+OTHERS = (
+    ('{"bits": 8, "linears": []}', "damaged"),
+    ('{"bits": 4, "linears": {}}', "bits are 4"),
+    ('{"bits": 8, "linears": {"no": {"dynamic": true}}}', "no layer"),
+    ('{"bits": 8, "linears": {"a": null}}', "damaged"),
+    ('{"bits": 8, "linears": {"a": {"scale": 0.0, "zero_point": 0}}}', "scale 0.0"),
+    ('{"bits": 8, "linears": {"a": {"scale": NaN, "zero_point": 0}}}', "scale nan"),
+    ('{"bits": 8, "linears": {"a": {"scale": 1.0, "zero_point": 128}}}', "zero point 128"),
+)
 
 
 def w8a8(activations: dict[str, Any], **others: Any) -> Recipe:
@@ -52,33 +63,39 @@ def test_inputs_are_rounded_as_described(
     ours = load_whole(ModelFolder(output, allow_quantized=True), "cpu", "float32")
     plain = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     ids = random_set(model, samples=2).tokens.long()
-    first = report.layers[0].name
-    seen: list[torch.Tensor] = []
-    plain.get_submodule(first).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    read: list[torch.Tensor] = []
-    ours.get_submodule(first).register_forward_hook(lambda _, args, __: read.append(args[0]))
+    given: dict[str, torch.Tensor] = {}
+    read: dict[str, torch.Tensor] = {}
+    for name in grids:
+        # Before the rounding, and what came of it.
+        module = ours.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, args, n=name: given.update({n: args[0]}), prepend=True)
+        module.register_forward_hook(lambda _, args, __, n=name: read.update({n: args[0]}))
     with torch.no_grad():
         rounded, unrounded = ours(input_ids=ids).logits, plain(input_ids=ids).logits
-    apart = (read[0].double() - by_hand(seen[0], grids[first])).abs()
-    # Halves may be rounded otherwise in float32: a step at most, and few of them.
-    assert float((apart > 1e-5).double().mean()) < 0.01
-    assert float((apart / seen[0].abs().amax(-1, keepdim=True)).max()) < 1 / 64
-    assert not torch.equal(read[0], seen[0])
+    for name, grid in grids.items():
+        apart = (read[name].double() - by_hand(given[name], grid)).abs()
+        # Halves may be rounded otherwise in float32: a step at most, and few of them.
+        assert float((apart > 1e-5).double().mean()) < 0.01
+        assert float((apart / given[name].abs().amax()).max()) < 1 / 32
+        assert not torch.equal(read[name], given[name])
     assert not torch.equal(rounded, unrounded)
     again = tmp_path / "again"
     cb.compress(model, output=again, recipe=w8a8(activations), calibration=random_set(model))
     assert (again / INPUT_ROUNDING).read_bytes() == (output / INPUT_ROUNDING).read_bytes()
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "falcon"])
 @pytest.mark.parametrize("activations", [STATIC, DYNAMIC])
-def test_evaluation_sees_what_training_saw(model_folder, tmp_path: Path, activations: dict[str, Any]) -> None:
-    gpt2 = model_folder("gpt2")
-    data = random_set(gpt2, samples=8, length=16)
+def test_evaluation_sees_what_training_saw(
+    model_folder, tmp_path: Path, activations: dict[str, Any], architecture: str
+) -> None:
+    model = model_folder(architecture)
+    data = random_set(model, samples=8, length=16)
     training = {"name": "qat", "steps": 4, "rows": 4, "length": 16, "look": 2, "learning_rate": 1e-3}
     output = tmp_path / "out"
-    cb.compress(gpt2, output=output, recipe=w8a8(activations, training=training), calibration=data, dtype="float32")
+    cb.compress(model, output=output, recipe=w8a8(activations, training=training), calibration=data, dtype="float32")
     found = json.loads((output / "calibrant.json").read_text())["training"]
-    divergence = loaded_divergence(output, gpt2, data.tokens[-1:].long())
+    divergence = loaded_divergence(output, model, data.tokens[-1:].long())
     assert divergence == pytest.approx(found["held_out"][str(found["best"])], rel=1e-3)
 
 
@@ -89,11 +106,7 @@ def test_such_a_model_is_no_start_and_its_description_is_checked(model_folder, t
         cb.compress(output, output=tmp_path / "second", recipe=w8a8(DYNAMIC), calibration=random_set(gpt2))
     file = output / INPUT_ROUNDING
     good = file.read_text()
-    for text, said in (
-        (good[:50], "damaged"),
-        ('{"linears": []}', "damaged"),
-        ('{"linears": {"no": null}}', "no layer"),
-    ):
+    for text, said in ((good[:50], "damaged"), *OTHERS):
         file.write_text(text)
         with pytest.raises(CalibrantError, match=said):
             load_whole(ModelFolder(output, allow_quantized=True), "cpu", "float32")
@@ -103,3 +116,26 @@ def test_fused_experts_do_not_go_with_int8_inputs(model_folder, tmp_path: Path) 
     mixtral = model_folder("mixtral")
     with pytest.raises(CalibrantError, match="fused experts, which int8 activations do not go with"):
         cb.compress(mixtral, output=tmp_path / "out", recipe=w8a8(DYNAMIC), calibration=random_set(mixtral))
+
+
+@pytest.mark.parametrize("wrong", [{"transformer.h.0.attn.c_attn": None}, {}])
+def test_a_description_that_was_not_written_as_solved_fails_the_run(
+    model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, None]
+) -> None:
+    def damaged(folder: Path, grids: object) -> None:
+        write_input_rounding(folder, wrong)
+
+    monkeypatch.setattr(checkpoint_writer, "write_input_rounding", damaged)
+    gpt2 = model_folder("gpt2")
+    with pytest.raises(CalibrantError, match="is not what was solved"):
+        cb.compress(gpt2, output=tmp_path / "out", recipe=w8a8(STATIC), calibration=random_set(gpt2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_ignored_layers_read_what_they_are_given(model_folder, tmp_path: Path) -> None:
+    gpt2, output = model_folder("gpt2"), tmp_path / "out"
+    chosen = w8a8(DYNAMIC, ignore=["c_fc"])
+    cb.compress(gpt2, output=output, recipe=chosen, calibration=random_set(gpt2))
+    grids = read_input_rounding(output)
+    assert len(grids) == 6
+    assert not any("c_fc" in name for name in grids)

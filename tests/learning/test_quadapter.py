@@ -189,16 +189,16 @@ def test_the_scaled_model_computes_what_is_stored(
     """The divergence that the second phase ended with, from the files by another library."""
     model = model_folder(architecture)
     static = {"weights": {"bits": 4}, "activations": {"bits": 8, "dynamic": False}}
-    scheme = {"weights": {"bits": 4}} if architecture == "gpt2" else static
     training = {**SECOND, "objective": "teacher"}
     data = random_set(model, samples=8, length=16)
-    chosen = recipe({"name": "quadapter", "steps": 20}, training=training, **scheme)
+    chosen = recipe({"name": "quadapter", "steps": 20}, training=training, **static)
     chosen = chosen.model_copy(update={"ignore": ignore})
     cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=data, dtype="float32")
     record = json.loads((tmp_path / "out" / "calibrant.json").read_text())["training"]
     assert len(set(record["held_out"].values())) > 1
     found = loaded_divergence(tmp_path / "out", model, data.tokens[-1:].long())
-    assert found == pytest.approx(record["held_out"][str(record["best"])], rel=1e-2)
+    # An input on the border of two integers falls to either side by the order of sums.
+    assert found == pytest.approx(record["held_out"][str(record["best"])], rel=3e-2)
 
 
 def test_the_second_phase_changes_no_weight_but_by_scales(planted: Path, tmp_path: Path) -> None:

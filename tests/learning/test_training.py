@@ -26,6 +26,7 @@ from calibrant.learning import student as student_module
 from calibrant.learning import train_model, training_loop
 from calibrant.learning.divergence import divergences
 from calibrant.learning.generator import Generator, read_embeddings
+from calibrant.learning.journal import Journal
 from calibrant.learning.lessons import TextLesson, ZsaqLesson
 from calibrant.learning.rounded_model import RoundedModel
 from calibrant.learning.sharpness import at_worst_nearby
@@ -353,12 +354,11 @@ def test_what_is_loaded_is_what_was_trained(llama: Path, tmp_path: Path, scheme:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "gemma3", "bert"])
 def test_architectures_can_be_trained(model_folder, tmp_path: Path, architecture: str) -> None:
-    scheme = {"weights": {"bits": 4}} if architecture == "gpt2" else W4A8
     inputs = "random" if architecture == "bert" else "generator"
     report = cb.compress(
         model_folder(architecture),
         output=tmp_path / "out",
-        recipe=recipe({"name": "zsaq", "inputs": inputs}, **scheme),
+        recipe=recipe({"name": "zsaq", "inputs": inputs}, **W4A8),
         allow_encoder=architecture == "bert",
     )
     assert any("held-out loss" in note for note in report.notes)
@@ -450,6 +450,21 @@ def test_another_training_begins_anew_and_a_damaged_journal_says_what_to_do(
         run(8, 99)
 
 
+def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "out.training"
+    folder.mkdir()
+    for name in (".steps.safetensors.17.partial", ".tmpAb3"):
+        (folder / name).write_text("half")
+    journal = Journal(tmp_path / "out", {"a": 1}, overwrite=False)
+    state = {"learned": [torch.ones(2)], "number": 3, "moments": {0: {"step": torch.tensor(4.0)}}, "none": None}
+    journal.write("steps", state)
+    assert sorted(path.name for path in folder.iterdir()) == ["steps.safetensors", "training.json"]
+    found = journal.read("steps")
+    assert found is not None
+    assert torch.equal(found["learned"][0], state["learned"][0])
+    assert (found["number"], float(found["moments"][0]["step"]), found["none"]) == (3, 4.0, None)
+
+
 def test_an_early_stop_is_the_same_after_a_break(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _journal_every_step(monkeypatch)
     worse = recipe({"name": "qat", "steps": 30, "look": 1, "patience": 4, "learning_rate": 0.5})
@@ -478,7 +493,7 @@ def test_inputs_that_are_one_tensor_have_one_range(model_folder, tmp_path: Path)
         assert len({float(value) for value in scales.values()}) > 1
 
 
-@pytest.mark.parametrize("architecture", ["llama", "bert"])
+@pytest.mark.parametrize("architecture", ["llama", "bert", "opt"])
 def test_uncounted_tokens_change_nothing(model_folder, tmp_path: Path, architecture: str) -> None:
     """A classifier sees them, so they are hidden from it."""
     model = model_folder(architecture)

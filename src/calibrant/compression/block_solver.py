@@ -125,10 +125,15 @@ class BlockSolver:
     def _input_grid(self, unit: Unit) -> InputGrid | None:
         """Of static activations."""
         if self.plan.input_grids is not None:
-            return self.plan.input_grids.get(f"{self.prefix}.{unit[0].name}")
+            name = f"{self.prefix}.{unit[0].name}"
+            if name not in self.plan.input_grids:
+                raise self._unseen(unit)
+            return self.plan.input_grids[name]
         activations, seen = self.plan.recipe.scheme.activations, self._ranges.pop(unit, None)
-        if activations is None or seen is None or self.plan.spec is None:
+        if activations is None or activations.dynamic or self.plan.spec is None:
             return None
+        if seen is None:
+            raise self._unseen(unit)
         if not seen.finite:
             raise self._not_finite(unit)
         return seen.grid(activations.range, activations.percentile, self.plan.spec.scale_dtype)
@@ -144,6 +149,12 @@ class BlockSolver:
                 raise self._not_finite(unit)
         name = f"{self.prefix}.{unit[0].name}"
         return Task(weight, segments, self.plan.spec_for(name), self.plan.sparsity_for(name), hessian, norms)
+
+    def _unseen(self, unit: Unit) -> CalibrantError:
+        return CalibrantError(
+            f"{self.prefix}.{unit[0].name}: no calibration token reached it, so its static range is unknown; "
+            "ignore it, or take dynamic activations"
+        )
 
     def _not_finite(self, unit: Unit) -> CalibrantError:
         return CalibrantError(

@@ -153,7 +153,8 @@ def make_plan(
             raise CalibrantError("a budget of bits needs layers that compressed-tensors can hold packed")
         if fused and layout.activations:
             raise CalibrantError(
-                f"{next(iter(fused))}: fused experts, which int8 activations do not go with; take a weight-only recipe"
+                f"{next(iter(fused))}: fused experts, which int8 activations do not go with; ignore them, "
+                "or take a weight-only recipe"
             )
         if recipe.stored_dense:
             notes.append(f"{recipe.method.name} fits no quantized format: its values are stored dense")

@@ -113,7 +113,7 @@ class Recipe(Strict):
         if any(isinstance(transform, Quadapter) for transform in self.transforms) and len(self.transforms) > 1:
             raise ValueError("quadapter learns on the model as it is: leave other transforms out")
         if scheme.activations is not None and self.stored_dense:
-            raise ValueError(f"{name} is stored dense, which no int8 activations go with")
+            raise ValueError(f"{name} gives no integers of weights, without which int8 activations are not stored")
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ The file is our own: loaders of others read the rounded weights, and compute wit
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from calibrant.hashing import canonical_json
 INPUT_ROUNDING = "input_rounding.json"
 # Scale and zero point of one asymmetric grid a tensor; None for a symmetric one of each token's own.
 InputGrids = Mapping[str, tuple[float, int] | None]
-_LOWEST, _HIGHEST = -128, 127
+_BITS, _LOWEST, _HIGHEST = 8, -128, 127
 
 
 def write_input_rounding(folder: Path, grids: InputGrids) -> None:
     """Write the grids of linears by module name."""
-    linears = {name: grid and {"scale": grid[0], "zero_point": grid[1]} for name, grid in grids.items()}
-    (folder / INPUT_ROUNDING).write_text(canonical_json({"bits": 8, "linears": linears}), encoding="utf-8")
+    linears = {
+        name: {"dynamic": True} if grid is None else {"scale": grid[0], "zero_point": grid[1]}
+        for name, grid in grids.items()
+    }
+    (folder / INPUT_ROUNDING).write_text(canonical_json({"bits": _BITS, "linears": linears}), encoding="utf-8")
 
 
 def read_input_rounding(folder: Path) -> dict[str, tuple[float, int] | None]:
@@ -36,16 +40,24 @@ def read_input_rounding(folder: Path) -> dict[str, tuple[float, int] | None]:
     if not file.exists():
         return {}
     try:
-        linears = json.loads(file.read_text(encoding="utf-8"))["linears"]
-        return {
-            name: (float(grid["scale"]), int(grid["zero_point"])) if grid is not None else None
-            for name, grid in linears.items()
-        }
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["bits"] != _BITS:
+            raise ValueError(f"bits are {content['bits']}, known are {_BITS}")
+        return {name: _read_grid(name, grid) for name, grid in content["linears"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CalibrantError(f"{file}: damaged ({error}); compress the model again") from error
 
 
-def round_inputs(model: nn.Module, grids: InputGrids) -> None:
+def _read_grid(name: str, grid: dict[str, Any]) -> tuple[float, int] | None:
+    if grid == {"dynamic": True}:
+        return None
+    scale, zero = grid["scale"], grid["zero_point"]
+    if not (0 < scale < math.inf and zero in range(_LOWEST, _HIGHEST + 1)):
+        raise ValueError(f"{name} has scale {scale} and zero point {zero}")
+    return float(scale), int(zero)
+
+
+def apply_input_rounding(model: nn.Module, grids: InputGrids) -> None:
     """From now on those linears in ``model`` read what their int8 inputs stand for.
 
     Raises:

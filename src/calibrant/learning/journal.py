@@ -28,7 +28,8 @@ def journal_folder(output: Path) -> Path:
         CalibrantError: something that is no journal lies there.
     """
     folder = output.absolute().parent / f"{output.name}.training"
-    if folder.is_file() or (folder.exists() and not (folder / _IDENTITY).is_file() and any(folder.iterdir())):
+    kept = [path for path in folder.iterdir() if not _left_over(path)] if folder.is_dir() else []
+    if folder.is_file() or (kept and not (folder / _IDENTITY).is_file()):
         raise CalibrantError(f"{folder}: is in the way of the training's journal; move it")
     return folder
 
@@ -58,8 +59,11 @@ class Journal:
             shutil.rmtree(self.folder)
 
     def opened(self) -> Path:
-        """The folder, which exists now."""
+        """The folder, which exists now, without what a killed run was writing."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if _left_over(path):
+                path.unlink()
         if not (self.folder / _IDENTITY).is_file():
             with whole_file(self.folder / _IDENTITY) as beside:
                 beside.write_text(self._identity, encoding="utf-8")
@@ -116,6 +120,11 @@ class Journal:
     def remove(self) -> None:
         """The training is over."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _left_over(path: Path) -> bool:
+    """Whether that is a file that was never finished: ours, or the one that safetensors writes to first."""
+    return path.is_file() and (path.name.startswith(".tmp") or (path.name[0] == "." and path.suffix == ".partial"))
 
 
 def _apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from calibrant.compression.activation_ranges import InputGrid
 from calibrant.compression.grids import GridSpec, parameters
 from calibrant.compression.plan import Plan
+from calibrant.errors import CalibrantError
 from calibrant.learning.fake_quantization import fake_quantize_tensor, fake_quantize_tokens
 from calibrant.learning.rows import Rows, model_inputs
 
@@ -90,7 +91,11 @@ def round_inputs(model: nn.Module, plan: Plan, ranges: dict[str, LearnedRange]) 
 
 @torch.no_grad()
 def see_inputs(model: nn.Module, names: list[str], batches: Iterable[Rows], causal: bool) -> dict[str, SeenInput]:
-    """What counted tokens bring to the linears of those names; linears that read one tensor have one account."""
+    """What counted tokens bring to the linears of those names; linears that read one tensor have one account.
+
+    Raises:
+        CalibrantError: a linear reads something else than one row a token.
+    """
     found: dict[str, SeenInput] = {}
     leaders: dict[str, str] = {}
     recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=_RECENT)
@@ -100,7 +105,11 @@ def see_inputs(model: nn.Module, names: list[str], batches: Iterable[Rows], caus
         leader = leaders.setdefault(name, next((first for one, first in recent if one is inputs), name))
         recent.append((inputs, leader))
         (counted,) = batch
-        rows = inputs[counted] if inputs.shape[:-1] == counted.shape else inputs.flatten(0, -2)
+        if inputs.shape[:-1].numel() != counted.numel():
+            raise CalibrantError(
+                f"{name}: is given other rows than the tokens, so its range cannot be learned; ignore it"
+            )
+        rows = inputs.reshape(*counted.shape, -1)[counted]
         low, high = rows.float().aminmax(dim=0)
         if leader in found:
             low, high = torch.minimum(found[leader].low, low), torch.maximum(found[leader].high, high)

@@ -8,7 +8,7 @@ import transformers
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.dense import dense_weights
-from calibrant.formats.input_rounding import read_input_rounding, round_inputs
+from calibrant.formats.input_rounding import apply_input_rounding, read_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder, model_class
 
 # Processor features that multiply bfloat16 faster than float32 (x86 twice, Arm).
@@ -102,5 +102,5 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
         missing = min(found["missing_keys"])
         raise CalibrantError(f"{folder.path}: its files lack {missing}; copy or download it again")
     loaded: transformers.PreTrainedModel = model.to(device=place).eval()
-    round_inputs(loaded, read_input_rounding(folder.path))
+    apply_input_rounding(loaded, read_input_rounding(folder.path))
     return loaded
