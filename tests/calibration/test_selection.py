@@ -18,6 +18,7 @@ from calibrant.calibration.selection.zipcal import subword_classes
 from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, TokenizedDocument
 from calibrant.errors import CalibrantError
+from calibrant.progress import Silent
 from calibrant.report.inspection import inspect_sets
 
 STRATEGIES = ["uniform", "zipcal", "zipf", "unigram", "perplexity", "k-centre", "herding", "cola", "zipcal-multi"]
@@ -397,3 +398,24 @@ def test_perplexities_are_those_behind_the_beginning(corpus: Path, beginning_mod
     bare.save(tmp_path / "without")
     found = inspect_sets([tmp_path / "with", tmp_path / "without"], model=beginning_model, perplexity=True)
     assert found.sets[0].statistics.numbers["perplexity"] == found.sets[1].statistics.numbers["perplexity"]
+
+
+class _Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_seed_that_can_shuffle_nothing_is_said_so(corpus: Path, llama: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.txt"
+    one.write_text("some words and others. " * 200)
+    for source, seed, said in ((one, 1, True), (one, 0, False), (corpus, 1, False)):
+        listener = _Notes()
+        cb.select(source, tokenizer=llama, samples=2, length=16, seed=seed, progress=listener)
+        assert any("is one document, so every seed" in note for note in listener.notes) == said
+    first, second = (cb.select(one, tokenizer=llama, samples=2, length=16, seed=seed) for seed in (0, 1))
+    other = cb.select(one, tokenizer=llama, samples=2, length=16, draw=1)
+    assert torch.equal(first.tokens, second.tokens)
+    assert not torch.equal(first.tokens, other.tokens)
