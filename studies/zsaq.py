@@ -65,11 +65,12 @@ def labels(options: argparse.Namespace) -> list[str]:
 
 def data(arm: str, options: argparse.Namespace, seed: int) -> CalibrationSet | None:
     """What an arm trains on, if it has data."""
-    size = {"samples": options.samples, "length": options.length, "seed": seed}
+    size = {"samples": options.samples, "length": options.length}
     if arm == "self-written text":
-        return cb.generate(options.model, **size)
+        return cb.generate(options.model, **size, seed=seed)
     if arm == "real text":
-        return cb.select(options.real, tokenizer=options.model, **size)
+        # Other draws are other rows also of a corpus that is one document.
+        return cb.select(options.real, tokenizer=options.model, **size, draw=seed)
     return None
 
 

@@ -163,8 +163,8 @@ def _select(
         windows = uniform_windows(stream, tokenizer, cutting, samples, draw, rng, offsets, progress)
         if request.seed and request.windows == "pack" and stream.counts["documents"] == 1:
             progress.note(
-                f"{corpus.location} is one document, so every seed gives the same rows: take other draws, or a corpus of "
-                "many documents (JSON Lines)"
+                f"{corpus.location} is one document, so every seed gives the same rows: take other draws, or a "
+                "corpus of many documents (JSON Lines)"
             )
     else:
         selector = _selector(request, tokenizer, load_model)
