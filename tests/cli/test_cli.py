@@ -112,7 +112,7 @@ def test_what_is_in_the_way_of_a_journal_is_seen_before_anything(run, llama: Pat
     assert run(*arguments)[0] == 0
     (tmp_path / "out.training" / "mine.txt").write_text("mine")
     status, out, err = run(*arguments)
-    assert status == 1
+    assert status == 2
     assert "in the way of the training's journal" in out + err
 
 
