@@ -45,6 +45,14 @@ def on_texts(output: Path, model: Path, texts: list[str], windows: int, length: 
     return found
 
 
+def over_seeds(runs: dict[str, dict[str, Any]]) -> list[tuple[tuple[str, ...], list[dict[str, Any]]]]:
+    """The runs of each cell, by its label without the seed, in order."""
+    cells: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for label, run in runs.items():
+        cells.setdefault(tuple(label.split(", ")[:-1]), []).append(run)
+    return sorted(cells.items())
+
+
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean and standard deviation."""
     numbers = torch.tensor(values)

@@ -1,11 +1,13 @@
 """Quadapter beside quantization-aware training: who over-fits to the text at hand, and from how much of it.
 
-    python studies/quadapter.py MODEL --tuning c4.utf8.gz technical.utf8.gz --texts wiki.test.raw.gz c4.utf8.gz code.gz
+    python studies/quadapter.py studies/small_models/gpt2-shaped --outliers 4 --factor 64 --learning-rate 5e-4 \\
+        --tuning shakespeare.tuning.jsonl code.tuning.jsonl \\
+        --texts shakespeare.test.txt code.test.txt wiki.test.raw.gz
 
 W8A8 with static ranges throughout. Each method is given a share of the rows drawn from one tuning text; its result is
-measured on all texts by perplexity over the original model's (windows are a text's first ones, tuning rows are drawn
-from anywhere in it, so on its tuning text a method may have seen some of them). Trainings keep the parameters of least
-loss on held-out rows of the tuning text. With --outliers channels behind every norm are made larger first, the
+measured on all texts by perplexity over the original model's. Tuning texts should have many documents, or every seed
+gives the same rows, and share none with the texts to measure on (``split_text.py``). Trainings keep the parameters of
+least loss on held-out rows of the tuning text. With --outliers channels behind every norm are made larger first, the
 function unchanged. The JSON holds every run; finished runs are kept.
 """
 
@@ -23,7 +25,7 @@ from rich.table import Table
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.compression.recipe import Recipe
-from cells import measured, on_texts, spread
+from cells import measured, on_texts, over_seeds, spread
 from outliers import plant
 
 HERE = Path(__file__).parent
@@ -75,11 +77,7 @@ def show(runs: dict[str, dict[str, Any]], texts: list[str]) -> None:
     """Logarithm of the perplexity's ratio to the original's: means and standard deviations over seeds."""
     names = [Path(text).name for text in texts]
     table = Table("tuned on", "share", "method", *names, title="log perplexity ratio to the original model")
-    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for label, run in runs.items():
-        method, text, share, _ = label.split(", ")
-        cells.setdefault((text, share, method), []).append(run)
-    for (text, share, method), several in sorted(cells.items()):
+    for (method, text, share), several in sorted(over_seeds(runs), key=lambda cell: cell[0][1:]):
         ratios = [[math.log(run["perplexity"][name] / run["original"][name]) for run in several] for name in names]
         table.add_row(text, share, method, *map(spread, ratios))
     Console(width=150).print(table)

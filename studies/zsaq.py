@@ -23,7 +23,7 @@ from rich.table import Table
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.compression.recipe import Recipe
-from cells import measured, on_texts, spread
+from cells import measured, on_texts, over_seeds, spread
 
 HERE = Path(__file__).parent
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -88,20 +88,23 @@ def measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
     return {**found, "training": training, "seconds": seconds}
 
 
+def of_training(runs: list[dict[str, Any]], divergences: list[float]) -> list[str]:
+    """Sharpness, and measured less training divergence; nothing of what was not trained."""
+    pairs = [(run["training"], found) for run, found in zip(runs, divergences, strict=True) if run["training"]]
+    if not pairs:
+        return ["", ""]
+    gaps = [found - training["loss"] for training, found in pairs]
+    return [spread([training["sharpness"] for training, _ in pairs], 4), spread(gaps, 4)]
+
+
 def show(runs: dict[str, dict[str, Any]], texts: list[str]) -> None:
     """Means and standard deviations over seeds."""
     names = [Path(text).name for text in texts]
     table = Table("scheme", "arm", "seeds", *[f"KL {name}" for name in names], "sharpness", "texts - training")
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for label, run in runs.items():
-        scheme, arm, _ = label.split(", ")
-        cells.setdefault((scheme, arm), []).append(run)
-    for (scheme, arm), several in sorted(cells.items()):
-        trained = [run["training"] for run in several if run["training"]]
-        sharp = [one["sharpness"] for one in trained]
-        gaps = [sum(r["kl"].values()) / len(names) - r["training"]["loss"] for r in several if r["training"]]
-        last = [spread(values, 4) if values else "" for values in (sharp, gaps)]
-        table.add_row(scheme, arm, str(len(several)), *[spread([r["kl"][n] for r in several]) for n in names], *last)
+    for (scheme, arm), several in over_seeds(runs):
+        numbers = [spread([run["kl"][name] for run in several]) for name in names]
+        last = of_training(several, [sum(run["kl"].values()) / len(names) for run in several])
+        table.add_row(scheme, arm, str(len(several)), *numbers, *last)
     Console(width=150).print(table)
 
 

@@ -29,9 +29,9 @@ from calibrant.compression.recipe import Recipe
 from calibrant.compression.recipe_parts import Zsaq
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.whole_model import load_whole
-from cells import measured, spread
+from cells import measured, over_seeds, spread
 from small_models.data import LENGTH, read_questions
-from zsaq import ARMS, SCHEMES, labels
+from zsaq import ARMS, SCHEMES, labels, of_training
 
 HERE = Path(__file__).parent
 
@@ -109,15 +109,9 @@ def show(runs: dict[str, dict[str, Any]]) -> None:
     """Means and standard deviations over seeds."""
     original = next(iter(runs.values()))["original_accuracy"]
     table = Table("scheme", "arm", "seeds", "KL", "accuracy", "same answer", "sharpness", "held out - training")
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for label, run in runs.items():
-        scheme, arm, _ = label.split(", ")
-        cells.setdefault((scheme, arm), []).append(run)
-    for (scheme, arm), several in sorted(cells.items()):
-        trained = [run["training"] for run in several if run["training"]]
-        gaps = [run["kl"] - run["training"]["loss"] for run in several if run["training"]]
+    for (scheme, arm), several in over_seeds(runs):
         numbers = [spread([run[key] for run in several]) for key in ("kl", "accuracy", "same")]
-        last = [spread(values, 4) if values else "" for values in ([one["sharpness"] for one in trained], gaps)]
+        last = of_training(several, [run["kl"] for run in several])
         table.add_row(scheme, arm, str(len(several)), *numbers, *last)
     Console(width=150).print(table, f"The original's accuracy is {original:.3f}.")
 
@@ -131,8 +125,8 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--samples", type=int, default=512, help="rows of the arms that train on text")
     parser.add_argument("--json", type=Path)

@@ -104,7 +104,7 @@ def prepare(
     if chosen.training is not None:
         check_training(folder, chosen.training)
     if chosen.learns:
-        journal_folder(target)
+        journal_folder(target)  # refuses what is in its way, before anything is made
     place = torch_device(device)
     lazy = LazyModel(folder, folder.dtype, place)
     if checkpoint_format not in FORMATS:

@@ -4,7 +4,7 @@
         --tokenizer studies/small_models/gpt2-shaped -o studies/small_models/bert-classifier
 
 Questions stand with their choices. It shares the tokenizer of the language model beside it, so that this can write
-its inputs. Never quantized; four blocks of width 128; ten minutes on two cores.
+its inputs. Never quantized; four blocks of width 128; six minutes on two cores.
 """
 
 import argparse

@@ -27,6 +27,7 @@ from calibrant.learning import train_model, training_loop
 from calibrant.learning.divergence import divergences
 from calibrant.learning.generator import Generator, read_embeddings
 from calibrant.learning.journal import Journal
+from calibrant.learning.learned_range import see_inputs
 from calibrant.learning.lessons import TextLesson, ZsaqLesson
 from calibrant.learning.rounded_model import RoundedModel
 from calibrant.learning.sharpness import at_worst_nearby
@@ -509,6 +510,33 @@ def test_uncounted_tokens_change_nothing(model_folder, tmp_path: Path, architect
         cb.compress(model, output=tmp_path / name, recipe=chosen, calibration=data, allow_encoder=True)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class _Pooled(torch.nn.Module):
+    """Gives a linear one row of each sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.linear(input_ids[:, 0])
+        return found
+
+
+def test_ranges_that_nothing_was_seen_for_are_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pooled = _Pooled()
+    rows = torch.ones(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
+    with pytest.raises(CalibrantError, match="linear: is given other rows than the tokens"):
+        see_inputs(pooled, ["linear"], [rows], causal=True)
+    monkeypatch.setattr(RoundedModel, "input_grids", lambda _: {})
+    static = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    with pytest.raises(CalibrantError, match="q_proj: no calibration token reached it"):
+        cb.compress(
+            llama, output=tmp_path / "out", recipe=recipe({"name": "qat"}, **static), calibration=random_set(llama)
+        )
 
 
 def test_checkpointing_changes_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def _tile_product(typing_context: Any, left: Any, right: Any, pairs: Any, sums: 
         word, single = ir.IntType(32), ir.FloatType()
         vector, pair_vector = ir.VectorType(single, _WIDTH), ir.VectorType(_BFloat(), 2 * _WIDTH)
         words = ir.VectorType(word, _WIDTH)
-        dot = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+        dot = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]  # llvmlite's own
             builder.module,
             ir.FunctionType(vector, [vector, pair_vector, pair_vector]),
             "llvm.x86.avx512bf16.dpbf16ps.512",

@@ -12,7 +12,7 @@ _POSITIONS = 32
 def divergences(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """``KL(teacher || student)`` in nats, ``[..]``, of logits ``[.., classes]``; float32, with gradients to both."""
     classes = teacher.shape[-1]
-    each: torch.Tensor = _Divergence.apply(teacher.reshape(-1, classes), student.reshape(-1, classes))  # type: ignore[no-untyped-call]
+    each: torch.Tensor = _Divergence.apply(teacher.reshape(-1, classes), student.reshape(-1, classes))  # type: ignore[no-untyped-call]  # torch's own
     return each.view(teacher.shape[:-1])
 
 

@@ -58,7 +58,7 @@ def fake_quantize(
     """``scale (code - zero)`` of float32 ``values`` ``[.., width]``; ``scale`` and ``zero`` are one for all of a row,
     ``[.., 1]``, or of everything.
     """
-    rounded: torch.Tensor = _Rounded.apply(values, scale, zero, lowest, highest)  # type: ignore[no-untyped-call]
+    rounded: torch.Tensor = _Rounded.apply(values, scale, zero, lowest, highest)  # type: ignore[no-untyped-call]  # torch's own
     return rounded
 
 
