@@ -13,13 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -107,8 +105,6 @@ def bits_per_weight(record: dict[str, Any]) -> float:
 
 def measure(model: Path, recipe: Path, calibration: Path, text: Path, windows: int) -> dict[str, Any]:
     """One run, in this process."""
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="You passed `quantization_config`")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         begin = time.perf_counter()

@@ -30,6 +30,15 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(llama: Path, text: Path)
     assert found.perplexity.low < found.perplexity.value < found.perplexity.high
 
 
+@pytest.mark.parametrize("method", ["hqq-w4a16", "rtn-w8a16", "rtn-w8a8", "magnitude-2:4"])
+def test_evaluating_a_compressed_model_prints_nothing(
+    llama: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], method: str
+) -> None:
+    cb.compress(llama, output=tmp_path / "out", recipe=method)
+    cb.evaluate(tmp_path / "out", against=llama, text=text, length=32)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_model_does_not_diverge_from_itself(llama: Path, text: Path) -> None:
     divergence = cb.evaluate(llama, against=llama, text=text, length=32).divergence
     assert divergence is not None

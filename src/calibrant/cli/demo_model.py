@@ -7,6 +7,7 @@ import torch
 
 from calibrant.errors import CalibrantError
 from calibrant.hashing import sha256_file
+from calibrant.modeling.quietly import quietly
 from calibrant.output_folder import staged
 from calibrant.progress import Progress
 
@@ -59,7 +60,8 @@ def continue_text(folder: Path, prompt: str) -> str:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
+    with quietly():
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
     settings = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "pad_token_id": tokenizer.eos_token_id}
     with torch.inference_mode():

@@ -20,6 +20,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.modeling.checkpoint import ModelFolder, model_class
+from calibrant.modeling.quietly import quietly
 
 
 class LazyModel:
@@ -99,7 +100,7 @@ class LazyModel:
             dtype=self.dtype,
             weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]  # its own list type
         )
-        with _quiet():
+        with quietly():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, settings)
         problems = [*info.error_msgs, *map(str, info.mismatched_keys), *map(str, info.conversion_errors)]
         if problems:
@@ -137,7 +138,7 @@ def _skeleton(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> 
     """Modules with parameters on meta but real buffers, which are computed, not stored."""
     wanted = model_class(folder.architecture)
     try:
-        with init_empty_weights(include_buffers=False), _quiet():
+        with init_empty_weights(include_buffers=False), quietly():
             model: transformers.PreTrainedModel = wanted._from_config(folder.config, dtype=dtype)
     except Exception as error:  # a config can fail in as many ways as transformers has models
         raise CalibrantError(
@@ -152,15 +153,3 @@ def _skeleton(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> 
         persistent = leaf not in model.get_submodule(owner)._non_persistent_buffers_set
         model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=persistent)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of the library's own."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()

@@ -10,6 +10,7 @@ from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.dense import dense_weights
 from calibrant.formats.input_rounding import apply_input_rounding, read_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder, model_class
+from calibrant.modeling.quietly import quietly
 
 # Processor features that multiply bfloat16 faster than float32 (x86 twice, Arm).
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -86,15 +87,16 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
         return _load_dequantized(folder, settings, place, torch_dtype(dtype, place))
     load: Any = model_class(folder.architecture).from_pretrained  # typed by transformers for the model alone
     try:
-        model, found = load(
-            str(folder.path),
-            dtype=torch_dtype(dtype, place),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **_unpacking(folder),
-        )
+        with quietly():
+            model, found = load(
+                str(folder.path),
+                dtype=torch_dtype(dtype, place),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **_unpacking(folder),
+            )
     except Exception as error:  # a config can fail in as many ways as transformers has models
         raise CalibrantError(f"{folder.path}: transformers cannot load it ({first_line(error)})") from error
     if found["missing_keys"]:
@@ -102,5 +104,9 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
         missing = min(found["missing_keys"])
         raise CalibrantError(f"{folder.path}: its files lack {missing}; copy or download it again")
     loaded: transformers.PreTrainedModel = model.to(device=place).eval()
+    if settings is not None:
+        with quietly(), torch.inference_mode():
+            # Such a model unpacks itself in its first forward pass, and draws bars.
+            loaded(input_ids=torch.zeros(1, 1, dtype=torch.long, device=place))
     apply_input_rounding(loaded, read_input_rounding(folder.path))
     return loaded
