@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from calibrant.compression.grid_fitting import fit_grid
 from calibrant.compression.grids import GridSpec
@@ -22,6 +23,7 @@ from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import solve_columns
 from calibrant.kernels.gram import add_gram
 from calibrant.kernels.inverse_factor import inverse_factor
+from calibrant.kernels.lookup import every_number, look_up
 from calibrant.kernels.rms_norm import rms_norm
 
 REPEATS = 9
@@ -66,6 +68,12 @@ def norm(width: int) -> tuple[float, float]:
     return best(lambda: rms_norm(inputs, weight.float(), 1e-5, True)), best(operations)
 
 
+def activation(module: nn.Module, width: int) -> tuple[float, float]:
+    """The table of a function against the function, 2,048 rows."""
+    inputs, table = torch.randn(2048, width).bfloat16(), module(every_number())
+    return best(lambda: look_up(inputs, table)), best(lambda: module(inputs))
+
+
 def columns(rows: int, width: int) -> tuple[float, float]:
     """The compiled column loop against its PyTorch twin."""
     weight, inputs = torch.randn(rows, width), torch.randn(2 * width, width)
@@ -99,6 +107,8 @@ def main() -> None:
             "attention 512": attention(512),
             "attention 2048": attention(2048),
             "norm 576": norm(576),
+            "gelu 2048": activation(nn.GELU("tanh"), 2048),
+            "silu 1536": activation(nn.SiLU(), 1536),
             "columns 3072 x 576": columns(3072, 576),
             "columns 576 x 1536": columns(576, 1536),
             "factor 1536": factor(1536),

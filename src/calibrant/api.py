@@ -105,6 +105,8 @@ def prepare(
         check_training(folder, chosen.training)
     if chosen.learns:
         journal_folder(target)  # refuses what is in its way, before anything is made
+    if chosen.asymmetric and not (sequential and propagate):
+        raise CalibrantError(f"recipe {chosen.name} needs the single pass: leave out --two-pass and --no-propagate")
     place = torch_device(device)
     lazy = LazyModel(folder, folder.dtype, place)
     if checkpoint_format not in FORMATS:

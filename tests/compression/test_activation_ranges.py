@@ -58,6 +58,25 @@ def test_mse_costs_least_and_batches_do_not_matter() -> None:
     assert error(values, whole, "mse") < error(values, whole, "percentile")
 
 
+def test_mse_finds_ranges_far_below_the_largest_value() -> None:
+    """Against all shares tried on the values themselves, in float64."""
+    values = torch.randn(400_000, 8, generator=torch.Generator().manual_seed(0))
+    values[0, 0] = 30.0
+
+    def cost(share: float) -> float:
+        low, high = share * float(values.min()), share * 30.0
+        scale = (high - low) / 255
+        zero = round(-128 - low / scale)
+        codes = (values.double() / scale + zero).round().clamp(-128, 127)
+        return float(((codes - zero) * scale - values.double()).square().sum())
+
+    shares = [step / 100 for step in range(1, 101)]
+    best = min(shares, key=cost)
+    assert best < 0.7
+    found = float(seen(values).grid("mse", 99.9, torch.float32).scale) * 255 / (30.0 - float(values.min()))
+    assert cost(found) == pytest.approx(cost(best), rel=0.05)
+
+
 def test_inputs_of_nothing_but_zeros_have_a_grid() -> None:
     for rule in ("minmax", "percentile", "mse"):
         grid = seen(torch.zeros(5, 3)).grid(rule, 99.9, torch.float32)

@@ -39,16 +39,34 @@ def test_the_target_is_the_damped_least_squares_answer() -> None:
     assert error(found) < 0.5 * error(weight)
 
 
+def test_a_share_makes_up_for_that_share() -> None:
+    weight, inputs, originals = pairs()
+    hessian, drift = inputs.T @ inputs, (originals - inputs).T @ inputs
+    whole, quarter = (asymmetric_target(weight, hessian, drift, share) - weight for share in (1.0, 0.25))
+    assert whole.norm() > 0.1 * weight.norm()
+    torch.testing.assert_close(quarter, 0.25 * whole, rtol=1e-4, atol=1e-5)
+
+
 def test_without_drift_the_target_is_the_weight() -> None:
     weight, inputs, _ = pairs()
     assert torch.equal(asymmetric_target(weight, inputs.T @ inputs, torch.zeros(16, 16)), weight)
 
 
-def recipe(asymmetric: bool, method: str = "gptq") -> Recipe:
+def recipe(asymmetric: float, method: str = "gptq") -> Recipe:
     scheme = {"weights": {"bits": 3, "group_size": 32}}
     return Recipe.model_validate(
         {"name": "r", "description": "d", "method": {"name": method}, "scheme": scheme, "asymmetric": asymmetric}
     )
+
+
+def test_a_recipe_s_share_reaches_the_layers(llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight_packed"
+    packed = []
+    for share in (0.0, 0.25, 1.0):
+        output = tmp_path / str(share)
+        cb.compress(llama, output=output, recipe=recipe(share), calibration=random_set(llama), dtype="float32")
+        packed.append(load_file(output / "model.safetensors")[name])
+    assert not any(torch.equal(packed[i], packed[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -80,7 +98,7 @@ def test_what_asymmetric_recipes_need(llama: Path, model_folder, tmp_path: Path)
     options = {"calibration": random_set(llama), "output": tmp_path / "out"}
     with pytest.raises(CalibrantError, match="needs the single pass"):
         cb.compress(llama, recipe=recipe(True), sequential=False, **options)
-    with pytest.raises(CalibrantError, match="experts are fused"):
+    with pytest.raises(CalibrantError, match="fused experts, beside which the original model cannot run"):
         cb.compress(model_folder("mixtral"), recipe=recipe(True), **options)
     with pytest.raises(ValueError, match="which rtn does not gather"):
         recipe(True, "rtn")

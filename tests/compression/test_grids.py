@@ -107,6 +107,56 @@ def test_a_search_never_increases_its_own_cost(search: str, bits: int, symmetric
     assert (costs[1] <= costs[0] * (1 + 1e-4)).all()
 
 
+def ranges(search: str, group: torch.Tensor, bits: int, importance: torch.Tensor) -> list[float]:
+    """The scales that a search of symmetric ranges may choose from, in float64, for one group."""
+    levels = 2**bits - 1
+    largest = float(group.abs().max())
+    plain = 2 * largest / levels
+    if search == "mse":
+        return [plain * (1 - step / 100) for step in range(80)]
+    if search == "clip":
+        return [plain * (1 - step / 20) for step in range(10)]
+    found = [plain]
+    for step in range(-9, 10):
+        scale = plain * (levels / 2) / (levels / 2 + step / 10)
+        codes = (group / scale).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round()
+        found.append(float((importance * group * codes).sum() / (importance * codes.square()).sum()))
+    return found
+
+
+@pytest.mark.parametrize("search", COSTS)
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_search_finds_the_least_of_its_candidates(search: str, bits: int) -> None:
+    """Against all of them tried in float64, on weights whose ranges outliers stretch."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(40, 16, generator=generator)
+    weight[:, 3] *= torch.rand(40, generator=generator) * 8
+    inputs = torch.randn(64, 16, generator=generator) @ torch.rand(16, 16, generator=generator)
+    moments = inputs.T @ inputs
+    grid = fit_grid(weight, GridSpec(bits, True, 8, torch.float32, search), moments)
+    spread = weight.double().square().mean(1, keepdim=True)
+    importance = moments.double().diagonal() * (spread + weight.double().square()).sqrt()
+
+    def cost(row: int, group: int, scale: float) -> float:
+        columns = slice(8 * group, 8 * group + 8)
+        values = weight[row, columns].double()
+        # In float32, since the least value of a plain range lies half way between two codes.
+        codes = (values.float() / torch.tensor(scale)).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round().double()
+        errors = codes * scale - values
+        if search == "mse":
+            return float((errors.abs() ** 2.4).sum())
+        if search == "importance":
+            return float((importance[row, columns] * errors.square()).sum())
+        return float(errors @ moments[columns, columns].double() @ errors)
+
+    for row in range(40):
+        for group in range(2):
+            columns = slice(8 * group, 8 * group + 8)
+            tried = ranges(search, weight[row, columns].double(), bits, importance[row, columns])
+            least = min(cost(row, group, scale) for scale in tried)
+            assert cost(row, group, float(grid.scale[row, group])) == pytest.approx(least, rel=1e-3, abs=1e-9)
+
+
 @pytest.mark.parametrize("search", COSTS)
 def test_a_search_finds_something(search: str) -> None:
     """At three bits with outliers every search beats the plain range by far."""

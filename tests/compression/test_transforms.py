@@ -10,7 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import calibrant as cb
+from calibrant.compression import block_transforms
+from calibrant.compression.grids import GridSpec
 from calibrant.compression.recipe import Recipe, load_recipe
+from calibrant.compression.solvers.rtn import rtn
 from calibrant.compression.transforms.awq import awq_candidates, best_scale
 from calibrant.compression.transforms.smoothquant import smoothquant_scale
 from tests.conftest import random_set
@@ -118,6 +121,61 @@ def test_the_record_says_where_scales_moved(outliers: Path, tmp_path: Path) -> N
     moved = [note for note in notes if note.startswith("awq scales moved")]
     assert len(moved) == 1
     assert "mlp.up_proj -> mlp.down_proj" in moved[0]
+
+
+@pytest.mark.parametrize("kind", ["smoothquant", "awq"])
+def test_scales_come_from_the_inputs_that_the_model_computes(
+    outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """SmoothQuant from the largest, AWQ from the mean magnitude of each channel over counted tokens."""
+    given: list[torch.Tensor] = []
+    name = {"smoothquant": "smoothquant_scale", "awq": "awq_candidates"}[kind]
+    real = getattr(block_transforms, name)
+    monkeypatch.setattr(block_transforms, name, lambda first, *rest: (given.append(first), real(first, *rest))[1])
+    calibration = random_set(outliers)
+    method = recipe({"name": "rtn"}, transforms=[{"name": kind}])
+    cb.compress(outliers, output=tmp_path / "out", recipe=method, calibration=calibration, dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(outliers, dtype=torch.float32).eval()
+    inputs: list[torch.Tensor] = []
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(calibration.tokens.long())
+    seen = inputs[0].double()[calibration.mask].abs()
+    expected = seen.amax(0) if kind == "smoothquant" else seen.mean(0)
+    torch.testing.assert_close(given[0].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_awq_takes_the_scale_that_changes_the_output_least(
+    outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search for ``down_proj`` of the first block, in float64: rounded with scaled columns, on the first tokens."""
+    tried: list[tuple[list[torch.Tensor], torch.Tensor]] = []
+
+    def noted(candidates, loss):
+        every = list(candidates)
+        tried.append((every, best_scale(iter(every), loss)))
+        return tried[-1][1]
+
+    monkeypatch.setattr(block_transforms, "best_scale", noted)
+    calibration = random_set(outliers)
+    method = recipe({"name": "rtn"}, 3, transforms=[{"name": "awq"}])
+    cb.compress(outliers, output=tmp_path / "out", recipe=method, calibration=calibration, dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(outliers, dtype=torch.float32).eval()
+    block = model.model.layers[0]
+    inputs: list[torch.Tensor] = []
+    block.mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(calibration.tokens.long())
+    rows, weight = inputs[0].double()[calibration.mask][:1024], block.mlp.down_proj.weight.detach()
+
+    def loss(scale: torch.Tensor) -> float:
+        changed = rtn(weight * scale, GridSpec(3, True, 32, torch.float32)).weight.double() / scale.double()
+        return float((rows @ (changed - weight.double()).T).square().sum())
+
+    chosen = [(every, best) for every, best in tried if len(best) == weight.shape[1]]
+    every, best = chosen[0]
+    assert loss(best) == pytest.approx(min(map(loss, every)), rel=1e-3)
+    assert loss(best) < 0.95 * loss(every[0])
 
 
 def test_transforms_need_weights_to_quantize() -> None:

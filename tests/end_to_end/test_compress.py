@@ -12,7 +12,9 @@ import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.recipe import builtin_recipes, load_recipe
+from calibrant.compression.run_record import RunReport
 from calibrant.compression.solvers.rtn import rtn
+from calibrant.errors import CalibrantError
 from tests.checkpoints import put_stored_weights
 from tests.conftest import ARCHITECTURES, random_set, write_model
 
@@ -22,12 +24,12 @@ RECIPES = [name for name in builtin_recipes() if "g128" not in name and "g64" no
 
 def run(
     model: Path, output: Path, recipe: str = "gptq-w4a16-g32", made: CalibrationSet | None = None, **options
-) -> cb.Recipe:
+) -> RunReport:
     chosen = load_recipe(recipe)
     if chosen.scheme.weights is not None and isinstance(chosen.scheme.weights.group_size, int):
         chosen = chosen.with_weights(None, 32)
     options = {"dtype": "float32", "allow_encoder": True, **options}
-    cb.compress(model, output=output, recipe=chosen, calibration=made or random_set(model), **options)
+    return cb.compress(model, output=output, recipe=chosen, calibration=made or random_set(model), **options)
 
 
 def load(folder: Path, architecture: str) -> transformers.PreTrainedModel:
@@ -79,9 +81,10 @@ def test_every_architecture_compresses_saves_reloads_and_matches(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs_and_loads(llama: Path, tmp_path: Path, recipe: str) -> None:
     run(llama, tmp_path / "out", recipe)
-    changed = logits(load(tmp_path / "out", "llama"))
-    assert torch.isfinite(changed).all()
-    assert (changed - logits(load(llama, "llama"))).abs().max() < 2.0
+    changed, original = logits(load(tmp_path / "out", "llama")), logits(load(llama, "llama"))
+    # Nothing that makes a model forget its weights comes this near: those of other random weights are at 1.4.
+    share = 0.5 if any(word in recipe for word in ("2:4", "50", "w2", "2ssp")) else 0.25
+    assert 0 < (changed - original).norm() < 2 * share * original.norm()
 
 
 @pytest.mark.parametrize("scheme", [
@@ -211,6 +214,33 @@ def test_half_precision_checkpoints_keep_their_dtype(tmp_path: Path, dtype: torc
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored["model.layers.0.mlp.up_proj.weight_scale"].dtype == dtype
     assert torch.isfinite(logits(load(tmp_path / "out", "llama"))).all()
+
+
+@pytest.mark.parametrize("recipe", ["spqr-w4a16-g16", "quantease-w3a16-outliers"])
+def test_weights_kept_exactly_are_listed_beside_the_model(tmp_path: Path, recipe: str) -> None:
+    """Compressed sparse rows, float32 although the model is not; without them a group has as many values as codes."""
+    model = write_model(tmp_path / "model", "llama", torch.bfloat16)
+    report = run(model, tmp_path / "out", recipe)
+    listed = load_file(tmp_path / "out" / "outliers" / "model.safetensors")
+    dense = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in report.layers:
+        offsets, columns, values = (listed[f"{layer.name}.{part}"] for part in ("row_offsets", "columns", "values"))
+        weight = dense[f"{layer.name}.weight"]
+        assert offsets[-1] == len(columns) == len(values) == layer.record.outliers
+        assert values.dtype is torch.float32
+        rows = torch.repeat_interleave(torch.arange(len(weight)), offsets.diff())
+        assert torch.equal(weight[rows, columns.long()], values.bfloat16())
+        if recipe.startswith("quantease"):  # SpQR's groups are of columns in solving order
+            rest = weight.index_put((rows, columns.long()), torch.tensor(torch.nan, dtype=weight.dtype))
+            for group in rest.view(-1, 32):
+                assert len(group[~group.isnan()].unique()) <= 2**3
+    assert sum(layer.record.outliers for layer in report.layers) > 0
+
+
+def test_an_expression_that_finds_nothing_is_refused(llama: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("rtn-w8a16").model_copy(update={"ignore": ["k_porj"]})
+    with pytest.raises(CalibrantError, match="ignore: 'k_porj' is in no module's name"):
+        cb.compress(llama, output=tmp_path / "out", recipe=recipe)
 
 
 def test_the_recipe_can_leave_layers_alone(llama: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.entrypoints.convert import AutoAWQConverter
+from safetensors.torch import load_file, save_file
 
 import calibrant as cb
 from calibrant.compression.recipe import Recipe
@@ -127,6 +128,63 @@ def test_gptq_of_version_two_is_read(tmp_path: Path) -> None:
     tensors["layer.g_idx"] = tensors["layer.g_idx"].flip(0)
     with pytest.raises(CalibrantError, match="out of order"):
         dense_weights(tensors, tensors.__getitem__, settings)
+
+
+def stored(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """One linear in that format, and the settings in its config."""
+    codes, layout = random_codes(4, True), Layout(4, True, 8, None, kind)
+    tensors = {f"layer.{name}": value for name, value in format_for(layout).write(codes, layout).items()}
+    return tensors, {"quant_method": kind, "bits": 4}
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+@pytest.mark.parametrize("part", ["qzeros", "scales"])
+def test_a_missing_or_cut_tensor_is_named(kind: str, part: str) -> None:
+    tensors, settings = stored(kind)
+    cut = {**tensors, f"layer.{part}": tensors[f"layer.{part}"][:, :-1]}
+    with pytest.raises(CalibrantError, match=r"layer: the shapes of its tensors do not fit 4 bits"):
+        dense_weights(cut, cut.__getitem__, settings)
+    del tensors[f"layer.{part}"]
+    with pytest.raises(CalibrantError, match=rf"layer: its files lack layer\.{part}; copy or download"):
+        dense_weights(tensors, tensors.__getitem__, settings)
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [
+    ("gptq", {"checkpoint_format": "marlin"}), ("gptq", {"bits": 3}),
+    ("awq", {"version": "gemv"}), ("awq", {"bits": 3}),
+])  # fmt: skip
+def test_other_layouts_of_the_same_name_are_not_read(kind: str, wrong: dict[str, object]) -> None:
+    tensors, settings = stored(kind)
+    with pytest.raises(CalibrantError, match="is not read"):
+        dense_weights(tensors, tensors.__getitem__, {**settings, **wrong})
+
+
+def test_wrong_bits_do_not_read_as_another_order() -> None:
+    tensors, settings = stored("gptq")
+    with pytest.raises(CalibrantError, match="do not fit 8 bits"):
+        dense_weights(tensors, tensors.__getitem__, {**settings, "bits": 8})
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "awq"])
+@pytest.mark.parametrize(
+    ("factor", "said"), [(1e-8, "too small for scales in float16"), (1e10, "too large for scales")]
+)
+def test_weights_that_float16_scales_cannot_hold_are_refused(
+    tmp_path: Path, checkpoint_format, factor: float, said: str
+) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.self_attn.v_proj"
+    tensors[f"{name}.weight"] *= factor
+    save_file(tensors, file, {"format": "pt"})
+    options = {"recipe": "rtn-w8a16", "checkpoint_format": checkpoint_format}
+    if checkpoint_format == "awq":
+        options["recipe"] = recipe(4, True, method={"name": "rtn"})
+    with pytest.raises(CalibrantError, match=f"{name}: its weights are {said}"):
+        cb.compress(model, output=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    cb.compress(model, output=tmp_path / "out", recipe=options["recipe"])  # float32 scales hold them
 
 
 @pytest.mark.parametrize(("checkpoint_format", "chosen", "said"), [

@@ -61,6 +61,25 @@ def test_the_same_command_gives_the_same_bytes_and_replaces_only_when_asked(llam
     assert [path.name for path in tmp_path.iterdir()] == ["i.gguf"]
 
 
+def test_a_file_that_does_not_hold_what_was_measured_is_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(gguf.GGUFReader):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path, "c")
+            self.tensors[0].data[:] += 1
+
+    monkeypatch.setattr(gguf, "GGUFReader", Wrong)
+    with pytest.raises(CalibrantError, match="is not what was measured"):
+        cb.write_importance_matrix(llama, calibration=random_set(llama), output=tmp_path / "i.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_kinds_that_the_two_spell_differently() -> None:
+    module = "gpt_neox.layers.0.mlp.dense_h_to_4h"
+    assert gguf_names("gpt_neox", 1, [module])[module] == "blk.0.ffn_up.weight"
+
+
 def test_what_it_cannot_write(model_folder, tmp_path: Path) -> None:
     model = model_folder("mixtral")
     with pytest.raises(CalibrantError, match="fused experts"):

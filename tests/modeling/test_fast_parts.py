@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from calibrant.kernels import bfloat16_tile
-from calibrant.modeling import attention, norms
+from calibrant.kernels.lookup import every_number
+from calibrant.modeling import activations, attention, norms
+from calibrant.modeling.kernel_forward import has_kernel
 from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -75,6 +77,51 @@ def test_an_epsilon_is_not_guessed() -> None:
     assert "forward" not in vars(module)
 
 
+@torch.inference_mode()
+def test_activations_are_the_same_bit_for_bit(model, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = model(tokens).logits
+    activations.use_fast_activations(model, torch.bfloat16, CPU)
+    calls = counted(monkeypatch, activations, "look_up")
+    assert torch.equal(model(tokens).logits, expected)
+    assert len(calls) >= 2  # one a block; Mixtral's experts share
+
+
+@pytest.mark.parametrize("module", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Tanh(), nn.Hardtanh(), nn.LeakyReLU(0.1)])
+@torch.inference_mode()
+def test_a_table_holds_every_number(module: nn.Module) -> None:
+    numbers = every_number()
+    expected = module(numbers).clone()
+    activations.use_fast_activations(module, torch.bfloat16, CPU)
+    assert has_kernel(module)
+    torch.testing.assert_close(module(numbers), expected, rtol=0, atol=0, equal_nan=True)
+    crossed = numbers.view(256, 256).t()
+    torch.testing.assert_close(module(crossed), expected.view(256, 256).t(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(module(torch.ones(3)), type(module).forward(module, torch.ones(3)))  # another dtype
+
+
+class _Centred(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(-1, keepdim=True)
+
+
+class _Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+class _Two(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * y
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Softmax(-1), _Centred(), _Noisy(), _Two(), nn.Flatten(0), nn.PReLU(), nn.GLU(), nn.ReLU()]
+)
+def test_other_modules_are_no_tables(module: nn.Module) -> None:
+    activations.use_fast_activations(module, torch.bfloat16, CPU)
+    assert not has_kernel(module)
+
+
 @needs_bfloat16_tile
 @torch.inference_mode()
 def test_masks_of_another_kind_stay_with_sdpa(model, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +138,7 @@ def test_masks_of_another_kind_stay_with_sdpa(model, tokens: torch.Tensor, monke
 
 def test_other_dtypes_keep_their_own_parts(model) -> None:
     norms.use_fast_norms(model, torch.float32, CPU)
+    activations.use_fast_activations(model, torch.float32, CPU)
     attention.use_fast_attention(model, torch.float32, CPU)
     assert not any("forward" in vars(module) for module in model.modules())
     assert model.config._attn_implementation != "calibrant_causal"

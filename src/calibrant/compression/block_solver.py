@@ -20,6 +20,9 @@ from calibrant.formats.quantized import Codes
 from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.modeling.structure import Linear
 
+# Scales between hold at least six bits: float16 counts in steps of 2^-24 where it is smallest (ours).
+_FLOAT16_STEPS = (2.0**-18, 65504.0 / 2)
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -43,7 +46,8 @@ class BlockSolver:
     """A ``Visitor`` of the block engine.
 
     ``state`` holds the block's parameters in storage dtype and is changed in place to the solved values; the block
-    itself computes in its own dtype. ``codes`` and ``layers`` fill up as linears are solved.
+    itself computes in its own dtype. ``codes``, ``outliers`` (float32 weights and which of them are some) and
+    ``layers`` fill up as linears are solved.
     """
 
     prefix: str
@@ -53,6 +57,7 @@ class BlockSolver:
     clock: Clock
     codes: dict[str, Codes] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
+    outliers: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     solved_parameters: set[str] = field(default_factory=set)
     _statistics: dict[Unit, Hessian | ColumnNorm] = field(default_factory=dict)
     _ranges: dict[Unit, InputRange] = field(default_factory=dict)
@@ -94,6 +99,7 @@ class BlockSolver:
         for linear, weight in zip(unit, weights, strict=True):
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrantError(f"{self.prefix}.{linear.name}: its weights hold values that are not finite")
+            self._check_scales(linear, weight)
         task = self._task(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
         share = self.plan.recipe.asymmetric
         if isinstance(statistic, PairedHessian) and task.hessian is not None:
@@ -112,6 +118,20 @@ class BlockSolver:
             rows = slice(begin, begin + len(weight))
             self._keep(linear, weight, solution, rows, task, statistic.tokens if statistic else 0)
             begin += len(weight)
+
+    def _check_scales(self, linear: Linear, weight: torch.Tensor) -> None:
+        """Refuse weights whose scales float16 cannot hold, or would hold in a few steps only."""
+        spec = self.plan.spec_for(f"{self.prefix}.{linear.name}")
+        largest = float(weight.abs().max())
+        if spec is None or spec.scale_dtype is not torch.float16 or largest == 0:
+            return
+        step = largest / (spec.highest - spec.lowest)
+        if not _FLOAT16_STEPS[0] <= step <= _FLOAT16_STEPS[1]:
+            size = "small" if step < _FLOAT16_STEPS[0] else "large"
+            raise CalibrantError(
+                f"{self.prefix}.{linear.name}: its weights are too {size} for scales in float16; "
+                "ignore it, or leave out --format"
+            )
 
     def _add_input_grids(self, unit: Unit) -> None:
         inputs = self._input_grid(unit)
@@ -182,6 +202,9 @@ class BlockSolver:
         record = solution.record
         if solution.rounded is not None:
             record = replace(record, rows_rounded=int(solution.rounded[rows].sum()))
+        if solution.outliers is not None:
+            self.outliers[linear.name] = solved.cpu(), solution.outliers[rows].cpu()
+            record = replace(record, outliers=int(solution.outliers[rows].sum()))
         self.layers.append(
             LayerReport(f"{self.prefix}.{linear.name}", error, measure, tokens, zeros, weight.numel(), record)
         )

@@ -9,6 +9,7 @@ from calibrant.compression.block_solver import BlockSolver
 from calibrant.compression.plan import Plan
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING, read_input_rounding, write_input_rounding
+from calibrant.formats.outliers import OUTLIERS, sparse_part
 from calibrant.formats.quantized import Codes, Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter
@@ -19,8 +20,9 @@ from calibrant.modeling.lazy_model import LazyModel
 class CheckpointWriter:
     """Writes checkpoint tensors as they are finished and knows what must be on disk in the end."""
 
-    def __init__(self, model: LazyModel, plan: Plan, shards: ShardWriter) -> None:
-        self.shards = shards
+    def __init__(self, model: LazyModel, plan: Plan, folder: Path, metadata: dict[str, str]) -> None:
+        self._shards = ShardWriter(folder, metadata)
+        self._outliers = ShardWriter(folder / OUTLIERS, metadata)
         self._model, self._plan = model, plan
         self._hashes: dict[str, str] = {}
         self._codes: dict[str, tuple[str, Layout]] = {}
@@ -29,8 +31,15 @@ class CheckpointWriter:
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors under their checkpoint names."""
+        self._write(tensors, self._shards)
+
+    def _write(self, tensors: dict[str, torch.Tensor], shards: ShardWriter) -> None:
         self._hashes.update({name: _tensor_hash(tensor) for name, tensor in tensors.items()})
-        self.shards.write_part(tensors)
+        shards.write_part(tensors)
+
+    def finish(self) -> list[Path]:
+        """Join what was written; the files, the model's own first."""
+        return [*self._shards.finish(), *self._outliers.finish()]
 
     def write_block(self, prefix: str, solver: BlockSolver) -> None:
         """Write a solved block: codes in the quantized layout if the plan has one, everything else dense."""
@@ -55,6 +64,8 @@ class CheckpointWriter:
             del dense[parameter]
         stored = self._model.to_checkpoint({name: value.contiguous() for name, value in dense.items()})
         self.write({**stored, **packed})
+        for name, (weight, exact) in solver.outliers.items():
+            self._write(sparse_part(f"{prefix}.{name}", weight, exact), self._outliers)
 
     def write_input_rounding(self, folder: Path) -> None:
         """Write how inputs are rounded that no quantized format describes, if there are any."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.errors import CalibrantError
+from calibrant.modeling.activations import use_fast_activations
 from calibrant.modeling.attention import use_fast_attention
 from calibrant.modeling.inputs import BlockCalls, MicroBatch, record_inputs
 from calibrant.modeling.lazy_model import LazyModel
@@ -27,6 +28,7 @@ def enter_blocks(
     """A tiny batch to probe structure with, and the calibration set as it enters block 0."""
     use_fast_attention(model.module, dtype, device)
     use_fast_norms(model.module, dtype, device)
+    use_fast_activations(model.module, dtype, device)
     model.load_outside(blocks)
     cast(model.module, dtype)
     vocabulary = model.folder.vocabulary

@@ -124,6 +124,7 @@ def make_plan(
             if parameter.ndim == 3 and not _ignored(chosen, f"{name}.{parameter_name}"):
                 fused[f"{name}.{parameter_name}"] = tuple(parameter.shape)
                 stored_otherwise.append(f"{name}.{parameter_name}")
+    _check_ignored(model, chosen)
     if not linears and not fused:
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
     recipe = _fit_groups(chosen, linears, fused)
@@ -134,6 +135,9 @@ def make_plan(
         raise CalibrantError(
             f"{next(iter(fused))}: fused experts, which {recipe.training.name} cannot train; ignore them"
         )
+    if fused and (recipe.asymmetric or recipe.budget is not None):
+        what = "beside which the original model cannot run" if recipe.asymmetric else "which a budget cannot measure"
+        raise CalibrantError(f"{next(iter(fused))}: fused experts, {what}; take a recipe without that")
     weights, notes = recipe.scheme.weights, []
     spec = layout = None
     asked = chosen.scheme.weights.group_size if chosen.scheme.weights is not None else None
@@ -221,6 +225,15 @@ def _check_format(
 
 def _ignored(recipe: Recipe, name: str) -> bool:
     return any(re.search(expression, text) for expression in recipe.ignore for text in (name, name.rpartition(".")[0]))
+
+
+def _check_ignored(model: LazyModel, recipe: Recipe) -> None:
+    """Refuse an expression that finds nothing: a slip in it would compress what was to be left alone."""
+    modules = [name for name, _ in model.module.named_modules() if name]
+    names = modules + [name for name, parameter in model.module.named_parameters() if parameter.ndim == 3]
+    for expression in recipe.ignore:
+        if not any(re.search(expression, name) for name in names):
+            raise CalibrantError(f"ignore: {expression!r} is in no module's name; this model has, say, {modules[-1]}")
 
 
 def _sparsity(recipe: Recipe) -> Sparsity | None:

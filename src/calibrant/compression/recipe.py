@@ -51,11 +51,13 @@ def _known_options(value: object) -> object:
     """The options of the method that ``value`` names, checked by the method."""
     if isinstance(value, MethodOptions):
         return value
-    name = value.get("name") if isinstance(value, dict) else None
-    if name not in METHODS:
+    if not isinstance(value, dict) or "name" not in value:
+        raise ValueError("expected the method's name and options: {name: gptq}")
+    name = value["name"]
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"no method {name!r}; there are {', '.join(METHODS)}")
     try:
-        return METHODS[str(name)].options.model_validate(value)
+        return METHODS[name].options.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {_said(first)}") from None
@@ -150,6 +152,11 @@ class Recipe(Strict):
             raise ValueError(f"budget.choices: widths that files have, of {', '.join(map(str, STORED_WIDTHS))}")
         if weights is None and (":" in str(self.scheme.sparsity) or not all(0 <= choice < 1 for choice in choices)):
             raise ValueError("budget.choices: shares of zeros from 0 to below 1, and no pattern n:m")
+        average = self.budget.average
+        if average is None:
+            average = weights.bits if weights is not None else float(str(self.scheme.sparsity))
+        if len(set(choices)) < len(choices) or not min(choices) <= average <= max(choices):
+            raise ValueError(f"budget: {choices} cannot average {average:g}; take others")
         return self
 
     @property
@@ -249,7 +256,8 @@ def _validate(value: object, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A key that is not known explains one that is missing.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         place = ".".join(str(part) for part in first["loc"]) or "the recipe"
         said = _said(first)
         if first["type"] == "model_type":
@@ -261,4 +269,6 @@ def _said(problem: Mapping[str, Any]) -> str:
     """Pydantic's message of one problem, in our words where they are clearer."""
     if problem["type"] == "extra_forbidden":
         return "no such key"
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"expected a name, of {problem['ctx'].get('expected_tags', 'those that calibrant recipes NAME shows')}"
     return str(problem["msg"]).removeprefix("Value error, ")

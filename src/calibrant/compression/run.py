@@ -33,7 +33,7 @@ from calibrant.compression.two_stage_pruning import prune_structure
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
-from calibrant.formats.shards import ShardWriter, copy_side_files
+from calibrant.formats.shards import copy_side_files
 from calibrant.hashing import canonical_json
 from calibrant.learning.journal import Journal
 from calibrant.learning.quadapter import learn_scales
@@ -66,10 +66,6 @@ def run_compression(
     Raises:
         CalibrantError: the set does not fit the model, values are not finite, or the output cannot be written.
     """
-    if plan.recipe.asymmetric and not (settings.sequential and settings.propagate):
-        raise CalibrantError(
-            f"recipe {plan.recipe.name} needs the single pass: leave out --two-pass and --no-propagate"
-        )
     clock = Clock()
     with staged(output, settings.overwrite) as folder, torch.inference_mode():
         spent = journal = training = None
@@ -88,7 +84,7 @@ def run_compression(
                 plan, training = _learn(model, plan, learning_set, settings, journal, progress)
         # Not before something was trained, which frees and takes large blocks all the time.
         map_large_blocks()
-        writer = CheckpointWriter(model, plan, ShardWriter(folder, {"format": "pt", "calibrant.set_sha256": identity}))
+        writer = CheckpointWriter(model, plan, folder, {"format": "pt", "calibrant.set_sha256": identity})
         notes = [*plan.notes, *([training.sentence()] if training is not None else [])]
         config, pruned, layers = dict(model.folder.config_dict), None, list[LayerReport]()
         if METHODS[plan.recipe.method.name].structured:
@@ -106,7 +102,7 @@ def run_compression(
         with clock.stage("write"):
             for name in model.names_outside(plan.blocks):
                 writer.write({name: model.folder.read(name)})
-            files = writer.shards.finish()
+            files = writer.finish()
             copy_side_files(model.folder.path, folder)
             writer.write_input_rounding(folder)
             _write_config(model, plan, config, {layer.name for layer in layers}, folder)

@@ -71,7 +71,7 @@ class Magnitude:
             torch.maximum(self.largest, largest, out=self.largest)
             return
         for rows in inputs.split(_CHUNK_ROWS):
-            magnitude = rows.float().abs_()
+            magnitude = rows.float().abs()
             self._sum += magnitude.sum(0)
             torch.maximum(self.largest, magnitude.amax(0), out=self.largest)
 

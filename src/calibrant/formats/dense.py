@@ -8,7 +8,7 @@ import torch
 from calibrant.errors import CalibrantError
 from calibrant.formats.awq import Awq
 from calibrant.formats.gptq import read_gptq
-from calibrant.formats.quantized import Codes, Layout
+from calibrant.formats.quantized import STORED_WIDTHS, Codes, Layout
 
 _SUFFIX = "qweight"
 _PARTS = (_SUFFIX, "qzeros", "scales", "g_idx")
@@ -24,6 +24,7 @@ def dense_weights(
     Raises:
         CalibrantError: the checkpoint is of a kind that is not read here.
     """
+    _check_kind(settings)
     known = set(names)
     dense = {}
     for name in sorted(known):
@@ -36,7 +37,43 @@ def dense_weights(
     return dense
 
 
+def _check_kind(settings: dict[str, Any]) -> None:
+    """Refuse other layouts under the same names."""
+    if settings["quant_method"] == "awq":
+        version, bits = str(settings.get("version", "gemm")).lower(), settings.get("bits", 4)
+        if version != "gemm" or bits != 4:
+            raise CalibrantError(f"config.json: AWQ of version {version} with {bits} bits is not read; gemm with 4 is")
+        return
+    kind, bits = settings.get("checkpoint_format", "gptq"), settings.get("bits", 4)
+    if kind not in ("gptq", "gptq_v2") or bits not in STORED_WIDTHS:
+        raise CalibrantError(
+            f"config.json: GPTQ of checkpoint_format {kind} with {bits} bits is not read; "
+            f"gptq and gptq_v2 with {', '.join(map(str, STORED_WIDTHS))} bits are"
+        )
+
+
+def _check_parts(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+    """Refuse a linear that lacks a tensor, or whose tensors do not fit each other."""
+    missing = [part for part in _PARTS[:3] if part not in parts]
+    if missing:
+        raise CalibrantError(f"{base}: its files lack {base}.{missing[0]}; copy or download the checkpoint again")
+    words = 32 // int(settings.get("bits", 4))
+    scales, codes, zeros = (tuple(parts[part].shape) for part in ("scales", _SUFFIX, "qzeros"))
+    if settings["quant_method"] == "awq":
+        columns, fits = codes[0], codes[1] * words == scales[1]
+    else:
+        columns, fits = codes[0] * words, codes[1] == scales[1]
+    fits = fits and zeros == (scales[0], -(-scales[1] // words)) and columns % scales[0] == 0
+    fits = fits and ("g_idx" not in parts or len(parts["g_idx"]) == columns)
+    if not fits:
+        raise CalibrantError(
+            f"{base}: the shapes of its tensors do not fit {settings.get('bits', 4)} bits and each other; "
+            "copy or download the checkpoint again, config.json too"
+        )
+
+
 def _codes(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> Codes:
+    _check_parts(base, parts, settings)
     bits = int(settings.get("bits", 4))
     if settings["quant_method"] == "awq":
         return Awq().read(parts, Layout(bits, False, None, None, "awq"))

@@ -27,6 +27,22 @@ def write_imatrix(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    _verify(path, sums)
+
+
+def _verify(path: Path, sums: Mapping[str, tuple[np.ndarray, int]]) -> None:
+    """Read the file again.
+
+    Raises:
+        CalibrantError: it does not hold ``sums``.
+    """
+    found = {tensor.name: np.asarray(tensor.data).ravel() for tensor in _gguf().GGUFReader(path).tensors}
+    same = len(found) == 2 * len(sums) and all(
+        np.array_equal(found[f"{name}.in_sum2"], total.astype(np.float32)) and found[f"{name}.counts"][0] == tokens
+        for name, (total, tokens) in sums.items()
+    )
+    if not same:
+        raise CalibrantError(f"{path}: is not what was measured; the disk may be failing")
 
 
 def gguf_names(model_type: str, blocks: int, modules: list[str]) -> dict[str, str]:
@@ -39,7 +55,8 @@ def gguf_names(model_type: str, blocks: int, modules: list[str]) -> dict[str, st
     """
     gguf = _gguf()
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    arch = known.get(model_type.removesuffix("_text"), gguf.MODEL_ARCH.LLAMA)
+    plain = model_type.removesuffix("_text")
+    arch = known.get(plain) or known.get(plain.replace("_", "")) or gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(arch, blocks)
     found = {module: names.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in modules}
     missing = [module for module, name in found.items() if name is None]

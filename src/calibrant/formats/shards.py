@@ -42,6 +42,7 @@ class ShardWriter:
 
     def write_part(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write finished tensors to disk now."""
+        self._folder.mkdir(exist_ok=True)
         part = self._folder / f"part-{len({s.part for s in self._stored.values()}):05d}.safetensors"
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
         with part.open("rb") as file:
@@ -53,7 +54,12 @@ class ShardWriter:
             self._stored[name] = _Stored(part, entry["dtype"], entry["shape"], 8 + length + begin, end - begin)
 
     def finish(self) -> list[Path]:
-        """Join the parts in name order into ``model.safetensors``, or shards with an index; parts are removed."""
+        """Join the parts in name order into ``model.safetensors``, or shards with an index; parts are removed.
+
+        Nothing is written where nothing was.
+        """
+        if not self._stored:
+            return []
         shards = self._plan()
         if len(shards) == 1:
             names = ["model.safetensors"]

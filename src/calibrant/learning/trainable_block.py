@@ -10,8 +10,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from calibrant.modeling.inputs import MicroBatch
+from calibrant.modeling.kernel_forward import plain_modules
 from calibrant.modeling.module_call import ModuleCall
-from calibrant.modeling.norms import plain_norms
 from calibrant.modeling.structure import Linear
 
 ChangeInput = Callable[[Linear, torch.Tensor], torch.Tensor]
@@ -72,7 +72,7 @@ class TrainableBlock:
 @contextmanager
 def trainable(block: nn.Module, linears: list[Linear]) -> Iterator[TrainableBlock]:
     """``block`` made trainable, inside or outside of inference mode."""
-    with torch.inference_mode(False), torch.enable_grad(), plain_norms(block):
+    with torch.inference_mode(False), torch.enable_grad(), plain_modules(block):
         made = TrainableBlock(block, linears)
         handles = [block.get_submodule(linear.name).register_forward_pre_hook(made.hook(linear)) for linear in linears]
         try:

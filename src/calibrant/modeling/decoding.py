@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 from calibrant.kernels import bfloat16_tile
 from calibrant.kernels.decode_attention import decode_attention
 from calibrant.kernels.packed_linear import PackedLinear
+from calibrant.modeling.activations import use_fast_activations
 from calibrant.modeling.norms import use_fast_norms
 
 _NAME = "calibrant_decode"
@@ -207,6 +208,7 @@ def _fast_parts(model: transformers.PreTrainedModel) -> Iterator[_Parts]:
     attention, parts = model.config._attn_implementation, _Parts()
     AttentionInterface.register(_NAME, _no_decoder)
     use_fast_norms(model, torch.bfloat16, torch.device("cpu"))
+    use_fast_activations(model, torch.bfloat16, torch.device("cpu"))
     try:
         for name, linear in linears.items():
             model.set_submodule(name, PackedLinear(linear))

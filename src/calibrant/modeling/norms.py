@@ -1,7 +1,6 @@
 """A faster root-mean-square norm for modules that compute just that, in bfloat16 on a CPU."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from calibrant.kernels.rms_norm import rms_norm
+from calibrant.modeling.kernel_forward import has_kernel
 
 # Inputs this small make epsilon count, so that the right one among a module's numbers is found.
 _PROBE_ROWS, _PROBE_SCALE = 4, 1e-3
@@ -42,22 +42,11 @@ def use_fast_norms(model: nn.Module, dtype: torch.dtype, device: torch.device) -
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return
     for module in model.modules():
-        if "forward" in vars(module):  # it has the kernel already
+        if has_kernel(module):
             continue
         norm = _norm_of(module)
         if norm is not None:
             module.forward = _forward(module, norm)
-
-
-@contextmanager
-def plain_norms(model: nn.Module) -> Iterator[None]:
-    """Norms that have the kernel compute as the module says meanwhile: the kernel knows no gradients and no float32."""
-    fast = {module: vars(module).pop("forward") for module in model.modules() if "forward" in vars(module)}
-    try:
-        yield
-    finally:
-        for module, forward in fast.items():
-            module.forward = forward
 
 
 def _forward(module: nn.Module, norm: _Norm) -> Callable[[torch.Tensor], torch.Tensor]:

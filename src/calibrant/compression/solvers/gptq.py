@@ -70,7 +70,7 @@ class Gptq(MethodOptions):
     """GPTQ; ``damping`` relative to the mean of the Hessian's diagonal; coordinate descent for ``refine_sweeps``."""
 
     name: Literal["gptq"] = "gptq"
-    damping: float = Field(default=0.01, gt=0)
+    damping: float = Field(default=0.01, gt=0, le=100)
     act_order: bool = True
     refine_sweeps: int = Field(default=0, ge=0)
 

@@ -18,7 +18,7 @@ Statistic = type[Hessian] | type[ColumnNorm]
 class MethodOptions(BaseModel):
     """A method's options in a recipe; each has ``name`` as a literal, by which it is found."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
 

@@ -85,7 +85,7 @@ def quantease_with_outliers(
         outliers = _largest(outliers - gradient / largest, share, runs)
     base, _ = descend(weight - outliers, base, hessian, grid, [False])
     record = SolverRecord(dead_columns=int((hessian.diagonal() == 0).sum()), outliers=int((outliers != 0).sum()))
-    return Solution(base + outliers, record=record)
+    return Solution(base + outliers, outliers=outliers != 0, record=record)
 
 
 def _largest(values: torch.Tensor, share: float, runs: list[int]) -> torch.Tensor:
@@ -99,11 +99,11 @@ def _largest(values: torch.Tensor, share: float, runs: list[int]) -> torch.Tenso
 
 
 class QuantEase(MethodOptions):
-    """QuantEase; with ``outliers`` that share of the weights stays exact and the result is stored dense."""
+    """QuantEase; with ``outliers`` that share of the weights stays exact: stored dense, with a list of them beside."""
 
     name: Literal["quantease"] = "quantease"
     sweeps: int = Field(default=30, ge=1)
-    damping: float = Field(default=0.0, ge=0)
+    damping: float = Field(default=0.0, ge=0, le=100)
     outliers: float = Field(default=0.0, ge=0, lt=1)
 
 

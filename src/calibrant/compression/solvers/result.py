@@ -26,6 +26,7 @@ class Solution:
     """``weight`` float32 ``[rows, in]``; ``codes`` int8 and their ``grid`` if quantized; ``kept`` bool if pruned.
 
     ``errors`` float32 ``[rows]``: ``layer_errors`` of the result, where the solver computed them anyway.
+    ``outliers`` bool ``[rows, in]``: weights that lie on no grid, of methods that keep some.
     ``rounded`` bool ``[rows]``: rows for which a better-than-nearest rounding was tried and round-to-nearest kept.
     """
 
@@ -35,6 +36,7 @@ class Solution:
     kept: torch.Tensor | None = None
     errors: torch.Tensor | None = None
     rounded: torch.Tensor | None = None
+    outliers: torch.Tensor | None = None
     record: SolverRecord = SolverRecord()
 
 

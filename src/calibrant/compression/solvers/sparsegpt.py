@@ -72,7 +72,7 @@ class SparseGpt(MethodOptions):
     """SparseGPT; with weights in the scheme also quantizes."""
 
     name: Literal["sparsegpt"] = "sparsegpt"
-    damping: float = Field(default=0.01, gt=0)
+    damping: float = Field(default=0.01, gt=0, le=100)
 
 
 def _solve(options: SparseGpt, task: Task) -> Solution:

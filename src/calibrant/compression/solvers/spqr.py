@@ -38,7 +38,7 @@ def spqr(weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings) ->
 
     Grids are fitted to the compensated weights where their group of columns (in solving order) begins, without the
     weights whose absence would lower the group's error by more than the threshold. Each weight whose error comes out
-    above it stays exact. The result is dense (no common loader has the format); the record counts the outliers. Dead
+    above it stays exact. The result is dense (no common loader has the format); ``outliers`` says which are exact. Dead
     columns are treated before damping, as everywhere (ours). If no damping makes the Hessian factor, nothing is
     quantized and the record says so.
     """
@@ -50,7 +50,7 @@ def spqr(weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings) ->
     diagonal, columns = factor.diagonal(), work.shape[1]
     threshold = settings.threshold * float((work.var(0) / diagonal.square()).mean())
     width = settings.group_size or columns
-    outliers = 0
+    outliers = torch.zeros_like(work, dtype=torch.bool)
     scale = zero = torch.zeros(0)
     for begin in range(0, columns, _BLOCK):
         end = min(begin + _BLOCK, columns)
@@ -65,15 +65,15 @@ def spqr(weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings) ->
             value = work[:, column].clone()
             rounded = _round(value[:, None], scale, zero, settings)[:, 0]
             exact = ((value - rounded) / diagonal[column]).square() > threshold
-            outliers += int(exact.sum())
+            outliers[:, column] = exact
             work[:, column] = torch.where(exact, value, rounded)
             errors[:, column - begin] = (value - work[:, column]) / diagonal[column]
             work[:, column + 1 : end] -= errors[:, column - begin, None] * factor[column, column + 1 : end]
         work[:, end:] -= errors @ factor[begin:end, end:]
     record = SolverRecord(
-        prepared.damping, prepared.damping > settings.damping, prepared.dead_columns, outliers=outliers
+        prepared.damping, prepared.damping > settings.damping, prepared.dead_columns, outliers=int(outliers.sum())
     )
-    return Solution(undo(prepared.order, work), record=record)
+    return Solution(undo(prepared.order, work), outliers=undo(prepared.order, outliers), record=record)
 
 
 def _round(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, settings: SpqrSettings) -> torch.Tensor:
@@ -138,11 +138,11 @@ def _second_level(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 class Spqr(MethodOptions):
-    """SpQR, stored dense; ``statistic_bits`` of the quantized scales and zeros, None to keep them."""
+    """SpQR, stored dense, with a list of outliers beside; ``statistic_bits`` of scales and zeros, None to keep them."""
 
     name: Literal["spqr"] = "spqr"
     threshold: float = Field(default=0.2, gt=0)
-    damping: float = Field(default=1.0, gt=0)
+    damping: float = Field(default=1.0, gt=0, le=100)
     act_order: bool = True
     statistic_bits: int | None = Field(default=3, ge=1, le=8)
     integer_zero: bool = False

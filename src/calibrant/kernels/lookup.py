@@ -1,0 +1,34 @@
+"""An elementwise function of bfloat16 numbers as a table of its 65,536 values."""
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+
+from calibrant.kernels.bfloat16_words import words
+
+# Numbers that one thread looks up at a time.
+_PART = 4096
+
+
+def every_number() -> torch.Tensor:
+    """All bfloat16 numbers by their words, ``[65536]``, infinities and NaN among them."""
+    return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def look_up(inputs: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """``table`` bfloat16 ``[65536]`` at the word of every number of ``inputs`` bfloat16 ``[..]``, both on the CPU."""
+    numbers = inputs.contiguous()
+    output = torch.empty_like(numbers)
+    _look_up(words(numbers.view(-1)), words(table), words(output.view(-1)))
+    return output
+
+
+def _look_up_parts(numbers: np.ndarray, table: np.ndarray, output: np.ndarray) -> None:
+    for part in numba.prange((len(numbers) + _PART - 1) // _PART):
+        for index in range(part * _PART, min(len(numbers), (part + 1) * _PART)):
+            output[index] = table[numbers[index]]
+
+
+_look_up: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_look_up_parts)
