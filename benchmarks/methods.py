@@ -38,6 +38,8 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hqq": ({"method": {"name": "hqq"}}, {"symmetric": False}),
     "adpq": ({"method": {"name": "adpq"}}, {}),
     "awq": ({**AWQ, "method": {"name": "rtn"}}, {"range_search": "clip"}),
+    "awq, no clip": ({**AWQ, "method": {"name": "rtn"}}, {}),
+    "awq, duo": ({"transforms": [{"name": "awq", "duo": True}], "method": {"name": "rtn"}}, {"range_search": "clip"}),
     "gptq": (GPTQ, {}),
     "gptq, clip": (GPTQ, {"range_search": "clip"}),
     "gptq, refined": (REFINED, {}),
@@ -62,11 +64,35 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "sparsegpt, asymmetric": {"method": {"name": "sparsegpt"}, "asymmetric": 1.0},
     "sparsegpt, a quarter asymmetric": {"method": {"name": "sparsegpt"}, "asymmetric": 0.25},
 }
-INT8: dict[str, dict[str, Any]] = {
-    "rtn": {"method": {"name": "rtn"}},
-    "gptq": GPTQ,
-    "smoothquant, rtn": {**SMOOTHQUANT, "method": {"name": "rtn"}},
-    "smoothquant, gptq": {**SMOOTHQUANT, **GPTQ},
+DYNAMIC, MINMAX = {"bits": 8}, {"bits": 8, "dynamic": False}
+# By label: what the recipe says beyond the scheme, and its activations.
+INT8: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rtn": ({"method": {"name": "rtn"}}, DYNAMIC),
+    "gptq": (GPTQ, DYNAMIC),
+    "smoothquant, rtn": ({**SMOOTHQUANT, "method": {"name": "rtn"}}, DYNAMIC),
+    "smoothquant, gptq": ({**SMOOTHQUANT, **GPTQ}, DYNAMIC),
+    "rtn, static": ({"method": {"name": "rtn"}}, MINMAX),
+    "rtn, static by percentile": ({"method": {"name": "rtn"}}, {**MINMAX, "range": "percentile"}),
+    "rtn, static by mse": ({"method": {"name": "rtn"}}, {**MINMAX, "range": "mse"}),
+    "smoothquant, rtn, static": ({**SMOOTHQUANT, "method": {"name": "rtn"}}, MINMAX),
+}
+# By target and label: recipes of one strength.
+OTHERS: dict[str, dict[str, Any]] = {
+    "4 bit: gptq, clip, budget of 2, 4, 8": {
+        **GPTQ,
+        "scheme": {"weights": {"bits": 4, "group_size": "auto", "range_search": "clip"}},
+        "budget": {"choices": [2, 4, 8]},
+    },
+    "0.5: sparsegpt, budget": {
+        "method": {"name": "sparsegpt"},
+        "scheme": {"sparsity": "0.5"},
+        "budget": {"choices": [0.3, 0.4, 0.5, 0.6, 0.7]},
+    },
+    "2:4 and 4 bit: sparsegpt": {
+        "method": {"name": "sparsegpt"},
+        "scheme": {"sparsity": "2:4", "weights": {"bits": 4, "group_size": "auto"}},
+    },
+    "a quarter smaller: 2ssp": {"method": {"name": "2ssp"}, "scheme": {"sparsity": "0.25"}},
 }
 
 
@@ -80,14 +106,17 @@ def recipes(bits: list[int], sparsity: list[str], int8: bool) -> dict[str, dict[
     for pattern in sparsity:
         for label, recipe in PRUNERS.items():
             found[f"{pattern}: {label}"] = {**recipe, "scheme": {"sparsity": pattern}}
-    for label, recipe in INT8.items() if int8 else ():
-        found[f"W8A8: {label}"] = {**recipe, "scheme": {"weights": {"bits": 8}, "activations": {"bits": 8}}}
+    for label, (recipe, activations) in INT8.items() if int8 else ():
+        found[f"W8A8: {label}"] = {**recipe, "scheme": {"weights": {"bits": 8}, "activations": activations}}
+    found |= OTHERS
     return {label: {"name": "benchmark", "description": label, **recipe} for label, recipe in found.items()}
 
 
 def bits_per_weight(record: dict[str, Any]) -> float:
     """Bits of a weight with its share of scales, zeros and exact outliers (16 bits of value, 16 of place)."""
     recipe, layers = record["recipe"], record["layers"]
+    if record["structure"] is not None:
+        return 16 * (1 - record["structure"]["share"])
     weights, method = recipe["scheme"]["weights"], recipe["method"]
     elements = sum(layer["elements"] for layer in layers)
     if weights is None:
@@ -100,7 +129,8 @@ def bits_per_weight(record: dict[str, Any]) -> float:
     if method["name"] == "adpq":
         return weights["bits"] + 2 * 16 / group + outliers / 2
     zero = 16 if method["name"] == "hqq" else 0 if weights["symmetric"] else weights["bits"]
-    return weights["bits"] + (16 + zero) / group + outliers
+    bits = record["budget"]["average"] if record["budget"] is not None else weights["bits"]
+    return bits + (16 + zero) / group + outliers
 
 
 def measure(model: Path, recipe: Path, calibration: Path, text: Path, windows: int) -> dict[str, Any]:
@@ -113,14 +143,14 @@ def measure(model: Path, recipe: Path, calibration: Path, text: Path, windows: i
         record = json.loads((output / "calibrant.json").read_text())
         result = cb.evaluate(output, against=model, text=text, length=512, limit=windows)
     assert result.divergence is not None
-    errors = [layer["relative_error"] for layer in record["layers"]]
+    errors = [layer["relative_error"] for layer in record["layers"]]  # none of models made narrower
     return {
         "bits_per_weight": bits_per_weight(record),
         "kl_mean": result.divergence.kl_mean,
         "kl_standard_error": result.divergence.kl_standard_error,
         "perplexity": result.perplexity.value,
-        "layer_error": sum(errors) / len(errors),
-        "layer_error_measure": record["layers"][0]["measure"],
+        "layer_error": sum(errors) / len(errors) if errors else None,
+        "layer_error_measure": record["layers"][0]["measure"] if errors else "",
         "seconds": seconds,
         "peak_memory_bytes": report.peak_memory_bytes,
     }
@@ -144,7 +174,7 @@ def where_and_when() -> dict[str, str]:
 
 def show(found: dict[str, dict[str, Any]]) -> None:
     """The table, best KL first within each target."""
-    table = Table("target", "method", "bits", "KL", "perplexity", "layer error", "s", "MB")
+    table = Table("target", "method", "bits", "KL", "perplexity", "layer error", "of", "s", "MB")
     for label, one in sorted(found.items(), key=lambda item: (item[0].split(":")[0], item[1]["kl_mean"])):
         target, _, method = label.rpartition(": ")
         table.add_row(
@@ -153,7 +183,8 @@ def show(found: dict[str, dict[str, Any]]) -> None:
             f"{one['bits_per_weight']:.2f}",
             f"{one['kl_mean']:.4f} ± {one['kl_standard_error']:.4f}",
             f"{one['perplexity']:.2f}",
-            f"{one['layer_error']:.4f}",
+            f"{one['layer_error']:.4f}" if one["layer_error"] is not None else "",
+            one["layer_error_measure"],
             f"{one['seconds']:.0f}",
             f"{one['peak_memory_bytes'] / 1e6:.0f}",
         )
@@ -178,7 +209,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     file = options.json or HERE / "results" / f"methods_{options.model.resolve().name}.json"
-    settings = {"samples": options.samples, "length": 512, "windows": options.windows, "torch": torch.__version__}
+    settings = {
+        "model": options.model.resolve().name,
+        "corpus": options.corpus.name,
+        "text": options.text.name,
+        "samples": options.samples,
+        "length": 512,
+        "windows": options.windows,
+        "torch": torch.__version__,
+    }
     known = json.loads(file.read_text()) if file.exists() else {}
     found = known.get("runs", {}) if known.get("settings") == settings else {}
     with tempfile.TemporaryDirectory() as folder:

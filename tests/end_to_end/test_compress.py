@@ -9,7 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import calibrant as cb
+from calibrant.api import prepare
 from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.compression import plan
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.recipe import builtin_recipes, load_recipe
 from calibrant.compression.run_record import RunReport
@@ -235,6 +237,18 @@ def test_weights_kept_exactly_are_listed_beside_the_model(tmp_path: Path, recipe
             for group in rest.view(-1, 32):
                 assert len(group[~group.isnan()].unique()) <= 2**3
     assert sum(layer.record.outliers for layer in report.layers) > 0
+
+
+def test_the_estimate_knows_what_methods_cost(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "measured_rate", lambda dtype, device: 1e6)
+    recipes = ["rtn-w8a16", "gptq-w4a16-g32", "gptq-w4a16-refined", "quantease-w4a16", "quantease-w3a16-outliers"]
+    seconds = [prepare(llama, output=tmp_path / "out", recipe=name).estimate(8, 32).seconds for name in recipes]
+    assert seconds == sorted(set(seconds))
+    plain, clipped, scaled = (
+        prepare(llama, output=tmp_path / "out", recipe=load_recipe(name).with_weights(None, 32)).estimate(8, 32).seconds
+        for name in ("gptq-w4a16", "best-w3a16", "awq-gptq-w4a16")
+    )
+    assert plain < clipped < scaled
 
 
 def test_an_expression_that_finds_nothing_is_refused(llama: Path, tmp_path: Path) -> None:

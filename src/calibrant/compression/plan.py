@@ -13,7 +13,7 @@ from calibrant.compression.activation_ranges import InputGrid
 from calibrant.compression.grids import Grid, GridSpec
 from calibrant.compression.methods import METHODS
 from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Recipe
-from calibrant.compression.recipe_parts import Quadapter, Training, Zsaq
+from calibrant.compression.recipe_parts import Awq, Quadapter, Training, Zsaq
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import Hessian, PairedHessian
 from calibrant.errors import CalibrantError
@@ -24,6 +24,8 @@ from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 
+# Ranges that a search by output error compares.
+_CLIP_CANDIDATES = 10
 # A look at a training runs on at most so many tokens: it should cost little beside the steps between two (ours).
 WATCHED_TOKENS = 4096
 
@@ -307,6 +309,7 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
         hessian = per_block * len(plan.blocks) * float(tokens)
     flops = 2.0 * parameters * tokens + hessian
     seconds = 1.5 * flops / measured_rate(dtype, model.device) + 0.02 * groups + 5
+    seconds += _solving_flops(plan, parameters) / measured_rate(dtype, model.device)
     for transform in plan.recipe.transforms:
         if isinstance(transform, Quadapter):
             # Three times a forward pass a step; one row in eight is looked at every 25 steps.
@@ -336,6 +339,23 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
         # The journal, and the one before it: weights, moments, the best so far; a generator's.
         disk += 2 * 4 * (4 * parameters + 3 * _generator_parameters(model, plan.recipe.training))
     return Estimate(seconds, memory, disk)
+
+
+def _solving_flops(plan: Plan, parameters: int) -> float:
+    """Work of solves and searches, as products at the best rate that take as long (measured on SmolLM2-135M; ours)."""
+    recipe, work = plan.recipe, 0.0
+    pairs = sum(out * into**2 for out, into in plan.linears.values()) + sum(
+        torch.Size(shape).numel() * max(shape[1:]) for shape in plan.fused.values()
+    )
+    # Loops over columns reach about a tenth of that rate.
+    work += 10 * 2.0 * pairs * METHODS[recipe.method.name].passes(recipe.method)
+    weights = recipe.scheme.weights
+    if weights is not None and weights.range_search == "clip":
+        work += 30 * 2.0 * _CLIP_CANDIDATES * (plan.spec.group_size or 512 if plan.spec is not None else 0) * parameters
+    for transform in recipe.transforms:
+        if isinstance(transform, Awq):
+            work += transform.steps * 3 * 2.0 * 1024 * parameters
+    return work
 
 
 def _generator_parameters(model: LazyModel, options: Training) -> int:

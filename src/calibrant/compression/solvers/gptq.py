@@ -79,4 +79,4 @@ def _solve(options: Gptq, task: Task) -> Solution:
     return gptq(task.weight, task.full_moments, task.grid_spec, **options.model_dump(exclude={"name"}))
 
 
-GPTQ = Method(Gptq, _solve, round_task, Hessian)
+GPTQ = Method(Gptq, _solve, round_task, Hessian, passes=lambda options: 0.5 + options.refine_sweeps)

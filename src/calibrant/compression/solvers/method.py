@@ -66,6 +66,10 @@ def _never(_: Any) -> bool:
     return False
 
 
+def _nothing(_: Any) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True)
 class Method:
     """A registry entry.
@@ -73,7 +77,8 @@ class Method:
     ``solve`` gets the options and a task, ``without_data`` a task whose layer saw no token; both are None for what
     does not work layer by layer (``structured``). ``statistic`` None: no data. ``symmetric``: which weights the method
     is for, where it fits its ranges itself; None for grids of any kind.
-    ``stored_dense``: with which options no quantized format holds the result.
+    ``stored_dense``: with which options no quantized format holds the result. ``passes``: about how often a solve goes
+    over all pairs of columns, for the estimate of time.
     """
 
     options: type[MethodOptions]
@@ -84,6 +89,7 @@ class Method:
     prunes: bool = False
     symmetric: bool | None = None
     stored_dense: Callable[[Any], bool] = _never
+    passes: Callable[[Any], float] = _nothing
 
     @property
     def structured(self) -> bool:

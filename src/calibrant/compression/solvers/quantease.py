@@ -117,4 +117,12 @@ def _solve(options: QuantEase, task: Task) -> Solution:
     )
 
 
-QUANTEASE = Method(QuantEase, _solve, round_task, Hessian, stored_dense=lambda options: options.outliers > 0)
+QUANTEASE = Method(
+    QuantEase,
+    _solve,
+    round_task,
+    Hessian,
+    stored_dense=lambda options: options.outliers > 0,
+    # With outliers every sweep also has a whole product, a sort and another start.
+    passes=lambda options: options.sweeps * (5 if options.outliers else 1),
+)

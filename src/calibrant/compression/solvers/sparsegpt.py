@@ -86,4 +86,4 @@ def _without_data(task: Task) -> Solution:
     return sparsegpt(task.weight, identity, task.pattern, task.spec, segments=task.segments)
 
 
-SPARSEGPT = Method(SparseGpt, _solve, _without_data, Hessian, prunes=True)
+SPARSEGPT = Method(SparseGpt, _solve, _without_data, Hessian, prunes=True, passes=lambda _: 0.5)

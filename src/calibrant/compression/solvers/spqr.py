@@ -154,4 +154,5 @@ def _solve(options: Spqr, task: Task) -> Solution:
     return spqr(task.weight, task.full_moments, settings)
 
 
-SPQR = Method(Spqr, _solve, round_task, Hessian, symmetric=False, stored_dense=lambda _: True)
+# Columns one by one outside of a kernel, and every group once without each of its columns.
+SPQR = Method(Spqr, _solve, round_task, Hessian, symmetric=False, stored_dense=lambda _: True, passes=lambda _: 15.0)
