@@ -59,7 +59,7 @@ def comparisons(bits: int, group_size: int) -> dict[str, Comparison]:
     int8 = {"weights": {"bits": 8}, "activations": {"bits": 8}}
     rtn, gptq = {"name": "rtn"}, {"name": "gptq"}
     smooth, awq = [{"name": "smoothquant", "alpha": 0.8}], [{"name": "awq"}]
-    best = load_recipe("best-w4a16").model_dump()
+    best = load_recipe("best-w3a16" if bits == 3 else "best-w4a16").model_dump()
     best["scheme"]["weights"] |= clipped["weights"]
     return {
         "gptq": Comparison({"method": gptq, "scheme": grouped}, {"llm-compressor": "gptq", "gptqmodel": "gptq"}),
@@ -73,6 +73,9 @@ def comparisons(bits: int, group_size: int) -> dict[str, Comparison]:
         "wanda": Comparison({"method": {"name": "wanda"}, "scheme": {"sparsity": "2:4"}}, {"llm-compressor": "wanda"}),
         "best": Comparison(best, {"auto-round": "autoround-20"}, False),
         "best-200": Comparison(best, {"auto-round": "autoround-200"}, False),
+        # Beside every peer's method for the same target, above.
+        "best-2:4": Comparison(load_recipe("best-2:4").model_dump(), {}, False),
+        "best-w8a8": Comparison(load_recipe("best-w8a8").model_dump(), {}, False),
     }
 
 
