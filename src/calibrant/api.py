@@ -9,11 +9,13 @@ from calibrant.calibration.making import DEFAULT_LENGTH, check_length, check_siz
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.calibration.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.compression.importance import input_norms
+from calibrant.compression.methods import METHODS
 from calibrant.compression.plan import Estimate, Plan, estimate, make_plan
 from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from calibrant.compression.recipe_parts import Zsaq
 from calibrant.compression.run import run_compression
 from calibrant.compression.run_record import RunReport, Settings
+from calibrant.compression.two_stage_pruning import check_structure
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.divergence import Evaluation, evaluate_models
 from calibrant.evaluation.windows import evaluation_windows
@@ -91,7 +93,7 @@ def prepare(
     overwrite: bool = False,
     allow_encoder: bool = False,
 ) -> PreparedRun:
-    """Check everything a compression needs, without reading a weight.
+    """Check everything a compression needs, without reading a weight; for 2SSP those of one block.
 
     Raises:
         CalibrantError: model, recipe, set or output do not fit.
@@ -112,6 +114,8 @@ def prepare(
     if checkpoint_format not in FORMATS:
         raise CalibrantError(f"{checkpoint_format}: no such format; there are {', '.join(FORMATS)}")
     plan = make_plan(lazy, find_blocks(lazy.module), chosen, checkpoint_format)
+    if METHODS[chosen.method.name].structured:
+        check_structure(lazy, plan)
     settings = Settings(torch_dtype(dtype, place), place, sequential, propagate, overwrite=overwrite)
     return PreparedRun(lazy, plan, settings, target)
 

@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 import calibrant as cb
+from calibrant.api import prepare
 from calibrant.compression.recipe import Recipe
 from calibrant.compression.two_stage_pruning import removals
 from calibrant.errors import CalibrantError
@@ -151,7 +152,7 @@ def test_masked_tokens_change_nothing(llama: Path, tmp_path: Path) -> None:
 def test_blocks_of_another_kind_are_refused(model_folder, tmp_path: Path, architecture: str) -> None:
     model = model_folder(architecture)
     with pytest.raises(CalibrantError, match=r"2ssp cannot (prune|write)|names no width"):
-        pruned(model, tmp_path / "out", "0.25")
+        prepare(model, output=tmp_path / "out", recipe=recipe("0.25"))  # before data are asked for
     assert not (tmp_path / "out").exists()
 
 

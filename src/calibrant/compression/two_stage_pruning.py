@@ -78,6 +78,17 @@ def removals(blocks: int, attention: int, mlp: int, total: int, share: float) ->
 
 
 @torch.inference_mode()
+def check_structure(model: LazyModel, plan: Plan) -> None:
+    """Try the first block, before a calibration set is made for a model that cannot be pruned so.
+
+    Raises:
+        CalibrantError: the block is not of this kind.
+    """
+    _text_config(model)
+    _find_all_parts(model, plan.blocks, 1)
+
+
+@torch.inference_mode()
 def prune_structure(
     model: LazyModel,
     plan: Plan,
@@ -93,7 +104,7 @@ def prune_structure(
         CalibrantError: the blocks are not of this kind or differ in width, or the share cannot be reached.
     """
     config, width_key = _text_config(model)
-    parts, total = _find_all_parts(model, plan.blocks)
+    parts, total = _find_all_parts(model, plan.blocks, len(plan.blocks))
     first = parts[0]
     if len({one.neurons for one in parts}) > 1 or config[width_key] not in (None, first.neurons):
         raise CalibrantError(
@@ -137,11 +148,11 @@ def _with_text_config(model: LazyModel, config: dict[str, Any]) -> dict[str, Any
     return {**whole, "text_config": config} if "text_config" in whole else config
 
 
-def _find_all_parts(model: LazyModel, blocks: list[str]) -> tuple[list[BlockParts], int]:
-    """The parts of every block, and all blocks' parameters."""
+def _find_all_parts(model: LazyModel, blocks: list[str], count: int) -> tuple[list[BlockParts], int]:
+    """The parts of the first ``count`` blocks, and these blocks' parameters."""
     probe, _ = enter_blocks(model, blocks, None, torch.float32, model.device, 0)
     parts, total = [], 0
-    for index, prefix in enumerate(blocks):
+    for index, prefix in enumerate(blocks[:count]):
         _refuse_merged(model, prefix)
         with model.loaded(prefix) as block:
             total += sum(parameter.numel() for parameter in block.parameters())
