@@ -279,21 +279,26 @@ def test_experts_without_tokens_are_solved_without_data_and_listed(model_folder,
     assert all("no calibration token" in str(layer.record.fallback) for layer in report.fallbacks)
 
 
-def test_a_difference_on_disk_fails_the_run(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["model", "outliers"])
+def test_a_difference_on_disk_fails_the_run(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     from calibrant.formats.shards import ShardWriter
 
     finish = ShardWriter.finish
 
     def damaged(self: ShardWriter) -> list[Path]:
         files = finish(self)
-        data = bytearray(files[0].read_bytes())
-        data[-1] ^= 1
-        files[0].write_bytes(bytes(data))
+        for file in files:
+            if (file.parent.name == "outliers") == (place == "outliers"):
+                data = bytearray(file.read_bytes())
+                data[-1] ^= 1
+                file.write_bytes(bytes(data))
         return files
 
     monkeypatch.setattr(ShardWriter, "finish", damaged)
     with pytest.raises(cb.CalibrantError, match="not what was solved"):
-        run(llama, tmp_path / "out")
+        run(llama, tmp_path / "out", "spqr-w4a16-g16")
     assert list(tmp_path.iterdir()) == []
 
 
