@@ -14,7 +14,7 @@ from calibrant.compression.plan import Estimate, Plan, estimate, make_plan
 from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from calibrant.compression.recipe_parts import Zsaq
 from calibrant.compression.run import run_compression
-from calibrant.compression.run_record import RunReport, Settings
+from calibrant.compression.run_record import RunReport, Settings, training_identity
 from calibrant.compression.two_stage_pruning import check_structure
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.divergence import Evaluation, evaluate_models
@@ -22,7 +22,7 @@ from calibrant.evaluation.windows import evaluation_windows
 from calibrant.formats.imatrix import gguf_names, write_imatrix
 from calibrant.formats.quantized import FormatName
 from calibrant.formats.registry import FORMATS
-from calibrant.learning.journal import journal_folder
+from calibrant.learning.journal import check_same_training, is_unfinished
 from calibrant.learning.train_model import check_training
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
@@ -105,8 +105,7 @@ def prepare(
         _check_calibration(folder, calibration)
     if chosen.training is not None:
         check_training(folder, chosen.training)
-    if chosen.learns:
-        journal_folder(target)  # refuses what is in its way, before anything is made
+    goes_on = chosen.learns and is_unfinished(target) and not overwrite
     if chosen.asymmetric and not (sequential and propagate):
         raise CalibrantError(f"recipe {chosen.name} needs the single pass: leave out --two-pass and --no-propagate")
     place = torch_device(device)
@@ -117,6 +116,8 @@ def prepare(
     if METHODS[chosen.method.name].structured:
         check_structure(lazy, plan)
     settings = Settings(torch_dtype(dtype, place), place, sequential, propagate, overwrite=overwrite)
+    if goes_on:
+        check_same_training(target, training_identity(lazy, plan, calibration if chosen.needs_data else None, settings))
     return PreparedRun(lazy, plan, settings, target)
 
 

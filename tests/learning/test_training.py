@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import calibrant as cb
+from calibrant.api import prepare
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.randomness import generator as seeded
 from calibrant.compression.grids import GridSpec
@@ -442,6 +443,11 @@ def test_another_training_begins_anew_and_a_damaged_journal_says_what_to_do(
         run(8, 3)
     with pytest.raises(CalibrantError, match="holds an unfinished training with other settings"):
         run(5, 99, overwrite=False)
+    other = recipe({"name": "qat", "steps": 5})
+    for known in (data, None):
+        with pytest.raises(CalibrantError, match="holds an unfinished training with other settings"):
+            prepare(llama, output=tmp_path / "out", recipe=other, calibration=known)
+        prepare(llama, output=tmp_path / "out", recipe=recipe({"name": "qat", "steps": 8}), calibration=known)
     assert not any("goes on" in note for note in run(5, 99).notes)
     with pytest.raises(_StoppedError):
         run(8, 3)

@@ -43,14 +43,15 @@ def demo_model(cache: Path, progress: Progress) -> Path:
 def _convert(folder: Path, target: Path) -> None:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=_FILE, local_files_only=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        gguf_file=_FILE,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        local_files_only=True,
-    )
+    with quietly():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=_FILE, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            gguf_file=_FILE,
+            dtype=torch.float32,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            local_files_only=True,
+        )
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -60,10 +61,9 @@ def continue_text(folder: Path, prompt: str) -> str:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    with quietly():
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
     settings = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "pad_token_id": tokenizer.eos_token_id}
-    with torch.inference_mode():
+    with quietly(), torch.inference_mode():
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
         tokens = model.generate(**inputs, **settings)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

@@ -90,15 +90,18 @@ def run_record(
     }
 
 
-def training_identity(model: LazyModel, plan: Plan, calibration: CalibrationSet, settings: Settings) -> dict[str, Any]:
-    """What a training's outcome depends on."""
+def training_identity(
+    model: LazyModel, plan: Plan, calibration: CalibrationSet | None, settings: Settings
+) -> dict[str, Any]:
+    """What a training's outcome depends on, but for the set if that is not made yet (None)."""
+    known = {"calibration": calibration.sha256} if calibration is not None else {}
     return {
+        **known,
         "calibrant_version": calibrant.__version__,
         "recipe": plan.recipe.model_dump(),
         "scale_dtype": str(plan.spec.scale_dtype) if plan.spec is not None else None,
         "model": model.folder.identity(),
         "generator": _generator(model, plan),
-        "calibration": calibration.sha256,
         "settings": settings.describe(),
         "libraries": library_versions(),
     }

@@ -70,12 +70,17 @@ def apply_input_rounding(model: nn.Module, grids: InputGrids) -> None:
         modules[name].register_forward_pre_hook(_hook(grid))
 
 
+def token_scales(inputs: torch.Tensor, bits: int) -> torch.Tensor:
+    """Scales ``[.., 1]`` of the symmetric grids of each token's own, of inputs ``[.., in]``."""
+    largest = inputs.abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, largest / ((2**bits - 1) / 2), 1.0)
+
+
 def _hook(grid: tuple[float, int] | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inputs = args[0].float()
         if grid is None:
-            largest = inputs.abs().amax(-1, keepdim=True)
-            scale, zero = torch.where(largest > 0, largest / ((_HIGHEST - _LOWEST) / 2), 1.0), 0
+            scale, zero = token_scales(inputs, _BITS), 0
         else:
             scale, zero = torch.tensor(grid[0], device=inputs.device), grid[1]
         codes = (inputs / scale + zero).clamp(_LOWEST, _HIGHEST).round()

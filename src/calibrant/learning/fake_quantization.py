@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from calibrant.compression.grids import GridSpec, parameters
+from calibrant.formats.input_rounding import token_scales
 from calibrant.kernels.fake_rounding import rounded_gradients, rounded_values
 
 
@@ -84,7 +85,5 @@ def fake_quantize_tensor(inputs: torch.Tensor, low: torch.Tensor, high: torch.Te
 
 def fake_quantize_tokens(inputs: torch.Tensor, bits: int) -> torch.Tensor:
     """Activations ``[.., in]`` on a symmetric grid of each token's own, as dynamic activations are."""
-    levels = 1 << bits
-    largest = inputs.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest / ((levels - 1) / 2), 1.0)
-    return fake_quantize(inputs, scale, torch.zeros_like(scale), -levels // 2, levels // 2 - 1)
+    scale, half = token_scales(inputs, bits), 1 << (bits - 1)
+    return fake_quantize(inputs, scale, torch.zeros_like(scale), -half, half - 1)

@@ -34,6 +34,27 @@ def journal_folder(output: Path) -> Path:
     return folder
 
 
+def is_unfinished(output: Path) -> bool:
+    """Whether a training for ``output`` was broken off that can go on."""
+    return any(journal_folder(output).glob(f"*{_SUFFIX}"))
+
+
+def check_same_training(output: Path, identity: dict[str, Any]) -> None:
+    """Refuse an unfinished training that ``identity``, as far as it is known, is not of.
+
+    Raises:
+        CalibrantError: it is another's.
+    """
+    folder = journal_folder(output)
+    found = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
+    wanted = json.loads(canonical_json(identity))
+    if {key: found.get(key) for key in wanted} != wanted:
+        raise CalibrantError(
+            f"{folder}: holds an unfinished training with other settings, model or data; run that again, "
+            "delete the folder, or pass --overwrite"
+        )
+
+
 class Journal:
     """The folder ``OUTPUT.training``, made when something is written; ``CURVES`` in it is for TensorBoard's files.
 
@@ -51,11 +72,8 @@ class Journal:
         self._identity = canonical_json(identity)
         mark = self.folder / _IDENTITY
         if mark.is_file() and mark.read_text(encoding="utf-8") != self._identity:
-            if not overwrite and self._saved():
-                raise CalibrantError(
-                    f"{self.folder}: holds an unfinished training with other settings, model or data; run that again, "
-                    "delete the folder, or pass --overwrite"
-                )
+            if not overwrite and is_unfinished(output):
+                check_same_training(output, identity)
             shutil.rmtree(self.folder)
 
     def opened(self) -> Path:
@@ -68,9 +86,6 @@ class Journal:
             with whole_file(self.folder / _IDENTITY) as beside:
                 beside.write_text(self._identity, encoding="utf-8")
         return self.folder
-
-    def _saved(self) -> bool:
-        return any(self.folder.glob(f"*{_SUFFIX}"))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The state that was written last under ``name``, or None.
@@ -113,7 +128,7 @@ class Journal:
         try:
             yield
         except BaseException:
-            if not self._saved():
+            if not any(self.folder.glob(f"*{_SUFFIX}")):
                 self.remove()
             raise
 
