@@ -50,6 +50,18 @@ def in_memory(model: Path, output: Path, architecture: str) -> transformers.PreT
     return original
 
 
+DATA_FREE = [name for name in RECIPES if not load_recipe(name).needs_data and load_recipe(name).training is None]
+
+
+@pytest.mark.parametrize("recipe", DATA_FREE)
+def test_methods_without_data_have_no_spread_over_sets(model_folder, tmp_path: Path, recipe: str) -> None:
+    model = model_folder("llama")
+    for seed in (1, 2):
+        run(model, tmp_path / str(seed), recipe, random_set(model, seed=seed))
+    for name in ("model.safetensors", "calibrant.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
 @pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "wanda-2:4", "awq-gptq-w4a16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_compresses_saves_reloads_and_matches(
