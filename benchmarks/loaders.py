@@ -2,10 +2,11 @@
 
     python benchmarks/loaders.py MODEL
 
-Each format is written from one calibration set and loaded by its own reader: compressed-tensors (weight-only symmetric
-and asymmetric, int8 with ranges found at run time) by transformers, GPTQ and AWQ by GPTQModel in its own environment.
-They are held against the same weights as plain tensors in a plain model. GPTQModel computes in bfloat16 on a CPU, so
-its difference is given beside that of the plain model in bfloat16.
+Each format is written from one calibration set and loaded by its own reader: compressed-tensors (weight-only at every
+width, of several widths, asymmetric; int8 inputs with ranges found at run time and fixed) by transformers, GPTQ and AWQ
+by GPTQModel in its own environment. They are held against the same weights as plain tensors in a plain model, whose
+inputs are rounded by the rule of the scheme. GPTQModel computes in bfloat16 on a CPU, so its difference is given beside
+that of the plain model in bfloat16.
 """
 
 import argparse
@@ -28,26 +29,55 @@ import calibrant as cb
 from calibrant.compression.recipe import Recipe
 from calibrant.formats.compressed_tensors import IntQuantized, PackQuantized
 from calibrant.formats.dense import dense_weights
+from calibrant.formats.input_rounding import apply_input_rounding
 from calibrant.formats.quantized import Layout
 from compress import HERE, peer_python, pinned_versions
 
 WEIGHTS = {"bits": 4, "group_size": "auto"}
 ASYMMETRIC = {**WEIGHTS, "symmetric": False}
-# By what it is: the scheme, our --format, the loader's settings or GPTQModel's backend.
+INT8 = {"bits": 8}
+RTN, GPTQ = {"name": "rtn"}, {"name": "gptq"}
+UNPACKED = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+# By what it is: the recipe, our --format, the loader's settings or GPTQModel's backend.
 CASES: dict[str, tuple[dict[str, Any], str, Any]] = {
-    "pack-quantized": ({"weights": WEIGHTS}, "compressed-tensors", {}),
-    "pack-quantized, asymmetric": (
-        {"weights": ASYMMETRIC},
+    **{
+        f"pack-quantized, {bits} bits": (
+            {"method": RTN, "scheme": {"weights": {**WEIGHTS, "bits": bits}}},
+            "compressed-tensors",
+            {},
+        )
+        for bits in (2, 3, 4, 8)
+    },
+    "pack-quantized, 2, 4 and 8 bits": (
+        {"method": GPTQ, "scheme": {"weights": WEIGHTS}, "budget": {"choices": [2, 4, 8]}},
         "compressed-tensors",
-        {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)},
+        {},
+    ),
+    "pack-quantized, asymmetric": (
+        {"method": RTN, "scheme": {"weights": ASYMMETRIC}},
+        "compressed-tensors",
+        UNPACKED,
     ),
     "int-quantized, weights alone": (
-        {"weights": {"bits": 8}, "activations": {"bits": 8}},
+        {"method": RTN, "scheme": {"weights": INT8, "activations": INT8}},
         "compressed-tensors",
-        {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)},
+        UNPACKED,
     ),
-    "gptq": ({"weights": WEIGHTS}, "gptq", "GPTQ_TORCH"),
-    "awq": ({"weights": ASYMMETRIC}, "awq", "AWQ_TORCH"),
+    "int-quantized, ranges at run time": (
+        {"method": RTN, "scheme": {"weights": INT8, "activations": INT8}},
+        "compressed-tensors",
+        {},
+    ),
+    "int-quantized, fixed ranges": (
+        {"method": RTN, "scheme": {"weights": INT8, "activations": {"bits": 8, "dynamic": False}}},
+        "compressed-tensors",
+        {},
+    ),
+    **{
+        f"gptq, {bits} bits": ({"method": RTN, "scheme": {"weights": {**WEIGHTS, "bits": bits}}}, "gptq", "GPTQ_TORCH")
+        for bits in (2, 3, 4, 8)
+    },
+    "awq, 4 bits": ({"method": RTN, "scheme": {"weights": ASYMMETRIC}}, "awq", "AWQ_TORCH"),
 }
 
 
@@ -77,25 +107,39 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
     if settings["quant_method"] != "compressed-tensors":
         dense = dense_weights(tensors, tensors.__getitem__, settings)
         return {name: value.float() for name, value in dense.items() if name not in tensors}
-    weights = settings["config_groups"]["group_0"]["weights"]
-    layout = Layout(weights["num_bits"], weights["symmetric"], weights.get("group_size"))
+    groups = settings["config_groups"].values()
     reader = PackQuantized() if settings["format"] == "pack-quantized" else IntQuantized()
     found = {}
     for name in tensors:
         base, _, suffix = name.rpartition(".")
         if suffix == "weight_scale":
+            weights = next(one["weights"] for one in groups if {"Linear", base} & set(one["targets"]))
+            layout = Layout(weights["num_bits"], weights["symmetric"], weights.get("group_size"))
             own = {key.removeprefix(f"{base}."): value for key, value in tensors.items() if key.startswith(f"{base}.")}
             codes = reader.read(own, layout)
-            groups = codes.codes.view(*codes.scale.shape, -1).float() - codes.zero.float()[..., None]
-            found[f"{base}.weight"] = (groups * codes.scale.float()[..., None]).flatten(1)
+            values = codes.codes.view(*codes.scale.shape, -1).float() - codes.zero.float()[..., None]
+            found[f"{base}.weight"] = (values * codes.scale.float()[..., None]).flatten(1)
     return found
 
 
-def plain(folder: Path, original: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def input_grids(folder: Path) -> dict[str, tuple[float, int] | None]:
+    """By linear whose inputs are rounded: scale and zero point, None if they are found at run time."""
+    tensors = load_file(folder / "model.safetensors")
+    names = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
+    if f"{names[0]}.input_scale" not in tensors:
+        return dict.fromkeys(names)
+    return {
+        name: (tensors[f"{name}.input_scale"].item(), int(tensors[f"{name}.input_zero_point"].item())) for name in names
+    }
+
+
+def plain(folder: Path, original: Path, tokens: torch.Tensor, dtype: torch.dtype, rounds_inputs: bool) -> torch.Tensor:
     """Logits of ``original`` as a plain model with the quantized layers' weights put in place."""
     model = transformers.AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
     for name, value in decoded(folder).items():
         model.get_parameter(name).data = value
+    if rounds_inputs:
+        apply_input_rounding(model, input_grids(folder))
     with torch.no_grad():
         logits: torch.Tensor = model.to(dtype)(tokens).logits.float()
     return logits
@@ -103,13 +147,21 @@ def plain(folder: Path, original: Path, tokens: torch.Tensor, dtype: torch.dtype
 
 def check(case: str, options: argparse.Namespace, calibration: Path, folder: Path) -> Loaded:
     """Write, load, compare."""
-    scheme, checkpoint_format, loader = CASES[case]
-    recipe = Recipe.model_validate({"name": case, "description": case, "method": {"name": "rtn"}, "scheme": scheme})
+    said, checkpoint_format, loader = CASES[case]
+    recipe = Recipe.model_validate({"name": case, "description": case, **said})
     output = folder / checkpoint_format
-    cb.compress(options.model, output=output, recipe=recipe, checkpoint_format=checkpoint_format, overwrite=True)
+    cb.compress(
+        options.model,
+        output=output,
+        recipe=recipe,
+        calibration=calibration,
+        checkpoint_format=checkpoint_format,
+        overwrite=True,
+    )
     tokens = load_file(calibration / "tokens.safetensors")["tokens"][:1, :128].long()
-    expected = plain(output, options.model, tokens, torch.float32)
-    rounded = plain(output, options.model, tokens, torch.bfloat16)
+    rounds_inputs = recipe.scheme.activations is not None and loader is not UNPACKED
+    expected = plain(output, options.model, tokens, torch.float32, rounds_inputs)
+    rounded = plain(output, options.model, tokens, torch.bfloat16, rounds_inputs)
     if isinstance(loader, str):
         save_file({"tokens": tokens}, folder / "tokens.safetensors")
         script, found_file = HERE / "peers" / "gptqmodel" / "load.py", folder / "logits.safetensors"
@@ -137,7 +189,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         calibration = Path(folder) / "set"
-        cb.select("builtin", tokenizer=options.model, samples=1, length=128).save(calibration)
+        cb.select("builtin", tokenizer=options.model, samples=4, length=128).save(calibration)
         for case in CASES:
             one = found[case] = check(case, options, calibration, Path(folder))
             numbers = (one.difference, one.rounding, one.largest_logit, one.same_top)

@@ -142,7 +142,7 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # of transformers
         self._length, self._count = length, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
