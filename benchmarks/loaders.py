@@ -5,8 +5,8 @@
 Each format is written from one calibration set and loaded by its own reader: compressed-tensors (weight-only at every
 width, of several widths, asymmetric; int8 inputs with ranges found at run time and fixed) by transformers, GPTQ and AWQ
 by GPTQModel in its own environment. They are held against the same weights as plain tensors in a plain model, whose
-inputs are rounded by the rule of the scheme. GPTQModel computes in bfloat16 on a CPU, so its difference is given beside
-that of the plain model in bfloat16.
+inputs are rounded by the rule of the scheme. GPTQModel computes in float16 here, so its difference is given beside
+that of the plain model in float16.
 """
 
 import argparse
@@ -83,7 +83,7 @@ CASES: dict[str, tuple[dict[str, Any], str, Any]] = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """Largest differences of logits from the plain model in float32: the loader's, and its own in bfloat16."""
+    """Largest differences of logits from the plain model in float32: the loader's, and its own in float16."""
 
     loader: str
     difference: float
@@ -161,7 +161,7 @@ def check(case: str, options: argparse.Namespace, calibration: Path, folder: Pat
     tokens = load_file(calibration / "tokens.safetensors")["tokens"][:1, :128].long()
     rounds_inputs = recipe.scheme.activations is not None and loader is not UNPACKED
     expected = plain(output, options.model, tokens, torch.float32, rounds_inputs)
-    rounded = plain(output, options.model, tokens, torch.bfloat16, rounds_inputs)
+    rounded = plain(output, options.model, tokens, torch.float16, rounds_inputs)
     if isinstance(loader, str):
         save_file({"tokens": tokens}, folder / "tokens.safetensors")
         script, found_file = HERE / "peers" / "gptqmodel" / "load.py", folder / "logits.safetensors"
@@ -171,7 +171,7 @@ def check(case: str, options: argparse.Namespace, calibration: Path, folder: Pat
     else:
         found = logits_of(output, tokens, torch.float32, **loader)
     return Loaded(
-        f"GPTQModel {loader}, bfloat16" if isinstance(loader, str) else "transformers, float32",
+        f"GPTQModel {loader}, float16" if isinstance(loader, str) else "transformers, float32",
         float((found - expected).abs().max()),
         float((rounded - expected).abs().max()),
         float(expected.abs().max()),
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=HERE / "results" / "loaders.json")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    table = Table("format", "loader", "largest difference", "bfloat16's own", "largest logit", "same top")
+    table = Table("format", "loader", "largest difference", "float16's own", "largest logit", "same top")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         calibration = Path(folder) / "set"

@@ -17,7 +17,7 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("backend", choices=["GPTQ_TORCH", "AWQ_TORCH"])
     options = parser.parse_args()
-    model = GPTQModel.load(options.model, device="cpu", backend=BACKEND[options.backend], dtype=torch.bfloat16)
+    model = GPTQModel.load(options.model, device="cpu", backend=BACKEND[options.backend], dtype=torch.float16)
     kernels = {type(module).__name__ for module in model.model.modules() if "TorchLinear" in type(module).__name__}
     with torch.no_grad():
         logits = model.model(input_ids=load_file(options.tokens)["tokens"]).logits.float()

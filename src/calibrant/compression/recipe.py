@@ -25,12 +25,12 @@ from calibrant.compression.recipe_parts import (
     Qat,
     Quadapter,
     Scheme,
-    Strict,
     Transform,
     Zsaq,
 )
 from calibrant.compression.solvers.method import MethodOptions, Statistic
 from calibrant.compression.statistics import ColumnNorm, Hessian, PairedHessian
+from calibrant.compression.strict import Strict
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import STORED_WIDTHS
 

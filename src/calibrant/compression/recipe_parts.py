@@ -3,16 +3,11 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from calibrant.compression.activation_ranges import RangeRule
 from calibrant.compression.grids import RangeSearch
-
-
-class Strict(BaseModel):
-    """A part of a recipe: no key that it does not know, nothing that changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from calibrant.compression.strict import Strict
 
 
 class Weights(Strict):

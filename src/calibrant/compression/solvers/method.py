@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.solvers.result import Solution
 from calibrant.compression.solvers.sparsity import Sparsity
 from calibrant.compression.statistics import ColumnNorm, Hessian
+from calibrant.compression.strict import Strict
 
 Statistic = type[Hessian] | type[ColumnNorm]
 
 
-class MethodOptions(BaseModel):
+class MethodOptions(Strict):
     """A method's options in a recipe; each has ``name`` as a literal, by which it is found."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
 
