@@ -78,9 +78,9 @@ def write_model(folder: Path, architecture: str, dtype: torch.dtype = torch.floa
 
 
 def random_set(
-    tokenizer_folder: Path | None = None, samples: int = 8, length: int = 32, seed: int = 0
+    tokenizer_folder: Path | None = None, samples: int = 8, length: int = 32, seed: int = 0, masked: int = 0
 ) -> CalibrationSet:
-    """Random tokens without special ones, all counted."""
+    """Random tokens without special ones, all counted but the first ``masked`` of each row."""
     tokens = torch.randint(4, 99, (samples, length), generator=torch.Generator().manual_seed(seed))
     manifest = Manifest(
         strategy="random",
@@ -91,7 +91,7 @@ def random_set(
         length=length,
         tokenizer_sha256=Tokenizer(tokenizer_folder).sha256 if tokenizer_folder else "",
     )
-    return CalibrationSet.build(tokens, torch.ones_like(tokens, dtype=torch.bool), manifest)
+    return CalibrationSet.build(tokens, (torch.arange(length) >= masked).expand(samples, -1).clone(), manifest)
 
 
 @pytest.fixture(scope="session")

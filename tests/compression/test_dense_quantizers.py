@@ -168,6 +168,18 @@ def test_spqr_equals_the_float64_reference(columns: int, second: int | None, act
     assert int(solved.outliers.sum()) == solved.record.outliers > 0
 
 
+def test_spqr_treats_stacked_matrices_as_if_alone() -> None:
+    """One with weights a tenth as large would have no outliers by a common threshold."""
+    weight, hessian = references.problem(40, 64)
+    weight[24:] *= 0.1
+    settings = SpqrSettings(bits=3)
+    stacked = spqr(weight, hessian, settings, (24, 16))
+    alone = [spqr(part, hessian, settings) for part in weight.split([24, 16])]
+    torch.testing.assert_close(stacked.weight, torch.cat([one.weight for one in alone]))
+    assert torch.equal(stacked.outliers, torch.cat([one.outliers for one in alone]))
+    assert stacked.outliers[24:].any()
+
+
 def test_spqr_keeps_more_as_its_threshold_falls_and_errs_less() -> None:
     weight, hessian = references.problem(40, 64)
     settings = [SpqrSettings(3, 16, threshold, damping=0.01) for threshold in (1e9, 0.3, 0.05)]

@@ -88,6 +88,7 @@ def test_dead_columns_are_counted_and_cost_nothing() -> None:
     solved = gptq(weight, hessian, SPEC)
     assert solved.record.dead_columns == 1
     assert torch.isfinite(solved.weight).all()
+    assert (solved.weight[~solved.rounded, 5] == 0).all()
 
 
 def test_a_hessian_that_cannot_be_factored_falls_back_to_rounding_and_says_so() -> None:

@@ -134,7 +134,7 @@ def test_the_same_command_gives_the_same_bytes(llama: Path, tmp_path: Path, reci
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "bloom"])
-@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "wanda-2:4", "awq-gptq-w4a16"])
+@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "wanda-2:4", "awq-gptq-w4a16", "smoothquant-w8a8"])
 def test_padding_changes_no_weight(model_folder, tmp_path: Path, architecture: str, recipe: str) -> None:
     model = model_folder(architecture)
     plain = random_set(model)

@@ -163,10 +163,11 @@ class BlockSolver:
     ) -> Task:
         hessian = statistic.matrix() if isinstance(statistic, Hessian) else None
         norms = statistic.sum_of_squares if isinstance(statistic, ColumnNorm) else None
+        if hessian is not None:
+            norms = hessian.diagonal()
         # An input that is not finite shows on the diagonal: |S_ij|^2 <= S_ii S_jj.
-        for values in (hessian.diagonal() if hessian is not None else None, norms):
-            if values is not None and not bool(torch.isfinite(values).all()):
-                raise self._not_finite(unit)
+        if norms is not None and not bool(torch.isfinite(norms).all()):
+            raise self._not_finite(unit)
         name = f"{self.prefix}.{unit[0].name}"
         return Task(weight, segments, self.plan.spec_for(name), self.plan.sparsity_for(name), hessian, norms)
 

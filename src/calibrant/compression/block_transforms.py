@@ -17,7 +17,7 @@ from calibrant.compression.transforms.smoothquant import smoothquant_scale
 from calibrant.modeling.foldable import FoldablePair, find_foldable
 from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.module_call import ModuleCall
-from calibrant.modeling.structure import BlockStructure, InputGroup, common_module
+from calibrant.modeling.structure import BlockStructure, InputGroup, Linear, common_module
 
 # AWQ compares outputs on this many tokens, or one micro-batch where a module cannot be run on part of one (ours; the
 # paper's code takes its whole set, 65,536 of them).
@@ -64,14 +64,15 @@ def transform_block(
         pairs = find_foldable(block, index, structure, probe)
         if not isinstance(transform, recipes.Awq):
             pairs = [pair for pair in pairs if pair.producer.norm is not None]
+        if not isinstance(transform, recipes.Quadapter):
+            pairs = [pair for pair in pairs if _concerns(pair, plan, prefix)]
         if isinstance(transform, recipes.Quadapter):
             assert plan.scales is not None  # learned before the run
             scales = [plan.scales[f"{prefix}.{pair.group.module}"] for pair in pairs]
         else:
             seen, done.outputs = _run(block, index, pairs, batches, compare=isinstance(transform, recipes.Awq))
             scales = [
-                _scale(transform, pair, one, block, state, _spec(plan, prefix, pair))
-                for pair, one in zip(pairs, seen, strict=True)
+                _scale(transform, pair, one, block, state, plan, prefix) for pair, one in zip(pairs, seen, strict=True)
             ]
         for pair, scale in zip(pairs, scales, strict=True):
             # The stored values decide; the block computes with what they say.
@@ -86,10 +87,16 @@ def transform_block(
     return done
 
 
-def _spec(plan: Plan, prefix: str, pair: FoldablePair) -> GridSpec:
-    spec = plan.spec_for(f"{prefix}.{pair.group.linears[0].name}")
-    assert spec is not None  # recipes with transforms quantize
-    return spec
+def _concerns(pair: FoldablePair, plan: Plan, prefix: str) -> bool:
+    """Whether something is compressed that reads the input, and what makes it is not left alone."""
+    made_by = pair.producer.linear
+    return bool(_compressed(pair.group, plan, prefix)) and not (
+        made_by is not None and plan.ignored(f"{prefix}.{made_by.name}")
+    )
+
+
+def _compressed(group: InputGroup, plan: Plan, prefix: str) -> list[Linear]:
+    return [linear for linear in group.linears if not plan.ignored(f"{prefix}.{linear.name}")]
 
 
 def _scale(
@@ -98,20 +105,28 @@ def _scale(
     seen: _Seen,
     block: nn.Module,
     state: dict[str, torch.Tensor],
-    spec: GridSpec,
+    plan: Plan,
+    prefix: str,
 ) -> torch.Tensor:
-    weights = [linear.view(state[linear.parameter]).float() for linear in pair.group.linears]
+    """Of the linears that are compressed; the others that read the input are scaled along."""
+    linears = _compressed(pair.group, plan, prefix)
+    spec = plan.spec_for(f"{prefix}.{linears[0].name}")
+    assert spec is not None  # recipes with transforms quantize
+    weights = [linear.view(state[linear.parameter]).float() for linear in linears]
     if isinstance(transform, recipes.SmoothQuant):
-        return smoothquant_scale(seen.magnitude.largest, weights, transform.alpha)
-    candidates = awq_candidates(seen.magnitude.mean, weights, transform.steps, transform.duo, spec.group_size)
-    return best_scale(candidates, _output_loss(pair.group, weights, block, seen, spec))
+        scale = smoothquant_scale(seen.magnitude.largest, weights, transform.alpha)
+    else:
+        candidates = awq_candidates(seen.magnitude.mean, weights, transform.steps, transform.duo, spec.group_size)
+        scale = best_scale(candidates, _output_loss(linears, weights, block, seen, spec))
+    # A gain that is stored less one has few digits near zero, so none is made smaller: a factor of all is free (ours).
+    return scale / scale.max() if pair.producer.offset else scale
 
 
 def _output_loss(
-    group: InputGroup, weights: list[torch.Tensor], block: nn.Module, seen: _Seen, spec: GridSpec
+    linears: list[Linear], weights: list[torch.Tensor], block: nn.Module, seen: _Seen, spec: GridSpec
 ) -> Callable[[torch.Tensor], float]:
-    """Squared change of the compared outputs when the group's weights are scaled, rounded and scaled back."""
-    if len(weights) == 1:
+    """Squared change of the compared outputs when the linears' weights are scaled, rounded and scaled back."""
+    if not seen.calls:
         inputs = torch.cat(seen.rows)
 
         def lone_loss(scale: torch.Tensor) -> float:
@@ -123,7 +138,7 @@ def _output_loss(
     expected = [call.output() for call in calls]
 
     def loss(scale: torch.Tensor) -> float:
-        views = [linear.view(block.get_parameter(linear.parameter).data) for linear in group.linears]
+        views = [linear.view(block.get_parameter(linear.parameter).data) for linear in linears]
         kept = [view.clone() for view in views]
         try:
             for view, weight in zip(views, weights, strict=True):

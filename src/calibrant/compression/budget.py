@@ -23,7 +23,7 @@ from calibrant.progress import Progress
 class SpentBudget:
     """``chosen[i]`` is what ``sensitivities[i]`` gets. ``divergence`` is the sum of their measured divergences and
     ``bound`` what no choice within the budget could be below; ``uniform`` the sum with the scheme's own value
-    everywhere, if that is among the choices.
+    everywhere, if that is among the choices and within the budget.
     """
 
     choices: list[float]
@@ -65,7 +65,8 @@ def spend_budget(
     chosen = [budget.choices[index] for index in best.chosen]
     by_layer = {layer: choice for one, choice in zip(measured, chosen, strict=True) for layer in one.layers}
     uniform = None
-    if plan.nominal in budget.choices:
+    within = plan.nominal <= average if quantizes else plan.nominal >= average
+    if plan.nominal in budget.choices and within:
         uniform = float(costs[:, budget.choices.index(plan.nominal)].sum())
     reached = float((np.array(chosen) * sizes).sum() / sizes.sum())
     spent = SpentBudget(budget.choices, reached, chosen, best.cost, best.bound, uniform, measured)

@@ -55,12 +55,12 @@ class FoldablePair:
     def fold(self, parameters: dict[str, torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
         """Divide the producer by ``scale`` ``[in]`` and multiply the group's columns, in place.
 
-        Returns the scale that was applied: the one asked for, as far as a norm's storage dtype can hold its inverse.
+        Returns the scale that was applied: the one asked for, as far as the norm's weight can hold its inverse.
         """
         if self.producer.norm is not None:
             weight = parameters[f"{self.producer.norm}.weight"]
             gain = weight.float() + self.producer.offset
-            weight.copy_(gain / scale - self.producer.offset)
+            weight.copy_(_storable(gain / scale, self.producer.offset))
             stored = weight.float() + self.producer.offset
             scale = torch.where((gain != 0) & (stored != 0), gain / stored, scale)
         for name, transposed in _divided(self.producer):
@@ -71,6 +71,18 @@ class FoldablePair:
             view = linear.view(parameters[linear.parameter])
             view.copy_(view.float() * scale)
         return scale
+
+
+def _storable(gain: torch.Tensor, offset: float) -> torch.Tensor:
+    """The weight of a norm with that gain.
+
+    Less one it is rounded to bfloat16, whatever the file's dtype: such models run in bfloat16, where a gain near zero
+    has few digits left, and the columns must make up for the gain that is there then (ours).
+    """
+    if not offset:
+        return gain
+    rounded = (gain - offset).bfloat16().float()
+    return torch.where(rounded + offset == 0, gain - offset, rounded)
 
 
 def _divided(producer: Producer) -> list[tuple[str, bool]]:

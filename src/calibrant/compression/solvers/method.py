@@ -26,7 +26,7 @@ class Task:
     """One solve: weights stacked by rows (``segments`` are the row counts), what is known of their input, the target.
 
     A solver is only handed tasks that have what it needs: ``spec`` if it quantizes, ``sparsity`` if it prunes, and of
-    ``hessian`` ``[in, in]`` and ``sum_of_squares`` ``[in]`` what its statistic gives.
+    ``hessian`` ``[in, in]`` and ``sum_of_squares`` ``[in]`` (its diagonal) what its statistic gives.
     """
 
     weight: torch.Tensor

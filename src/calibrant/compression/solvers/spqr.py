@@ -33,8 +33,12 @@ class SpqrSettings:
     integer_zero: bool = False
 
 
-def spqr(weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings) -> Solution:
+def spqr(
+    weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings, segments: tuple[int, ...] = ()
+) -> Solution:
     """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
+
+    Each of ``segments`` (matrices stacked by rows; none means one) has a threshold and second-level grids of its own.
 
     Grids are fitted to the compensated weights where their group of columns (in solving order) begins, without the
     weights whose absence would lower the group's error by more than the threshold. Each weight whose error comes out
@@ -48,7 +52,9 @@ def spqr(weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings) ->
         return Solution(weight.clone(), record=SolverRecord(fallback="Hessian not positive definite, left as it was"))
     work, factor = prepared.weight.clone(), prepared.factor
     diagonal, columns = factor.diagonal(), work.shape[1]
-    threshold = settings.threshold * float((work.var(0) / diagonal.square()).mean())
+    parts = segments or (len(work),)
+    thresholds = [settings.threshold * (part.var(0) / diagonal.square()).mean() for part in work.split(parts)]
+    threshold = torch.cat([one.expand(rows, 1) for one, rows in zip(thresholds, parts, strict=True)])
     width = settings.group_size or columns
     outliers = torch.zeros_like(work, dtype=torch.bool)
     scale = zero = torch.zeros(0)
@@ -61,10 +67,10 @@ def spqr(weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings) ->
                 ahead = slice(column, min(column + width, columns))
                 group = work[:, ahead].clone()
                 group[:, end - column :] -= errors @ factor[begin:end, end : ahead.stop]
-                scale, zero = _grid(group, diagonal[ahead], threshold, settings)
+                scale, zero = _grid(group, diagonal[ahead], threshold, parts, settings)
             value = work[:, column].clone()
             rounded = _round(value[:, None], scale, zero, settings)[:, 0]
-            exact = ((value - rounded) / diagonal[column]).square() > threshold
+            exact = ((value - rounded) / diagonal[column]).square() > threshold[:, 0]
             outliers[:, column] = exact
             work[:, column] = torch.where(exact, value, rounded)
             errors[:, column - begin] = (value - work[:, column]) / diagonal[column]
@@ -82,17 +88,21 @@ def _round(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, settin
 
 
 def _grid(
-    group: torch.Tensor, diagonal: torch.Tensor, threshold: float, settings: SpqrSettings
+    group: torch.Tensor,
+    diagonal: torch.Tensor,
+    threshold: torch.Tensor,
+    parts: tuple[int, ...],
+    settings: SpqrSettings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero ``[rows, 1]`` of a group of columns, likely outliers left out."""
-    if threshold < float("inf") and group.shape[1] > 1:
+    """Scale and zero ``[rows, 1]`` of a group of columns, likely outliers left out; ``threshold`` ``[rows, 1]``."""
+    if bool(threshold.isfinite().any()) and group.shape[1] > 1:
         others = _replaced_by_mean(group, _without_each(group, diagonal, settings) > threshold)
     else:
         others = group
     scale, zero = _plain_grid(others, settings)
     if settings.statistic_bits is not None:
-        scale = _second_level(scale, settings.statistic_bits)
-        zero = _second_level(zero, settings.statistic_bits)
+        scale = torch.cat([_second_level(part, settings.statistic_bits) for part in scale.split(parts)])
+        zero = torch.cat([_second_level(part, settings.statistic_bits) for part in zero.split(parts)])
     scale = torch.where(scale > 0, scale, 1.0)
     return scale, zero.round() if settings.integer_zero else zero
 
@@ -151,7 +161,7 @@ class Spqr(MethodOptions):
 def _solve(options: Spqr, task: Task) -> Solution:
     spec = task.grid_spec
     settings = SpqrSettings(spec.bits, spec.group_size, **options.model_dump(exclude={"name"}))
-    return spqr(task.weight, task.full_moments, settings)
+    return spqr(task.weight, task.full_moments, settings, task.segments)
 
 
 # Columns one by one outside of a kernel, and every group once without each of its columns.

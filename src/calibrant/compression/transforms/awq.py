@@ -14,8 +14,12 @@ def awq_candidates(
 
     ``input_mean`` ``[in]`` is the mean magnitude of the inputs; ``w`` the mean over rows of ``|W|`` relative to the
     largest of its group. Scales are divided by ``sqrt(max min)``, which keeps weights in range and changes no result.
+    A channel that never carries anything keeps its scale (ours).
     """
     yield torch.ones_like(input_mean)
+    carries = input_mean > 0
+    if not bool(carries.any()):
+        return
     relative = _relative_magnitude(weights, group_size) if duo else None
     for step in range(0 if duo else 1, steps):
         ratio = step / steps
@@ -23,7 +27,8 @@ def awq_candidates(
         if relative is not None:
             scale = scale / (relative.pow(1 - ratio) + _SMALLEST)
         scale = scale.clamp(min=_SMALLEST)
-        yield scale / (scale.max() * scale.min()).sqrt()
+        smallest, largest = scale[carries].aminmax()
+        yield torch.where(carries, scale / (smallest * largest).sqrt(), 1.0)
 
 
 def _relative_magnitude(weights: list[torch.Tensor], group_size: int | None) -> torch.Tensor:
