@@ -1,63 +1,42 @@
 """The exercise of docs/adding-a-method.md: a solver in one file and one line of registry is a method like any other."""
 
 import json
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
-from pydantic import Field
 
 import calibrant as cb
-from calibrant.compression.grid_fitting import fit_grid
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.methods import METHODS
 from calibrant.compression.recipe import Recipe
 from calibrant.compression.solvers.method import Method, MethodOptions, Task
 from calibrant.compression.solvers.result import Solution
 from calibrant.compression.solvers.rtn import round_task
-from calibrant.compression.statistics import Hessian
+from calibrant.compression.statistics import ColumnNorm
 from calibrant.errors import CalibrantError
 from tests.conftest import random_set
 
-
-def neighbour(weight: torch.Tensor, hessian: torch.Tensor, spec: GridSpec, strength: float) -> Solution:
-    """Round column by column; the next column makes up for the error as far as the two inputs go together."""
-    grid = fit_grid(weight, spec, hessian)
-    work, codes = weight.clone(), torch.zeros_like(weight, dtype=torch.int8)
-    group = grid.columns(weight.shape[1])
-    for j in range(weight.shape[1]):
-        scale, zero = grid.scale[:, group[j]], grid.zero[:, group[j]]
-        code = torch.round(torch.clamp(work[:, j] / scale + zero, spec.lowest, spec.highest))
-        error = work[:, j] - (code - zero) * scale
-        codes[:, j], work[:, j] = code.to(torch.int8), (code - zero) * scale
-        if j + 1 < weight.shape[1]:
-            work[:, j + 1] += strength * error * hessian[j, j + 1] / hessian[j + 1, j + 1].clamp(min=1e-12)
-    return Solution(work, codes, grid)
+PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
 
 
-class Neighbour(MethodOptions):
-    """Rounding that the next column makes up for."""
+def block_of_page(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    assert found is not None
+    return found[1]
 
-    name: Literal["neighbour"] = "neighbour"
-    strength: float = Field(default=1.0, ge=0)
 
-
-NEIGHBOUR = Method(
-    Neighbour,
-    lambda options, task: neighbour(task.weight, task.full_moments, task.grid_spec, options.strength),
-    round_task,
-    Hessian,
-)
+FILE: dict[str, Any] = {"__name__": "neighbour"}
+exec(compile(block_of_page("python"), "neighbour.py", "exec"), FILE)  # the page is ours
+NEIGHBOUR: Method = FILE["NEIGHBOUR"]
 
 
 def test_it_runs_in_a_recipe_and_is_recorded(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, NEIGHBOUR.name, NEIGHBOUR)
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(
-        "name: mine\ndescription: the exercise\ntransforms: [{name: awq, steps: 3}]\n"
-        "method: {name: neighbour, strength: 0.5}\nscheme: {weights: {bits: 4, group_size: 32, range_search: clip}}\n"
-    )
+    recipe.write_text(block_of_page("yaml"))
     cb.compress(llama, output=tmp_path / "out", recipe=recipe, calibration=random_set(llama), dtype="float32")
     record = json.loads((tmp_path / "out" / "calibrant.json").read_text())
     assert record["recipe"]["method"] == {"name": "neighbour", "strength": 0.5}
@@ -65,6 +44,39 @@ def test_it_runs_in_a_recipe_and_is_recorded(llama: Path, tmp_path: Path, monkey
     result = cb.evaluate(tmp_path / "out", against=llama, length=32, limit=2, dtype="float32")
     assert result.divergence is not None
     assert 0 < result.divergence.kl_mean < 1
+
+
+def largest_inputs_first(task: Task) -> Solution:
+    """A method that only asks for sums of squares."""
+    assert task.sum_of_squares is not None
+    seen.append(task.sum_of_squares)
+    return round_task(task)
+
+
+seen: list[torch.Tensor] = []
+
+
+class Diagonal(MethodOptions):
+    """Rounding, after a look at the inputs."""
+
+    name: Literal["diagonal"] = "diagonal"
+
+
+def test_a_method_gets_its_statistic_also_where_ranges_need_more(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = Method(Diagonal, lambda _, task: largest_inputs_first(task), round_task, ColumnNorm)
+    monkeypatch.setitem(METHODS, method.name, method)
+    sums = {}
+    for search in ("none", "clip"):
+        seen.clear()
+        scheme = {"weights": {"bits": 4, "group_size": 32, "range_search": search}}
+        recipe = Recipe.model_validate(
+            {"name": "r", "description": "d", "method": {"name": "diagonal"}, "scheme": scheme}
+        )
+        cb.compress(llama, output=tmp_path / search, recipe=recipe, calibration=random_set(llama), dtype="float32")
+        sums[search] = seen[0]
+    torch.testing.assert_close(sums["none"], sums["clip"])
 
 
 def test_its_options_are_checked(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

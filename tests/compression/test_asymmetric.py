@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file
 
 import calibrant as cb
+from calibrant.compression import block_solver
 from calibrant.compression.recipe import Recipe
 from calibrant.compression.solvers.asymmetric import asymmetric_target
 from calibrant.compression.statistics import PairedHessian
@@ -75,7 +76,7 @@ def test_layers_follow_the_original_model(llama: Path, tmp_path: Path, dtype: st
     states = {}
     for asymmetric in (False, True):
         output = tmp_path / str(asymmetric)
-        cb.compress(llama, output=output, recipe=recipe(asymmetric), calibration=calibration, dtype=dtype)
+        cb.compress(llama, output=output, recipe=recipe(float(asymmetric)), calibration=calibration, dtype=dtype)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
         with torch.no_grad():
             states[asymmetric] = loaded(calibration.tokens.long(), output_hidden_states=True).hidden_states[-1]
@@ -94,12 +95,42 @@ def test_layers_follow_the_original_model(llama: Path, tmp_path: Path, dtype: st
     )
 
 
+def test_the_drift_is_between_the_compressed_and_the_original_path(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the second block's q, k, v: ``(Y - X)^T X`` of inputs behind the compressed and the original first block."""
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def noted(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, share: float) -> torch.Tensor:
+        given.append((hessian.clone(), drift.clone()))
+        return asymmetric_target(weight, hessian, drift, share)
+
+    monkeypatch.setattr(block_solver, "asymmetric_target", noted)
+    calibration = random_set(llama, masked=5)
+    cb.compress(llama, output=tmp_path / "out", recipe=recipe(1.0), calibration=calibration, dtype="float32")
+    inputs = []
+    for folder in (tmp_path / "out", llama):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        seen: list[torch.Tensor] = []
+        loaded.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
+        with torch.no_grad():
+            loaded(calibration.tokens.long())
+        inputs.append(seen[0][calibration.mask].double())
+    x, y = inputs
+    hessian, drift = given[4]  # four groups of the first block before it
+    torch.testing.assert_close(hessian.double(), x.T @ x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(drift.double(), (y - x).T @ x, rtol=1e-3, atol=1e-3)
+    assert drift.norm() > 0.01 * hessian.norm()
+
+
 def test_what_asymmetric_recipes_need(llama: Path, model_folder, tmp_path: Path) -> None:
     options = {"calibration": random_set(llama), "output": tmp_path / "out"}
     with pytest.raises(CalibrantError, match="needs the single pass"):
-        cb.compress(llama, recipe=recipe(True), sequential=False, **options)
+        cb.compress(llama, recipe=recipe(1.0), sequential=False, **options)
     with pytest.raises(CalibrantError, match="fused experts, beside which the original model cannot run"):
-        cb.compress(model_folder("mixtral"), recipe=recipe(True), **options)
+        cb.compress(model_folder("mixtral"), recipe=recipe(1.0), **options)
     with pytest.raises(ValueError, match="which rtn does not gather"):
-        recipe(True, "rtn")
+        recipe(1.0, "rtn")
     assert not (tmp_path / "out").exists()

@@ -121,6 +121,15 @@ def test_a_file_of_mixed_widths_holds_what_was_chosen(llama: Path, tmp_path: Pat
     assert result.divergence is not None
 
 
+def test_an_average_of_its_own_is_kept_and_what_exceeds_it_is_not_compared(llama: Path, tmp_path: Path) -> None:
+    chosen = recipe(**{**QUANTIZE, "budget": {"choices": [2, 4, 8], "average": 3}})
+    cb.compress(llama, output=tmp_path / "out", recipe=chosen, calibration=random_set(llama), dtype="float32")
+    record = json.loads((tmp_path / "out" / "calibrant.json").read_text())
+    assert 2.5 < record["budget"]["average"] <= 3 + 1e-6
+    assert record["budget"]["uniform"] is None
+    assert not any("uniformly" in note for note in record["notes"])
+
+
 def test_zeros_average_to_the_budget(llama: Path, tmp_path: Path) -> None:
     chosen = recipe(method={"name": "sparsegpt"}, scheme={"sparsity": "0.5"}, budget={"choices": [0.25, 0.5, 0.75]})
     report = cb.compress(llama, output=tmp_path / "out", recipe=chosen, calibration=random_set(llama), dtype="float32")

@@ -221,7 +221,9 @@ def test_awq_searches_for_the_compressed_layers_alone(
     """Of q, k and v two are ignored: they are scaled along, exactly, and only v is rounded in the search."""
     given: list[list[torch.Tensor]] = []
     monkeypatch.setattr(
-        block_transforms, "awq_candidates", lambda *args: (given.append([one.clone() for one in args[1]]), awq_candidates(*args))[1]
+        block_transforms,
+        "awq_candidates",
+        lambda *args: (given.append([one.clone() for one in args[1]]), awq_candidates(*args))[1],
     )
     chosen = recipe({"name": "rtn"}, transforms=[{"name": "awq"}], ignore=["q_proj", "k_proj"])
     cb.compress(outliers, output=tmp_path / "out", recipe=chosen, calibration=random_set(outliers), dtype="float32")
