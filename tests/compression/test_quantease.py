@@ -170,6 +170,7 @@ def test_outliers_are_the_asked_share_and_help(share: float) -> None:
     weight[3, 7] = 9.0
     segments = (40, 24)
     solved = quantease_with_outliers(weight, hessian, SPEC, sweeps=6, share=share, segments=segments)
-    assert solved.record.outliers == sum(round(share * rows * 96) for rows in segments)
+    assert [int(part.sum()) for part in solved.outliers.split(segments)] == [round(share * n * 96) for n in segments]
+    assert solved.record.outliers == int(solved.outliers.sum())
     error = layer_errors(weight, solved.weight, hessian).sum()
     assert error < 0.9 * quantease(weight, hessian, SPEC, sweeps=6).errors.sum()
