@@ -71,8 +71,8 @@ def comparisons(bits: int, group_size: int) -> dict[str, Comparison]:
             {"method": {"name": "sparsegpt"}, "scheme": {"sparsity": "2:4"}}, {"llm-compressor": "sparsegpt"}
         ),
         "wanda": Comparison({"method": {"name": "wanda"}, "scheme": {"sparsity": "2:4"}}, {"llm-compressor": "wanda"}),
-        "best": Comparison(best, {"auto-round": "autoround-20"}, False),
-        "best-200": Comparison(best, {"auto-round": "autoround-200"}, False),
+        "best": Comparison(best, {"auto-round": "light"}, False),
+        "best-beside-default": Comparison(best, {"auto-round": "default"}, False),
         # Beside every peer's method for the same target, above.
         "best-2:4": Comparison(load_recipe("best-2:4").model_dump(), {}, False),
         "best-w8a8": Comparison(load_recipe("best-w8a8").model_dump(), {}, False),
