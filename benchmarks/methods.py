@@ -51,6 +51,7 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "awq, gptq, clip": ({**AWQ, **GPTQ}, {"range_search": "clip"}),
     "gptq, asymmetric": ({**GPTQ, "asymmetric": 1.0}, {}),
     "gptq, clip, a quarter asymmetric": ({**GPTQ, "asymmetric": 0.25}, {"range_search": "clip"}),
+    "gptq, clip, refined, a quarter asymmetric": ({**REFINED, "asymmetric": 0.25}, {"range_search": "clip"}),
     "awq, gptq, clip, refined": ({**AWQ, **REFINED}, {"range_search": "clip"}),
     "awq, gptq, clip, refined, a quarter asymmetric": (
         {**AWQ, **REFINED, "asymmetric": 0.25},

@@ -14,7 +14,8 @@ def awq_candidates(
 
     ``input_mean`` ``[in]`` is the mean magnitude of the inputs; ``w`` the mean over rows of ``|W|`` relative to the
     largest of its group. Scales are divided by ``sqrt(max min)``, which keeps weights in range and changes no result.
-    A channel that never carries anything keeps its scale (ours).
+    A channel that never carries anything gets the smallest scale of those that do, so that its weights widen no range
+    (ours; the released code's 1e-4 would make all others large).
     """
     yield torch.ones_like(input_mean)
     carries = input_mean > 0
@@ -28,7 +29,7 @@ def awq_candidates(
             scale = scale / (relative.pow(1 - ratio) + _SMALLEST)
         scale = scale.clamp(min=_SMALLEST)
         smallest, largest = scale[carries].aminmax()
-        yield torch.where(carries, scale / (smallest * largest).sqrt(), 1.0)
+        yield torch.where(carries, scale, smallest) / (smallest * largest).sqrt()
 
 
 def _relative_magnitude(weights: list[torch.Tensor], group_size: int | None) -> torch.Tensor:
