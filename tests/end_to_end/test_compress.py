@@ -13,7 +13,7 @@ from calibrant.api import prepare
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.compression import plan
 from calibrant.compression.grids import GridSpec
-from calibrant.compression.recipe import builtin_recipes, load_recipe
+from calibrant.compression.recipe import Recipe, builtin_recipes, load_recipe
 from calibrant.compression.run_record import RunReport
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.errors import CalibrantError
@@ -256,9 +256,11 @@ def test_the_estimate_knows_what_methods_cost(llama: Path, tmp_path: Path, monke
     recipes = ["rtn-w8a16", "gptq-w4a16-g32", "gptq-w4a16-refined", "quantease-w4a16", "quantease-w3a16-outliers"]
     seconds = [prepare(llama, output=tmp_path / "out", recipe=name).estimate(8, 32).seconds for name in recipes]
     assert seconds == sorted(set(seconds))
+    said = load_recipe("gptq-w4a16").with_weights(None, 32).model_dump()
+    clip = {"scheme": {"weights": {**said["scheme"]["weights"], "range_search": "clip"}}}
     plain, clipped, scaled = (
-        prepare(llama, output=tmp_path / "out", recipe=load_recipe(name).with_weights(None, 32)).estimate(8, 32).seconds
-        for name in ("gptq-w4a16", "best-w3a16", "awq-gptq-w4a16")
+        prepare(llama, output=tmp_path / "out", recipe=Recipe.model_validate({**said, **more})).estimate(8, 32).seconds
+        for more in ({}, clip, {"transforms": [{"name": "awq"}]})
     )
     assert plain < clipped < scaled
 
