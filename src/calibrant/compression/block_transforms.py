@@ -64,12 +64,11 @@ def transform_block(
         pairs = find_foldable(block, index, structure, probe)
         if not isinstance(transform, recipes.Awq):
             pairs = [pair for pair in pairs if pair.producer.norm is not None]
-        if not isinstance(transform, recipes.Quadapter):
-            pairs = [pair for pair in pairs if _concerns(pair, plan, prefix)]
         if isinstance(transform, recipes.Quadapter):
             assert plan.scales is not None  # learned before the run
             scales = [plan.scales[f"{prefix}.{pair.group.module}"] for pair in pairs]
         else:
+            pairs = [pair for pair in pairs if _concerns(pair, plan, prefix)]
             seen, done.outputs = _run(block, index, pairs, batches, compare=isinstance(transform, recipes.Awq))
             scales = [
                 _scale(transform, pair, one, block, state, plan, prefix) for pair, one in zip(pairs, seen, strict=True)
