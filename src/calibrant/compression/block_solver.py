@@ -161,10 +161,12 @@ class BlockSolver:
     def _task(
         self, weight: torch.Tensor, segments: tuple[int, ...], statistic: Hessian | ColumnNorm | None, unit: Unit
     ) -> Task:
-        hessian = statistic.matrix() if isinstance(statistic, Hessian) else None
-        norms = statistic.sum_of_squares if isinstance(statistic, ColumnNorm) else None
-        if hessian is not None:
+        hessian = norms = None
+        if isinstance(statistic, Hessian):
+            hessian = statistic.matrix()
             norms = hessian.diagonal()
+        elif isinstance(statistic, ColumnNorm):
+            norms = statistic.sum_of_squares
         # An input that is not finite shows on the diagonal: |S_ij|^2 <= S_ii S_jj.
         if norms is not None and not bool(torch.isfinite(norms).all()):
             raise self._not_finite(unit)

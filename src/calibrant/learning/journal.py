@@ -35,8 +35,12 @@ def journal_folder(output: Path) -> Path:
 
 
 def is_unfinished(output: Path) -> bool:
-    """Whether a training for ``output`` was broken off that can go on."""
-    return any(journal_folder(output).glob(f"*{_SUFFIX}"))
+    """Whether a training for ``output`` was broken off that can go on.
+
+    Raises:
+        CalibrantError: something that is no journal lies where its journal would.
+    """
+    return _has_state(journal_folder(output))
 
 
 def check_same_training(output: Path, identity: dict[str, Any]) -> None:
@@ -128,13 +132,17 @@ class Journal:
         try:
             yield
         except BaseException:
-            if not any(self.folder.glob(f"*{_SUFFIX}")):
+            if not _has_state(self.folder):
                 self.remove()
             raise
 
     def remove(self) -> None:
         """The training is over."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _has_state(folder: Path) -> bool:
+    return any(folder.glob(f"*{_SUFFIX}"))
 
 
 def _left_over(path: Path) -> bool:
