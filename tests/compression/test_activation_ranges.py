@@ -77,6 +77,33 @@ def test_mse_finds_ranges_far_below_the_largest_value() -> None:
     assert cost(found) == pytest.approx(cost(best), rel=0.05)
 
 
+@pytest.mark.parametrize("percent", [63, 64])
+def test_mse_tries_every_hundredth_of_the_range(percent: int) -> None:
+    """Values that lie on the very grid of one share, but for one at each end of the range."""
+    reach = 30.0 * percent / 100
+    codes = torch.randint(0, 256, (500_000, 1), generator=torch.Generator().manual_seed(0))
+    values = (codes - 127.5) * (2 * reach / 255)
+    values[0], values[1] = -30.0, 30.0
+    # An asymmetric grid holds 0, so its points lie half a step beside values that are symmetric.
+    values += reach / 255
+    scale = float(seen(values).grid("mse", 99.9, torch.float32).scale)
+    assert scale * 255 == pytest.approx(2 * reach, rel=1e-3)
+
+
+def test_ranges_are_of_all_counted_tokens(llama: Path, tmp_path: Path) -> None:
+    calibration, output = random_set(llama, masked=5), tmp_path / "out"
+    cb.compress(llama, output=output, recipe=recipe(dynamic=False), calibration=calibration, dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    inputs = []
+    name = "model.layers.0.self_attn.q_proj"
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(calibration.tokens.long())
+    counted = inputs[0][calibration.mask]
+    stored = load_file(output / "model.safetensors")[f"{name}.input_scale"]
+    assert stored.item() == pytest.approx(float(counted.max() - counted.min()) / 255, rel=1e-4)
+
+
 def test_inputs_of_nothing_but_zeros_have_a_grid() -> None:
     for rule in ("minmax", "percentile", "mse"):
         grid = seen(torch.zeros(5, 3)).grid(rule, 99.9, torch.float32)

@@ -52,13 +52,17 @@ def test_an_average_that_no_choice_reaches_is_refused() -> None:
         allocate(costs, np.ones(2), np.array([0.3, 0.5]), 0.9, at_most=False)
 
 
-def test_sensitivities_are_divergences_of_whole_models(llama: Path) -> None:
+@pytest.mark.parametrize("masked", [0, 10])
+def test_sensitivities_are_divergences_of_whole_models(llama: Path, masked: int) -> None:
     model = LazyModel(ModelFolder(llama), torch.float32, torch.device("cpu"))
-    blocks, calibration = find_blocks(model.module), random_set(llama)
-    spec = GridSpec(2, True, 32, torch.float32)
-    measured = measure_sensitivities(
-        model, blocks, lambda _: False, [2], lambda w, _, __: rtn(w, spec).weight, calibration, torch.float32, Silent()
-    )
+    blocks, calibration = find_blocks(model.module), random_set(llama, masked=masked)
+    spec, sums = GridSpec(2, True, 32, torch.float32), []
+
+    def rounded(weight: torch.Tensor, squares: torch.Tensor, _: float) -> torch.Tensor:
+        sums.append(squares.clone())
+        return rtn(weight, spec).weight
+
+    measured = measure_sensitivities(model, blocks, lambda _: False, [2], rounded, calibration, torch.float32, Silent())
     assert [len(one.layers) for one in measured] == [3, 1, 2, 1] * 2
     row = calibration.mask.any(1).nonzero()[0]
     tokens, mask = calibration.tokens[row].long(), calibration.mask[row][0]
@@ -72,6 +76,15 @@ def test_sensitivities_are_divergences_of_whole_models(llama: Path) -> None:
                 weight.copy_(rtn(weight, spec).weight)
             return torch.log_softmax(loaded(tokens).logits[0, positions].double(), -1)
 
+    def inputs(name: str) -> torch.Tensor:
+        loaded, seen = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval(), []
+        loaded.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+        with torch.no_grad():
+            loaded(tokens)
+        return seen[0][mask]
+
+    for squares, name in zip(sums, [name for one in measured for name in one.layers], strict=True):
+        torch.testing.assert_close(squares, inputs(name).square().sum(0), rtol=1e-3, atol=1e-5)
     original = logits([])
     for one in measured:
         expected = (original.exp() * (original - logits(one.layers))).sum(-1).mean()

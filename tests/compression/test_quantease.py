@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,6 +63,23 @@ def test_from_a_point_on_the_grid_no_sweep_raises_the_error(seed: int, bits: int
         assert (after <= before * (1 + 1e-4) + 1e-3).all()
         assert torch.equal(decode(codes, grid), values)
         before = after
+
+
+@pytest.mark.parametrize(("sweeps", "relaxed"), [(26, range(1, 25, 3)), (30, range(1, 26, 3))])
+def test_every_third_sweep_is_relaxed_but_not_late_and_not_last(
+    sweeps: int, relaxed: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = references.problem(4, 8)
+    asked = []
+
+    def noted(*problem: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(problem[-1])
+        return sweep(*problem)
+
+    monkeypatch.setattr("calibrant.compression.solvers.quantease.sweep", noted)
+    quantease(weight, hessian, GridSpec(3, True, None, torch.float32), sweeps=sweeps)
+    assert [number for number, one in enumerate(asked) if one] == list(relaxed)
+    assert len(asked) == sweeps
 
 
 def test_with_uncorrelated_inputs_one_sweep_is_round_to_nearest() -> None:

@@ -148,6 +148,15 @@ def test_masked_tokens_change_nothing(llama: Path, tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], with_padding[name]) for name in plain)
 
 
+def test_attention_is_judged_on_the_row_with_most_counted_tokens(llama: Path, tmp_path: Path) -> None:
+    calibration = random_set(llama, masked=10)
+    mask = calibration.mask.clone()
+    mask[3, 5:] = True
+    fullest = cb.CalibrationSet.build(calibration.tokens, mask, calibration.manifest)
+    cb.compress(llama, output=tmp_path / "out", recipe=recipe("0.5"), calibration=fullest, dtype="float32")
+    assert json.loads((tmp_path / "out" / "calibrant.json").read_text())["structure"]["row"] == 3
+
+
 @pytest.mark.parametrize("architecture", ["mixtral", "falcon", "phi"])
 def test_blocks_of_another_kind_are_refused(model_folder, tmp_path: Path, architecture: str) -> None:
     model = model_folder(architecture)
