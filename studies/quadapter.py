@@ -29,13 +29,15 @@ from cells import measured, on_texts, over_seeds, spread
 from outliers import plant
 
 HERE = Path(__file__).parent
-QUADAPTER: dict[str, Any] = {"transforms": [{"name": "quadapter"}]}
 METHODS: dict[str, dict[str, Any]] = {
     "static": {},
     "SmoothQuant": {"transforms": [{"name": "smoothquant"}]},
     "QAT": {"training": {"name": "qat", "objective": "text"}},
-    "Quadapter 1": QUADAPTER,
-    "Quadapter 1 + 2": {**QUADAPTER, "training": {"name": "quadapter", "objective": "text"}},
+    "Quadapter 1": {"transforms": [{"name": "quadapter"}]},
+    "Quadapter 1 + 2": {
+        "transforms": [{"name": "quadapter"}],
+        "training": {"name": "quadapter", "objective": "text"},
+    },
 }
 
 
@@ -45,6 +47,8 @@ def recipe(method: str, options: argparse.Namespace, seed: int) -> Recipe:
     if "training" in cell:
         shared = {"steps": options.steps, "rows": 8, "length": options.length, "seed": seed}
         cell["training"] = {**cell["training"], **shared, "look": max(1, options.steps // 10)}
+    if method.startswith("Quadapter"):
+        cell["transforms"] = [{**cell["transforms"][0], "steps": options.block_steps}]
     if method == "QAT":
         cell["training"]["learning_rate"] = options.learning_rate
     scheme = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
@@ -93,7 +97,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=256, help="rows of the whole of a tuning text")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=100, help="of QAT and of Quadapter's second phase")
+    parser.add_argument("--block-steps", type=int, default=100, help="of Quadapter's first phase, for each block")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="of QAT's weights")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--outliers", type=int, default=0, help="channels planted behind every norm")
@@ -110,7 +115,7 @@ def main() -> None:
     ]
     settings = {
         key: vars(options)[key]
-        for key in ("samples", "length", "steps", "learning_rate", "windows", "outliers", "factor")
+        for key in ("samples", "length", "steps", "block_steps", "learning_rate", "windows", "outliers", "factor")
     }
     settings |= {key: [Path(text).name for text in vars(options)[key]] for key in ("tuning", "texts")}
     with tempfile.TemporaryDirectory() as folder:
