@@ -8,7 +8,7 @@ from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.making import DEFAULT_LENGTH, check_length, check_size, default_length, generate
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.calibration.tokenizer import Tokenizer, tokenizer_files_sha256
-from calibrant.compression.importance import input_norms
+from calibrant.compression.importance import input_squares
 from calibrant.compression.methods import METHODS
 from calibrant.compression.plan import Estimate, Plan, estimate, make_plan
 from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
@@ -193,13 +193,13 @@ def write_importance_matrix(
     place = torch_device(device)
     lazy = LazyModel(folder, torch_dtype(dtype, place), place)
     blocks = find_blocks(lazy.module)
-    norms = input_norms(lazy, blocks, given, progress or Silent())
-    names = gguf_names(folder.config.get_text_config().model_type, len(blocks), list(norms))
-    sums = {names[module]: (norm.sum_of_squares.cpu().numpy(), norm.tokens) for module, norm in norms.items()}
+    sums = input_squares(lazy, blocks, given, progress or Silent())
+    names = gguf_names(folder.config.get_text_config().model_type, len(blocks), list(sums))
+    named = {name: both for module, both in sums.items() for name in names[module]}
     rows, length = given.tokens.shape
     with whole_file(target) as beside:
-        write_imatrix(beside, sums, [f"calibrant:sha256:{given.sha256}"], rows, length)
-    return len(sums)
+        write_imatrix(beside, named, [f"calibrant:sha256:{given.sha256}"], rows, length)
+    return len(named)
 
 
 def evaluate(

@@ -35,7 +35,7 @@ def test_it_holds_the_sums_of_squared_inputs(llama: Path, tmp_path: Path) -> Non
     sums: dict[str, torch.Tensor] = {}
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     names = gguf_names("llama", 2, [name for name in linears if "layers" in name])
-    for module, name in names.items():
+    for module, (name,) in names.items():
 
         def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
             rows = args[0].reshape(-1, args[0].shape[-1])[calibration.mask.flatten()]
@@ -77,13 +77,44 @@ def test_a_file_that_does_not_hold_what_was_measured_is_refused(
 
 def test_names_of_kinds_that_the_two_spell_differently() -> None:
     module = "gpt_neox.layers.0.mlp.dense_h_to_4h"
-    assert gguf_names("gpt_neox", 1, [module])[module] == "blk.0.ffn_up.weight"
+    assert gguf_names("gpt_neox", 1, [module])[module] == ["blk.0.ffn_up.weight"]
 
 
-def test_what_it_cannot_write(model_folder, tmp_path: Path) -> None:
-    model = model_folder("mixtral")
-    with pytest.raises(CalibrantError, match="fused experts"):
-        cb.write_importance_matrix(model, calibration=random_set(model), output=tmp_path / "i.gguf")
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_experts_have_the_sums_of_the_tokens_sent_to_them(model_folder, tmp_path: Path, architecture: str) -> None:
+    model = model_folder(architecture)
+    calibration = random_set(model, masked=5)
+    layers = cb.write_importance_matrix(model, calibration=calibration, output=tmp_path / "i.gguf", dtype="float32")
+    _, tensors = read(tmp_path / "i.gguf")
+    assert layers == 2 * (4 + 3)  # attention, and gates, ups and downs of all experts
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    seen = {}
+    experts = loaded.get_submodule("model.layers.1.mlp.experts")
+    experts.register_forward_pre_hook(lambda _, args: seen.update(args=args))
+    with torch.no_grad():
+        loaded(calibration.tokens.long())
+    hidden, chosen, _ = seen["args"]
+    hidden, counted = hidden.reshape(-1, hidden.shape[-1]), calibration.mask.flatten()
+    for expert in range(4):
+        mine = hidden[counted & (chosen == expert).any(1)]
+        gate, up = (mine @ part.T for part in experts.gate_up_proj[expert].detach().chunk(2))
+        after = torch.nn.functional.silu(gate) * up
+        for name, inputs in (("gate", mine), ("up", mine), ("down", after)):
+            sums = tensors[f"blk.1.ffn_{name}_exps.weight.in_sum2"][expert]
+            np.testing.assert_allclose(sums, inputs.double().square().sum(0), rtol=1e-3, atol=1e-12)
+            assert tensors[f"blk.1.ffn_{name}_exps.weight.counts"][expert].tolist() == [len(mine)]
+
+
+def test_experts_of_a_kind_whose_gates_and_ups_stay_together_have_one_name() -> None:
+    module = "model.layers.0.experts.gate_up_proj"
+    assert gguf_names("gemma4", 1, [module])[module] == ["blk.0.ffn_gate_up_exps.weight"]
+
+
+def test_layers_without_a_name_are_refused() -> None:
     with pytest.raises(CalibrantError, match="has no name for this layer"):
         gguf_names("llama", 2, ["model.layers.0.self_attn.something"])
-    assert gguf_names("qwen2", 1, ["model.layers.0.mlp.up_proj"])["model.layers.0.mlp.up_proj"] == "blk.0.ffn_up.weight"
+    assert gguf_names("qwen2", 1, ["model.layers.0.mlp.up_proj"])["model.layers.0.mlp.up_proj"] == [
+        "blk.0.ffn_up.weight"
+    ]
