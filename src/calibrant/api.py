@@ -103,6 +103,8 @@ def prepare(
     folder = ModelFolder(model_path(model), allow_encoder)
     if calibration is not None and chosen.needs_data:
         _check_calibration(folder, calibration)
+    if calibration is None and chosen.needs_data and not folder.causal:
+        raise CalibrantError(f"{folder.path}: writes no text, so it makes no calibration set; pass one (--calibration)")
     if chosen.training is not None:
         check_training(folder, chosen.training)
     goes_on = chosen.learns and is_unfinished(target) and not overwrite
@@ -140,9 +142,10 @@ def compress(
     """Compress a model folder into ``output``.
 
     ``recipe`` is a built-in name, a YAML file or a ``Recipe``; ``calibration`` a set or its folder. Without one, a
-    method that needs data gets a set the model writes itself (``generate`` with ``seed``). ``dtype`` is what is
-    computed in: "bfloat16", "float32", or "auto" (bfloat16 where the processor multiplies it fast). ``sequential``
-    and ``propagate`` are described in ``Settings``. ``checkpoint_format``: "compressed-tensors", "gptq" or "awq".
+    method that needs data gets a set the model writes itself (``generate`` with ``seed``, which is also that of a
+    training whose recipe says none). ``dtype`` is what is computed in: "bfloat16", "float32", or "auto" (bfloat16
+    where the processor multiplies it fast). ``sequential`` and ``propagate`` are described in ``Settings``.
+    ``checkpoint_format``: "compressed-tensors", "gptq" or "awq".
 
     Raises:
         CalibrantError: something does not fit, or the output cannot be written; nothing is left behind.
@@ -150,10 +153,11 @@ def compress(
     listener: Progress = progress or Silent()
     check_output(output, overwrite, [place for place in (calibration, recipe) if isinstance(place, str | Path)])
     given = CalibrationSet.load(calibration) if isinstance(calibration, str | Path) else calibration
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     prepared = prepare(
         model,
         output=output,
-        recipe=recipe,
+        recipe=chosen.with_seed(seed),
         calibration=given,
         device=device,
         dtype=dtype,

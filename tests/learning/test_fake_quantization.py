@@ -103,3 +103,55 @@ def test_gradients_are_those_of_autograd(bits: int, shape: tuple[int, ...], seed
     torch.testing.assert_close(found.detach().double(), expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(values.grad.double(), wide.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(scale.grad.double(), wide_scale.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-2.0, 2.0), (-0.2, 3.0), (-0.1, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_either_end_of_a_range_is_moved_by_what_is_clipped_there(low: float, high: float, dtype: torch.dtype) -> None:
+    """Finite differences of the squared error; zeros are whole numbers, so the ends move in steps of a hundredth."""
+    inputs = torch.linspace(-1.0, 4.0, 20001)
+    spec = GridSpec(8, False, None, torch.float32)
+
+    def error(ends: list[torch.Tensor], spec: GridSpec) -> torch.Tensor:
+        return (fake_quantize_tensor(inputs, *ends, spec) - inputs).square().mean()
+
+    ends = [torch.tensor(end, requires_grad=True) for end in (low, high)]
+    found = torch.autograd.grad(error(ends, GridSpec(8, False, None, dtype)), ends)
+    for number in range(2):
+        values = []
+        for step in (0.05, -0.05):
+            moved = [torch.tensor(end) for end in (low, high)]
+            moved[number] += step
+            values.append(float(error(moved, spec)))
+        assert float(found[number]) == pytest.approx((values[0] - values[1]) / 0.1, rel=0.05, abs=0.03)
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e-9])
+def test_gradients_do_not_pass_through_the_dtype_of_scales(scale: float) -> None:
+    """Of loss values that float16 could not hold."""
+    inputs = torch.linspace(-1.0, 4.0, 1001)
+    gradients = []
+    for factor in (1.0, scale):
+        high = torch.tensor(3.0, requires_grad=True)
+        rounded = fake_quantize_tensor(inputs, torch.tensor(-0.5), high, GridSpec(8, False, None, torch.float16))
+        (factor * (rounded - inputs).square().sum()).backward()
+        gradients.append(float(high.grad) / factor)  # type: ignore[arg-type]
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-4)
+
+
+def test_the_kernel_and_its_plain_twin_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    results = []
+    values = torch.randn(6, 40, generator=draw)
+    weights = torch.randn(6, 40, generator=draw)
+    for compiled in (True, False):
+        given = [values.clone(), torch.full((6, 1), 0.02), torch.full((6, 1), 3.0)]
+        for one in given:
+            one.requires_grad_(True)
+        with monkeypatch.context() as patched:
+            if not compiled:
+                patched.setattr("calibrant.learning.fake_quantization._on_cpu", lambda _: False)
+            (fake_quantize(*given, -128, 127) * weights).sum().backward()
+        results.append([one.grad for one in given])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

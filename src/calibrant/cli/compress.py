@@ -74,7 +74,8 @@ def compress(
 ) -> None:
     """Compress a model: make or read calibration data, solve block by block, write, verify, report.
 
-    --samples, --length, --seed and --draw shape the set that the model writes when no -c is given.
+    --samples, --length, --seed and --draw shape the set that the model writes when no -c is given; --seed is also that
+    of a training whose recipe says none.
 
     Example: calibrant compress ./SmolLM2-135M -r gptq-w4a16-g64 -o ./SmolLM2-w4
     """
@@ -86,7 +87,7 @@ def compress(
         from calibrant.compression.run_record import report_dict
         from calibrant.output_folder import check_output
 
-        chosen = load_recipe(recipe).with_weights(bits, group_size)
+        chosen = load_recipe(recipe).with_seed(seed).with_weights(bits, group_size)
         check_output(output, overwrite, [place for place in (model, calibration, recipe) if place is not None])
         given = CalibrationSet.load(calibration) if calibration is not None else None
         prepared = prepare(

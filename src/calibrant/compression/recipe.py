@@ -196,6 +196,12 @@ class Recipe(Strict):
         """Whether a calibration set is used."""
         return self.gathers or bool(self.transforms) or self.budget is not None or isinstance(self.training, OnText)
 
+    def with_seed(self, seed: int) -> "Recipe":
+        """The same recipe with that seed of its training, if there is one that says none itself."""
+        if self.training is None or "seed" in self.training.model_fields_set:
+            return self
+        return self.model_copy(update={"training": self.training.model_copy(update={"seed": seed})})
+
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).
 

@@ -127,8 +127,9 @@ class Training(Strict):
 
     ``steps`` updates of ``rows`` sequences of ``length`` tokens, by AdamW with a rate that falls as a cosine.
     ``radius`` is how far sharpness-aware steps look, 0 for plain ones. The held-out loss is taken every ``look``
-    steps; after ``patience`` looks without a better one training stops. ``checkpointing`` computes activations twice
-    instead of keeping them.
+    steps; after ``patience`` looks without a better one training stops. ``rows_at_once`` rows are run at a time and
+    their gradients added up (None: as many as 256 MiB of logits hold); ``checkpointing`` computes activations twice
+    instead of keeping them. A ``seed`` that is left out is the command's.
     """
 
     steps: int = Field(default=200, ge=1)
@@ -138,6 +139,7 @@ class Training(Strict):
     radius: float = Field(default=0.0, ge=0)
     look: int = Field(default=20, ge=1)
     patience: int = Field(default=5, ge=1)
+    rows_at_once: int | None = Field(default=None, ge=1)
     checkpointing: bool = False
     seed: int = Field(default=0, ge=0)
 

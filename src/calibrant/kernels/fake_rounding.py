@@ -22,16 +22,18 @@ def rounded_values(
 
 def rounded_gradients(
     values: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, lowest: int, highest: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``gradient`` ``[rows, width]`` of ``rounded_values`` is to its values and to its scales.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``gradient`` ``[rows, width]`` of ``rounded_values`` is to its values, to its scales and to its zeros.
 
     Straight through the rounding: that of values is the gradient itself where nothing was clamped, else 0; that of a
-    scale is the sum of the gradient times ``code - zero``, less ``value / scale`` where nothing was clamped.
+    scale is the sum of the gradient times ``code - zero``, less ``value / scale`` where nothing was clamped; that of a
+    zero is minus the scale times the sum of the gradient where something was.
     """
-    of_values, of_scale = torch.empty(values.shape, dtype=torch.float32), torch.empty(len(values), dtype=torch.float32)
+    of_values = torch.empty(values.shape, dtype=torch.float32)
+    of_scale, of_zero = torch.empty(len(values), dtype=torch.float32), torch.empty(len(values), dtype=torch.float32)
     arrays = [tensor.contiguous().numpy() for tensor in (values, gradient, scale, zero)]
-    _gradients(*arrays, np.float32(lowest), np.float32(highest), of_values.numpy(), of_scale.numpy())
-    return of_values, of_scale
+    _gradients(*arrays, np.float32(lowest), np.float32(highest), of_values.numpy(), of_scale.numpy(), of_zero.numpy())
+    return of_values, of_scale, of_zero
 
 
 def _round_rows(
@@ -57,16 +59,17 @@ def _row_gradients(
     lowest: np.float32,
     highest: np.float32,
     of_values: np.ndarray,
-) -> np.float32:
-    total = np.float32(0.0)
+) -> tuple[np.float32, np.float32]:
+    of_scale, clamped = np.float32(0.0), np.float32(0.0)
     for column in range(here.shape[0]):
         steps = here[column] / step
         wanted = steps + offset
         code = min(max(wanted, lowest), highest)
         inside = code == wanted
         of_values[column] = gradient[column] if inside else np.float32(0.0)
-        total += gradient[column] * (np.rint(code) - offset - (steps if inside else np.float32(0.0)))
-    return total
+        of_scale += gradient[column] * (np.rint(code) - offset - (steps if inside else np.float32(0.0)))
+        clamped += np.float32(0.0) if inside else gradient[column]
+    return of_scale, -step * clamped
 
 
 def _gradient_rows(
@@ -78,9 +81,10 @@ def _gradient_rows(
     highest: np.float32,
     of_values: np.ndarray,
     of_scale: np.ndarray,
+    of_zero: np.ndarray,
 ) -> None:
     for row in numba.prange(values.shape[0]):
-        of_scale[row] = _row_gradients(
+        of_scale[row], of_zero[row] = _row_gradients(
             values[row], gradient[row], scale[row], zero[row], lowest, highest, of_values[row]
         )
 

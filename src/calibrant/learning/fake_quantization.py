@@ -1,7 +1,7 @@
 """Rounding with gradients: the values that stored integers stand for, straight through the rounding.
 
-Gradients are one inside the range and zero where values are clipped; scales get the gradient of what they scale, zeros
-none (methods.md §19).
+Gradients are one inside the range and zero where values are clipped. Those of scales and zeros are of what these do to
+the result, so that either end of a range is moved by what is clipped there (methods.md §19).
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ class _Rounded(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(values, scale, zero)
         ctx.range = lowest, highest
-        if values.device.type == "cpu":
+        if _on_cpu(values):
             rows, scales, zeros = _rows(values, scale, zero)
             return rounded_values(rows, scales, zeros, lowest, highest).view(values.shape)
         codes = (values / scale).add_(zero).clamp_(lowest, highest).round_()
@@ -32,17 +32,23 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = gradients
         values, scale, zero = ctx.saved_tensors
-        if values.device.type == "cpu":
+        if _on_cpu(values):
             rows, scales, zeros = _rows(values, scale, zero)
-            of_values, of_scales = rounded_gradients(rows, gradient.reshape(rows.shape), scales, zeros, *ctx.range)
-            of_scale = of_scales.view(*values.shape[:-1], 1).sum_to_size(scale.shape)
-            return of_values.view(values.shape), of_scale, None, None, None
+            of_values, *of_rows = rounded_gradients(rows, gradient.reshape(rows.shape), scales, zeros, *ctx.range)
+            of_scale, of_zero = (of.view(*values.shape[:-1], 1).sum_to_size(scale.shape) for of in of_rows)
+            return of_values.view(values.shape), of_scale, of_zero, None, None
         steps = values / scale
         codes = steps + zero
         clamped = codes.clamp(*ctx.range)
         outside = clamped != codes
         change = clamped.round_().sub_(zero).sub_(steps.masked_fill_(outside, 0.0)).mul_(gradient)
-        return gradient.masked_fill(outside, 0.0), change.sum_to_size(scale.shape), None, None, None
+        shift = gradient.masked_fill(~outside, 0.0).mul_(-scale)
+        of_values = gradient.masked_fill(outside, 0.0)
+        return of_values, change.sum_to_size(scale.shape), shift.sum_to_size(scale.shape), None, None
+
+
+def _on_cpu(values: torch.Tensor) -> bool:
+    return values.device.type == "cpu"
 
 
 def _rows(
@@ -63,6 +69,17 @@ def fake_quantize(
     return rounded
 
 
+def _parameters(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero as they are stored; gradients go straight through their rounding, and reach both ends."""
+    stored_scale, stored_zero = parameters(low.detach(), high.detach(), spec)
+    scale = (high - low) / (spec.highest - spec.lowest)
+    scale = scale + (stored_scale - scale).detach()
+    if spec.symmetric:
+        return scale, stored_zero
+    zero = spec.lowest - low / scale
+    return scale, zero + (stored_zero - zero).detach()
+
+
 def fake_quantize_weight(weight: torch.Tensor, spec: GridSpec) -> torch.Tensor:
     """``weight`` ``[out, in]`` (float32) on the plain grid of ``spec``: what round-to-nearest stores.
 
@@ -73,13 +90,13 @@ def fake_quantize_weight(weight: torch.Tensor, spec: GridSpec) -> torch.Tensor:
     if spec.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scale, zero = parameters(low, high, spec)
+    scale, zero = _parameters(low, high, spec)
     return fake_quantize(groups, scale[..., None], zero[..., None], spec.lowest, spec.highest).reshape(weight.shape)
 
 
 def fake_quantize_tensor(inputs: torch.Tensor, low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> torch.Tensor:
     """Activations on one asymmetric grid from ``low`` to ``high`` (scalars), as static activations are."""
-    scale, zero = parameters(low.clamp(max=0), high.clamp(min=0), spec)
+    scale, zero = _parameters(low.clamp(max=0), high.clamp(min=0), spec)
     return fake_quantize(inputs, scale, zero, spec.lowest, spec.highest)
 
 

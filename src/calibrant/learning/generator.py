@@ -56,7 +56,7 @@ class Generator(nn.Module):
             mean = probabilities @ self._embeddings
             return self._embeddings[drawn] + (mean - mean.detach())
         mapped = self.adapter(found.hidden_states[-1].float())
-        spread, mean = torch.std_mean(mapped, (0, 1))
+        spread, mean = torch.std_mean(mapped, 1, keepdim=True)
         wanted_spread, wanted_mean = torch.std_mean(self._embeddings, 0)
         matched: torch.Tensor = (mapped - mean) / (spread + _TINY) * wanted_spread + wanted_mean
         return matched

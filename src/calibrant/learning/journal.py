@@ -47,10 +47,14 @@ def check_same_training(output: Path, identity: dict[str, Any]) -> None:
     """Refuse an unfinished training that ``identity``, as far as it is known, is not of.
 
     Raises:
-        CalibrantError: it is another's.
+        CalibrantError: it is another's, or damaged.
     """
     folder = journal_folder(output)
-    found = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
+    file = folder / _IDENTITY
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CalibrantError(f"{file}: damaged; delete {folder} to begin the training anew") from error
     wanted = json.loads(canonical_json(identity))
     if {key: found.get(key) for key in wanted} != wanted:
         raise CalibrantError(

@@ -18,6 +18,9 @@ from calibrant.learning.rows import Rows, model_inputs
 # Linears that read one tensor are called near each other.
 _RECENT = 4
 
+# What an input's channels ``[in]`` are divided by.
+Divisor = Callable[[], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class SeenInput:
@@ -29,14 +32,14 @@ class SeenInput:
 
 
 class LearnedRange(nn.Module):
-    """A static range, learned as a factor of what was seen, channels multiplied by ``exp(log_alpha)`` if that is given.
+    """A static range, learned as a factor of what was seen, channels divided by what ``divisor`` gives, if anything.
 
     A range of nothing stays one.
     """
 
-    def __init__(self, seen: SeenInput, scale_dtype: torch.dtype, log_alpha: torch.Tensor | None = None) -> None:
+    def __init__(self, seen: SeenInput, scale_dtype: torch.dtype, divisor: Divisor | None = None) -> None:
         super().__init__()
-        self._spec, self._seen, self._log_alpha = GridSpec(8, False, None, scale_dtype), seen, log_alpha
+        self._spec, self._seen, self._divisor = GridSpec(8, False, None, scale_dtype), seen, divisor
         self.low = nn.Parameter(torch.zeros((), device=seen.low.device))
         self.high = nn.Parameter(torch.zeros((), device=seen.low.device))
 
@@ -44,8 +47,8 @@ class LearnedRange(nn.Module):
         return fake_quantize_tensor(inputs, *self._range(), self._spec)
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        alpha = self._log_alpha.exp() if self._log_alpha is not None else 1.0
-        low, high = (self._seen.low * alpha).amin().clamp(max=0), (self._seen.high * alpha).amax().clamp(min=0)
+        divisor = self._divisor() if self._divisor is not None else 1.0
+        low, high = (self._seen.low / divisor).amin().clamp(max=0), (self._seen.high / divisor).amax().clamp(min=0)
         return low * self.low.exp(), high * self.high.exp()
 
     @torch.no_grad()
@@ -55,15 +58,13 @@ class LearnedRange(nn.Module):
         return InputGrid(scale.to(self._spec.scale_dtype).cpu(), zero.to(torch.int8).cpu())
 
 
-def learned_ranges(
-    plan: Plan, seen: dict[str, SeenInput], log_alphas: Mapping[str, torch.Tensor]
-) -> dict[str, LearnedRange]:
+def learned_ranges(plan: Plan, seen: dict[str, SeenInput], divisors: Mapping[str, Divisor]) -> dict[str, LearnedRange]:
     """Ranges by linear, one for all that read one tensor; none of linears whose input was not ``seen``."""
     by_leader: dict[str, LearnedRange] = {}
     for name in plan.linears:
         spec = plan.spec_for(name)
         if name in seen and spec is not None and seen[name].leader not in by_leader:
-            by_leader[seen[name].leader] = LearnedRange(seen[name], spec.scale_dtype, log_alphas.get(name))
+            by_leader[seen[name].leader] = LearnedRange(seen[name], spec.scale_dtype, divisors.get(name))
     return {name: by_leader[seen[name].leader] for name in plan.linears if name in seen}
 
 

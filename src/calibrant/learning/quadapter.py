@@ -2,10 +2,11 @@
 
 A norm's gain is multiplied by ``alpha`` and the columns of the linears behind it are divided by it, which changes
 nothing until both are rounded. ``alpha = exp(a)`` stays positive. Every block is fitted alone: the original model's
-hidden states go in, and its output is what the rounded block must give. The folded form, ``exp``, the places (norms)
-and the training's numbers are ours: the paper's are not known to us.
+hidden states go in, and its output is what the rounded block must give. The folded form, as the file will hold it,
+``exp``, the places (norms) and the training's numbers are ours: the paper's are not known to us.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -60,16 +61,19 @@ def learn_scales(
     with progress.task("learning scales", len(plan.blocks)) as task:
         for index, prefix in enumerate(plan.blocks):
             with model.loaded(prefix) as block:
-                cast(block, dtype)
+                state = {name: value.data for name, value in block.state_dict().items()}
+                cast(block, dtype, copy=True)
                 structure = probe_block(block, index, probe)
                 pairs = find_foldable(block, index, structure, probe)
                 pairs = [pair for pair in pairs if pair.producer.norm is not None]
-                placed = [PlacedPair(prefix, pair) for pair in pairs]
+                stored = {name: value.dtype for name, value in state.items()}
+                placed = [PlacedPair(prefix, pair, stored) for pair in pairs]
                 groups = [stage for stage in structure.stages if isinstance(stage, InputGroup)]
                 if index >= known["blocks"]:
-                    with trainable(block, [linear for group in groups for linear in group.linears]) as student:
+                    linears = [linear for group in groups for linear in group.linears]
+                    with trainable(block, linears, state) as student:
                         calls = student.calls(index, batches)
-                        found = _Fit(student, prefix, pairs, plan).learn(calls, options)
+                        found = _Fit(student, prefix, pairs, stored, plan).learn(calls, options)
                     scales |= {place.name: scale for place, scale in zip(placed, found, strict=True)}
                     journal.write(_NAME, {"blocks": index + 1, "scales": scales})
                 for batch in batches:
@@ -84,14 +88,22 @@ def learn_scales(
 class _Fit:
     """One block on its way to its scales."""
 
-    def __init__(self, student: TrainableBlock, prefix: str, pairs: list[FoldablePair], plan: Plan) -> None:
-        self._student, self._prefix, self._pairs, self._plan = student, prefix, pairs, plan
+    def __init__(
+        self,
+        student: TrainableBlock,
+        prefix: str,
+        pairs: list[FoldablePair],
+        stored: dict[str, torch.dtype],
+        plan: Plan,
+    ) -> None:
+        self._student, self._prefix, self._pairs, self._stored, self._plan = student, prefix, pairs, stored, plan
         self._pair_of = {linear: number for number, pair in enumerate(pairs) for linear in pair.group.linears}
         # Lowest and highest value of every input channel: scaled, their extremes are the tensor's.
         self._low: dict[Linear, torch.Tensor] = {}
         self._high: dict[Linear, torch.Tensor] = {}
         # Weights that no scale reaches are rounded once.
-        self._fixed = {linear: self._rounded(linear) for linear in student.linears if linear not in self._pair_of}
+        unscaled = [linear for linear in student.linears if linear not in self._pair_of]
+        self._fixed = {linear.parameter: self._rounded(linear, student.tensors) for linear in unscaled}
 
     def learn(self, calls: list[ModuleCall], options: Quadapter) -> list[torch.Tensor]:
         """What the columns behind each norm are multiplied by: ``1 / alpha`` of least loss on held-out rows."""
@@ -142,24 +154,26 @@ class _Fit:
 
     def _loss(self, logs: list[torch.Tensor], call: ModuleCall, target: torch.Tensor) -> torch.Tensor:
         """Squared difference of the rounded block's output from ``target``, as a share of what the target holds."""
-        alphas = [log.exp() for log in logs]
-        scaled = {linear: self._rounded(linear, alphas[pair]) for linear, pair in self._pair_of.items()}
-        change = self._student.changed(
-            self._fixed | scaled, lambda linear, inputs: self._rounded_input(linear, inputs, alphas)
-        )
+        tensors, scales = dict(self._fixed), []
+        for pair, log in zip(self._pairs, logs, strict=True):
+            folded, scale = pair.folded(self._student.tensors, torch.exp(-log), self._stored)
+            tensors |= folded
+            scales.append(scale)
+        tensors |= {linear.parameter: self._rounded(linear, tensors) for linear in self._pair_of}
+        change = self._student.changed(tensors, lambda linear, inputs: self._rounded_input(linear, inputs, scales))
         rounded = ModuleCall(change, call.args, call.kwargs, call.mask).output()
         return (rounded - target).square().sum() / target.square().sum()
 
-    def _rounded(self, linear: Linear, alpha: torch.Tensor | None = None) -> torch.Tensor:
-        """A linear's weight, its columns divided by ``alpha``, as it will be stored."""
-        weight, spec = self._student.weight(linear), self._spec(linear)
-        weight = weight / alpha if alpha is not None else weight
-        return fake_quantize_weight(weight, spec) if spec is not None else weight
+    def _rounded(self, linear: Linear, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A linear's parameter as it will be stored."""
+        weight, spec = linear.view(tensors[linear.parameter]), self._spec(linear)
+        weight = fake_quantize_weight(weight, spec) if spec is not None else weight
+        return weight.T if linear.transposed else weight
 
-    def _rounded_input(self, linear: Linear, inputs: torch.Tensor, alphas: list[torch.Tensor]) -> torch.Tensor:
+    def _rounded_input(self, linear: Linear, inputs: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:
         pair, low, high = self._pair_of.get(linear), self._low[linear], self._high[linear]
         if pair is not None:
-            inputs, low, high = inputs * alphas[pair], low * alphas[pair], high * alphas[pair]
+            low, high = low / scales[pair], high / scales[pair]
         spec, activations = self._spec(linear), self._plan.recipe.scheme.activations
         if spec is None or activations is None:
             return inputs

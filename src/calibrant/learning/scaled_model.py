@@ -1,4 +1,7 @@
-"""A whole model with channel scales between norms and rounded linears: what Quadapter's second phase trains."""
+"""A whole model with channel scales between norms and rounded linears: what Quadapter's second phase trains.
+
+Everything is computed as it will be stored: gains, and columns before they are put on a grid, in the file's dtype.
+"""
 
 from dataclasses import dataclass
 
@@ -13,15 +16,16 @@ from calibrant.compression.grids import GridSpec
 from calibrant.compression.plan import Plan
 from calibrant.learning.fake_quantization import fake_quantize_weight
 from calibrant.learning.learned_range import SeenInput, learned_ranges, range_parameters, round_inputs
-from calibrant.modeling.foldable import FoldablePair
+from calibrant.modeling.foldable import FoldablePair, fold_gain, held
 
 
 @dataclass(frozen=True)
 class PlacedPair:
-    """A foldable pair of the block at ``prefix``."""
+    """A foldable pair of the block at ``prefix``, whose parameters are ``stored`` in these dtypes, by name in it."""
 
     prefix: str
     pair: FoldablePair
+    stored: dict[str, torch.dtype]
 
     @property
     def name(self) -> str:
@@ -53,20 +57,24 @@ class ScaledModel:
         self._logs = {
             placed.name: nn.Parameter(-plan.scales[placed.name].detach().clone().float().log()) for placed in pairs
         }
-        log_of: dict[str, nn.Parameter] = {}
+        fold_of: dict[str, _Fold] = {}
+        dtype_of: dict[str, torch.dtype] = {}
         for placed in pairs:
-            producer, log = placed.pair.producer, self._logs[placed.name]
+            producer, linears = placed.pair.producer, placed.pair.group.linears
             norm = model.get_submodule(f"{placed.prefix}.{producer.norm}")
-            parametrize.register_parametrization(norm, "weight", _ScaledGain(log, producer.offset))
+            dtype = placed.stored[f"{producer.norm}.weight"]
+            fold = _Fold(self._logs[placed.name], norm.get_parameter("weight").data, producer.offset, dtype)
+            parametrize.register_parametrization(norm, "weight", _ScaledGain(fold))
             if producer.bias is not None:
-                parametrize.register_parametrization(norm, "bias", _ScaledGain(log, 0.0))
-            log_of |= {f"{placed.prefix}.{linear.name}": log for linear in placed.pair.group.linears}
+                parametrize.register_parametrization(norm, "bias", _ScaledBias(fold, placed.stored[producer.bias]))
+            fold_of |= {f"{placed.prefix}.{linear.name}": fold for linear in linears}
+            dtype_of |= {f"{placed.prefix}.{linear.name}": placed.stored[linear.parameter] for linear in linears}
         # Layers that a recipe ignores are scaled, not rounded.
-        for name in plan.linears.keys() | log_of.keys():
+        for name in plan.linears.keys() | fold_of.keys():
             linear, spec = model.get_submodule(name), plan.spec_for(name) if name in plan.linears else None
-            columns = _ScaledColumns(log_of.get(name), spec, isinstance(linear, Conv1D))
+            columns = _ScaledColumns(fold_of.get(name), dtype_of.get(name), spec, isinstance(linear, Conv1D))
             parametrize.register_parametrization(linear, "weight", columns)
-        self._inputs = learned_ranges(plan, seen or {}, log_of)
+        self._inputs = learned_ranges(plan, seen or {}, {name: fold.scale for name, fold in fold_of.items()})
         round_inputs(model, plan, self._inputs)
 
     @property
@@ -88,26 +96,58 @@ class ScaledModel:
         return {name: learned.grid() for name, learned in self._inputs.items()} or None
 
 
-class _ScaledGain(nn.Module):
-    """A norm's gain, stored less ``offset``, times ``alpha``."""
+class _Fold(nn.Module):
+    """A norm's ``weight`` and the scale of the columns behind it, as they are now."""
 
-    def __init__(self, log: nn.Parameter, offset: float) -> None:
+    def __init__(self, log: nn.Parameter, weight: torch.Tensor, offset: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self._log, self._offset = log, offset
+        self._log, self._offset, self._dtype = log, offset, dtype
+        self._weight: torch.Tensor
+        self.register_buffer("_weight", weight.clone())
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return fold_gain(self._weight, torch.exp(-self._log), self._offset, self._dtype)
+
+    def scale(self) -> torch.Tensor:
+        """What columns are multiplied by, and the norm's output is divided by."""
+        scale: torch.Tensor = self()[1]
+        return scale
+
+
+class _ScaledGain(nn.Module):
+    """A norm's weight."""
+
+    def __init__(self, fold: _Fold) -> None:
+        super().__init__()
+        self._fold = fold
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return (weight + self._offset) * self._log.exp() - self._offset
+        scaled: torch.Tensor = self._fold()[0]
+        return scaled
+
+
+class _ScaledBias(nn.Module):
+    """A norm's bias."""
+
+    def __init__(self, fold: _Fold, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._fold, self._dtype = fold, dtype
+
+    def forward(self, bias: torch.Tensor) -> torch.Tensor:
+        return held(bias / self._fold.scale(), self._dtype)
 
 
 class _ScaledColumns(nn.Module):
-    """A linear's weight, its columns divided by ``alpha``, on the plain grid that this gives if it is rounded."""
+    """A linear's weight: columns scaled if there is a ``fold``, then on the plain grid of ``spec`` if there is one."""
 
-    def __init__(self, log: nn.Parameter | None, spec: GridSpec | None, transposed: bool) -> None:
+    def __init__(self, fold: _Fold | None, dtype: torch.dtype | None, spec: GridSpec | None, transposed: bool) -> None:
         super().__init__()
-        self._log, self._spec, self._transposed = log, spec, transposed
+        self._fold, self._dtype, self._spec, self._transposed = fold, dtype, spec, transposed
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         rows = weight.T if self._transposed else weight
-        rows = rows / self._log.exp() if self._log is not None else rows
+        if self._fold is not None:
+            assert self._dtype is not None
+            rows = held(rows * self._fold.scale(), self._dtype)
         rounded = fake_quantize_weight(rows, self._spec) if self._spec is not None else rows
         return rounded.T if self._transposed else rounded

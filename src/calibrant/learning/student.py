@@ -8,6 +8,7 @@ import transformers
 from torch.nn import functional as F
 
 from calibrant.compression.recipe_parts import OnText, Training
+from calibrant.errors import CalibrantError
 from calibrant.learning.divergence import divergences
 from calibrant.learning.rounded_model import Learner
 from calibrant.learning.rows import Rows, model_inputs
@@ -74,7 +75,7 @@ class Student:
     def parts(self, rows: int, length: int) -> Iterator[slice]:
         """Rows to be run at a time."""
         bytes_of_row = 4 * length * int(self._teacher.config.get_text_config().vocab_size)
-        size = max(1, _LOGIT_BYTES // bytes_of_row)
+        size = self._options.rows_at_once or max(1, _LOGIT_BYTES // bytes_of_row)
         return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
     def descend(self, rate: float, loss: Callable[[], float]) -> dict[str, float]:
@@ -157,8 +158,13 @@ class Student:
 
     def _logits(self, model: transformers.PreTrainedModel, inputs: Inputs) -> torch.Tensor:
         with self.computing():
-            found: torch.Tensor = model(**inputs).logits
-        return found
+            found = model(**inputs)
+        if "logits" not in found:
+            raise CalibrantError(
+                f"{type(model).__name__}: gives no logits, which training follows; take one with a head"
+            )
+        logits: torch.Tensor = found.logits
+        return logits
 
 
 def _keep_head_in_float32(model: transformers.PreTrainedModel) -> None:

@@ -1,6 +1,6 @@
 """A block run in float32 with other weights and inputs of its linears, so that gradients reach what they depend on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,20 +18,17 @@ ChangeInput = Callable[[Linear, torch.Tensor], torch.Tensor]
 
 
 class TrainableBlock:
-    """``linears`` of ``block`` with their weights in float32; the block itself is not changed.
+    """``block`` and its ``linears`` in float32, with the parameters of ``state``; the block itself is not changed.
 
-    Made and used outside of inference mode; ``trainable`` opens one.
+    ``tensors`` are its parameters and buffers by name. Made and used outside of inference mode; ``trainable`` opens
+    one.
     """
 
-    def __init__(self, block: nn.Module, linears: list[Linear]) -> None:
+    def __init__(self, block: nn.Module, linears: list[Linear], state: Mapping[str, torch.Tensor]) -> None:
         self.linears = linears
         self._block = block
-        self._tensors = {name: _wide(tensor) for name, tensor in _tensors(block)}
+        self.tensors = {name: _wide(state.get(name, tensor)) for name, tensor in _tensors(block)}
         self._change_input: ChangeInput = lambda _, inputs: inputs
-
-    def weight(self, linear: Linear) -> torch.Tensor:
-        """``[out, in]``, a view."""
-        return linear.view(self._tensors[linear.parameter])
 
     def calls(self, index: int, batches: list[MicroBatch]) -> list[ModuleCall]:
         """The block as it is, number ``index``, on every row of the batches' hidden states."""
@@ -42,9 +39,8 @@ class TrainableBlock:
             found += ModuleCall(self._run, args, kwargs, _wide(batch.mask)).split()
         return found
 
-    def changed(self, weights: dict[Linear, torch.Tensor], change_input: ChangeInput) -> Callable[..., Any]:
-        """The block with these weights ``[out, in]`` and changed inputs of its linears."""
-        tensors = {linear.parameter: weight.T if linear.transposed else weight for linear, weight in weights.items()}
+    def changed(self, tensors: dict[str, torch.Tensor], change_input: ChangeInput) -> Callable[..., Any]:
+        """The block with these parameters, by name, and changed inputs of its linears."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.watched(change_input):
@@ -62,7 +58,7 @@ class TrainableBlock:
             self._change_input = before
 
     def _run(self, *args: Any, tensors: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
-        return functional_call(self._block, {**self._tensors, **(tensors or {})}, args, kwargs)
+        return functional_call(self._block, {**self.tensors, **(tensors or {})}, args, kwargs)
 
     def hook(self, linear: Linear) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         """A forward hook for the module of ``linear``."""
@@ -70,10 +66,10 @@ class TrainableBlock:
 
 
 @contextmanager
-def trainable(block: nn.Module, linears: list[Linear]) -> Iterator[TrainableBlock]:
+def trainable(block: nn.Module, linears: list[Linear], state: Mapping[str, torch.Tensor]) -> Iterator[TrainableBlock]:
     """``block`` made trainable, inside or outside of inference mode."""
     with torch.inference_mode(False), torch.enable_grad(), plain_modules(block):
-        made = TrainableBlock(block, linears)
+        made = TrainableBlock(block, linears, state)
         handles = [block.get_submodule(linear.name).register_forward_pre_hook(made.hook(linear)) for linear in linears]
         try:
             yield made

@@ -5,7 +5,7 @@ or an earlier linear with as many outputs as the group has inputs. A candidate c
 scale, with the group's columns multiplied by it, leaves the block's output as it was.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,32 +57,54 @@ class FoldablePair:
 
         Returns the scale that was applied: the one asked for, as far as the norm's weight can hold its inverse.
         """
+        values, applied = self.folded(parameters, scale, {name: parameters[name].dtype for name in self.changed()})
+        for name, value in values.items():
+            parameters[name].copy_(value)
+        return applied
+
+    def folded(
+        self, parameters: Mapping[str, torch.Tensor], scale: torch.Tensor, stored: Mapping[str, torch.dtype]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What ``fold`` makes of the parameters, float32 as the dtypes in ``stored`` hold it, and the applied scale.
+
+        Gradients go straight through the rounding to those dtypes.
+        """
+        values = {}
         if self.producer.norm is not None:
-            weight = parameters[f"{self.producer.norm}.weight"]
-            gain = weight.float() + self.producer.offset
-            weight.copy_(_storable(gain / scale, self.producer.offset))
-            stored = weight.float() + self.producer.offset
-            scale = torch.where((gain != 0) & (stored != 0), gain / stored, scale)
+            name = f"{self.producer.norm}.weight"
+            values[name], scale = fold_gain(parameters[name], scale, self.producer.offset, stored[name])
         for name, transposed in _divided(self.producer):
-            if name != f"{self.producer.norm}.weight":
-                values = parameters[name].T if transposed else parameters[name]
-                values.copy_(values.float() / (scale[:, None] if values.ndim == 2 else scale))
+            if name not in values:
+                rows = parameters[name].T if transposed else parameters[name]
+                divided = held(rows.float() / (scale[:, None] if rows.ndim == 2 else scale), stored[name])
+                values[name] = divided.T if transposed else divided
         for linear in self.group.linears:
-            view = linear.view(parameters[linear.parameter])
-            view.copy_(view.float() * scale)
-        return scale
+            columns = held(linear.view(parameters[linear.parameter]).float() * scale, stored[linear.parameter])
+            values[linear.parameter] = columns.T if linear.transposed else columns
+        return values, scale
 
 
-def _storable(gain: torch.Tensor, offset: float) -> torch.Tensor:
-    """The weight of a norm with that gain.
+def fold_gain(
+    weight: torch.Tensor, scale: torch.Tensor, offset: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A norm's ``weight`` ``[in]`` with its gain divided by ``scale``, and by what it is divided as ``dtype`` holds it.
 
-    Less one it is rounded to bfloat16, whatever the file's dtype: such models run in bfloat16, where a gain near zero
-    has few digits left, and the columns must make up for the gain that is there then (ours).
+    A weight stored less one is rounded to bfloat16, whatever the file's dtype: such models run in bfloat16, where a
+    gain near zero has few digits left, and the columns must make up for the gain that is there then (ours).
     """
-    if not offset:
-        return gain
-    rounded = (gain - offset).bfloat16().float()
-    return torch.where(rounded + offset == 0, gain - offset, rounded)
+    gain = weight.float() + offset
+    wanted = gain / scale - offset
+    if offset:
+        rounded = held(wanted, torch.bfloat16)
+        wanted = torch.where(rounded + offset == 0, wanted, rounded)
+    stored = held(wanted, dtype)
+    kept = (gain != 0) & (stored + offset != 0)
+    return stored, torch.where(kept, gain / torch.where(kept, stored + offset, 1.0), scale)
+
+
+def held(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 ``values`` as ``dtype`` holds them; gradients go straight through."""
+    return values if dtype == torch.float32 else values + (values.to(dtype).float() - values).detach()
 
 
 def _divided(producer: Producer) -> list[tuple[str, bool]]:
