@@ -5,8 +5,9 @@
 Every arm trains for the same number of steps on as many tokens: against a generator (ZSAQ), with a frozen one, with
 plain AdamW instead of sharpness-aware steps, on random tokens, on text that the model wrote, on real text. Before any
 training there is rounding to nearest. Measured: the divergence from the original model on each text, its mean over the
-texts less the training loss, and sharpness (on what was held out: self-written text, for the last arm real text). The
-JSON holds every run; finished runs are kept.
+texts less the training loss, and sharpness (on what was held out: self-written text, for the last arm real text); the
+last two only of runs whose training was of use, since others keep the rounded model. The JSON holds every run; finished
+runs are kept.
 """
 
 import argparse
@@ -89,8 +90,12 @@ def measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def of_training(runs: list[dict[str, Any]], divergences: list[float]) -> list[str]:
-    """Sharpness, and measured less training divergence; nothing of what was not trained."""
-    pairs = [(run["training"], found) for run, found in zip(runs, divergences, strict=True) if run["training"]]
+    """Sharpness, and measured less training divergence; nothing of runs that kept the rounded model."""
+    pairs = [
+        (run["training"], found)
+        for run, found in zip(runs, divergences, strict=True)
+        if run["training"] and run["training"]["best"]
+    ]
     if not pairs:
         return ["", ""]
     gaps = [found - training["loss"] for training, found in pairs]
@@ -125,6 +130,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens of an evaluation window")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if Path(options.real).resolve() in [Path(text).resolve() for text in options.texts]:
+        parser.error(f"{options.real}: one arm trains on it, so it is no text to measure on")
     file = options.json or HERE / "results" / f"zsaq_{options.model.resolve().name}.json"
     keys = ("steps", "rows", "length", "learning_rate", "samples", "windows", "window")
     settings = {key: vars(options)[key] for key in keys}
