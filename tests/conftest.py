@@ -51,6 +51,7 @@ ARCHITECTURES: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
         hf.Qwen3MoeConfig(**_GATED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     ),
+    "bert_mlm": lambda: hf.BertForMaskedLM(hf.BertConfig(**_SIZE, intermediate_size=96)),
     "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_SIZE, intermediate_size=96)),
 }
 

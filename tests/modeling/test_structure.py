@@ -25,6 +25,7 @@ EXPECTED = {
     "mixtral": ["q_proj k_proj v_proj", "o_proj", "experts: gate_up_proj down_proj"],
     "qwen3_moe": ["q_proj k_proj v_proj", "o_proj", "experts: gate_up_proj down_proj"],
     "bert": ["query key value", "dense", "dense", "dense"],
+    "bert_mlm": ["query key value", "dense", "dense", "dense"],
 }  # fmt: skip
 
 

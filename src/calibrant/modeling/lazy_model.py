@@ -116,10 +116,10 @@ class LazyModel:
         inside = tuple(prefix + "." for prefix in prefixes)
         base = self.module.base_model_prefix + "."
         wanted = [target for target in self._sources if not target.startswith(inside)]
-        if any(target.startswith(base) for target in wanted):
-            wanted = [target for target in wanted if target.startswith(base)]  # the head is not needed
-        self.load([name for target in wanted for name in self._sources[target]])
-        self.module.tie_weights()
+        without_head = [target for target in wanted if target.startswith(base)]
+        self.load([name for target in without_head or wanted for name in self._sources[target]])
+        if not without_head:
+            self.module.tie_weights()
 
     def drop(self, module: nn.Module) -> None:
         """Give the memory of a module's parameters back; whatever they were cast to, they are read as stored again."""
