@@ -18,12 +18,12 @@ import calibrant as cb
 from calibrant.api import prepare
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.randomness import generator as seeded
+from calibrant.compression import recipe_parts
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.plan import make_plan
 from calibrant.compression.recipe import Recipe
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.errors import CalibrantError
-from calibrant.learning import student as student_module
 from calibrant.learning import train_model, training_loop
 from calibrant.learning.divergence import divergences
 from calibrant.learning.generator import Generator, read_embeddings
@@ -216,7 +216,7 @@ def test_rows_one_at_a_time_make_the_same_step(
 
 def test_logits_are_run_in_parts_of_so_many_bytes(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = ModelFolder(llama).vocabulary
-    monkeypatch.setattr(student_module, "_LOGIT_BYTES", 2 * 4 * 16 * vocabulary)
+    monkeypatch.setattr(recipe_parts, "_LOGIT_BYTES", 2 * 4 * 16 * vocabulary)
     assert [part.stop for part in student(llama, recipe({"name": "qat"})).parts(5, 16)] == [2, 4, 5]
     assert [part.stop for part in student(llama, recipe({"name": "qat", "rows_at_once": 3})).parts(5, 16)] == [3, 5]
 

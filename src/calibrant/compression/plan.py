@@ -331,8 +331,10 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
         memory += 2 * 4 * tokens * hidden + 10 * 4 * block
     if plan.recipe.training is not None:
         # Teacher, weights, rounded weights, their gradients, two moments, the best so far; a generator with its own.
-        generator = _generator_parameters(model, plan.recipe.training)
-        logits = plan.recipe.training.rows * plan.recipe.training.length * model.folder.vocabulary
+        options = plan.recipe.training
+        generator = _generator_parameters(model, options)
+        rows = min(options.rows, options.rows_together(options.length, model.folder.vocabulary))
+        logits = rows * options.length * model.folder.vocabulary
         memory += 4 * (8 * (parameters + hidden * model.folder.vocabulary) + 5 * generator + 6 * logits)
     disk = 2 * sum(info_bytes(info.dtype, info.shape) for info in model.folder.tensors.values())
     if plan.recipe.training is not None:

@@ -122,6 +122,10 @@ class Quadapter(Strict):
 Transform = Annotated[SmoothQuant | Awq | Quadapter, Field(discriminator="name")]
 
 
+# Logits of so many bytes are held at a time (ours).
+_LOGIT_BYTES = 2**28
+
+
 class Training(Strict):
     """What every training of rounded weights has.
 
@@ -142,6 +146,10 @@ class Training(Strict):
     rows_at_once: int | None = Field(default=None, ge=1)
     checkpointing: bool = False
     seed: int = Field(default=0, ge=0)
+
+    def rows_together(self, length: int, vocabulary: int) -> int:
+        """How many rows of that length are run at a time, if there are as many."""
+        return self.rows_at_once or max(1, _LOGIT_BYTES // (4 * length * vocabulary))
 
 
 class OnText(Training):

@@ -14,8 +14,6 @@ from calibrant.learning.rounded_model import Learner
 from calibrant.learning.rows import Rows, model_inputs
 from calibrant.learning.sharpness import at_worst_nearby, gradient_norm
 
-# Logits of so many bytes are held at a time (ours).
-_LOGIT_BYTES = 2**28
 # Global norms of gradients are clipped to this (ours).
 LARGEST_GRADIENT = 1.0
 # Of sharpness as it is reported, whatever a training looked for (ours).
@@ -74,8 +72,7 @@ class Student:
 
     def parts(self, rows: int, length: int) -> Iterator[slice]:
         """Rows to be run at a time."""
-        bytes_of_row = 4 * length * int(self._teacher.config.get_text_config().vocab_size)
-        size = self._options.rows_at_once or max(1, _LOGIT_BYTES // bytes_of_row)
+        size = self._options.rows_together(length, int(self._teacher.config.get_text_config().vocab_size))
         return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
     def descend(self, rate: float, loss: Callable[[], float]) -> dict[str, float]:
