@@ -475,3 +475,13 @@ def test_an_interrupt_leaves_nothing_behind(run, llama: Path, tmp_path: Path, mo
     assert status == 130
     assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_seed_is_a_trainings_also_of_a_recipe_file_that_was_shown(run, llama: Path, tmp_path: Path) -> None:
+    _, shown, _ = run("recipes", "zsaq-w4a8")
+    (tmp_path / "mine.yaml").write_text(shown.replace("steps: 200", "steps: 1").replace("length: 64", "length: 16"))
+    status, _, err = run(
+        "compress", llama, "-r", tmp_path / "mine.yaml", "-o", tmp_path / "out", "--seed", 7, "--bits", 2
+    )
+    assert status == 0, err
+    assert json.loads((tmp_path / "out" / "calibrant.json").read_text())["recipe"]["training"]["seed"] == 7

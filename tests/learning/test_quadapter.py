@@ -22,7 +22,8 @@ from calibrant.formats.quantized import Layout
 from calibrant.learning import quadapter
 from calibrant.learning.journal import Journal
 from calibrant.learning.quadapter import learn_scales
-from calibrant.learning.scaled_model import ScaledModel
+from calibrant.learning.scaled_model import PlacedPair, ScaledModel
+from calibrant.learning.trainable_block import TrainableBlock
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.module_call import ModuleCall
@@ -191,6 +192,16 @@ def test_other_transforms_do_not_go_with_it() -> None:
 SECOND = {"name": "quadapter", "steps": 12, "rows": 4, "length": 16, "look": 4}
 
 
+def with_other_norms(folder: Path) -> Path:
+    """Gains and biases of norms that are not all one and nothing."""
+    tensors, draw = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, value in tensors.items():
+        if value.ndim == 1 and ("norm" in name or "ln_" in name):
+            tensors[name] = (value + 0.3 * torch.randn(value.shape, generator=draw)).to(value.dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 @pytest.mark.parametrize("ignore", [[], ["v_proj|lm_head"]])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "opt"])
@@ -198,7 +209,7 @@ def test_the_scaled_model_computes_what_is_stored(
     tmp_path: Path, architecture: str, stored: torch.dtype, ignore: list[str]
 ) -> None:
     """The divergence that the second phase ended with, from the files by another library."""
-    model = write_model(tmp_path / "model", architecture, stored)
+    model = with_other_norms(write_model(tmp_path / "model", architecture, stored))
     static = {"weights": {"bits": 4}, "activations": {"bits": 8, "dynamic": False}}
     training = {**SECOND, "objective": "teacher"}
     data = random_set(model, samples=8, length=16)
@@ -213,19 +224,10 @@ def test_the_scaled_model_computes_what_is_stored(
 
 def test_scales_that_move_into_columns_change_nothing_but_the_rounding(llama: Path) -> None:
     """So what the gain and the columns say of a scale cancels: both are seen, with weights so fine and no ranges."""
-    lazy = LazyModel(ModelFolder(llama), torch.float32, torch.device("cpu"))
-    blocks = find_blocks(lazy.module)
-    plan = make_plan(lazy, blocks, recipe({"name": "quadapter"}, training=SECOND, weights={"bits": 8}))
-    calibration = random_set(llama)
-    journal = Journal(llama.parent / "never", {}, overwrite=False)
-    options = recipe({"name": "quadapter", "steps": 1}, weights={"bits": 8}).transforms[0]
-    plan, places = learn_scales(lazy, plan, options, calibration, torch.float32, 1024, journal, Silent())  # type: ignore[arg-type]
-    journal.remove()
+    learner, places = scaled(llama, 0.06)
     with torch.inference_mode(False), torch.enable_grad():
-        original, model = (load_whole(ModelFolder(llama), "cpu", "float32") for _ in range(2))
-        ids = calibration.tokens.long()
-        learner = ScaledModel(model, plan, places, None)
-        gains = [model.get_submodule(f"{place.prefix}.{place.pair.producer.norm}") for place in places]
+        original = load_whole(ModelFolder(llama), "cpu", "float32")
+        ids = random_set(llama).tokens.long()
         weights = torch.randn(8, 32, 128, generator=torch.Generator().manual_seed(0))
         loss = (learner.model(input_ids=ids).logits * weights).sum()
         logs = learner.groups[0][0]
@@ -234,9 +236,61 @@ def test_scales_that_move_into_columns_change_nothing_but_the_rounding(llama: Pa
             norm.weight.requires_grad_(True)
         plain = [original.get_submodule(f"{place.prefix}.{place.pair.producer.norm}").weight for place in places]
         alone = torch.autograd.grad((original(input_ids=ids).logits * weights).sum(), plain)
-    assert len(found) == len(alone) == len(gains) == 4
+    assert len(found) == len(alone) == 4
     for both, one, gain in zip(found, alone, plain, strict=True):
         assert float(both.norm()) < 0.1 * float((one * gain.detach()).norm())
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2"])
+def test_the_first_phase_learns_with_what_the_file_can_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    """Of OPT its gains, of GPT-2, which is stored dense, the rounded weights too."""
+    seen = []
+    changed = TrainableBlock.changed
+
+    def noted(self: TrainableBlock, tensors: dict[str, torch.Tensor], change_input: Any) -> Any:
+        seen.extend(value.detach().clone() for name, value in tensors.items() if "norm" in name or "c_" in name)
+        return changed(self, tensors, change_input)
+
+    monkeypatch.setattr(TrainableBlock, "changed", noted)
+    model = with_other_norms(write_model(tmp_path / "model", architecture, torch.bfloat16))
+    chosen = recipe({"name": "quadapter", "steps": 5})
+    cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=random_set(model), dtype="float32")
+    assert len({float(value.sum()) for value in seen}) > 4
+    assert all(torch.equal(value, value.bfloat16().float()) for value in seen)
+
+
+def scaled(folder: Path, learning_rate: float) -> tuple[ScaledModel, list[PlacedPair]]:
+    """What the second phase trains, with a step's scales; weights of 8 bits, no ranges."""
+    opened = ModelFolder(folder)
+    lazy = LazyModel(opened, opened.dtype, torch.device("cpu"))
+    chosen = recipe({"name": "quadapter", "steps": 1, "learning_rate": learning_rate}, weights={"bits": 8})
+    plan = make_plan(lazy, find_blocks(lazy.module), chosen)
+    journal = Journal(folder.parent / "never", {}, overwrite=False)
+    plan, places = learn_scales(
+        lazy,
+        plan,
+        chosen.transforms[0],
+        random_set(folder),
+        torch.float32,
+        1024,
+        journal,
+        Silent(),  # type: ignore[arg-type]
+    )
+    journal.remove()
+    with torch.inference_mode(False), torch.enable_grad():
+        return ScaledModel(load_whole(opened, "cpu", "float32"), plan, places, None), places
+
+
+def test_the_second_phase_computes_with_what_the_file_can_hold(tmp_path: Path) -> None:
+    learner, places = scaled(with_other_norms(write_model(tmp_path / "model", "gpt2", torch.bfloat16)), 0.06)
+    assert len(places) == 4
+    for place in places:
+        for name in (place.pair.producer.norm, place.pair.group.module):
+            module = learner.model.get_submodule(f"{place.prefix}.{name}")
+            for value in (module.weight.detach(), module.bias.detach()):
+                assert torch.equal(value, value.bfloat16().float())
 
 
 def test_rows_that_scales_are_judged_on_are_not_learned_from(

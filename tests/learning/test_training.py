@@ -21,7 +21,7 @@ from calibrant.calibration.randomness import generator as seeded
 from calibrant.compression import recipe_parts
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.plan import make_plan
-from calibrant.compression.recipe import Recipe
+from calibrant.compression.recipe import Recipe, load_recipe
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.errors import CalibrantError
 from calibrant.learning import train_model, training_loop
@@ -39,7 +39,7 @@ from calibrant.modeling.structure import find_blocks
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import Silent
 from tests.checkpoints import loaded_divergence
-from tests.conftest import random_set
+from tests.conftest import random_set, write_model
 
 W4A8 = {"weights": {"bits": 4, "range_search": "mse"}, "activations": {"bits": 8}}
 CPU = torch.device("cpu")
@@ -207,7 +207,9 @@ def test_rows_one_at_a_time_make_the_same_step(
         options = {"allow_encoder": encoder, "dtype": "float32"}
         cb.compress(model, output=tmp_path / name, recipe=chosen, calibration=data, **options)
     whole, parts = (json.loads((tmp_path / name / "calibrant.json").read_text()) for name in ("whole", "parts"))
-    assert parts["training"]["loss"] == pytest.approx(whole["training"]["loss"], rel=5e-3)
+    assert parts["training"]["loss"] == pytest.approx(
+        whole["training"]["loss"], rel=1e-4 if architecture == "llama" else 5e-3
+    )
     for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
         other = load_file(tmp_path / "parts" / "model.safetensors")[name]
         if "packed" not in name:
@@ -473,6 +475,20 @@ def test_what_is_loaded_is_what_was_trained(llama: Path, tmp_path: Path, scheme:
     assert not (tmp_path / "out.training").exists()
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "falcon"])
+def test_what_is_stored_dense_is_trained_in_the_files_dtype(tmp_path: Path, architecture: str) -> None:
+    """Loaders read these values themselves, not codes."""
+    model = write_model(tmp_path / "model", architecture, torch.bfloat16)
+    opened = ModelFolder(model)
+    lazy = LazyModel(opened, opened.dtype, CPU)
+    plan = make_plan(lazy, find_blocks(lazy.module), recipe({"name": "qat"}, weights={"bits": 8}))
+    assert plan.layout is None
+    learner = RoundedModel(load_whole(opened, "cpu", "float32"), plan)
+    for name in plan.linears:
+        weight = learner.model.get_submodule(name).weight
+        assert torch.equal(weight, weight.bfloat16().float())
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "gemma3", "bert"])
 def test_architectures_can_be_trained(model_folder, tmp_path: Path, architecture: str) -> None:
     inputs = "random" if architecture == "bert" else "generator"
@@ -697,6 +713,11 @@ def test_the_commands_seed_is_the_trainings_where_the_recipe_says_none(llama: Pa
         for name in ("none", "one")
     }
     assert seeds == {"none": 7, "one": 5}
+    changed = load_recipe("zsaq-w4a8").with_weights(2, None).with_seed(7)
+    assert changed.training is not None
+    assert changed.training.seed == 7
+    with pytest.raises(CalibrantError, match="must be 0 or more"):
+        cb.compress(llama, output=tmp_path / "none", recipe=recipe({"name": "zsaq"}), seed=-1, overwrite=True)
 
 
 def test_a_damaged_description_of_a_training_says_what_to_do(llama: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def recipes(
     from calibrant.compression.recipe import builtin_recipes, load_recipe
 
     if name is not None:
-        shown = load_recipe(name).model_dump(exclude_none=True)
+        shown = load_recipe(name).as_written(exclude_none=True)
         print(
             json.dumps(shown, indent=2) if as_json else yaml.safe_dump(shown, sort_keys=False),
             end="\n" if as_json else "",
@@ -32,7 +32,7 @@ def recipes(
         return
     found = builtin_recipes()
     if as_json:
-        print(json.dumps({key: recipe.model_dump(exclude_none=True) for key, recipe in found.items()}, indent=2))
+        print(json.dumps({key: recipe.as_written(exclude_none=True) for key, recipe in found.items()}, indent=2))
         return
     table = Table("recipe", "needs data", "what it does")
     for key, recipe in found.items():

@@ -67,6 +67,11 @@ class Plan:
         """The scheme's bits, or its share of zeros."""
         return self.spec.bits if self.spec is not None else self.sparsity.share if self.sparsity is not None else 0.0
 
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """What holds rounded values: float32 where they are computed from codes, else the model's own dtype."""
+        return torch.float32 if self.layout is not None or self.spec is None else self.spec.scale_dtype
+
     def spec_for(self, name: str) -> GridSpec | None:
         """The grid of the linear of that full name."""
         if self.spec is None or name not in self.choices:
@@ -333,7 +338,8 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
         # Teacher, weights, rounded weights, their gradients, two moments, the best so far; a generator with its own.
         options = plan.recipe.training
         generator = _generator_parameters(model, options)
-        rows = min(options.rows, options.rows_together(options.length, model.folder.vocabulary))
+        rows = max(options.rows, WATCHED_TOKENS // options.length)
+        rows = min(rows, options.rows_together(options.length, model.folder.vocabulary))
         logits = rows * options.length * model.folder.vocabulary
         memory += 4 * (8 * (parameters + hidden * model.folder.vocabulary) + 5 * generator + 6 * logits)
     disk = 2 * sum(info_bytes(info.dtype, info.shape) for info in model.folder.tensors.values())

@@ -196,10 +196,23 @@ class Recipe(Strict):
         """Whether a calibration set is used."""
         return self.gathers or bool(self.transforms) or self.budget is not None or isinstance(self.training, OnText)
 
+    def as_written(self, exclude_none: bool = False) -> dict[str, Any]:
+        """With all defaults, as a file would have it, but for a training's seed that nobody said."""
+        found = self.model_dump(exclude_none=exclude_none)
+        if self.training is not None and "seed" not in self.training.model_fields_set:
+            del found["training"]["seed"]
+        return found
+
     def with_seed(self, seed: int) -> "Recipe":
-        """The same recipe with that seed of its training, if there is one that says none itself."""
+        """The same recipe with that seed of its training, if there is one that says none itself.
+
+        Raises:
+            CalibrantError: it is negative.
+        """
         if self.training is None or "seed" in self.training.model_fields_set:
             return self
+        if seed < 0:
+            raise CalibrantError(f"seed {seed}: must be 0 or more")
         return self.model_copy(update={"training": self.training.model_copy(update={"seed": seed})})
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
@@ -212,7 +225,7 @@ class Recipe(Strict):
             return self
         if self.scheme.weights is None:
             raise CalibrantError(f"recipe {self.name}: it does not quantize, so --bits and --group-size do not apply")
-        changed = self.model_dump()
+        changed = self.as_written()
         said = []
         if bits is not None:
             changed["scheme"]["weights"]["bits"] = bits

@@ -21,7 +21,7 @@ from calibrant.learning.fake_quantization import fake_quantize_tensor, fake_quan
 from calibrant.learning.journal import Journal
 from calibrant.learning.scaled_model import PlacedPair
 from calibrant.learning.trainable_block import TrainableBlock, trainable
-from calibrant.modeling.foldable import FoldablePair, find_foldable
+from calibrant.modeling.foldable import FoldablePair, find_foldable, held
 from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.module_call import ModuleCall
@@ -167,7 +167,8 @@ class _Fit:
     def _rounded(self, linear: Linear, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A linear's parameter as it will be stored."""
         weight, spec = linear.view(tensors[linear.parameter]), self._spec(linear)
-        weight = fake_quantize_weight(weight, spec) if spec is not None else weight
+        if spec is not None:
+            weight = held(fake_quantize_weight(weight, spec), self._plan.value_dtype)
         return weight.T if linear.transposed else weight
 
     def _rounded_input(self, linear: Linear, inputs: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:

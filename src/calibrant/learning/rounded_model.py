@@ -14,6 +14,7 @@ from calibrant.compression.grids import Grid, GridSpec, stored_scale
 from calibrant.compression.plan import Plan, TrainedLinear
 from calibrant.learning.fake_quantization import fake_quantize
 from calibrant.learning.learned_range import SeenInput, learned_ranges, range_parameters, round_inputs
+from calibrant.modeling.foldable import held
 
 # Scales and ranges are learned in their logarithm, where a step of the weights' rate would move next to nothing (ours).
 _RANGE_RATE = 10.0
@@ -55,7 +56,8 @@ class RoundedModel:
         for name in plan.linears:
             linear, spec = model.get_submodule(name), plan.spec_for(name)
             assert spec is not None
-            rounding = _RoundedWeight(linear.get_parameter("weight").data, spec, isinstance(linear, Conv1D))
+            weight, transposed = linear.get_parameter("weight").data, isinstance(linear, Conv1D)
+            rounding = _RoundedWeight(weight, spec, transposed, plan.value_dtype)
             parametrize.register_parametrization(linear, "weight", rounding)
             self._weights[name] = rounding
         self._inputs = learned_ranges(plan, seen or {}, {})
@@ -94,9 +96,9 @@ class RoundedModel:
 class _RoundedWeight(nn.Module):
     """What is stored of a weight, on a grid whose scales are learned."""
 
-    def __init__(self, weight: torch.Tensor, spec: GridSpec, transposed: bool) -> None:
+    def __init__(self, weight: torch.Tensor, spec: GridSpec, transposed: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.spec, self.transposed = spec, transposed
+        self.spec, self.transposed, self._dtype = spec, transposed, dtype
         grid = fit_grid((weight.T if transposed else weight).float(), spec)
         self.log_factor = nn.Parameter(torch.zeros_like(grid.scale))
         self.scale: torch.Tensor
@@ -109,6 +111,7 @@ class _RoundedWeight(nn.Module):
         groups = rows.reshape(len(rows), self.scale.shape[1], -1)
         scale, zero = self._learned_scale()[..., None], self.zero[..., None]
         rounded = fake_quantize(groups, scale, zero, self.spec.lowest, self.spec.highest).reshape(rows.shape)
+        rounded = held(rounded, self._dtype)
         return rounded.T if self.transposed else rounded
 
     @torch.no_grad()

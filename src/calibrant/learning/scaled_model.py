@@ -72,7 +72,8 @@ class ScaledModel:
         # Layers that a recipe ignores are scaled, not rounded.
         for name in plan.linears.keys() | fold_of.keys():
             linear, spec = model.get_submodule(name), plan.spec_for(name) if name in plan.linears else None
-            columns = _ScaledColumns(fold_of.get(name), dtype_of.get(name), spec, isinstance(linear, Conv1D))
+            transposed = isinstance(linear, Conv1D)
+            columns = _ScaledColumns(fold_of.get(name), dtype_of.get(name), spec, transposed, plan.value_dtype)
             parametrize.register_parametrization(linear, "weight", columns)
         self._inputs = learned_ranges(plan, seen or {}, {name: fold.scale for name, fold in fold_of.items()})
         round_inputs(model, plan, self._inputs)
@@ -140,14 +141,24 @@ class _ScaledBias(nn.Module):
 class _ScaledColumns(nn.Module):
     """A linear's weight: columns scaled if there is a ``fold``, then on the plain grid of ``spec`` if there is one."""
 
-    def __init__(self, fold: _Fold | None, dtype: torch.dtype | None, spec: GridSpec | None, transposed: bool) -> None:
+    def __init__(
+        self,
+        fold: _Fold | None,
+        dtype: torch.dtype | None,
+        spec: GridSpec | None,
+        transposed: bool,
+        value_dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self._fold, self._dtype, self._spec, self._transposed = fold, dtype, spec, transposed
+        self._value_dtype = value_dtype
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         rows = weight.T if self._transposed else weight
         if self._fold is not None:
             assert self._dtype is not None
             rows = held(rows * self._fold.scale(), self._dtype)
-        rounded = fake_quantize_weight(rows, self._spec) if self._spec is not None else rows
+        rounded = rows
+        if self._spec is not None:
+            rounded = held(fake_quantize_weight(rows, self._spec), self._value_dtype)
         return rounded.T if self._transposed else rounded
