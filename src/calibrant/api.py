@@ -103,10 +103,10 @@ def prepare(
     folder = ModelFolder(model_path(model), allow_encoder)
     if calibration is not None and chosen.needs_data:
         _check_calibration(folder, calibration)
-    if calibration is None and chosen.needs_data and not folder.causal:
-        raise CalibrantError(f"{folder.path}: writes no text, so it makes no calibration set; pass one (--calibration)")
     if chosen.training is not None:
         check_training(folder, chosen.training)
+    if calibration is None and chosen.needs_data and not folder.causal:
+        raise CalibrantError(f"{folder.path}: writes no text, so it makes no calibration set; pass one (--calibration)")
     goes_on = chosen.learns and is_unfinished(target) and not overwrite
     if chosen.asymmetric and not (sequential and propagate):
         raise CalibrantError(f"recipe {chosen.name} needs the single pass: leave out --two-pass and --no-propagate")
