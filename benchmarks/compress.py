@@ -31,7 +31,7 @@ from rich.table import Table
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.compression.plan import measured_rate
+from calibrant.compression.estimate import measured_rate
 from calibrant.compression.recipe import load_recipe
 
 HERE = Path(__file__).parent

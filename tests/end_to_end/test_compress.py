@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import calibrant as cb
 from calibrant.api import prepare
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.compression import plan
+from calibrant.compression import estimate
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.recipe import Recipe, builtin_recipes, load_recipe
 from calibrant.compression.run_record import RunReport
@@ -258,7 +258,7 @@ def test_weights_kept_exactly_are_listed_beside_the_model(tmp_path: Path, recipe
 
 
 def test_the_estimate_knows_what_methods_cost(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "measured_rate", lambda dtype, device: 1e6)
+    monkeypatch.setattr(estimate, "measured_rate", lambda dtype, device: 1e6)
     recipes = ["rtn-w8a16", "gptq-w4a16-g32", "gptq-w4a16-refined", "quantease-w4a16", "quantease-w3a16-outliers"]
     seconds = [prepare(llama, output=tmp_path / "out", recipe=name).estimate(8, 32).seconds for name in recipes]
     assert seconds == sorted(set(seconds))
@@ -269,6 +269,17 @@ def test_the_estimate_knows_what_methods_cost(llama: Path, tmp_path: Path, monke
         for more in ({}, clip, {"transforms": [{"name": "awq"}]})
     )
     assert plain < clipped < scaled
+
+
+def test_the_estimate_of_a_training_counts_the_rows_that_run_together(llama: Path, tmp_path: Path) -> None:
+    def memory(**training: object) -> float:
+        said = load_recipe("zsaq-w4a8").as_written(exclude_none=True)
+        said["training"] |= {"length": 32, **training}
+        return prepare(llama, output=tmp_path / "out", recipe=Recipe.model_validate(said)).estimate(8, 32).memory_bytes
+
+    vocabulary, rows = 128, 4096 // 32  # the look's, which are more than a step's eight
+    assert memory(rows_at_once=7) - memory(rows_at_once=2) == 4 * 6 * 5 * 32 * vocabulary
+    assert memory() - memory(rows_at_once=2) == 4 * 6 * (rows - 2) * 32 * vocabulary
 
 
 def test_an_expression_that_finds_nothing_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""What a run will do, checked and estimated before any weight is read."""
+"""What a run will do, checked before any weight is read."""
 
 import re
-import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,21 +12,13 @@ from calibrant.compression.activation_ranges import InputGrid
 from calibrant.compression.grids import Grid, GridSpec
 from calibrant.compression.methods import METHODS
 from calibrant.compression.recipe import AUTOMATIC_GROUP_SIZES, Recipe
-from calibrant.compression.recipe_parts import Awq, Quadapter, Training, Zsaq
+from calibrant.compression.recipe_parts import Quadapter
 from calibrant.compression.solvers.sparsity import Sparsity
-from calibrant.compression.statistics import Hessian, PairedHessian
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import FormatName, Layout
 from calibrant.formats.registry import format_for
-from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
-
-# Ranges that a search by output error compares.
-_CLIP_CANDIDATES = 10
-# A look at a training runs on at most so many tokens: it should cost little beside the steps between two (ours).
-WATCHED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -91,15 +82,6 @@ class Plan:
     def ignored(self, name: str) -> bool:
         """Whether the recipe leaves the linear of that full name alone; for experts also by their module's name."""
         return _ignored(self.recipe, name)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take: seconds of work, bytes of memory at the peak, bytes on disk while it runs."""
-
-    seconds: float
-    memory_bytes: int
-    disk_bytes: int
 
 
 def make_plan(
@@ -293,116 +275,3 @@ def _check_pattern(recipe: Recipe, linears: dict[str, tuple[int, int]], fused: d
                 f"pattern {recipe.scheme.sparsity} does not divide the {width} inputs of {name}; "
                 "leave the layer out with ignore, or take a share such as 0.5"
             )
-
-
-def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> Estimate:
-    """Estimate a run from FLOPs and a short measurement of this machine's matrix products.
-
-    The factor over the floor and the fixed part are measured ones for this engine on a CPU (ours; they are rough).
-    """
-    tokens = samples * length if plan.recipe.needs_data else 0
-    parameters = sum(out * into for out, into in plan.linears.values()) + sum(
-        torch.Size(shape).numel() for shape in plan.fused.values()
-    )
-    widths = {into for _, into in plan.linears.values()} | {
-        width for shape in plan.fused.values() for width in shape[1:]
-    }
-    groups = 4 * len(plan.blocks)
-    hessian = 0.0
-    if plan.recipe.statistic in (Hessian, PairedHessian):
-        per_block = sum(sorted(widths)[:1]) ** 2 * 3 + max(widths) ** 2
-        hessian = per_block * len(plan.blocks) * float(tokens)
-    flops = 2.0 * parameters * tokens + hessian
-    seconds = 1.5 * flops / measured_rate(dtype, model.device) + 0.02 * groups + 5
-    seconds += _solving_flops(plan, parameters) / measured_rate(dtype, model.device)
-    for transform in plan.recipe.transforms:
-        if isinstance(transform, Quadapter):
-            # Three times a forward pass a step; one row in eight is looked at every 25 steps.
-            passes = transform.steps * (3 + samples / (8 * 25))
-            seconds += 1.5 * 2.0 * parameters * length * passes / measured_rate(torch.float32, model.device)
-            seconds += 0.02 * transform.steps * len(plan.blocks)
-    hidden = int(hidden_width(model))
-    if plan.recipe.training is not None:
-        whole = parameters + hidden * model.folder.vocabulary
-        # Products of a few hundred rows, and the head in float32, are further from the best rate.
-        generator = _generator_parameters(model, plan.recipe.training)
-        seconds += 2.5 * _training_flops(plan.recipe.training, whole, generator) / measured_rate(dtype, model.device)
-    element = torch.empty(0, dtype=dtype).element_size()
-    block = max(1, parameters // len(plan.blocks))
-    widest = max(widths, default=hidden)
-    memory = 600 * 2**20 + tokens * element * (3 * hidden + 2 * widest) + block * 16 + 3 * 4 * widest**2
-    if any(isinstance(transform, Quadapter) for transform in plan.recipe.transforms):
-        # Float32 inputs and targets of a block; its weights, rounded and on the way there, with their gradients.
-        memory += 2 * 4 * tokens * hidden + 10 * 4 * block
-    if plan.recipe.training is not None:
-        # Teacher, weights, rounded weights, their gradients, two moments, the best so far; a generator with its own.
-        options = plan.recipe.training
-        generator = _generator_parameters(model, options)
-        rows = max(options.rows, WATCHED_TOKENS // options.length)
-        rows = min(rows, options.rows_together(options.length, model.folder.vocabulary))
-        logits = rows * options.length * model.folder.vocabulary
-        memory += 4 * (8 * (parameters + hidden * model.folder.vocabulary) + 5 * generator + 6 * logits)
-    disk = 2 * sum(info_bytes(info.dtype, info.shape) for info in model.folder.tensors.values())
-    if plan.recipe.training is not None:
-        # The journal, and the one before it: weights, moments, the best so far; a generator's.
-        disk += 2 * 4 * (4 * parameters + 3 * _generator_parameters(model, plan.recipe.training))
-    return Estimate(seconds, memory, disk)
-
-
-def _solving_flops(plan: Plan, parameters: int) -> float:
-    """Work of solves and searches, as products at the best rate that take as long (measured on SmolLM2-135M; ours)."""
-    recipe, work = plan.recipe, 0.0
-    pairs = sum(out * into**2 for out, into in plan.linears.values()) + sum(
-        torch.Size(shape).numel() * max(shape[1:]) for shape in plan.fused.values()
-    )
-    # Loops over columns reach about a tenth of that rate.
-    work += 10 * 2.0 * pairs * METHODS[recipe.method.name].passes(recipe.method)
-    weights = recipe.scheme.weights
-    if weights is not None and weights.range_search == "clip":
-        work += 30 * 2.0 * _CLIP_CANDIDATES * (plan.spec.group_size or 512 if plan.spec is not None else 0) * parameters
-    for transform in recipe.transforms:
-        if isinstance(transform, Awq):
-            work += transform.steps * 3 * 2.0 * 1024 * parameters
-    return work
-
-
-def _generator_parameters(model: LazyModel, options: Training) -> int:
-    if not isinstance(options, Zsaq) or options.inputs == "random":
-        return 0
-    folder = model.folder if options.generator is None else ModelFolder(model_path(options.generator))
-    return sum(torch.Size(info.shape).numel() for info in folder.tensors.values())
-
-
-def _training_flops(options: Training, parameters: int, generator: int) -> float:
-    """A backward pass is two forward ones; student and teacher run twice where steps look around."""
-    times = 2 if options.radius else 1
-    passes = (3 + options.checkpointing) * times + (1 if isinstance(options, Zsaq) else times)
-    generator_passes = 1
-    if isinstance(options, Zsaq) and options.generator_learning_rate:
-        # Its own step goes through student and teacher and back to what they read.
-        passes, generator_passes = passes + 4, 4
-    looks = 2 * (1 + options.steps / options.look) * WATCHED_TOKENS
-    work = passes * parameters + generator_passes * generator
-    return 2.0 * (options.rows * options.length * options.steps * work + looks * parameters)
-
-
-def hidden_width(model: LazyModel) -> int:
-    """Width of the hidden states."""
-    return int(model.folder.config.get_text_config().hidden_size)
-
-
-def info_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a stored tensor."""
-    width = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}.get(dtype, 1)
-    return width * torch.Size(shape).numel()
-
-
-def measured_rate(dtype: torch.dtype, device: torch.device, size: int = 1536, repeats: int = 3) -> float:
-    """FLOPs a second of ``[size, size]`` matrix products in ``dtype`` on this machine: the best of ``repeats``."""
-    left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
-    best = 0.0
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        torch.nn.functional.linear(left, right)[0, 0].item()
-        best = max(best, 2.0 * size**3 / (time.perf_counter() - begin))
-    return best

@@ -9,6 +9,11 @@ from calibrant.compression.activation_ranges import RangeRule
 from calibrant.compression.grids import RangeSearch
 from calibrant.compression.strict import Strict
 
+# A look at a training runs on at most so many tokens: it should cost little beside the steps between two (ours).
+WATCHED_TOKENS = 4096
+# Logits of so many bytes are held at a time (ours).
+_LOGIT_BYTES = 2**28
+
 
 class Weights(Strict):
     """Weight quantization.
@@ -120,10 +125,6 @@ class Quadapter(Strict):
 
 
 Transform = Annotated[SmoothQuant | Awq | Quadapter, Field(discriminator="name")]
-
-
-# Logits of so many bytes are held at a time (ours).
-_LOGIT_BYTES = 2**28
 
 
 class Training(Strict):

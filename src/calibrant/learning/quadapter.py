@@ -156,8 +156,8 @@ class _Fit:
         """Squared difference of the rounded block's output from ``target``, as a share of what the target holds."""
         tensors, scales = dict(self._fixed), []
         for pair, log in zip(self._pairs, logs, strict=True):
-            folded, scale = pair.folded(self._student.tensors, torch.exp(-log), self._stored)
-            tensors |= folded
+            scale, folded = pair.folded(self._student.tensors, torch.exp(-log), self._stored)
+            tensors |= dict(folded)
             scales.append(scale)
         tensors |= {linear.parameter: self._rounded(linear, tensors) for linear in self._pair_of}
         change = self._student.changed(tensors, lambda linear, inputs: self._rounded_input(linear, inputs, scales))

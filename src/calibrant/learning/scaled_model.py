@@ -63,19 +63,19 @@ class ScaledModel:
             producer, linears = placed.pair.producer, placed.pair.group.linears
             norm = model.get_submodule(f"{placed.prefix}.{producer.norm}")
             dtype = placed.stored[f"{producer.norm}.weight"]
-            fold = _Fold(self._logs[placed.name], norm.get_parameter("weight").data, producer.offset, dtype)
-            parametrize.register_parametrization(norm, "weight", _ScaledGain(fold))
+            moved = _Fold(self._logs[placed.name], norm.get_parameter("weight").data, producer.offset, dtype)
+            parametrize.register_parametrization(norm, "weight", _ScaledGain(moved))
             if producer.bias is not None:
-                parametrize.register_parametrization(norm, "bias", _ScaledBias(fold, placed.stored[producer.bias]))
-            fold_of |= {f"{placed.prefix}.{linear.name}": fold for linear in linears}
+                parametrize.register_parametrization(norm, "bias", _ScaledBias(moved, placed.stored[producer.bias]))
+            fold_of |= {f"{placed.prefix}.{linear.name}": moved for linear in linears}
             dtype_of |= {f"{placed.prefix}.{linear.name}": placed.stored[linear.parameter] for linear in linears}
         # Layers that a recipe ignores are scaled, not rounded.
         for name in plan.linears.keys() | fold_of.keys():
             linear, spec = model.get_submodule(name), plan.spec_for(name) if name in plan.linears else None
-            transposed = isinstance(linear, Conv1D)
-            columns = _ScaledColumns(fold_of.get(name), dtype_of.get(name), spec, transposed, plan.value_dtype)
+            fold, dtype = fold_of.get(name), dtype_of.get(name, torch.float32)
+            columns = _ScaledColumns(fold, dtype, spec, isinstance(linear, Conv1D), plan.value_dtype)
             parametrize.register_parametrization(linear, "weight", columns)
-        self._inputs = learned_ranges(plan, seen or {}, {name: fold.scale for name, fold in fold_of.items()})
+        self._inputs = learned_ranges(plan, seen or {}, {name: moved.scale for name, moved in fold_of.items()})
         round_inputs(model, plan, self._inputs)
 
     @property
@@ -144,7 +144,7 @@ class _ScaledColumns(nn.Module):
     def __init__(
         self,
         fold: _Fold | None,
-        dtype: torch.dtype | None,
+        dtype: torch.dtype,
         spec: GridSpec | None,
         transposed: bool,
         value_dtype: torch.dtype,
@@ -156,7 +156,6 @@ class _ScaledColumns(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         rows = weight.T if self._transposed else weight
         if self._fold is not None:
-            assert self._dtype is not None
             rows = held(rows * self._fold.scale(), self._dtype)
         rounded = rows
         if self._spec is not None:

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.tokenizer import Tokenizer
-from calibrant.compression.plan import WATCHED_TOKENS, Plan
-from calibrant.compression.recipe_parts import EndToEnd, OnText, Training, Zsaq
+from calibrant.compression.plan import Plan
+from calibrant.compression.recipe_parts import WATCHED_TOKENS, EndToEnd, OnText, Training, Zsaq
 from calibrant.errors import CalibrantError
 from calibrant.learning.generator import Generator, read_embeddings
 from calibrant.learning.journal import Journal

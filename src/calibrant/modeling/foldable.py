@@ -57,31 +57,35 @@ class FoldablePair:
 
         Returns the scale that was applied: the one asked for, as far as the norm's weight can hold its inverse.
         """
-        values, applied = self.folded(parameters, scale, {name: parameters[name].dtype for name in self.changed()})
-        for name, value in values.items():
+        applied, values = self.folded(parameters, scale, {name: parameters[name].dtype for name in self.changed()})
+        for name, value in values:
             parameters[name].copy_(value)
         return applied
 
     def folded(
         self, parameters: Mapping[str, torch.Tensor], scale: torch.Tensor, stored: Mapping[str, torch.dtype]
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """What ``fold`` makes of the parameters, float32 as the dtypes in ``stored`` hold it, and the applied scale.
+    ) -> tuple[torch.Tensor, Iterator[tuple[str, torch.Tensor]]]:
+        """The scale that ``fold`` applies, and what it makes of each parameter: float32 as ``stored`` dtypes hold it.
 
-        Gradients go straight through the rounding to those dtypes.
+        Parameters are computed one by one as they are asked for. Gradients go straight through the rounding.
         """
-        values = {}
+        first = {}
         if self.producer.norm is not None:
             name = f"{self.producer.norm}.weight"
-            values[name], scale = fold_gain(parameters[name], scale, self.producer.offset, stored[name])
-        for name, transposed in _divided(self.producer):
-            if name not in values:
-                rows = parameters[name].T if transposed else parameters[name]
-                divided = held(rows.float() / (scale[:, None] if rows.ndim == 2 else scale), stored[name])
-                values[name] = divided.T if transposed else divided
-        for linear in self.group.linears:
-            columns = held(linear.view(parameters[linear.parameter]).float() * scale, stored[linear.parameter])
-            values[linear.parameter] = columns.T if linear.transposed else columns
-        return values, scale
+            first[name], scale = fold_gain(parameters[name], scale, self.producer.offset, stored[name])
+
+        def values() -> Iterator[tuple[str, torch.Tensor]]:
+            yield from first.items()
+            for name, transposed in _divided(self.producer):
+                if name not in first:
+                    rows = parameters[name].T if transposed else parameters[name]
+                    divided = held(rows.float() / (scale[:, None] if rows.ndim == 2 else scale), stored[name])
+                    yield name, divided.T if transposed else divided
+            for linear in self.group.linears:
+                columns = held(linear.view(parameters[linear.parameter]).float() * scale, stored[linear.parameter])
+                yield linear.parameter, columns.T if linear.transposed else columns
+
+        return scale, values()
 
 
 def fold_gain(
