@@ -10,8 +10,9 @@ from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.calibration.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.compression.estimate import Estimate, estimate
 from calibrant.compression.importance import input_squares
+from calibrant.compression.make_plan import make_plan
 from calibrant.compression.methods import METHODS
-from calibrant.compression.plan import Plan, make_plan
+from calibrant.compression.plan import Plan
 from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from calibrant.compression.recipe_parts import Zsaq
 from calibrant.compression.run import run_compression

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.compression.plan import make_plan
+from calibrant.compression.make_plan import make_plan
 from calibrant.compression.recipe import Recipe
 from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import PackQuantized

@@ -20,7 +20,7 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.randomness import generator as seeded
 from calibrant.compression import recipe_parts
 from calibrant.compression.grids import GridSpec
-from calibrant.compression.plan import make_plan
+from calibrant.compression.make_plan import make_plan
 from calibrant.compression.recipe import Recipe, load_recipe
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.errors import CalibrantError

@@ -3,7 +3,7 @@ import torch
 
 from calibrant.clock import Clock
 from calibrant.compression.entry import enter_blocks
-from calibrant.compression.plan import make_plan
+from calibrant.compression.make_plan import make_plan
 from calibrant.compression.recipe import load_recipe
 from calibrant.compression.run import _opened
 from calibrant.compression.run_record import Settings

@@ -55,7 +55,7 @@ def spend_budget(
     quantizes = plan.spec is not None
     average = budget.average if budget.average is not None else plan.nominal
     measured = measure_sensitivities(
-        model, plan.blocks, plan.ignored, budget.choices, _compress(plan), calibration, dtype, progress
+        model, plan.blocks, plan.recipe.ignores, budget.choices, _compress(plan), calibration, dtype, progress
     )
     costs, sizes = np.array([one.divergences for one in measured]), np.array([float(one.elements) for one in measured])
     try:

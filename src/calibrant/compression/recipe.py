@@ -196,6 +196,12 @@ class Recipe(Strict):
         """Whether a calibration set is used."""
         return self.gathers or bool(self.transforms) or self.budget is not None or isinstance(self.training, OnText)
 
+    def ignores(self, name: str) -> bool:
+        """Whether the layer of that full name is left alone; of a parameter, also by its module's name."""
+        return any(
+            re.search(expression, text) for expression in self.ignore for text in (name, name.rpartition(".")[0])
+        )
+
     def as_written(self, exclude_none: bool = False) -> dict[str, Any]:
         """With all defaults, as a file would have it, but for a training's seed that nobody said."""
         found = self.model_dump(exclude_none=exclude_none)

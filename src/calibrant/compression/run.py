@@ -100,18 +100,12 @@ def run_compression(
         if uncalled:
             notes.append(f"left as they are, since the model does not call them: {', '.join(uncalled)}")
         with clock.stage("write"):
-            for name in model.names_outside(plan.blocks):
-                writer.write({name: model.folder.read(name)})
-            files = writer.finish()
-            copy_side_files(model.folder.path, folder)
-            writer.write_input_rounding(folder)
-            _write_config(model, plan, config, {layer.name for layer in layers}, folder)
+            record = run_record(model, plan, calibration, settings, layers, notes)
+            made = {"budget": spent, "structure": pruned, "training": training}
+            record |= {name: what.describe() if what is not None else None for name, what in made.items()}
+            files = _write_rest(model, plan, config, layers, writer, folder)
             if calibration is not None:
                 calibration.save(folder / "calibration")
-            record = run_record(model, plan, calibration, settings, layers, notes)
-            record["budget"] = spent.describe() if spent is not None else None
-            record["structure"] = pruned.describe() if pruned is not None else None
-            record["training"] = training.describe() if training is not None else None
             (folder / "calibrant.json").write_text(canonical_json(record), encoding="utf-8")
             (folder / "README.md").write_text(model_card(record), encoding="utf-8")
         with clock.stage("verify"):
@@ -279,7 +273,7 @@ def _opened(
                 notes.append(
                     f"{prefix}: {', '.join(structure.unseen)} left as they are, no product with one expert was seen"
                 )
-            for text in structure.partly(lambda name: plan.ignored(f"{prefix}.{name}")):
+            for text in structure.partly(lambda name: plan.recipe.ignores(f"{prefix}.{name}")):
                 if text not in notes:
                     notes.append(text)
         solver = BlockSolver(prefix, block, state, plan, clock)
@@ -290,7 +284,25 @@ def _opened(
             solver.solved_parameters |= done.changed
             notes += [text for text in done.notes if text not in notes]
             outputs = done.outputs
-        yield solver, structure.without(lambda name: plan.ignored(f"{prefix}.{name}")), outputs
+        yield solver, structure.without(lambda name: plan.recipe.ignores(f"{prefix}.{name}")), outputs
+
+
+def _write_rest(
+    model: LazyModel,
+    plan: Plan,
+    config: dict[str, Any],
+    layers: list[LayerReport],
+    writer: CheckpointWriter,
+    folder: Path,
+) -> list[Path]:
+    """Tensors outside the blocks, config and tokenizer; returns the files of tensors."""
+    for name in model.names_outside(plan.blocks):
+        writer.write({name: model.folder.read(name)})
+    files = writer.finish()
+    copy_side_files(model.folder.path, folder)
+    writer.write_input_rounding(folder)
+    _write_config(model, plan, config, {layer.name for layer in layers}, folder)
+    return files
 
 
 def _write_config(model: LazyModel, plan: Plan, config: dict[str, Any], solved: set[str], folder: Path) -> None:

@@ -187,4 +187,4 @@ class _Fit:
     def _spec(self, linear: Linear) -> GridSpec | None:
         """The grid of a linear's weights; None if it is left alone."""
         name = f"{self._prefix}.{linear.name}"
-        return None if self._plan.ignored(name) else self._plan.spec_for(name)
+        return None if self._plan.recipe.ignores(name) else self._plan.spec_for(name)
