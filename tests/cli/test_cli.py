@@ -123,6 +123,27 @@ def test_the_summary_names_what_matters(run, llama: Path, tmp_path: Path) -> Non
         assert word in shown
 
 
+def test_what_a_run_chose_is_said(run, llama: Path, tmp_path: Path) -> None:
+    made = ["-n", 4, "-l", 16]
+    status, _, said = run("compress", llama, "-o", tmp_path / "narrow", "-r", "2ssp-25", *made)
+    assert status == 0
+    assert "MLPs narrowed from 96 to" in said
+    status, out, _ = run("compress", llama, "-o", tmp_path / "mixed", "-r", "gptq-w4a16-budget", "--json", *made)
+    assert status == 0
+    assert any(note.startswith("budget: bits of groups of layers") for note in json.loads(out)["notes"])
+    chosen = json.loads((tmp_path / "mixed" / "calibrant.json").read_text())
+    by_group = zip(chosen["budget"]["sensitivities"], chosen["budget"]["chosen"], strict=True)
+    bits = {layer: choice for group, choice in by_group for layer in group["layers"]}
+    assert {layer["name"]: layer["bits"] for layer in chosen["layers"]} == bits
+
+
+def test_a_file_is_no_model(run, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    status, _, err = run("compress", tmp_path / "model.gguf", "-o", tmp_path / "out")
+    assert status == 2
+    assert "is a file; a model is a folder" in err
+
+
 def test_quiet_is_quiet_and_a_dry_run_writes_nothing(run, llama: Path, tmp_path: Path) -> None:
     status, out, err = run("compress", llama, "-o", tmp_path / "out", "-r", "rtn-w8a8", "-q")
     assert (status, out, err) == (0, "", "")

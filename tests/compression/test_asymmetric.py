@@ -53,6 +53,31 @@ def test_without_drift_the_target_is_the_weight() -> None:
     assert torch.equal(asymmetric_target(weight, inputs.T @ inputs, torch.zeros(16, 16)), weight)
 
 
+def test_columns_without_inputs_keep_their_weights() -> None:
+    weight, inputs, originals = pairs()
+    inputs, originals = inputs.clone(), originals.clone()
+    inputs[:, [2, 9]] = 0
+    found = asymmetric_target(weight, inputs.T @ inputs, (originals - inputs).T @ inputs)
+    live = [column for column in range(16) if column not in (2, 9)]
+    x, missed = inputs[:, live].double(), (originals - inputs).double() @ weight.double().T
+    hessian = x.T @ x
+    # The mean that damping is relative to counts the dead columns' ones.
+    hessian += 0.01 * (hessian.diagonal().sum() + 2) / 16 * torch.eye(14, dtype=torch.float64)
+    assert torch.equal(found[:, [2, 9]], weight[:, [2, 9]])
+    expected = weight[:, live].double() + missed.T @ x @ hessian.inverse()
+    torch.testing.assert_close(found[:, live].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_moments_do_not_factor_the_record_says_so(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indefinite = torch.tensor([[1.0, 1e6], [1e6, 1.0]])
+    assert asymmetric_target(torch.ones(3, 2), indefinite, torch.zeros(2, 2)) is None
+    monkeypatch.setattr(block_solver, "asymmetric_target", lambda *_: None)
+    report = cb.compress(llama, output=tmp_path / "out", recipe=recipe(0.25), calibration=random_set(llama))
+    assert all("drift" in str(layer.record.fallback) for layer in report.layers)
+
+
 def recipe(asymmetric: float, method: str = "gptq") -> Recipe:
     scheme = {"weights": {"bits": 3, "group_size": 32}}
     return Recipe.model_validate(

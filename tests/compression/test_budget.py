@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import calibrant as cb
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.compression import sensitivity
 from calibrant.compression.allocation import allocate
 from calibrant.compression.grids import GridSpec
 from calibrant.compression.recipe import Recipe
@@ -159,7 +161,9 @@ def test_what_a_budget_cannot_be(llama: Path, model_folder, tmp_path: Path) -> N
         recipe(**{**QUANTIZE, "scheme": {"weights": {"bits": 4, "symmetric": False}}})
     with pytest.raises(ValueError, match="no pattern n:m"):
         recipe(method={"name": "sparsegpt"}, scheme={"sparsity": "2:4"}, budget={"choices": [0.5, 0.6]})
-    for budget in ({"choices": [2, 4], "average": 1.5}, {"choices": [2, 4], "average": 9}, {"choices": [4, 4]}):
+    with pytest.raises(ValueError, match="name one twice"):
+        recipe(**{**QUANTIZE, "budget": {"choices": [4, 4]}})
+    for budget in ({"choices": [2, 4], "average": 1.5}, {"choices": [2, 4], "average": 9}):
         with pytest.raises(ValueError, match="cannot average"):
             recipe(**{**QUANTIZE, "budget": budget})
     with pytest.raises(ValueError, match=r"\[0.3, 0.4\] cannot average 0.5"):
@@ -188,3 +192,27 @@ def test_a_budget_that_changes_nothing_leaves_every_byte(tmp_path: Path, stored:
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "budget"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def test_a_budget_looks_where_tokens_count(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the row in which most do, from the first that does."""
+    monkeypatch.setattr(sensitivity, "_TOKENS", 16)
+    entered: list[CalibrationSet] = []
+    enter = sensitivity.enter_blocks
+    monkeypatch.setattr(sensitivity, "enter_blocks", lambda *args: (entered.append(args[2]), enter(*args))[1])
+    whole = random_set(llama)
+    mask = torch.zeros_like(whole.mask)
+    mask[2, 30:], mask[5, 20:] = True, True
+    chosen = recipe(**QUANTIZE)
+
+    def spend(mask: torch.Tensor) -> None:
+        late = CalibrationSet.build(whole.tokens, mask, whole.manifest)
+        cb.compress(llama, output=tmp_path / "out", recipe=chosen, calibration=late, dtype="float32", overwrite=True)
+
+    spend(mask)
+    assert torch.equal(entered[0].tokens, whole.tokens[5:6, 16:32])
+    assert torch.equal(entered[0].mask, mask[5:6, 16:32])
+    spend(torch.ones_like(mask))
+    assert torch.equal(entered[1].tokens, whole.tokens[:1, :16])
+    with pytest.raises(CalibrantError, match="counts no token"):
+        spend(torch.zeros_like(mask))

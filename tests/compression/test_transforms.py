@@ -133,6 +133,43 @@ def test_the_record_says_where_scales_moved(outliers: Path, tmp_path: Path) -> N
     assert "mlp.up_proj -> mlp.down_proj" in moved[0]
 
 
+def test_smoothquant_moves_scales_out_of_norms_alone(outliers: Path, tmp_path: Path) -> None:
+    chosen = recipe({"name": "rtn"}, 8, transforms=[{"name": "smoothquant"}])
+    report = cb.compress(
+        outliers, output=tmp_path / "out", recipe=chosen, calibration=random_set(outliers), dtype="float32"
+    )
+    (moved,) = [note for note in report.notes if note.startswith("smoothquant scales moved")]
+    sources = [place.split(" -> ")[0] for place in moved.removeprefix("smoothquant scales moved: ").split(", ")]
+    assert sources == ["input_layernorm", "post_attention_layernorm"]
+
+
+@pytest.mark.parametrize(("counted", "rows"), [(32, 3), (12, 8), (8, 8)])
+def test_awq_compares_outputs_of_so_many_counted_tokens(
+    outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: int, rows: int
+) -> None:
+    """Rows of a lone linear's input, and whole sequences of a module around several, up to that number."""
+    monkeypatch.setattr(block_transforms, "_SEARCH_TOKENS", 100)
+    sequences, inputs = [], []
+    shortened, loss = block_transforms.ModuleCall.shortened, block_transforms._output_loss
+
+    def noted_call(call, number):
+        sequences.append(number)
+        return shortened(call, number)
+
+    def noted_loss(linears, weights, block, seen, spec):
+        if seen.rows:
+            inputs.append(sum(map(len, seen.rows)))
+        return loss(linears, weights, block, seen, spec)
+
+    monkeypatch.setattr(block_transforms.ModuleCall, "shortened", noted_call)
+    monkeypatch.setattr(block_transforms, "_output_loss", noted_loss)
+    chosen = recipe({"name": "rtn"}, transforms=[{"name": "awq"}])
+    calibration = random_set(outliers, masked=32 - counted)
+    cb.compress(outliers, output=tmp_path / "out", recipe=chosen, calibration=calibration, dtype="float32")
+    assert set(sequences) == {rows}
+    assert set(inputs) == {min(100, 8 * counted)}
+
+
 @pytest.mark.parametrize("kind", ["smoothquant", "awq"])
 def test_scales_come_from_the_inputs_that_the_model_computes(
     outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -24,7 +24,7 @@ def recipe(share: str, **fields: object) -> Recipe:
 
 
 def test_the_rule_for_a_model_like_llama_2_7b() -> None:
-    """32 blocks, four attention matrices of 4096 x 4096, three of 4096 x 11008: at a quarter, 2 attentions go."""
+    """32 blocks, four attention matrices of 4096 x 4096, three of 4096 x 11008: at a quarter, 5 attentions go."""
     attention, mlp = 4 * 4096**2, 3 * 4096 * 11008
     total = 32 * (attention + mlp + 2 * 4096)
     count, share = removals(32, attention, mlp, total, 0.25)
@@ -170,3 +170,19 @@ def test_patterns_and_ignore_lists_do_not_apply() -> None:
         recipe("2:4")
     with pytest.raises(ValueError, match="no ignore"):
         recipe("0.25", ignore=["lm_head"])
+
+
+def test_it_leaves_neurons_and_prunes_a_model_once(llama: Path, tmp_path: Path) -> None:
+    attention, mlp = 2 * 64 * 64 + 2 * 32 * 64, 3 * 64 * 96
+    for thousandths in range(500, 1000):
+        try:
+            of_mlp = removals(2, attention, mlp, 2 * (attention + mlp + 2 * 64), thousandths / 1000)[1]
+        except ValueError:
+            continue
+        if round(96 * (1 - of_mlp)) == 0:
+            break
+    with pytest.raises(CalibrantError, match="leaves no neuron"):
+        pruned(llama, tmp_path / "none", f"0.{thousandths}")
+    pruned(llama, tmp_path / "out", "0.5")
+    with pytest.raises(CalibrantError, match="its attention is left out already"):
+        pruned(tmp_path / "out", tmp_path / "again", "0.25")

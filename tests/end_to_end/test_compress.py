@@ -18,6 +18,7 @@ from calibrant.compression.recipe import Recipe, builtin_recipes, load_recipe
 from calibrant.compression.run_record import RunReport
 from calibrant.compression.solvers.rtn import rtn
 from calibrant.errors import CalibrantError
+from calibrant.hashing import sha256_file
 from tests.checkpoints import put_stored_weights
 from tests.conftest import ARCHITECTURES, random_set, write_model
 
@@ -333,6 +334,28 @@ def test_a_difference_on_disk_fails_the_run(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "rtn-w8a8"])
+def test_codes_that_do_not_unpack_to_what_was_solved_fail_the_run(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """The file holds what was packed, so its tensors have the right hashes, but packing lost a code."""
+    from calibrant.formats.compressed_tensors import IntQuantized, PackQuantized
+
+    for kind in (PackQuantized, IntQuantized):
+
+        def wrong(self, codes, layout, write=kind.write) -> dict[str, torch.Tensor]:
+            codes.codes[0, 0] ^= 1
+            written = write(self, codes, layout)
+            written = {name: tensor.clone() for name, tensor in written.items()}
+            codes.codes[0, 0] ^= 1
+            return written
+
+        monkeypatch.setattr(kind, "write", wrong)
+    with pytest.raises(cb.CalibrantError, match="does not unpack to what was solved"):
+        run(llama, tmp_path / "out", recipe)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_values_that_are_not_finite_name_the_layer(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
     tensors = load_file(model / "model.safetensors")
@@ -374,6 +397,45 @@ def test_experts_can_be_left_alone(model_folder, tmp_path: Path) -> None:
         )
         assert len(report.layers) == 8
         assert not any("experts" in layer.name for layer in report.layers)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("scheme", [
+    {"weights": {"bits": 4, "group_size": 32}},
+    {"weights": {"bits": 8}, "activations": {"bits": 8}},
+])  # fmt: skip
+def test_a_model_whose_experts_are_left_alone_loads(
+    model_folder, tmp_path: Path, architecture: str, scheme: dict
+) -> None:
+    """transformers drops experts that lie beside packed layers, so nothing is packed, and it says so."""
+    model = model_folder(architecture)
+    recipe = {"name": "r", "description": "d", "method": {"name": "gptq"}, "scheme": scheme, "ignore": ["experts"]}
+    options = {"calibration": random_set(model), "dtype": "float32"}
+    report = cb.compress(model, output=tmp_path / "out", recipe=Recipe.model_validate(recipe), **options)
+    assert len(report.layers) == 8
+    assert any("mlp.experts" in note and "stored dense" in note for note in report.notes)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    original = transformers.AutoModelForCausalLM.from_pretrained(model)
+    alone = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(loaded.get_parameter(alone), original.get_parameter(alone))
+    result = cb.evaluate(tmp_path / "out", against=model, length=32, limit=2)
+    assert result.divergence is not None
+    assert 0 < result.divergence.kl_mean < 0.1
+
+
+def test_a_model_that_was_compressed_before_is_known(llama: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "pruned", "wanda-2:4")
+    run(tmp_path / "pruned", tmp_path / "both", "gptq-w4a16-g32")
+    record = json.loads((tmp_path / "both" / "calibrant.json").read_text())
+    assert record["made_by"]["recipe"] == "wanda-2:4"
+    assert record["made_by"]["record_sha256"] == sha256_file(tmp_path / "pruned" / "calibrant.json")
+    assert json.loads((tmp_path / "pruned" / "calibrant.json").read_text())["made_by"] is None
+    run(llama, tmp_path / "dense", "spqr-w4a16-g16")
+    with pytest.raises(cb.CalibrantError, match="quantized already"):
+        run(tmp_path / "dense", tmp_path / "again", "gptq-w4a16-g32")
+    (tmp_path / "pruned" / "calibrant.json").write_text("{}")
+    with pytest.raises(cb.CalibrantError, match="not the record of a compression"):
+        run(tmp_path / "pruned", tmp_path / "again", "gptq-w4a16-g32")
 
 
 def test_the_output_says_what_made_it(llama: Path, tmp_path: Path) -> None:

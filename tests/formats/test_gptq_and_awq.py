@@ -1,6 +1,7 @@
 """GPTQ and AWQ checkpoints: the words that other readers expect, and whole models written and opened again."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +111,15 @@ def test_a_whole_model_is_the_same_in_every_format(
     assert torch.equal(*logits)
     config = json.loads((tmp_path / checkpoint_format / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == checkpoint_format
-    left_alone = config["dynamic"] if checkpoint_format == "gptq" else config["modules_to_not_convert"]
-    assert any("up_proj" in name for name in left_alone)
+    if checkpoint_format == "gptq":
+        assert config == json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
+        assert (config["sym"], config["desc_act"]) == (True, False)
+        (left_alone,) = config["dynamic"]
+        assert left_alone.startswith("-:")
+        assert re.fullmatch(left_alone[2:], "model.layers.1.mlp.up_proj")
+        assert not re.fullmatch(left_alone[2:], "model.layers.1_mlp_up_proj")
+    else:
+        assert "model.layers.1.mlp.up_proj" in config["modules_to_not_convert"]
     result = cb.evaluate(tmp_path / checkpoint_format, against=model, length=32, limit=2)
     assert result.divergence is not None
 
@@ -128,6 +136,34 @@ def test_gptq_of_version_two_is_read(tmp_path: Path) -> None:
     tensors["layer.g_idx"] = tensors["layer.g_idx"].flip(0)
     with pytest.raises(CalibrantError, match="out of order"):
         dense_weights(tensors, tensors.__getitem__, settings)
+
+
+def test_gptq_of_three_bits_is_read() -> None:
+    """Of 32 values ten, one across, ten, one across and ten lie in three words."""
+    generator = torch.Generator().manual_seed(3)
+
+    def packed(values: list[int]) -> list[int]:
+        words = [0, 0, 0]
+        for number in range(10):
+            words[0] |= values[number] << 3 * number
+            words[1] |= values[11 + number] << 3 * number + 1
+            words[2] |= values[22 + number] << 3 * number + 2
+        words[0] |= (values[10] & 3) << 30
+        words[1] |= values[10] >> 2 | (values[21] & 1) << 31
+        words[2] |= values[21] >> 1
+        return words
+
+    codes = torch.randint(0, 8, (64, 32), generator=generator)  # [inputs, outputs]
+    zeros = torch.randint(0, 8, (2, 32), generator=generator)
+    scales = torch.rand(2, 32, generator=generator).half() + 0.1
+    columns = [packed(run.tolist()) for half in codes.view(2, 32, 32) for run in half.T]
+    qweight = torch.tensor(columns, dtype=torch.int64).view(2, 32, 3).permute(0, 2, 1).reshape(6, 32)
+    qzeros = torch.tensor([packed(row.tolist()) for row in zeros], dtype=torch.int64)
+    tensors = {"layer.qweight": qweight.to(torch.int32), "layer.qzeros": qzeros.to(torch.int32), "layer.scales": scales}
+    read = dense_weights(tensors, tensors.__getitem__, {"quant_method": "gptq", "bits": 3})["layer.weight"]
+    group = torch.arange(64) // 32
+    expected = (codes - zeros[group] - 1).half() * scales[group]
+    assert torch.equal(read, expected.T)
 
 
 def stored(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
@@ -150,7 +186,7 @@ def test_a_missing_or_cut_tensor_is_named(kind: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "wrong"), [
-    ("gptq", {"checkpoint_format": "marlin"}), ("gptq", {"bits": 3}),
+    ("gptq", {"checkpoint_format": "marlin"}), ("gptq", {"bits": 5}),
     ("awq", {"version": "gemv"}), ("awq", {"bits": 3}),
 ])  # fmt: skip
 def test_other_layouts_of_the_same_name_are_not_read(kind: str, wrong: dict[str, object]) -> None:

@@ -24,9 +24,11 @@ from calibrant.cli.console import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from calibrant.cli.console import Terminal
     from calibrant.compression.run_record import RunReport
 
 _WORST_LAYERS = 5
+_MOST_NOTES = 10
 
 
 def compress(
@@ -137,7 +139,16 @@ def compress(
                 progress=screen.progress,
             )
         report = prepared.run(given if chosen.needs_data else None, screen.progress)
+        _tell(screen, [text for text in report.notes if text not in prepared.plan.notes])
         screen.result(report_dict(report), *summary(report))
+
+
+def _tell(screen: "Terminal", notes: list[str]) -> None:
+    """What became clear during the run; of many alike the first."""
+    for text in notes[:_MOST_NOTES]:
+        screen.note(f"note: {text}")
+    if len(notes) > _MOST_NOTES:
+        screen.note(f"note: {len(notes) - _MOST_NOTES} more are in calibrant.json")
 
 
 def summary(report: "RunReport") -> "list[Table | str]":

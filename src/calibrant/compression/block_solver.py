@@ -29,7 +29,8 @@ class LayerReport:
     """What became of one linear.
 
     ``relative_error``: squared output error over squared output, on the whole Hessian (``measure`` "hessian"), on its
-    diagonal ("diagonal"), or of the weights alone where no data was used ("weights").
+    diagonal ("diagonal"), or of the weights alone where no data was used ("weights"). With asymmetric calibration it is
+    of what the layer is fitted to, so compare it among such runs alone. ``bits`` are the weights', if quantized.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerReport:
     tokens: int
     zeros: int
     elements: int
+    bits: int | None
     record: SolverRecord
 
 
@@ -102,17 +104,22 @@ class BlockSolver:
             self._check_scales(linear, weight)
         task = self._task(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
         share = self.plan.recipe.asymmetric
+        fallback = None
         if isinstance(statistic, PairedHessian) and task.hessian is not None:
-            task = replace(task, weight=asymmetric_target(task.weight, task.hessian, statistic.drift, share))
-            weights = list(task.weight.split(task.segments))
+            target = asymmetric_target(task.weight, task.hessian, statistic.drift, share)
+            if target is None:
+                fallback = "Hessian not positive definite, the drift of its inputs is not made up for"
+            else:
+                task = replace(task, weight=target)
+                weights = list(task.weight.split(task.segments))
         assert entry.solve is not None
-        assert entry.without_data is not None
         if self.plan.recipe.statistic is not None and statistic is None:
-            solution = entry.without_data(task)
-            record = replace(solution.record, fallback="saw no calibration token, solved without data")
-            solution = replace(solution, record=record)
+            assert entry.without_data is not None
+            solution, fallback = entry.without_data(task), "saw no calibration token, solved without data"
         else:
             solution = entry.solve(self.plan.recipe.method, task)
+        if fallback is not None and solution.record.fallback is None:
+            solution = replace(solution, record=replace(solution.record, fallback=fallback))
         begin = 0
         for linear, weight in zip(unit, weights, strict=True):
             rows = slice(begin, begin + len(weight))
@@ -188,7 +195,8 @@ class BlockSolver:
     def _keep(
         self, linear: Linear, weight: torch.Tensor, solution: Solution, rows: slice, task: Task, tokens: int
     ) -> None:
-        solved = solution.weight[rows]
+        solved, name = solution.weight[rows], f"{self.prefix}.{linear.name}"
+        spec = self.plan.spec_for(name)
         # Before the copy: in float32 models ``weight`` is a view of what is overwritten.
         error, measure = _relative_error(
             weight, solved, solution.errors[rows] if solution.errors is not None else None, task
@@ -209,7 +217,9 @@ class BlockSolver:
             self.outliers[linear.name] = solved.cpu(), solution.outliers[rows].cpu()
             record = replace(record, outliers=int(solution.outliers[rows].sum()))
         self.layers.append(
-            LayerReport(f"{self.prefix}.{linear.name}", error, measure, tokens, zeros, weight.numel(), record)
+            LayerReport(
+                name, error, measure, tokens, zeros, weight.numel(), spec.bits if spec is not None else None, record
+            )
         )
 
 

@@ -19,8 +19,8 @@ from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.module_call import ModuleCall
 from calibrant.modeling.structure import BlockStructure, InputGroup, Linear, common_module
 
-# AWQ compares outputs on this many tokens, or one micro-batch where a module cannot be run on part of one (ours; the
-# paper's code takes its whole set, 65,536 of them).
+# AWQ compares outputs on this many counted tokens, or one micro-batch where a module cannot be run on part of it (ours;
+# the paper's code takes its whole set, 65,536 of them).
 _SEARCH_TOKENS = 1024
 
 
@@ -133,7 +133,7 @@ def _output_loss(
             return float(nn.functional.linear(inputs, difference).float().square().sum(dtype=torch.float64))
 
         return lone_loss
-    calls = [call.shortened(max(1, _SEARCH_TOKENS // call.mask.shape[1])) for call in seen.calls]
+    calls = [call.shortened(_rows_to_compare(call.mask)) for call in seen.calls]
     expected = [call.output() for call in calls]
 
     def loss(scale: torch.Tensor) -> float:
@@ -149,6 +149,11 @@ def _output_loss(
                 view.copy_(values)
 
     return loss
+
+
+def _rows_to_compare(mask: torch.Tensor) -> int:
+    """How many of the first rows hold no more counted tokens than are compared; one at least."""
+    return max(1, int((mask.sum(1).cumsum(0) <= _SEARCH_TOKENS).sum()))
 
 
 def _rounded(weight: torch.Tensor, scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
@@ -175,7 +180,7 @@ def _run(
             handles.append(block.get_submodule(pair.group.module).register_forward_pre_hook(note))
             if left > 0 and not alone:
                 handles += _note_calls(block, index, pair.group, one, batch)
-        left -= batch.mask.numel()
+        left -= int(batch.mask.sum())
         try:
             outputs.append(call_block(block, index, batch))
         finally:

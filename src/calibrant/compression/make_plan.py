@@ -86,9 +86,12 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
             found.linears[name] = (module.weight.shape[1], module.weight.shape[0])
             found.unpackable.append(name)
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and not recipe.ignores(f"{name}.{parameter_name}"):
+            if parameter.ndim != 3:
+                continue
+            # transformers 5.23 loads no experts that are left alone beside packed layers.
+            found.unpackable.append(f"{name}.{parameter_name}")
+            if not recipe.ignores(f"{name}.{parameter_name}"):
                 found.fused[f"{name}.{parameter_name}"] = tuple(parameter.shape)
-                found.unpackable.append(f"{name}.{parameter_name}")
     return found
 
 
@@ -113,7 +116,7 @@ def _fit_groups(recipe: Recipe, layers: _Layers) -> Recipe:
     if not wrong:
         return recipe
     name, width = next(iter(wrong.items()))
-    powers = [size for size in (256, 128, 64, 32, 16, 8) if all(w % size == 0 for w in widths.values())]
+    powers = [size for size in (256, 128, 64, 32, 16, 8, 4) if all(w % size == 0 for w in widths.values())]
     fits = ", ".join(map(str, powers)) if powers else "none"
     raise CalibrantError(
         f"group size {weights.group_size} does not divide the {width} inputs of {name} "
@@ -217,8 +220,8 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
         return [f"{recipe.method.name} fits no quantized format: its values are stored dense"]
     if layers.unpackable:
         dense = (
-            f"{layers.unpackable[0]} is not an ordinary linear layer, which no quantized format that transformers "
-            "loads can hold: the quantized values are stored dense, so the files do not get smaller"
+            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers loads no quantized format with "
+            "one: the quantized values are stored dense, so the files do not get smaller"
         )
         inputs = (
             f"its int8 inputs are described in {INPUT_ROUNDING}, which calibrant evaluate computes with; "
@@ -235,6 +238,6 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
             f"{layout.bits}-bit weights beside int8 activations are stored as int8 tensors, as engines read them: "
             "the files are as large as those of 8 bits"
         ]
-    if layout.stored_bits != layout.bits:
+    if layout.stored_bits != layout.bits and recipe.budget is None:
         return [f"{layout.bits}-bit values are stored in {layout.stored_bits} bits, which every loader reads alike"]
     return []

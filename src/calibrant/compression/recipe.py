@@ -155,7 +155,9 @@ class Recipe(Strict):
         average = self.budget.average
         if average is None:
             average = weights.bits if weights is not None else float(str(self.scheme.sparsity))
-        if len(set(choices)) < len(choices) or not min(choices) <= average <= max(choices):
+        if len(set(choices)) < len(choices):
+            raise ValueError(f"budget.choices: {choices} name one twice")
+        if not min(choices) <= average <= max(choices):
             raise ValueError(f"budget: {choices} cannot average {average:g}; take others")
         return self
 

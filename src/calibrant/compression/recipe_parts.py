@@ -53,6 +53,8 @@ class Activations(Strict):
         rule = Activations.model_fields
         if self.dynamic and (self.range, self.percentile) != (rule["range"].default, rule["percentile"].default):
             raise ValueError("range and percentile are for static activations: add dynamic: false")
+        if self.range != "percentile" and self.percentile != rule["percentile"].default:
+            raise ValueError("percentile is for range: percentile")
         return self
 
 

@@ -81,6 +81,7 @@ def run_record(
         "recipe": plan.recipe.model_dump(),
         "format": format_for(plan.layout).name if plan.layout else "dense",
         "model": {"name": model.folder.name, **model.folder.identity()},
+        "made_by": asdict(model.folder.made_by) if model.folder.made_by is not None else None,
         "generator": _generator(model, plan),
         "calibration": calibration.manifest.model_dump(exclude={"rows"}) if calibration is not None else None,
         "settings": settings.describe(),

@@ -49,15 +49,13 @@ def measure_sensitivities(
 ) -> list[Sensitivity]:
     """Of every group of linears that share an input, at each of ``choices``.
 
-    ``compress`` gets a weight ``[out, in]``, the sums of squared inputs ``[in]`` and the choice. Measured on the first
-    row of the set, up to 512 tokens; divergences at every fourth of them.
+    ``compress`` gets a weight ``[out, in]``, the sums of squared inputs ``[in]`` and the choice. Measured on up to 512
+    tokens of the row in which most count, from the first that counts on; divergences at every fourth of them.
 
     Raises:
-        CalibrantError: a block holds fused experts.
+        CalibrantError: a block holds fused experts, or no token of the set counts.
     """
-    row = calibration.mask.any(1).nonzero()[0]
-    first = replace(calibration, tokens=calibration.tokens[row, :_TOKENS], mask=calibration.mask[row, :_TOKENS])
-    probe, batches = enter_blocks(model, blocks, first, dtype, model.device, _TOKENS)
+    probe, batches = enter_blocks(model, blocks, _one_row(calibration), dtype, model.device, _TOKENS)
     trunk, variants = batches[0], list[torch.Tensor]()
     groups: list[tuple[list[str], int]] = []
     with progress.task("measuring sensitivity", len(blocks)) as task:
@@ -80,6 +78,19 @@ def measure_sensitivities(
         Sensitivity(names, elements, divergences[number * size : (number + 1) * size])
         for number, (names, elements) in enumerate(groups)
     ]
+
+
+def _one_row(calibration: CalibrationSet) -> CalibrationSet:
+    counted = calibration.mask.sum(1)
+    if not bool(counted.any()):
+        raise CalibrantError("the calibration set's mask counts no token")
+    row = int((counted == counted.max()).nonzero()[0])
+    first, length = int(calibration.mask[row].nonzero()[0]), calibration.mask.shape[1]
+    begin = min(first, max(0, length - _TOKENS))
+    here = slice(begin, begin + _TOKENS)
+    return replace(
+        calibration, tokens=calibration.tokens[row : row + 1, here], mask=calibration.mask[row : row + 1, here]
+    )
 
 
 def _groups_to_compress(structure: BlockStructure, prefix: str, ignored: Callable[[str], bool]) -> list[InputGroup]:

@@ -117,6 +117,10 @@ def prune_structure(
     except ValueError as error:
         raise CalibrantError(f"recipe {plan.recipe.name}: {error}") from error
     neurons = round(first.neurons * (1 - of_mlp))
+    if neurons < 1:
+        raise CalibrantError(
+            f"recipe {plan.recipe.name}: {plan.sparsity.share:g} of the parameters leaves no neuron; take less"
+        )
     norms = _neuron_norms(model, plan.blocks, parts, calibration, dtype, micro_batch_tokens, progress)
     kept = [torch.argsort(norm, descending=True, stable=True)[:neurons].sort().values for norm in norms]
     removal = _AttentionRemoval(model, plan.blocks, parts, kept, calibration, dtype, progress)
@@ -157,7 +161,12 @@ def _find_all_parts(model: LazyModel, blocks: list[str], count: int) -> tuple[li
         with model.loaded(prefix) as block:
             total += sum(parameter.numel() for parameter in block.parameters())
             cast(block, torch.float32)
-            parts.append(find_parts(block, index, prefix, probe_block(block, index, probe), probe))
+            part = find_parts(block, index, prefix, probe_block(block, index, probe), probe)
+            if not bool(block.get_parameter(part.attention_out.parameter).any()):
+                raise CalibrantError(
+                    f"{prefix}: its attention is left out already; prune the original model by more instead"
+                )
+            parts.append(part)
     return parts, total
 
 

@@ -25,14 +25,15 @@ class Awq:
 
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         return {
-            "qweight": pack(_reordered(codes.codes.T), _BITS),
-            "qzeros": pack(_reordered(codes.zero.T), _BITS),
+            "qweight": pack(_in_words(codes.codes.T, _ORDER), _BITS),
+            "qzeros": pack(_in_words(codes.zero.T, _ORDER), _BITS),
             "scales": codes.scale.T.contiguous(),
         }
 
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         scales = tensors["scales"]
-        codes, zero = (_in_order(unpack(tensors[name], _BITS, scales.shape[1])).T for name in ("qweight", "qzeros"))
+        words = (unpack(tensors[name], _BITS, scales.shape[1]) for name in ("qweight", "qzeros"))
+        codes, zero = (_in_words(values, _ORDER.argsort()).T for values in words)
         return Codes(codes.contiguous(), scales.T.contiguous(), zero.contiguous())
 
     def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
@@ -47,11 +48,7 @@ class Awq:
         }
 
 
-def _reordered(values: torch.Tensor) -> torch.Tensor:
+def _in_words(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Of every eight columns those of ``order``."""
     rows, columns = values.shape
-    return values.reshape(rows, columns // 8, 8)[:, :, _ORDER].reshape(rows, columns)
-
-
-def _in_order(values: torch.Tensor) -> torch.Tensor:
-    rows, columns = values.shape
-    return values.reshape(rows, columns // 8, 8)[:, :, _ORDER.argsort()].reshape(rows, columns)
+    return values.reshape(rows, columns // 8, 8)[:, :, order].reshape(rows, columns)

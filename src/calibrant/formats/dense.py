@@ -8,7 +8,7 @@ import torch
 from calibrant.errors import CalibrantError
 from calibrant.formats.awq import Awq
 from calibrant.formats.gptq import read_gptq
-from calibrant.formats.quantized import STORED_WIDTHS, Codes, Layout
+from calibrant.formats.quantized import READ_WIDTHS, Codes, Layout
 
 _SUFFIX = "qweight"
 _PARTS = (_SUFFIX, "qzeros", "scales", "g_idx")
@@ -45,10 +45,10 @@ def _check_kind(settings: dict[str, Any]) -> None:
             raise CalibrantError(f"config.json: AWQ of version {version} with {bits} bits is not read; gemm with 4 is")
         return
     kind, bits = settings.get("checkpoint_format", "gptq"), settings.get("bits", 4)
-    if kind not in ("gptq", "gptq_v2") or bits not in STORED_WIDTHS:
+    if kind not in ("gptq", "gptq_v2") or bits not in READ_WIDTHS:
         raise CalibrantError(
             f"config.json: GPTQ of checkpoint_format {kind} with {bits} bits is not read; "
-            f"gptq and gptq_v2 with {', '.join(map(str, STORED_WIDTHS))} bits are"
+            f"gptq and gptq_v2 with {', '.join(map(str, READ_WIDTHS))} bits are"
         )
 
 
@@ -57,17 +57,17 @@ def _check_parts(base: str, parts: dict[str, torch.Tensor], settings: dict[str, 
     missing = [part for part in _PARTS[:3] if part not in parts]
     if missing:
         raise CalibrantError(f"{base}: its files lack {base}.{missing[0]}; copy or download the checkpoint again")
-    words = 32 // int(settings.get("bits", 4))
+    bits = int(settings.get("bits", 4))
     scales, codes, zeros = (tuple(parts[part].shape) for part in ("scales", _SUFFIX, "qzeros"))
     if settings["quant_method"] == "awq":
-        columns, fits = codes[0], codes[1] * words == scales[1]
+        columns, fits = codes[0], codes[1] * 32 == scales[1] * bits
     else:
-        columns, fits = codes[0] * words, codes[1] == scales[1]
-    fits = fits and zeros == (scales[0], -(-scales[1] // words)) and columns % scales[0] == 0
+        columns, fits = codes[0] * 32 // bits, codes[1] == scales[1]
+    fits = fits and zeros == (scales[0], -(-scales[1] * bits // 32)) and columns % scales[0] == 0
     fits = fits and ("g_idx" not in parts or len(parts["g_idx"]) == columns)
     if not fits:
         raise CalibrantError(
-            f"{base}: the shapes of its tensors do not fit {settings.get('bits', 4)} bits and each other; "
+            f"{base}: the shapes of its tensors do not fit {bits} bits and each other; "
             "copy or download the checkpoint again, config.json too"
         )
 

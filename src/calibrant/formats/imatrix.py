@@ -76,7 +76,7 @@ def gguf_names(model_type: str, blocks: int, modules: list[str]) -> dict[str, li
             base = module.removesuffix(_BOTH)
             called = of(f"{base}.gate_proj", f"{base}.up_proj")
         if None in called:
-            raise CalibrantError(f"{module}: llama.cpp has no name for this layer of a {model_type} model")
+            raise CalibrantError(f"{module}: llama.cpp has no name for this layer of {model_type} models")
         found[module] = [str(name) for name in called]
     return found
 

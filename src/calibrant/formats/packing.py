@@ -1,4 +1,4 @@
-"""Bit packing of compressed-tensors: values of 2, 4 or 8 bits into int32 words, lowest bits first (formats.md §3.1)."""
+"""Bit packing: values of 2, 4 or 8 bits into int32 words, lowest bits first (formats.md §3.1); 3 bits are read too."""
 
 import numpy as np
 import torch
@@ -19,9 +19,22 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Inverse of ``pack``: int8 codes ``[rows, columns]``."""
+    """Inverse of ``pack``: int8 codes ``[rows, columns]``; values of 3 bits lie across words (formats.md §5)."""
     raw = words.numpy().view(np.uint32)
-    mask = np.uint32((1 << bits) - 1)
-    lanes = [(raw >> np.uint32(lane * bits)) & mask for lane in range(_WORD_BITS // bits)]
-    unsigned = np.stack(lanes, axis=-1).reshape(raw.shape[0], -1)[:, :columns]
+    unsigned = _straddling(raw, bits) if _WORD_BITS % bits else _aligned(raw, bits)
+    unsigned = unsigned[:, :columns]
     return torch.from_numpy((unsigned.astype(np.int16) - (1 << (bits - 1))).astype(np.int8))
+
+
+def _aligned(words: np.ndarray, bits: int) -> np.ndarray:
+    mask = np.uint32((1 << bits) - 1)
+    lanes = [(words >> np.uint32(lane * bits)) & mask for lane in range(_WORD_BITS // bits)]
+    return np.stack(lanes, axis=-1).reshape(words.shape[0], -1)
+
+
+def _straddling(words: np.ndarray, bits: int) -> np.ndarray:
+    """One stream of bits a row, lowest first."""
+    little_endian = np.ascontiguousarray(words, dtype="<u4").view(np.uint8)
+    stream = np.unpackbits(little_endian, axis=1, bitorder="little")
+    whole = stream[:, : stream.shape[1] // bits * bits].reshape(words.shape[0], -1, bits)
+    return np.packbits(whole, axis=2, bitorder="little")[:, :, 0]

@@ -9,6 +9,8 @@ import torch
 FormatName = Literal["compressed-tensors", "gptq", "awq"]
 # Widths whose packed layout is the same in every version of the format; others are stored in the next one.
 STORED_WIDTHS = (2, 4, 8)
+# What others store GPTQ in.
+READ_WIDTHS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,17 @@ def keep_largest(scores: torch.Tensor, share: float) -> torch.Tensor:
     return kept.view(scores.shape)
 
 
+def largest(values: torch.Tensor, share: float, runs: list[int]) -> torch.Tensor:
+    """Mask (bool, shape of ``values``) of the ``round(share n)`` largest magnitudes of each run of rows."""
+    chosen = []
+    for run in values.split(runs):
+        flat = torch.zeros(run.numel(), dtype=torch.bool, device=run.device)
+        order = torch.argsort(run.flatten().abs(), descending=True, stable=True)
+        flat[order[: round(share * run.numel())]] = True
+        chosen.append(flat.view_as(run))
+    return torch.cat(chosen)
+
+
 def keep_largest_by_row(scores: torch.Tensor, dropped: int) -> torch.Tensor:
     """Mask (bool ``[rows, n]``) without the ``dropped`` smallest of each row; of equal scores the earlier goes."""
     if scores.shape[1] <= _SHORT_ROW:

@@ -30,6 +30,15 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class MadeBy:
+    """The compression that a folder came out of: its recipe, whether that quantized, and the hash of its record."""
+
+    recipe: str
+    quantized: bool
+    record_sha256: str
+
+
 class ModelFolder:
     """A Hugging Face model folder with safetensors weights, opened without loading a weight.
 
@@ -45,6 +54,8 @@ class ModelFolder:
 
     def __init__(self, path: str | Path, allow_encoder: bool = False, allow_quantized: bool = False) -> None:
         self.path = Path(path)
+        if self.path.is_file():
+            raise CalibrantError(f"{self.path}: is a file; a model is a folder of config.json and safetensors weights")
         if not self.path.is_dir():
             raise CalibrantError(f"{self.path}: no such model folder (a model on the hub is written hub:owner/name)")
         if not (self.path / "config.json").is_file():
@@ -52,7 +63,9 @@ class ModelFolder:
         self.config_dict = _read_json(self.path / "config.json")
         self.config = _read_config(self.path)
         self.architecture = _architecture(self.path, self.config_dict, allow_encoder)
+        self.made_by = _made_by(self.path)
         quantized = "quantization_config" in self.config_dict or (self.path / INPUT_ROUNDING).exists()
+        quantized = quantized or (self.made_by is not None and self.made_by.quantized)
         if quantized and not allow_quantized:
             raise CalibrantError(f"{self.path}: the model is quantized already; start from its original weights")
         self.tensors = _tensor_table(self.path)
@@ -126,6 +139,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that JSON knows")
+
+
+def _made_by(path: Path) -> MadeBy | None:
+    file = path / "calibrant.json"
+    if not file.is_file():
+        return None
+    record = _read_json(file)
+    try:
+        recipe = record["recipe"]
+        return MadeBy(recipe["name"], recipe["scheme"]["weights"] is not None, sha256_file(file))
+    except (TypeError, KeyError) as error:
+        raise CalibrantError(f"{file}: not the record of a compression; take it away") from error
 
 
 def _is_file_map(value: object) -> bool:

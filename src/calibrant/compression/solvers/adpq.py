@@ -8,6 +8,7 @@ from pydantic import Field
 from calibrant.compression.grids import GridSpec, encode_groups, stored_scale
 from calibrant.compression.solvers.method import Method, MethodOptions
 from calibrant.compression.solvers.result import Solution, SolverRecord
+from calibrant.kernels.masks import largest
 
 
 def adpq(weight: torch.Tensor, spec: GridSpec, *, share: float = 0.06, segments: tuple[int, ...] = ()) -> Solution:
@@ -16,18 +17,11 @@ def adpq(weight: torch.Tensor, spec: GridSpec, *, share: float = 0.06, segments:
     The paper's threshold on the shrunk weights selects by magnitude, so the ``round(share n)`` largest of each of
     ``segments`` (runs of rows) are taken directly (ours). Scales are ``max / (2^(bits-1) - 1)``; the result is dense.
     """
-    outlier = torch.cat([_largest(run, share) for run in weight.split(list(segments or (len(weight),)))])
+    outlier = largest(weight, share, list(segments or (len(weight),)))
     groups = weight.reshape(len(weight), -1, spec.group_size or weight.shape[1]).float()
     chosen = outlier.view(groups.shape)
     values = torch.where(chosen, _rounded(groups * chosen, spec), _rounded(groups * ~chosen, spec))
     return Solution(values.view_as(weight), record=SolverRecord(outliers=int(outlier.sum())))
-
-
-def _largest(run: torch.Tensor, share: float) -> torch.Tensor:
-    order = torch.argsort(run.flatten().abs(), descending=True, stable=True)
-    chosen = torch.zeros(run.numel(), dtype=torch.bool, device=run.device)
-    chosen[order[: round(share * run.numel())]] = True
-    return chosen.view_as(run)
 
 
 def _rounded(groups: torch.Tensor, spec: GridSpec) -> torch.Tensor:
@@ -45,7 +39,6 @@ class Adpq(MethodOptions):
 ADPQ = Method(
     Adpq,
     lambda options, task: adpq(task.weight, task.grid_spec, share=options.share, segments=task.segments),
-    lambda task: adpq(task.weight, task.grid_spec, segments=task.segments),
     symmetric=True,
     stored_dense=lambda _: True,
 )

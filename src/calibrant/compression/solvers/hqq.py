@@ -49,7 +49,6 @@ class Hqq(MethodOptions):
 HQQ = Method(
     Hqq,
     lambda _, task: hqq(task.weight, task.grid_spec),
-    lambda task: hqq(task.weight, task.grid_spec),
     symmetric=False,
     stored_dense=lambda _: True,
 )

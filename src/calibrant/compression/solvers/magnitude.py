@@ -35,4 +35,4 @@ def drop_smallest(task: Task) -> Solution:
     return magnitude(task.weight, task.pattern, task.segments)
 
 
-MAGNITUDE = Method(Magnitude, lambda _, task: drop_smallest(task), drop_smallest, quantizes=False, prunes=True)
+MAGNITUDE = Method(Magnitude, lambda _, task: drop_smallest(task), quantizes=False, prunes=True)

@@ -72,16 +72,16 @@ def _nothing(_: Any) -> float:
 class Method:
     """A registry entry.
 
-    ``solve`` gets the options and a task, ``without_data`` a task whose layer saw no token; both are None for what
-    does not work layer by layer (``structured``). ``statistic`` None: no data. ``symmetric``: which weights the method
-    is for, where it fits its ranges itself; None for grids of any kind.
+    ``solve`` gets the options and a task; None for what does not work layer by layer (``structured``).
+    ``without_data`` gets a task whose layer saw no token; methods have one that look at inputs, in their solve or in a
+    range search. ``symmetric``: which weights the method is for, where it fits its ranges itself; None for any grids.
     ``stored_dense``: with which options no quantized format holds the result. ``passes``: about how often a solve goes
     over all pairs of columns, for the estimate of time.
     """
 
     options: type[MethodOptions]
     solve: Callable[[Any, Task], Solution] | None
-    without_data: Callable[[Task], Solution] | None
+    without_data: Callable[[Task], Solution] | None = None
     statistic: Statistic | None = None
     quantizes: bool = True
     prunes: bool = False

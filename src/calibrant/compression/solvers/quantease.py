@@ -14,6 +14,7 @@ from calibrant.compression.solvers.rtn import round_task, rtn
 from calibrant.compression.solvers.second_order import damped, undo
 from calibrant.compression.statistics import Hessian
 from calibrant.kernels.coordinate_descent import sweep
+from calibrant.kernels.masks import largest
 
 # Every third sweep may leave the grid, but not late and not last (the released code).
 _RELAXED_EVERY = 3
@@ -75,27 +76,18 @@ def quantease_with_outliers(
     grids are fitted to the weights without the first outliers.
     """
     runs = list(segments or (len(weight),))
-    outliers = _largest(weight, share, runs)
+    outliers = weight * largest(weight, share, runs)
     grid = fit_grid(weight - outliers, spec, hessian)
     base = decode(encode(weight - outliers, grid), grid)
-    largest = torch.linalg.eigvalsh(hessian)[-1].clamp(min=torch.finfo(torch.float32).tiny)
+    steepest = torch.linalg.eigvalsh(hessian)[-1].clamp(min=torch.finfo(torch.float32).tiny)
     for _ in range(sweeps):
         base, _ = descend(weight - outliers, base, hessian, grid, [False])
         gradient = (base + outliers - weight) @ hessian
-        outliers = _largest(outliers - gradient / largest, share, runs)
+        step = outliers - gradient / steepest
+        outliers = step * largest(step, share, runs)
     base, _ = descend(weight - outliers, base, hessian, grid, [False])
     record = SolverRecord(dead_columns=int((hessian.diagonal() == 0).sum()), outliers=int((outliers != 0).sum()))
     return Solution(base + outliers, outliers=outliers != 0, record=record)
-
-
-def _largest(values: torch.Tensor, share: float, runs: list[int]) -> torch.Tensor:
-    """``values`` with all but the ``round(share n)`` largest magnitudes of each run of rows zeroed."""
-    kept = []
-    for run in values.split(runs):
-        flat = run.flatten()
-        largest = torch.argsort(flat.abs(), descending=True, stable=True)[: round(share * flat.numel())]
-        kept.append(torch.zeros_like(flat).index_copy(0, largest, flat[largest]).view_as(run))
-    return torch.cat(kept)
 
 
 class QuantEase(MethodOptions):

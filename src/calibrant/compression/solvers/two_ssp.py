@@ -12,4 +12,4 @@ class TwoSsp(MethodOptions):
     name: Literal["2ssp"] = "2ssp"
 
 
-TWO_SSP = Method(TwoSsp, None, None, ColumnNorm, quantizes=False, prunes=True)
+TWO_SSP = Method(TwoSsp, None, statistic=ColumnNorm, quantizes=False, prunes=True)
