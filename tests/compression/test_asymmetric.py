@@ -66,6 +66,7 @@ def test_columns_without_inputs_keep_their_weights() -> None:
     assert torch.equal(found[:, [2, 9]], weight[:, [2, 9]])
     expected = weight[:, live].double() + missed.T @ x @ hessian.inverse()
     torch.testing.assert_close(found[:, live].double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(asymmetric_target(weight, torch.zeros(16, 16), torch.zeros(16, 16)), weight)
 
 
 def test_where_the_moments_do_not_factor_the_record_says_so(

@@ -18,8 +18,7 @@ def write_imatrix(
 
     A tensor of merged experts has a matrix for each, others one. Equal input gives equal bytes.
     """
-    writer = _gguf().GGUFWriter(path, arch="")
-    writer.kv_data[0].clear()  # llama.cpp writes no architecture into such files
+    writer = _gguf().GGUFWriter(path, arch="")  # llama.cpp writes no architecture into such files
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", datasets)
     writer.add_uint32("imatrix.chunk_count", chunks)
