@@ -20,7 +20,7 @@ from calibrant.compression.solvers.rtn import rtn
 from calibrant.errors import CalibrantError
 from calibrant.hashing import sha256_file
 from tests.checkpoints import put_stored_weights
-from tests.conftest import ARCHITECTURES, random_set, write_model
+from tests.conftest import ARCHITECTURES, VOCABULARY, random_set, write_model, write_tokenizer
 
 # How the scheme of each recipe looks on a tiny model whose widths 128 does not divide.
 RECIPES = [name for name in builtin_recipes() if "g128" not in name and "g64" not in name]
@@ -419,6 +419,28 @@ def test_a_model_whose_experts_are_left_alone_loads(
     alone = "model.layers.1.mlp.experts.down_proj"
     assert torch.equal(loaded.get_parameter(alone), original.get_parameter(alone))
     result = cb.evaluate(tmp_path / "out", against=model, length=32, limit=2)
+    assert result.divergence is not None
+    assert 0 < result.divergence.kl_mean < 0.1
+
+
+def test_convolutions_are_no_experts(tmp_path: Path) -> None:
+    """A hybrid model: its linears are packed, the weights of its convolutions stay."""
+    torch.manual_seed(0)
+    kinds = ["conv", "full_attention"]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Lfm2Config(
+        **sizes, vocab_size=VOCABULARY, layer_types=kinds, num_key_value_heads=2, block_auto_adjust_ff_dim=False
+    )
+    transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    recipe = load_recipe("gptq-w4a16-g32").model_copy(update={"asymmetric": 0.25})
+    made = random_set(tmp_path / "model")
+    cb.compress(tmp_path / "model", output=tmp_path / "out", recipe=recipe, calibration=made, dtype="float32")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    kept = "model.layers.0.conv.conv.weight"
+    assert torch.equal(before[kept], after[kept])
+    assert {"model.layers.0.conv.in_proj.weight_packed", "model.layers.1.self_attn.q_proj.weight_packed"} <= set(after)
+    result = cb.evaluate(tmp_path / "out", against=tmp_path / "model", length=32, limit=2)
     assert result.divergence is not None
     assert 0 < result.divergence.kl_mean < 0.1
 

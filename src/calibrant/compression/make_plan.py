@@ -19,6 +19,7 @@ from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.structure import fused_parameters
 
 _PRUNED_DENSE = "pruned weights are stored dense: the zeros are there, the files do not get smaller"
 
@@ -85,20 +86,19 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
         elif isinstance(module, Conv1D):
             found.linears[name] = (module.weight.shape[1], module.weight.shape[0])
             found.unpackable.append(name)
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim != 3:
-                continue
+    for name, parameter in fused_parameters(model.module).items():
+        if any(name.startswith(block + ".") for block in blocks):
             # transformers 5.23 loads no experts that are left alone beside packed layers.
-            found.unpackable.append(f"{name}.{parameter_name}")
-            if not recipe.ignores(f"{name}.{parameter_name}"):
-                found.fused[f"{name}.{parameter_name}"] = tuple(parameter.shape)
+            found.unpackable.append(name)
+            if not recipe.ignores(name):
+                found.fused[name] = tuple(parameter.shape)
     return found
 
 
 def _check_ignored(model: LazyModel, recipe: Recipe) -> None:
     """Refuse an expression that finds nothing: a slip in it would compress what was to be left alone."""
     modules = [name for name, _ in model.module.named_modules() if name]
-    names = modules + [name for name, parameter in model.module.named_parameters() if parameter.ndim == 3]
+    names = [*modules, *fused_parameters(model.module)]
     for expression in recipe.ignore:
         if not any(re.search(expression, name) for name in names):
             raise CalibrantError(f"ignore: {expression!r} is in no module's name; this model has, say, {modules[-1]}")

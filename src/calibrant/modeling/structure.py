@@ -153,7 +153,7 @@ def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructu
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-    fused = _fused_parameters(block)
+    fused = fused_parameters(block)
     for owner in {name.rpartition(".")[0] for name in fused}:
         handles.append(block.get_submodule(owner).register_forward_pre_hook(probe.experts_reached(owner)))
     try:
@@ -171,7 +171,7 @@ class _Probe:
     def __init__(self, block: nn.Module, hidden: torch.Tensor) -> None:
         self._hidden = hidden
         self._last_use: dict[int, int] = {}
-        self._fused = _fused_parameters(block)
+        self._fused = fused_parameters(block)
         self._inputs: list[torch.Tensor] = []  # kept alive so that no storage is reused while addresses are compared
         self._seen: set[str] = set()
         self._groups: dict[tuple[int, int, int], int] = {}
@@ -268,8 +268,11 @@ def _as_linear(name: str, module: nn.Module) -> Linear:
     return Linear(name, f"{name}.weight", rows, columns)
 
 
-def _fused_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in block.named_parameters() if parameter.ndim == 3}
+def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters ``[experts, ., .]`` by name; weights of convolutions, of as many dimensions, are none."""
+    convolutions = {f"{name}.weight" for name, one in module.named_modules() if isinstance(one, nn.Conv1d)}
+    parameters = module.named_parameters()
+    return {name: one for name, one in parameters if one.ndim == 3 and name not in convolutions}
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,7 @@ def expert_product(func: Callable[..., Any], args: tuple[Any, ...], fused: dict[
 @contextmanager
 def watch_experts(block: nn.Module, seen: Callable[[ExpertUse], None]) -> Iterator[None]:
     """Report every expert product that runs inside the context."""
-    fused = _fused_parameters(block)
+    fused = fused_parameters(block)
 
     class Watch(TorchFunctionMode):
         def __torch_function__(
