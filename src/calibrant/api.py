@@ -103,6 +103,11 @@ def prepare(
     target = check_output(output, overwrite, [model])
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = ModelFolder(model_path(model), allow_encoder)
+    made_by = folder.made_by()
+    if made_by is not None and made_by.quantized:
+        raise CalibrantError(
+            f"{folder.path}: {made_by.recipe} quantized the model already; start from its original weights"
+        )
     if calibration is not None and chosen.needs_data:
         _check_calibration(folder, calibration)
     if chosen.training is not None:

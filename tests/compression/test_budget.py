@@ -194,25 +194,32 @@ def test_a_budget_that_changes_nothing_leaves_every_byte(tmp_path: Path, stored:
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
-def test_a_budget_looks_where_tokens_count(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the row in which most do, from the first that does."""
+@pytest.mark.parametrize(("counted", "row", "begin"), [
+    ({2: [30, 31], 5: range(20, 32)}, 5, 16),  # late
+    ({0: range(6, 14), 1: [0, *range(25, 32)]}, 0, 0),  # many in the row, most of them apart from the others
+    ({0: range(4, 10), 3: range(26, 32)}, 0, 0),  # of equals the earlier
+    (dict.fromkeys(range(8), range(32)), 0, 0),
+])  # fmt: skip
+def test_a_budget_looks_where_most_tokens_count(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: dict, row: int, begin: int
+) -> None:
     monkeypatch.setattr(sensitivity, "_TOKENS", 16)
     entered: list[CalibrationSet] = []
     enter = sensitivity.enter_blocks
     monkeypatch.setattr(sensitivity, "enter_blocks", lambda *args: (entered.append(args[2]), enter(*args))[1])
     whole = random_set(llama)
     mask = torch.zeros_like(whole.mask)
-    mask[2, 30:], mask[5, 20:] = True, True
-    chosen = recipe(**QUANTIZE)
+    for number, places in counted.items():
+        mask[number, list(places)] = True
+    late = CalibrationSet.build(whole.tokens, mask, whole.manifest)
+    cb.compress(llama, output=tmp_path / "out", recipe=recipe(**QUANTIZE), calibration=late, dtype="float32")
+    here = slice(begin, begin + 16)
+    assert torch.equal(entered[0].tokens, whole.tokens[row : row + 1, here])
+    assert torch.equal(entered[0].mask, mask[row : row + 1, here])
 
-    def spend(mask: torch.Tensor) -> None:
-        late = CalibrationSet.build(whole.tokens, mask, whole.manifest)
-        cb.compress(llama, output=tmp_path / "out", recipe=chosen, calibration=late, dtype="float32", overwrite=True)
 
-    spend(mask)
-    assert torch.equal(entered[0].tokens, whole.tokens[5:6, 16:32])
-    assert torch.equal(entered[0].mask, mask[5:6, 16:32])
-    spend(torch.ones_like(mask))
-    assert torch.equal(entered[1].tokens, whole.tokens[:1, :16])
+def test_a_budget_needs_a_token_that_counts(llama: Path, tmp_path: Path) -> None:
+    whole = random_set(llama)
+    none = CalibrationSet.build(whole.tokens, torch.zeros_like(whole.mask), whole.manifest)
     with pytest.raises(CalibrantError, match="counts no token"):
-        spend(torch.zeros_like(mask))
+        cb.compress(llama, output=tmp_path / "out", recipe=recipe(**QUANTIZE), calibration=none)

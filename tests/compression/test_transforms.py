@@ -143,12 +143,25 @@ def test_smoothquant_moves_scales_out_of_norms_alone(outliers: Path, tmp_path: P
     assert sources == ["input_layernorm", "post_attention_layernorm"]
 
 
-@pytest.mark.parametrize(("counted", "rows"), [(32, 3), (12, 8), (8, 8)])
+@pytest.mark.parametrize(("samples", "counted", "positions", "rows", "tokens"), [
+    (8, 32, 4096, [3], 100),
+    (8, 12, 4096, [8], 96),
+    (128, 1, 4096, [64, 36], 100),  # two micro-batches of 64 rows
+    (128, 1, 2048, [64], 64),
+])  # fmt: skip
 def test_awq_compares_outputs_of_so_many_counted_tokens(
-    outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: int, rows: int
+    outliers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    samples: int,
+    counted: int,
+    positions: int,
+    rows: list[int],
+    tokens: int,
 ) -> None:
     """Rows of a lone linear's input, and whole sequences of a module around several, up to that number."""
     monkeypatch.setattr(block_transforms, "_SEARCH_TOKENS", 100)
+    monkeypatch.setattr(block_transforms, "_SEARCH_POSITIONS", positions)
     sequences, inputs = [], []
     shortened, loss = block_transforms.ModuleCall.shortened, block_transforms._output_loss
 
@@ -164,10 +177,10 @@ def test_awq_compares_outputs_of_so_many_counted_tokens(
     monkeypatch.setattr(block_transforms.ModuleCall, "shortened", noted_call)
     monkeypatch.setattr(block_transforms, "_output_loss", noted_loss)
     chosen = recipe({"name": "rtn"}, transforms=[{"name": "awq"}])
-    calibration = random_set(outliers, masked=32 - counted)
+    calibration = random_set(outliers, samples=samples, masked=32 - counted)
     cb.compress(outliers, output=tmp_path / "out", recipe=chosen, calibration=calibration, dtype="float32")
-    assert set(sequences) == {rows}
-    assert set(inputs) == {min(100, 8 * counted)}
+    assert sequences == rows * (len(sequences) // len(rows))
+    assert set(inputs) == {tokens}
 
 
 @pytest.mark.parametrize("kind", ["smoothquant", "awq"])

@@ -172,7 +172,7 @@ def test_patterns_and_ignore_lists_do_not_apply() -> None:
         recipe("0.25", ignore=["lm_head"])
 
 
-def test_it_leaves_neurons_and_prunes_a_model_once(llama: Path, tmp_path: Path) -> None:
+def test_it_leaves_neurons_and_takes_no_attention_twice(llama: Path, tmp_path: Path) -> None:
     attention, mlp = 2 * 64 * 64 + 2 * 32 * 64, 3 * 64 * 96
     for thousandths in range(500, 1000):
         try:

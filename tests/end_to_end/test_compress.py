@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -440,9 +441,25 @@ def test_convolutions_are_no_experts(tmp_path: Path) -> None:
     kept = "model.layers.0.conv.conv.weight"
     assert torch.equal(before[kept], after[kept])
     assert {"model.layers.0.conv.in_proj.weight_packed", "model.layers.1.self_attn.q_proj.weight_packed"} <= set(after)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.get_parameter(kept), before[kept])
     result = cb.evaluate(tmp_path / "out", against=tmp_path / "model", length=32, limit=2)
     assert result.divergence is not None
     assert 0 < result.divergence.kl_mean < 0.1
+
+
+def test_a_model_that_is_initialized_with_its_weights_is_not_packed(tmp_path: Path) -> None:
+    """transformers reaches for the weight of Mamba's last linear when it opens a checkpoint; packed ones have none."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, state_size=8, vocab_size=VOCABULARY)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    made = random_set(tmp_path / "model")
+    report = cb.compress(
+        tmp_path / "model", output=tmp_path / "out", recipe="rtn-w8a16", calibration=made, dtype="float32"
+    )
+    assert any("mixer.in_proj" in note and "stored dense" in note for note in report.notes)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_a_model_that_was_compressed_before_is_known(llama: Path, tmp_path: Path) -> None:
@@ -453,11 +470,17 @@ def test_a_model_that_was_compressed_before_is_known(llama: Path, tmp_path: Path
     assert record["made_by"]["record_sha256"] == sha256_file(tmp_path / "pruned" / "calibrant.json")
     assert json.loads((tmp_path / "pruned" / "calibrant.json").read_text())["made_by"] is None
     run(llama, tmp_path / "dense", "spqr-w4a16-g16")
-    with pytest.raises(cb.CalibrantError, match="quantized already"):
+    with pytest.raises(cb.CalibrantError, match="spqr-w4a16-g16 quantized the model already"):
         run(tmp_path / "dense", tmp_path / "again", "gptq-w4a16-g32")
-    (tmp_path / "pruned" / "calibrant.json").write_text("{}")
-    with pytest.raises(cb.CalibrantError, match="not the record of a compression"):
-        run(tmp_path / "pruned", tmp_path / "again", "gptq-w4a16-g32")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no JSON", '{"recipe": "x"}'])
+def test_a_foreign_file_of_the_record_s_name_says_nothing(llama: Path, content: str, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    (model / "calibrant.json").write_text(content)
+    run(model, tmp_path / "out", "rtn-w8a16")
+    assert json.loads((tmp_path / "out" / "calibrant.json").read_text())["made_by"] is None
+    assert cb.evaluate(model, length=32, limit=2).perplexity.value > 0
 
 
 def test_the_output_says_what_made_it(llama: Path, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def compress(
 
 
 def _tell(screen: "Terminal", notes: list[str]) -> None:
-    """What became clear during the run; of many alike the first."""
+    """What became clear during the run; the first of many."""
     for text in notes[:_MOST_NOTES]:
         screen.note(f"note: {text}")
     if len(notes) > _MOST_NOTES:

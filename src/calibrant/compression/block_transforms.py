@@ -22,6 +22,8 @@ from calibrant.modeling.structure import BlockStructure, InputGroup, Linear, com
 # AWQ compares outputs on this many counted tokens, or one micro-batch where a module cannot be run on part of it (ours;
 # the paper's code takes its whole set, 65,536 of them).
 _SEARCH_TOKENS = 1024
+# Where few tokens count, so many are gone through for them (ours).
+_SEARCH_POSITIONS = 4096
 
 
 @dataclass
@@ -133,7 +135,7 @@ def _output_loss(
             return float(nn.functional.linear(inputs, difference).float().square().sum(dtype=torch.float64))
 
         return lone_loss
-    calls = [call.shortened(_rows_to_compare(call.mask)) for call in seen.calls]
+    calls = _shortened(seen.calls)
     expected = [call.output() for call in calls]
 
     def loss(scale: torch.Tensor) -> float:
@@ -151,9 +153,16 @@ def _output_loss(
     return loss
 
 
-def _rows_to_compare(mask: torch.Tensor) -> int:
-    """How many of the first rows hold no more counted tokens than are compared; one at least."""
-    return max(1, int((mask.sum(1).cumsum(0) <= _SEARCH_TOKENS).sum()))
+def _shortened(calls: list[ModuleCall]) -> list[ModuleCall]:
+    """On as many of the first rows as hold no more counted tokens than are compared; on one row at least."""
+    kept: list[ModuleCall] = []
+    left = _SEARCH_TOKENS
+    for call in calls:
+        rows = int((call.mask.sum(1).cumsum(0) <= left).sum())
+        if rows or not kept:
+            kept.append(call.shortened(max(rows, 1)))
+            left -= int(kept[-1].mask.sum())
+    return kept
 
 
 def _rounded(weight: torch.Tensor, scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
@@ -170,7 +179,7 @@ def _run(
     """
     device = batches[0].hidden.device
     seen = [_Seen(Magnitude(pair.group.linears[0].in_features, device)) for pair in pairs]
-    left = _SEARCH_TOKENS if compare else 0
+    left, positions = _SEARCH_TOKENS if compare else 0, _SEARCH_POSITIONS
     outputs = []
     for batch in batches:
         handles = []
@@ -180,7 +189,8 @@ def _run(
             handles.append(block.get_submodule(pair.group.module).register_forward_pre_hook(note))
             if left > 0 and not alone:
                 handles += _note_calls(block, index, pair.group, one, batch)
-        left -= int(batch.mask.sum())
+        positions -= batch.mask.numel()
+        left = left - int(batch.mask.sum()) if positions > 0 else 0
         try:
             outputs.append(call_block(block, index, batch))
         finally:

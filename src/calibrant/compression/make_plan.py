@@ -19,6 +19,7 @@ from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.packable import first_not_packable
 from calibrant.modeling.structure import fused_parameters
 
 _PRUNED_DENSE = "pruned weights are stored dense: the zeros are there, the files do not get smaller"
@@ -92,6 +93,10 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
             found.unpackable.append(name)
             if not recipe.ignores(name):
                 found.fused[name] = tuple(parameter.shape)
+    if not found.unpackable:
+        name = first_not_packable(model.module, found.linears)
+        if name is not None:
+            found.unpackable.append(name)
     return found
 
 
@@ -189,7 +194,7 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
     if layout.activations:
         refusal = f"the {layout.format} format is for weights alone: take compressed-tensors for int8 activations"
     if recipe.stored_dense or layers.unpackable:
-        what = recipe.method.name if recipe.stored_dense else f"{layers.unpackable[0]} is no ordinary linear layer and"
+        what = recipe.method.name if recipe.stored_dense else f"a model with {layers.unpackable[0]}, no ordinary layer,"
         refusal = f"{what} fits no {layout.format} checkpoint: take compressed-tensors"
     words = 32 // layout.stored_bits
     for name, shape in layers.linears.items():
@@ -202,7 +207,8 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
 def _check_bits_budget(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
     packed = layout.format == "compressed-tensors" and not layers.unpackable and not recipe.stored_dense
     if recipe.budget is not None and not packed:
-        raise CalibrantError("a budget of bits needs layers that compressed-tensors can hold packed")
+        what = layers.unpackable[0] if layers.unpackable else f"{layout.format} or {recipe.method.name}"
+        raise CalibrantError(f"a budget of bits needs layers that compressed-tensors can hold packed, unlike {what}")
 
 
 def _group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
@@ -220,8 +226,8 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
         return [f"{recipe.method.name} fits no quantized format: its values are stored dense"]
     if layers.unpackable:
         dense = (
-            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers loads no quantized format with "
-            "one: the quantized values are stored dense, so the files do not get smaller"
+            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers 5.23 loads no quantized format "
+            "with one: the quantized values are stored dense, so the files do not get smaller"
         )
         inputs = (
             f"its int8 inputs are described in {INPUT_ROUNDING}, which calibrant evaluate computes with; "

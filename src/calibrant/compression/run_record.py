@@ -76,12 +76,13 @@ def run_record(
     notes: list[str],
 ) -> dict[str, Any]:
     """Everything that determined the result and what came out: ``calibrant.json``. No times, no paths."""
+    made_by = model.folder.made_by()
     return {
         "calibrant_version": calibrant.__version__,
         "recipe": plan.recipe.model_dump(),
         "format": format_for(plan.layout).name if plan.layout else "dense",
         "model": {"name": model.folder.name, **model.folder.identity()},
-        "made_by": asdict(model.folder.made_by) if model.folder.made_by is not None else None,
+        "made_by": asdict(made_by) if made_by is not None else None,
         "generator": _generator(model, plan),
         "calibration": calibration.manifest.model_dump(exclude={"rows"}) if calibration is not None else None,
         "settings": settings.describe(),

@@ -49,13 +49,13 @@ def measure_sensitivities(
 ) -> list[Sensitivity]:
     """Of every group of linears that share an input, at each of ``choices``.
 
-    ``compress`` gets a weight ``[out, in]``, the sums of squared inputs ``[in]`` and the choice. Measured on up to 512
-    tokens of the row in which most count, from the first that counts on; divergences at every fourth of them.
+    ``compress`` gets a weight ``[out, in]``, the sums of squared inputs ``[in]`` and the choice. Measured on the window
+    of 512 tokens in which most count; divergences at every fourth that does.
 
     Raises:
         CalibrantError: a block holds fused experts, or no token of the set counts.
     """
-    probe, batches = enter_blocks(model, blocks, _one_row(calibration), dtype, model.device, _TOKENS)
+    probe, batches = enter_blocks(model, blocks, _one_window(calibration), dtype, model.device, _TOKENS)
     trunk, variants = batches[0], list[torch.Tensor]()
     groups: list[tuple[list[str], int]] = []
     with progress.task("measuring sensitivity", len(blocks)) as task:
@@ -80,17 +80,17 @@ def measure_sensitivities(
     ]
 
 
-def _one_row(calibration: CalibrationSet) -> CalibrationSet:
-    counted = calibration.mask.sum(1)
+def _one_window(calibration: CalibrationSet) -> CalibrationSet:
+    """Of windows that overlap by half; of equals the one that begins first, for what comes before is missing there."""
+    length = calibration.mask.shape[1]
+    last = max(0, length - _TOKENS)
+    begins = [*range(0, last, _TOKENS // 2), last]
+    counted = torch.stack([calibration.mask[:, begin : begin + _TOKENS].sum(1) for begin in begins])
     if not bool(counted.any()):
         raise CalibrantError("the calibration set's mask counts no token")
-    row = int((counted == counted.max()).nonzero()[0])
-    first, length = int(calibration.mask[row].nonzero()[0]), calibration.mask.shape[1]
-    begin = min(first, max(0, length - _TOKENS))
-    here = slice(begin, begin + _TOKENS)
-    return replace(
-        calibration, tokens=calibration.tokens[row : row + 1, here], mask=calibration.mask[row : row + 1, here]
-    )
+    window, row = divmod(int((counted == counted.max()).flatten().nonzero()[0]), len(calibration.mask))
+    rows, here = slice(row, row + 1), slice(begins[window], begins[window] + _TOKENS)
+    return replace(calibration, tokens=calibration.tokens[rows, here], mask=calibration.mask[rows, here])
 
 
 def _groups_to_compress(structure: BlockStructure, prefix: str, ignored: Callable[[str], bool]) -> list[InputGroup]:

@@ -63,9 +63,7 @@ class ModelFolder:
         self.config_dict = _read_json(self.path / "config.json")
         self.config = _read_config(self.path)
         self.architecture = _architecture(self.path, self.config_dict, allow_encoder)
-        self.made_by = _made_by(self.path)
         quantized = "quantization_config" in self.config_dict or (self.path / INPUT_ROUNDING).exists()
-        quantized = quantized or (self.made_by is not None and self.made_by.quantized)
         if quantized and not allow_quantized:
             raise CalibrantError(f"{self.path}: the model is quantized already; start from its original weights")
         self.tensors = _tensor_table(self.path)
@@ -116,6 +114,18 @@ class ModelFolder:
         length = vars(text).get("max_position_embeddings", vars(text).get("n_positions"))
         return int(length) if isinstance(length, int) else None
 
+    def made_by(self) -> MadeBy | None:
+        """The compression that it came out of, by the ``calibrant.json`` beside it; None for files of others."""
+        file = self.path / "calibrant.json"
+        if not file.is_file():
+            return None
+        try:
+            recipe = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+            name, weights = recipe["name"], recipe["scheme"]["weights"]
+        except (ValueError, TypeError, KeyError):
+            return None
+        return MadeBy(str(name), weights is not None, sha256_file(file))
+
     def identity(self) -> dict[str, str]:
         """Hashes of configuration and weights for manifests and reports; no paths."""
         files = sorted({info.file for info in self.tensors.values()})
@@ -139,18 +149,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that JSON knows")
-
-
-def _made_by(path: Path) -> MadeBy | None:
-    file = path / "calibrant.json"
-    if not file.is_file():
-        return None
-    record = _read_json(file)
-    try:
-        recipe = record["recipe"]
-        return MadeBy(recipe["name"], recipe["scheme"]["weights"] is not None, sha256_file(file))
-    except (TypeError, KeyError) as error:
-        raise CalibrantError(f"{file}: not the record of a compression; take it away") from error
 
 
 def _is_file_map(value: object) -> bool:

@@ -269,7 +269,7 @@ def _as_linear(name: str, module: nn.Module) -> Linear:
 
 
 def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters ``[experts, ., .]`` by name; weights of convolutions, of as many dimensions, are none."""
+    """Parameters of three dimensions by name, which hold many experts; weights of convolutions do not."""
     convolutions = {f"{name}.weight" for name, one in module.named_modules() if isinstance(one, nn.Conv1d)}
     parameters = module.named_parameters()
     return {name: one for name, one in parameters if one.ndim == 3 and name not in convolutions}
