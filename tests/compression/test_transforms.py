@@ -143,30 +143,6 @@ def test_smoothquant_moves_scales_out_of_norms_alone(outliers: Path, tmp_path: P
     assert sources == ["input_layernorm", "post_attention_layernorm"]
 
 
-def test_awq_compares_on_tokens_that_count_where_the_first_rows_have_none(
-    outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two micro-batches without any, then rows that have more than are compared."""
-    monkeypatch.setattr(block_transforms, "_SEARCH_TOKENS", 20)
-    monkeypatch.setattr(block_transforms, "_SEARCH_POSITIONS", 2048)
-    compared: list[int] = []
-    shortened = block_transforms._shortened
-
-    def noted(calls):
-        kept = shortened(calls)
-        compared.append(sum(int(call.mask.sum()) for call in kept))
-        return kept
-
-    monkeypatch.setattr(block_transforms, "_shortened", noted)
-    whole = random_set(outliers, samples=140)
-    mask = whole.mask.clone()
-    mask[:130] = False
-    late = cb.CalibrationSet.build(whole.tokens, mask, whole.manifest)
-    chosen = recipe({"name": "rtn"}, transforms=[{"name": "awq"}])
-    cb.compress(outliers, output=tmp_path / "out", recipe=chosen, calibration=late, dtype="float32")
-    assert set(compared) == {32}
-
-
 @pytest.mark.parametrize(("samples", "counted", "positions", "rows", "tokens"), [
     (8, 32, 4096, [3], 100),
     (8, 12, 4096, [8], 96),

@@ -22,7 +22,7 @@ from calibrant.modeling.structure import BlockStructure, InputGroup, Linear, com
 # AWQ compares outputs on this many counted tokens, or one micro-batch where a module cannot be run on part of it (ours;
 # the paper's code takes its whole set, 65,536 of them).
 _SEARCH_TOKENS = 1024
-# Where few tokens count, so many are gone through for them, more only until one counts (ours).
+# Where few tokens count, so many are gone through for them (ours).
 _SEARCH_POSITIONS = 4096
 
 
@@ -154,16 +154,13 @@ def _output_loss(
 
 
 def _shortened(calls: list[ModuleCall]) -> list[ModuleCall]:
-    """On as many of the first rows as hold no more counted tokens than are compared; on one that has some at least."""
+    """On as many of the first rows as hold no more counted tokens than are compared; on one row at least."""
     kept: list[ModuleCall] = []
     left = _SEARCH_TOKENS
     for call in calls:
-        counted = call.mask.sum(1).cumsum(0)
-        rows = int((counted <= left).sum())
-        if not kept:
-            rows = min(max(rows, int((counted == 0).sum()) + 1), len(counted))
-        if rows and counted[rows - 1] > 0:
-            kept.append(call.shortened(rows))
+        rows = int((call.mask.sum(1).cumsum(0) <= left).sum())
+        if rows or not kept:
+            kept.append(call.shortened(max(rows, 1)))
             left -= int(kept[-1].mask.sum())
     return kept
 
@@ -193,9 +190,7 @@ def _run(
             if left > 0 and not alone:
                 handles += _note_calls(block, index, pair.group, one, batch)
         positions -= batch.mask.numel()
-        left -= int(batch.mask.sum())
-        if positions <= 0 and left < _SEARCH_TOKENS:
-            left = 0
+        left = left - int(batch.mask.sum()) if positions > 0 else 0
         try:
             outputs.append(call_block(block, index, batch))
         finally:
