@@ -31,8 +31,8 @@ from rich.table import Table
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.compression.estimate import measured_rate
-from calibrant.compression.recipe import load_recipe
+from calibrant.pipeline.estimate import measured_rate
+from calibrant.recipes.recipe import load_recipe
 
 HERE = Path(__file__).parent
 WORK = HERE / ".work"

@@ -15,10 +15,10 @@ import transformers
 from rich.console import Console
 
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule, generate_self_calibration
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
-from calibrant.progress import Silent
+from calibrant.progress import NoProgress
 
 
 def ours(model: transformers.PreTrainedModel, tokenizer: Tokenizer, rows: int, length: int, seed: int) -> float:
@@ -34,7 +34,7 @@ def ours(model: transformers.PreTrainedModel, tokenizer: Tokenizer, rows: int, l
         schedule=TemperatureSchedule(),
         first_tokens="any",
         batch_size=rows,
-        progress=Silent(),
+        progress=NoProgress(),
         provenance={},
     )
     return time.perf_counter() - begin

@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from calibrant.compression.grid_fitting import fit_grid
-from calibrant.compression.grids import GridSpec
-from calibrant.compression.solvers.gptq import quantization_problem
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import solve_columns
 from calibrant.kernels.gram import add_gram
 from calibrant.kernels.inverse_factor import inverse_factor
 from calibrant.kernels.lookup import every_number, look_up
 from calibrant.kernels.rms_norm import rms_norm
+from calibrant.methods.solvers.gptq import quantization_problem
+from calibrant.quantization.grid_fitting import fit_grid
+from calibrant.quantization.grids import GridSpec
 
 REPEATS = 9
 

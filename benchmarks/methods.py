@@ -49,12 +49,12 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "quantease, outliers": ({"method": {"name": "quantease", "outliers": 0.01}}, {}),
     "spqr": ({"method": {"name": "spqr"}}, {"symmetric": False, "group_size": 16}),
     "awq, gptq, clip": ({**AWQ, **GPTQ}, {"range_search": "clip"}),
-    "gptq, asymmetric": ({**GPTQ, "asymmetric": 1.0}, {}),
-    "gptq, clip, a quarter asymmetric": ({**GPTQ, "asymmetric": 0.25}, {"range_search": "clip"}),
-    "gptq, clip, refined, a quarter asymmetric": ({**REFINED, "asymmetric": 0.25}, {"range_search": "clip"}),
+    "gptq, asymmetric": ({**GPTQ, "drift_correction": 1.0}, {}),
+    "gptq, clip, a quarter asymmetric": ({**GPTQ, "drift_correction": 0.25}, {"range_search": "clip"}),
+    "gptq, clip, refined, a quarter asymmetric": ({**REFINED, "drift_correction": 0.25}, {"range_search": "clip"}),
     "awq, gptq, clip, refined": ({**AWQ, **REFINED}, {"range_search": "clip"}),
     "awq, gptq, clip, refined, a quarter asymmetric": (
-        {**AWQ, **REFINED, "asymmetric": 0.25},
+        {**AWQ, **REFINED, "drift_correction": 0.25},
         {"range_search": "clip"},
     ),
 }
@@ -62,8 +62,8 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": {"name": "magnitude"}},
     "wanda": {"method": {"name": "wanda"}},
     "sparsegpt": {"method": {"name": "sparsegpt"}},
-    "sparsegpt, asymmetric": {"method": {"name": "sparsegpt"}, "asymmetric": 1.0},
-    "sparsegpt, a quarter asymmetric": {"method": {"name": "sparsegpt"}, "asymmetric": 0.25},
+    "sparsegpt, asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 1.0},
+    "sparsegpt, a quarter asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 0.25},
 }
 DYNAMIC, MINMAX = {"bits": 8}, {"bits": 8, "dynamic": False}
 # By label: what the recipe says beyond the scheme, and its activations.

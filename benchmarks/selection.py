@@ -25,8 +25,8 @@ import calibrant as cb
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.selection.coverage import SetFamily, greedy_cover, pooled_cover
 from calibrant.calibration.selection.zipcal import ZipCal
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Window
+from calibrant.modeling.tokenizer import Tokenizer
 
 PICKS, LENGTH, POOL = 128, 512, 2000
 

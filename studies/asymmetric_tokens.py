@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import calibrant as cb
-from calibrant.compression.recipe import Recipe
+from calibrant.recipes.recipe import Recipe
 from cells import measured, on_texts, over_seeds, spread
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ def recipe(share: float) -> Recipe:
     """GPTQ that makes up for that share."""
     scheme = {"weights": {"bits": 3, "group_size": "auto"}}
     fields = {"name": "study", "description": "study", "method": {"name": "gptq"}, "scheme": scheme}
-    return Recipe.model_validate({**fields, "asymmetric": share})
+    return Recipe.model_validate({**fields, "drift_correction": share})
 
 
 def measure(label: str, options: argparse.Namespace) -> dict[str, Any]:

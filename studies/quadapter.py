@@ -24,7 +24,7 @@ from rich.table import Table
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.compression.recipe import Recipe
+from calibrant.recipes.recipe import Recipe
 from cells import measured, on_texts, over_seeds, spread
 from outliers import plant
 
@@ -45,8 +45,8 @@ def recipe(method: str, options: argparse.Namespace, seed: int) -> Recipe:
     """One method's recipe."""
     cell = {"name": "study", "description": method, "method": {"name": "rtn"}, **METHODS[method]}
     if "training" in cell:
-        shared = {"steps": options.steps, "rows": 8, "length": options.length, "seed": seed}
-        cell["training"] = {**cell["training"], **shared, "look": max(1, options.steps // 10)}
+        shared = {"steps": options.steps, "batch_size": 8, "length": options.length, "seed": seed}
+        cell["training"] = {**cell["training"], **shared, "eval_steps": max(1, options.steps // 10)}
     if method.startswith("Quadapter"):
         cell["transforms"] = [{**cell["transforms"][0], "steps": options.block_steps}]
     if method == "QAT":

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import calibrant as cb
-from calibrant.compression.recipe import Recipe
+from calibrant.recipes.recipe import Recipe
 from outliers import found_share, plant
 
 HERE = Path(__file__).parent

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.compression.recipe import Recipe
+from calibrant.recipes.recipe import Recipe
 from cells import measured, on_texts, over_seeds, spread
 
 HERE = Path(__file__).parent
@@ -35,11 +35,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
 ARMS: dict[str, dict[str, Any] | None] = {
     "round to nearest": None,
     "ZSAQ": {"name": "zsaq"},
-    "without SAM": {"name": "zsaq", "radius": 0.0},
+    "without SAM": {"name": "zsaq", "sam_rho": 0.0},
     "frozen generator": {"name": "zsaq", "generator_learning_rate": 0.0},
     "random tokens": {"name": "zsaq", "inputs": "random"},
-    "self-written text": {"name": "qat", "radius": 0.05},
-    "real text": {"name": "qat", "radius": 0.05},
+    "self-written text": {"name": "qat", "sam_rho": 0.05},
+    "real text": {"name": "qat", "sam_rho": 0.05},
 }
 
 
@@ -48,7 +48,12 @@ def recipe(arm: str, scheme: str, options: argparse.Namespace, seed: int) -> Rec
     training = ARMS[arm]
     if training is not None:
         shared = {"steps": options.steps, "rows": options.rows, "length": options.length, "seed": seed}
-        training = {**training, **shared, "look": max(1, options.steps // 5), "learning_rate": options.learning_rate}
+        training = {
+            **training,
+            **shared,
+            "eval_steps": max(1, options.steps // 5),
+            "learning_rate": options.learning_rate,
+        }
     cell = {"name": "study", "description": arm, "training": training, "method": {"name": "rtn"}}
     return Recipe.model_validate({**cell, "scheme": SCHEMES[scheme]})
 

@@ -24,11 +24,11 @@ from rich.table import Table
 import calibrant as cb
 import zsaq
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
-from calibrant.calibration.tokenizer import Tokenizer
-from calibrant.compression.recipe import Recipe
-from calibrant.compression.recipe_parts import Zsaq
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
+from calibrant.recipes.parts import Zsaq
+from calibrant.recipes.recipe import Recipe
 from cells import measured, over_seeds, spread
 from small_models.data import LENGTH, read_questions
 from zsaq import ARMS, SCHEMES, labels, of_training

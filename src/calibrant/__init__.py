@@ -14,7 +14,7 @@ _HOMES = {
     "TemperatureSchedule": "calibrant.calibration.sources.self_calibration",
     "FilterRequest": "calibrant.calibration.selection.request",
     "MixRequest": "calibrant.calibration.selection.request",
-    "Recipe": "calibrant.compression.recipe",
+    "Recipe": "calibrant.recipes.recipe",
     "compress": "calibrant.api",
     "evaluate": "calibrant.api",
     "generate": "calibrant.calibration.making",
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from calibrant.calibration.selection.corpus_scores import score_corpora
     from calibrant.calibration.selection.request import FilterRequest, MixRequest
     from calibrant.calibration.sources.self_calibration import TemperatureSchedule
-    from calibrant.compression.recipe import Recipe
     from calibrant.errors import CalibrantError
+    from calibrant.recipes.recipe import Recipe
 
 
 def __getattr__(name: str) -> Any:

@@ -7,32 +7,32 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.making import DEFAULT_LENGTH, check_length, check_size, default_length, generate
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
-from calibrant.calibration.tokenizer import Tokenizer, tokenizer_files_sha256
-from calibrant.compression.estimate import Estimate, estimate
-from calibrant.compression.importance import input_squares
-from calibrant.compression.make_plan import make_plan
-from calibrant.compression.methods import METHODS
-from calibrant.compression.plan import Plan
-from calibrant.compression.recipe import DEFAULT_RECIPE, Recipe, load_recipe
-from calibrant.compression.recipe_parts import Zsaq
-from calibrant.compression.run import run_compression
-from calibrant.compression.run_record import RunReport, Settings, training_identity
-from calibrant.compression.two_stage_pruning import check_structure
+from calibrant.engine.importance import input_squares
+from calibrant.engine.two_stage_pruning import check_structure
 from calibrant.errors import CalibrantError
-from calibrant.evaluation.divergence import Evaluation, evaluate_models
-from calibrant.evaluation.windows import evaluation_windows
+from calibrant.evaluation.comparison import Evaluation, evaluate_models
+from calibrant.evaluation.text import evaluation_windows
 from calibrant.formats.imatrix import gguf_names, write_imatrix
 from calibrant.formats.quantized import FormatName
 from calibrant.formats.registry import FORMATS
-from calibrant.learning.journal import check_same_training, is_unfinished
-from calibrant.learning.train_model import check_training
+from calibrant.methods.registry import METHODS
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import find_blocks
+from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
 from calibrant.output_folder import check_output, whole_file
-from calibrant.progress import Progress, Silent
+from calibrant.pipeline.estimate import Estimate, estimate
+from calibrant.pipeline.record import RunReport, Settings, training_identity
+from calibrant.pipeline.run import run_compression
+from calibrant.progress import NoProgress, Progress
+from calibrant.recipes.make_plan import make_plan
+from calibrant.recipes.parts import Zsaq
+from calibrant.recipes.plan import Plan
+from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from calibrant.training.journal import check_same_training, is_unfinished
+from calibrant.training.train_model import check_training
 
 _WATCHED_ROWS = 16
 
@@ -115,14 +115,14 @@ def prepare(
     if calibration is None and chosen.needs_data and not folder.causal:
         raise CalibrantError(f"{folder.path}: writes no text, so it makes no calibration set; pass one (--calibration)")
     goes_on = chosen.learns and is_unfinished(target) and not overwrite
-    if chosen.asymmetric and not (sequential and propagate):
+    if chosen.drift_correction and not (sequential and propagate):
         raise CalibrantError(f"recipe {chosen.name} needs the single pass: leave out --two-pass and --no-propagate")
     place = torch_device(device)
     lazy = LazyModel(folder, folder.dtype, place)
     if checkpoint_format not in FORMATS:
         raise CalibrantError(f"{checkpoint_format}: no such format; there are {', '.join(FORMATS)}")
     plan = make_plan(lazy, find_blocks(lazy.module), chosen, checkpoint_format)
-    if METHODS[chosen.method.name].structured:
+    if METHODS[chosen.method.name].changes_shape:
         check_structure(lazy, plan)
     settings = Settings(torch_dtype(dtype, place), place, sequential, propagate, overwrite=overwrite)
     if goes_on:
@@ -157,7 +157,7 @@ def compress(
     Raises:
         CalibrantError: something does not fit, or the output cannot be written; nothing is left behind.
     """
-    listener: Progress = progress or Silent()
+    listener: Progress = progress or NoProgress()
     check_output(output, overwrite, [place for place in (calibration, recipe) if isinstance(place, str | Path)])
     given = CalibrationSet.load(calibration) if isinstance(calibration, str | Path) else calibration
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -204,7 +204,7 @@ def write_importance_matrix(
     place = torch_device(device)
     lazy = LazyModel(folder, torch_dtype(dtype, place), place)
     blocks = find_blocks(lazy.module)
-    sums = input_squares(lazy, blocks, given, progress or Silent())
+    sums = input_squares(lazy, blocks, given, progress or NoProgress())
     names = gguf_names(folder.config.get_text_config().model_type, len(blocks), list(sums))
     named = {name: both for module, both in sums.items() for name in names[module]}
     rows, length = given.tokens.shape
@@ -254,7 +254,7 @@ def evaluate(
         )
     loaded = load_whole(folder, device, dtype)
     original = load_whole(reference, device, dtype) if reference is not None else None
-    return evaluate_models(loaded, original, found, progress or Silent())
+    return evaluate_models(loaded, original, found, progress or NoProgress())
 
 
 def _check_calibration(folder: ModelFolder, calibration: CalibrationSet) -> None:

@@ -70,7 +70,7 @@ class RayExecutor:
             raise
 
 
-def executor(name: str) -> Executor:
+def make_executor(name: str) -> Executor:
     """The executor of that name.
 
     Raises:

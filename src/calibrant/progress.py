@@ -22,17 +22,17 @@ class Progress(Protocol):
         """Say one line that the user should see."""
 
 
-class _SilentTask:
+class _NoTask:
     def advance(self, steps: int = 1) -> None:
         pass
 
 
-class Silent:
+class NoProgress:
     """Progress that goes nowhere."""
 
     @contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:
-        yield _SilentTask()
+        yield _NoTask()
 
     def note(self, text: str) -> None:
         pass

@@ -14,6 +14,7 @@ import torch
 import transformers
 from data import LENGTH, read_questions, read_records
 from torch.nn import functional as F
+
 from training import train
 
 WIDTH, BLOCKS, HEADS = 128, 4, 4

@@ -16,6 +16,7 @@ from data import read_text
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch.nn import functional as F
+
 from training import train
 
 BEGIN, PAD = "<|endoftext|>", "<|pad|>"

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 import calibrant as cb
-from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.modeling.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}</s>{% endfor %}"

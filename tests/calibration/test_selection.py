@@ -15,10 +15,10 @@ import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.selection.request import filter_request, mix_request
 from calibrant.calibration.selection.zipcal import subword_classes
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, TokenizedDocument
 from calibrant.errors import CalibrantError
-from calibrant.progress import Silent
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.progress import NoProgress
 from calibrant.report.inspection import inspect_sets
 
 STRATEGIES = ["uniform", "zipcal", "zipf", "unigram", "perplexity", "k-centre", "herding", "cola", "zipcal-multi"]
@@ -400,7 +400,7 @@ def test_perplexities_are_those_behind_the_beginning(corpus: Path, beginning_mod
     assert found.sets[0].statistics.numbers["perplexity"] == found.sets[1].statistics.numbers["perplexity"]
 
 
-class _Notes(Silent):
+class _Notes(NoProgress):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

@@ -8,12 +8,12 @@ import transformers
 from scipy import stats
 
 import calibrant as cb
-from calibrant.calibration.randomness import generator
 from calibrant.calibration.sources.english import english_beginnings
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule
 from calibrant.calibration.sources.text_generation import Sampling, _Batch, sample
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.errors import CalibrantError
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.randomness import make_rng
 
 
 def test_the_schedule_is_linear_then_constant() -> None:
@@ -26,7 +26,7 @@ def test_the_schedule_is_linear_then_constant() -> None:
 
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20000, 4)
-    uniform = torch.from_numpy(generator(0, "test").random(20000))
+    uniform = torch.from_numpy(make_rng(0, "test").random(20000))
     for temperature in (0.5, 1.0, 2.0):
         drawn = sample(logits, torch.full((20000,), temperature, dtype=torch.float64), uniform)
         expected = torch.softmax(logits[0] / temperature, 0).double().numpy()
@@ -66,7 +66,7 @@ def test_after_the_end_of_a_text_a_new_one_begins_and_sees_nothing_of_the_old(ll
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     restarts = 0
     for row_index, row in enumerate(made.tokens.long()):
-        uniform = torch.from_numpy(generator(5, "self", 0, row_index).random(48))
+        uniform = torch.from_numpy(make_rng(5, "self", 0, row_index).random(48))
         for position in range(2, 47):
             if row[position - 1] != 2 or row[position] != 1:
                 continue

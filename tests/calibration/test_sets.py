@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.errors import CalibrantError
+from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
 from tests.conftest import random_set
 
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from calibrant.cli import main as cli
-from calibrant.compression.checkpoint_writer import CheckpointWriter
+from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.errors import CalibrantError
 from calibrant.output_folder import staged
 from tests.conftest import random_set, write_tokenizer
@@ -463,7 +463,7 @@ def test_one_window_has_no_interval(run, llama: Path) -> None:
 
 def test_brackets_in_text_are_shown_as_they_are(run, llama: Path, tmp_path: Path) -> None:
     from calibrant.calibration.calibration_set import CalibrationSet
-    from calibrant.calibration.tokenizer import Tokenizer
+    from calibrant.modeling.tokenizer import Tokenizer
 
     made = random_set(llama, samples=1, length=10)
     tokens = made.tokens.clone()

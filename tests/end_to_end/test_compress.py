@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 import calibrant as cb
 from calibrant.api import prepare
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.compression import estimate
-from calibrant.compression.grids import GridSpec
-from calibrant.compression.recipe import Recipe, builtin_recipes, load_recipe
-from calibrant.compression.run_record import RunReport
-from calibrant.compression.solvers.rtn import rtn
 from calibrant.errors import CalibrantError
 from calibrant.hashing import sha256_file
+from calibrant.methods.solvers.rtn import rtn
+from calibrant.pipeline import estimate
+from calibrant.pipeline.record import RunReport
+from calibrant.quantization.grids import GridSpec
+from calibrant.recipes.recipe import Recipe, builtin_recipes, load_recipe
 from tests.checkpoints import put_stored_weights
 from tests.conftest import ARCHITECTURES, VOCABULARY, random_set, write_model, write_tokenizer
 
@@ -434,7 +434,7 @@ def test_convolutions_are_no_experts(tmp_path: Path) -> None:
     )
     transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
-    recipe = load_recipe("gptq-w4a16-g32").model_copy(update={"asymmetric": 0.25})
+    recipe = load_recipe("gptq-w4a16-g32").model_copy(update={"drift_correction": 0.25})
     made = random_set(tmp_path / "model")
     cb.compress(tmp_path / "model", output=tmp_path / "out", recipe=recipe, calibration=made, dtype="float32")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))

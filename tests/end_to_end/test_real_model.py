@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import calibrant as cb
-from calibrant.compression.recipe import load_recipe
+from calibrant.recipes.recipe import load_recipe
 from tests.checkpoints import put_stored_weights
 
 

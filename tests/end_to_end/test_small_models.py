@@ -10,7 +10,7 @@ from studies.outliers import found_share, plant
 
 import calibrant as cb
 from calibrant.calibration.corpus import BUILTIN
-from calibrant.compression.recipe import Recipe
+from calibrant.recipes.recipe import Recipe
 
 MODELS = Path(__file__).parents[2] / "studies" / "small_models"
 GPT2, BERT = MODELS / "gpt2-shaped", MODELS / "bert-classifier"
@@ -76,7 +76,14 @@ def test_the_classifier_can_be_trained_without_data_by_the_language_model(tmp_pa
         "A contract needs an offer and\nan acceptance\na crime\na tort\na court",
     ]
     read = tokenizer(questions, padding=True, return_tensors="pt")
-    generated = {"name": "zsaq", "generator": str(GPT2), "steps": 40, "rows": 8, "length": 64, "learning_rate": 3e-4}
+    generated = {
+        "name": "zsaq",
+        "generator": str(GPT2),
+        "steps": 40,
+        "batch_size": 8,
+        "length": 64,
+        "learning_rate": 3e-4,
+    }
     scheme = {"weights": {"bits": 2, "group_size": 32, "range_search": "mse"}, "activations": {"bits": 8}}
     answers = {"original": _answers(BERT, read)}
     for name, training in {"rounded": None, "zsaq": generated}.items():

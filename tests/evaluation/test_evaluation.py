@@ -7,10 +7,10 @@ import transformers
 
 import calibrant as cb
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.tokenizer import Tokenizer
-from calibrant.evaluation.divergence import evaluate_models
-from calibrant.evaluation.windows import evaluation_windows
-from calibrant.progress import Silent
+from calibrant.evaluation.comparison import evaluate_models
+from calibrant.evaluation.text import evaluation_windows
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.progress import NoProgress
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_divergence_equals_its_definition(model_folder, llama: Path, text: Path)
     other = transformers.AutoModelForCausalLM.from_pretrained(model_folder("mistral")).eval()
     text_windows = evaluation_windows(Corpus(text), Tokenizer(llama), 32, 5)
     windows = text_windows.windows
-    found = evaluate_models(other, original, text_windows, Silent()).divergence
+    found = evaluate_models(other, original, text_windows, NoProgress()).divergence
     with torch.no_grad():
         p = original(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
         q = other(input_ids=windows).logits[:, :-1].double().log_softmax(-1)

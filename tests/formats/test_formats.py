@@ -47,10 +47,10 @@ def test_what_is_read_is_what_was_written(layout: Layout, rows: int) -> None:
     half = 1 << (layout.bits - 1)
     groups = 32 // (layout.group_size or 32)
     codes = torch.randint(-half, half, (rows, 32), generator=generator).to(torch.int8)
-    zero = torch.zeros(rows, groups, dtype=torch.int8)
+    zero_point = torch.zeros(rows, groups, dtype=torch.int8)
     if not layout.symmetric:
-        zero = torch.randint(-half, half, (rows, groups), generator=generator).to(torch.int8)
-    written = Codes(codes, torch.rand(rows, groups, generator=generator).bfloat16(), zero)
+        zero_point = torch.randint(-half, half, (rows, groups), generator=generator).to(torch.int8)
+    written = Codes(codes, torch.rand(rows, groups, generator=generator).bfloat16(), zero_point)
     read = format_for(layout).read(format_for(layout).write(written, layout), layout)
     for name in ("codes", "scale", "zero"):
         assert torch.equal(vars(read)[name], vars(written)[name])

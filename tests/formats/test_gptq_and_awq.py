@@ -11,7 +11,6 @@ from compressed_tensors.entrypoints.convert import AutoAWQConverter
 from safetensors.torch import load_file, save_file
 
 import calibrant as cb
-from calibrant.compression.recipe import Recipe
 from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import PackQuantized
 from calibrant.formats.dense import dense_weights
@@ -19,6 +18,7 @@ from calibrant.formats.quantized import Codes, Layout
 from calibrant.formats.registry import format_for
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.whole_model import load_whole
+from calibrant.recipes.recipe import Recipe
 from tests.conftest import random_set, write_model
 
 
@@ -30,10 +30,10 @@ def random_codes(bits: int, symmetric: bool, rows: int = 16, columns: int = 32, 
     generator = torch.Generator().manual_seed(bits)
     half = 1 << (bits - 1)
     codes = torch.randint(-half, half, (rows, columns), generator=generator).to(torch.int8)
-    zero = torch.zeros(rows, columns // group, dtype=torch.int8)
+    zero_point = torch.zeros(rows, columns // group, dtype=torch.int8)
     if not symmetric:
-        zero = torch.randint(-half, half, zero.shape, generator=generator).to(torch.int8)
-    return Codes(codes, torch.rand(zero.shape, generator=generator).half() + 0.1, zero)
+        zero_point = torch.randint(-half, half, zero_point.shape, generator=generator).to(torch.int8)
+    return Codes(codes, torch.rand(zero_point.shape, generator=generator).half() + 0.1, zero_point)
 
 
 def test_awq_words_are_the_documented_ones() -> None:

@@ -9,12 +9,12 @@ import torch
 import transformers
 
 import calibrant as cb
-from calibrant.compression import checkpoint_writer
-from calibrant.compression.recipe import Recipe
+from calibrant.engine import checkpoint_writer
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING, read_input_rounding, write_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.whole_model import load_whole
+from calibrant.recipes.recipe import Recipe
 from tests.checkpoints import loaded_divergence
 from tests.conftest import random_set
 
@@ -43,10 +43,10 @@ def by_hand(inputs: torch.Tensor, grid: tuple[float, int] | None) -> torch.Tenso
     """What integer inputs stand for, in float64."""
     exact = inputs.double()
     if grid is None:
-        scale, zero = exact.abs().amax(-1, keepdim=True) / 127.5, 0
+        scale, zero_point = exact.abs().amax(-1, keepdim=True) / 127.5, 0
     else:
-        scale, zero = torch.tensor(grid[0], dtype=torch.float64), grid[1]
-    return (((exact / scale).round() + zero).clamp(-128, 127) - zero) * scale
+        scale, zero_point = torch.tensor(grid[0], dtype=torch.float64), grid[1]
+    return (((exact / scale).round() + zero_point).clamp(-128, 127) - zero_point) * scale
 
 
 @pytest.mark.parametrize("activations", [STATIC, DYNAMIC])
@@ -91,7 +91,7 @@ def test_evaluation_sees_what_training_saw(
 ) -> None:
     model = model_folder(architecture)
     data = random_set(model, samples=8, length=16)
-    training = {"name": "qat", "steps": 4, "rows": 4, "length": 16, "look": 2, "learning_rate": 1e-3}
+    training = {"name": "qat", "steps": 4, "batch_size": 4, "length": 16, "eval_steps": 2, "learning_rate": 1e-3}
     output = tmp_path / "out"
     cb.compress(model, output=output, recipe=w8a8(activations, training=training), calibration=data, dtype="float32")
     found = json.loads((output / "calibrant.json").read_text())["training"]

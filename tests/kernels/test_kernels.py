@@ -5,9 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrant.compression.grid_fitting import fit_grid
-from calibrant.compression.grids import GridSpec, decode, encode
-from calibrant.compression.solvers.gptq import quantization_problem
 from calibrant.kernels import bfloat16_gram, bfloat16_tile
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
@@ -20,6 +17,9 @@ from calibrant.kernels.masks import keep_largest_by_row
 from calibrant.kernels.packed_linear import PackedLinear
 from calibrant.kernels.range_search import cheapest_range
 from calibrant.kernels.rms_norm import rms_norm
+from calibrant.methods.solvers.gptq import quantization_problem
+from calibrant.quantization.grid_fitting import fit_grid
+from calibrant.quantization.grids import GridSpec, decode, encode
 from tests import references
 
 needs_bfloat16_tile = pytest.mark.skipif(not bfloat16_tile.available(), reason="this processor has no AVX512-BF16")
@@ -225,7 +225,7 @@ def test_decode_attention_is_attention_over_a_rows_own_positions(
 def test_rounding_and_its_twin_give_the_same_bits(rows: int, groups: int, symmetric: bool, seed: int) -> None:
     weight, _ = references.problem(rows, 12 * groups, seed)
     grid = fit_grid(weight, GridSpec(3, symmetric, 12, torch.float32))
-    arguments = (weight, grid.scale, grid.zero, grid.spec.lowest, grid.spec.highest)
+    arguments = (weight, grid.scale, grid.zero_point, grid.spec.qmin, grid.spec.qmax)
     codes, values = round_to_grid(*arguments)
     plain_codes, plain_values = round_to_grid(*arguments, compiled=False)
     assert torch.equal(codes, plain_codes)
@@ -246,18 +246,18 @@ def test_the_range_search_finds_the_least_cost(rows: int, groups: int, width: in
     blocks = torch.stack([hessian[i : i + width, i : i + width] for i in range(0, groups * width, width)])
     generator = torch.Generator().manual_seed(seed)
     scales = torch.rand(rows, candidates, groups, generator=generator) + 0.1
-    zeros = torch.randint(-4, 4, scales.shape, generator=generator).float()
+    zero_points = torch.randint(-4, 4, scales.shape, generator=generator).float()
 
     def costs() -> torch.Tensor:
         by_group, found = weight.double().view(rows, groups, width), []
-        for scale, zero in zip(scales.double().unbind(1), zeros.double().unbind(1), strict=True):
-            codes = torch.round(torch.clamp(by_group / scale[..., None] + zero[..., None], -8, 7))
-            errors = (codes - zero[..., None]) * scale[..., None] - by_group
+        for scale, zero_point in zip(scales.double().unbind(1), zero_points.double().unbind(1), strict=True):
+            codes = torch.round(torch.clamp(by_group / scale[..., None] + zero_point[..., None], -8, 7))
+            errors = (codes - zero_point[..., None]) * scale[..., None] - by_group
             found.append(torch.einsum("rgi,gij,rgj->rg", errors, blocks.double(), errors))
         return torch.stack(found, 1)
 
     expected = costs()
     for compiled in (True, False):
-        best = cheapest_range(weight, scales, zeros, blocks, -8, 7, compiled)
+        best = cheapest_range(weight, scales, zero_points, blocks, -8, 7, compiled)
         chosen = expected.gather(1, best[:, None])[:, 0]
         torch.testing.assert_close(chosen, expected.amin(1), rtol=1e-4, atol=1e-6 * float(expected.amax()))

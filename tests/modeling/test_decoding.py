@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
-from calibrant.calibration.randomness import generator
 from calibrant.calibration.sources.text_generation import sample
 from calibrant.kernels import bfloat16_tile
 from calibrant.modeling.decoding import FastDecoder, PlainDecoder, prepare_decoding
+from calibrant.randomness import make_rng
 from tests.conftest import ARCHITECTURES
 
 FAST = {
@@ -106,7 +106,7 @@ def test_sampled_tokens_follow_the_models_distribution(dtype: torch.dtype) -> No
         drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(len(reference[0])))
         reference = torch.cat([reference, drawn], 1)
     decoder = prepare_decoding(model_of("llama", dtype))(rows, length + 1)
-    uniforms = torch.from_numpy(generator(1, "test").random((rows, length)))
+    uniforms = torch.from_numpy(make_rng(1, "test").random((rows, length)))
     tokens = torch.ones(rows, dtype=torch.long)
     for column in range(length):
         logits = decoder.step(tokens, torch.full((rows,), column))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from calibrant.compression.entry import cast, enter_blocks
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.entry import cast, enter_blocks
 from calibrant.modeling.foldable import FoldablePair, find_foldable
 from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel

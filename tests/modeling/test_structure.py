@@ -2,15 +2,15 @@ import pytest
 import torch
 
 from calibrant.clock import Clock
-from calibrant.compression.entry import enter_blocks
-from calibrant.compression.make_plan import make_plan
-from calibrant.compression.recipe import load_recipe
-from calibrant.compression.run import _opened
-from calibrant.compression.run_record import Settings
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.entry import enter_blocks
 from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import Experts, InputGroup, find_blocks
+from calibrant.pipeline.record import Settings
+from calibrant.pipeline.run import _opened
+from calibrant.recipes.make_plan import make_plan
+from calibrant.recipes.recipe import load_recipe
 from tests.conftest import ARCHITECTURES, random_set
 
 GATED = ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]

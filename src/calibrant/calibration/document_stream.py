@@ -8,9 +8,9 @@ import numpy as np
 from calibrant.calibration.chat import encode_documents
 from calibrant.calibration.corpus import Corpus, Document
 from calibrant.calibration.filters import Filter
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import TokenizedDocument
 from calibrant.errors import CalibrantError
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
 # Enough text at a time to keep every core busy, little enough not to count as memory.

@@ -21,7 +21,7 @@ from calibrant.calibration.selection.request import (
     Strategy,
     selection_request,
 )
-from calibrant.calibration.selection.run import WITH_MODEL, select_from
+from calibrant.calibration.selection.selecting import WITH_MODEL, select_from
 from calibrant.calibration.sources.other_models_text import generate_from_prefixes, generate_llm_qat
 from calibrant.calibration.sources.self_calibration import (
     FirstTokens,
@@ -29,15 +29,14 @@ from calibrant.calibration.sources.self_calibration import (
     generate_self_calibration,
 )
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Policy
 from calibrant.errors import CalibrantError, first_line
-from calibrant.executors import Executor, ExecutorName, LocalExecutor
-from calibrant.executors import executor as make_executor
+from calibrant.executors import Executor, ExecutorName, LocalExecutor, make_executor
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
-from calibrant.progress import Progress, Silent
+from calibrant.progress import NoProgress, Progress
 
 # A set this size is what the papers' main settings reduce to on a laptop: their 128 sequences, a quarter of the length.
 DEFAULT_SAMPLES = 128
@@ -101,7 +100,7 @@ def generate(
     common: dict[str, Any] = {
         **size,
         "batch_size": batch_size,
-        "progress": progress or Silent(),
+        "progress": progress or NoProgress(),
         "provenance": folder.identity(),
     }
     texts = corpus if corpus is None or isinstance(corpus, Corpus) else Corpus(corpus)
@@ -180,7 +179,7 @@ def select(
     if not given:
         raise CalibrantError("no corpus is given")
     corpora = [one if isinstance(one, Corpus) else Corpus(one) for one in given]
-    return _run_selection(corpora, str(tokenizer), request, device, dtype, runner, progress or Silent())
+    return _run_selection(corpora, str(tokenizer), request, device, dtype, runner, progress or NoProgress())
 
 
 def _run_selection(
@@ -265,7 +264,7 @@ def rebuild(
                     f"{manifest}: its {what} {one} is not there (any more); name its place with {option}"
                 )
     again = _generate_again if wanted.strategy in _SOURCES else _select_again
-    made = again(wanted, place, places, progress or Silent())
+    made = again(wanted, place, places, progress or NoProgress())
     changes = _changes(wanted, made.manifest)
     if made.sha256 != wanted.set_sha256:
         what = "; ".join(changes) or "nothing that is recorded: the processor or its number of threads may differ"

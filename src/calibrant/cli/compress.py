@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from calibrant.cli.console import Terminal
-    from calibrant.compression.run_record import RunReport
+    from calibrant.pipeline.record import RunReport
 
 _WORST_LAYERS = 5
 _MOST_NOTES = 10
@@ -85,9 +85,9 @@ def compress(
         from calibrant.api import prepare
         from calibrant.calibration.calibration_set import CalibrationSet
         from calibrant.calibration.making import generate
-        from calibrant.compression.recipe import load_recipe
-        from calibrant.compression.run_record import report_dict
         from calibrant.output_folder import check_output
+        from calibrant.pipeline.record import report_dict
+        from calibrant.recipes.recipe import load_recipe
 
         chosen = load_recipe(recipe).with_seed(seed).with_weights(bits, group_size)
         check_output(output, overwrite, [place for place in (model, calibration, recipe) if place is not None])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibrant.progress import Progress, Silent, Task
+from calibrant.progress import NoProgress, Progress, Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,7 @@ def terminal(quiet: bool, as_json: bool) -> Iterator[Terminal]:
     """A terminal with bars where standard error is one, plain lines in a log, silence with ``--quiet``."""
     quiet_libraries()
     if quiet:
-        yield Terminal(Silent(), quiet, as_json)
+        yield Terminal(NoProgress(), quiet, as_json)
         return
     from rich.console import Console
 

@@ -8,7 +8,7 @@ import typer
 from calibrant.cli.console import JsonOption, QuietOption, SeedOption, terminal
 
 if TYPE_CHECKING:
-    from calibrant.evaluation.divergence import Evaluation
+    from calibrant.evaluation.comparison import Evaluation
 
 _RECIPES = ("gptq-w4a16-g64", "wanda-2:4")
 _SAMPLES, _LENGTH, _WINDOWS = 64, 256, 16

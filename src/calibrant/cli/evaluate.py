@@ -18,7 +18,7 @@ from calibrant.cli.console import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from calibrant.evaluation.divergence import Evaluation
+    from calibrant.evaluation.comparison import Evaluation
 
 
 def evaluate(

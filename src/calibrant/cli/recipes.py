@@ -21,7 +21,7 @@ def recipes(
     from rich.console import Console
     from rich.table import Table
 
-    from calibrant.compression.recipe import builtin_recipes, load_recipe
+    from calibrant.recipes.recipe import builtin_recipes, load_recipe
 
     if name is not None:
         shown = load_recipe(name).as_written(exclude_none=True)

@@ -26,15 +26,15 @@ class Awq:
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         return {
             "qweight": pack(_in_words(codes.codes.T, _ORDER), _BITS),
-            "qzeros": pack(_in_words(codes.zero.T, _ORDER), _BITS),
+            "qzeros": pack(_in_words(codes.zero_point.T, _ORDER), _BITS),
             "scales": codes.scale.T.contiguous(),
         }
 
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         scales = tensors["scales"]
         words = (unpack(tensors[name], _BITS, scales.shape[1]) for name in ("qweight", "qzeros"))
-        codes, zero = (_in_words(values, _ORDER.argsort()).T for values in words)
-        return Codes(codes.contiguous(), scales.T.contiguous(), zero.contiguous())
+        codes, zero_point = (_in_words(values, _ORDER.argsort()).T for values in words)
+        return Codes(codes.contiguous(), scales.T.contiguous(), zero_point.contiguous())
 
     def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
         (layout,) = layouts

@@ -27,17 +27,17 @@ class PackQuantized:
             "weight_shape": torch.tensor(codes.codes.shape, dtype=torch.int64),
         }
         if not layout.symmetric:
-            tensors["weight_zero_point"] = pack(codes.zero.T.contiguous(), layout.stored_bits).T.contiguous()
+            tensors["weight_zero_point"] = pack(codes.zero_point.T.contiguous(), layout.stored_bits).T.contiguous()
         return tensors
 
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         rows, columns = tensors["weight_shape"].tolist()
         scale = tensors["weight_scale"]
         if layout.symmetric:
-            zero = torch.zeros(scale.shape, dtype=torch.int8)
+            zero_point = torch.zeros(scale.shape, dtype=torch.int8)
         else:
-            zero = unpack(tensors["weight_zero_point"].T.contiguous(), layout.stored_bits, rows).T.contiguous()
-        return Codes(unpack(tensors["weight_packed"], layout.stored_bits, columns), scale, zero)
+            zero_point = unpack(tensors["weight_zero_point"].T.contiguous(), layout.stored_bits, rows).T.contiguous()
+        return Codes(unpack(tensors["weight_packed"], layout.stored_bits, columns), scale, zero_point)
 
 
 class IntQuantized:
@@ -54,15 +54,15 @@ class IntQuantized:
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         tensors = {"weight": codes.codes, "weight_scale": codes.scale}
         if not layout.symmetric:
-            tensors["weight_zero_point"] = codes.zero
-        if codes.input_scale is not None and codes.input_zero is not None:
-            tensors |= {"input_scale": codes.input_scale, "input_zero_point": codes.input_zero}
+            tensors["weight_zero_point"] = codes.zero_point
+        if codes.input_scale is not None and codes.input_zero_point is not None:
+            tensors |= {"input_scale": codes.input_scale, "input_zero_point": codes.input_zero_point}
         return tensors
 
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         scale = tensors["weight_scale"]
-        zero = tensors.get("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
-        return Codes(tensors["weight"], scale, zero, tensors.get("input_scale"), tensors.get("input_zero_point"))
+        zero_point = tensors.get("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
+        return Codes(tensors["weight"], scale, zero_point, tensors.get("input_scale"), tensors.get("input_zero_point"))
 
 
 def _config(name: str, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:

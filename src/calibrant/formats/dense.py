@@ -86,6 +86,6 @@ def _codes(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) 
 
 def _decoded(codes: Codes) -> torch.Tensor:
     width = codes.codes.shape[1] // codes.scale.shape[1]
-    scale, zero = (values.repeat_interleave(width, dim=1) for values in (codes.scale, codes.zero))
+    scale, zero_point = (values.repeat_interleave(width, dim=1) for values in (codes.scale, codes.zero_point))
     # The difference of two int8 may need nine bits.
-    return ((codes.codes.to(scale.dtype) - zero.to(scale.dtype)) * scale).contiguous()
+    return ((codes.codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale).contiguous()

@@ -25,7 +25,7 @@ class Gptq:
         width = layout.group_size or columns
         return {
             "qweight": pack(codes.codes, bits).T.contiguous(),
-            "qzeros": pack((codes.zero - 1).T.contiguous(), bits),
+            "qzeros": pack((codes.zero_point - 1).T.contiguous(), bits),
             "scales": codes.scale.T.contiguous(),
             "g_idx": torch.arange(columns, dtype=torch.int32) // width,
         }
@@ -57,5 +57,5 @@ def read_gptq(tensors: dict[str, torch.Tensor], bits: int, version: int) -> Code
     scales = tensors["scales"]
     rows, columns = scales.shape[1], tensors["qweight"].shape[0] * 32 // bits
     codes = unpack(tensors["qweight"].T.contiguous(), bits, columns)
-    zero = unpack(tensors["qzeros"], bits, rows).T.contiguous()
-    return Codes(codes, scales.T.contiguous(), zero + 1 if version == 1 else zero)
+    zero_point = unpack(tensors["qzeros"], bits, rows).T.contiguous()
+    return Codes(codes, scales.T.contiguous(), zero_point + 1 if version == 1 else zero_point)

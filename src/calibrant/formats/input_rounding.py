@@ -18,7 +18,7 @@ from calibrant.hashing import canonical_json
 INPUT_ROUNDING = "input_rounding.json"
 # Scale and zero point of one asymmetric grid a tensor; None for a symmetric one of each token's own.
 InputGrids = Mapping[str, tuple[float, int] | None]
-_BITS, _LOWEST, _HIGHEST = 8, -128, 127
+_BITS, _QMIN, _QMAX = 8, -128, 127
 
 
 def write_input_rounding(folder: Path, grids: InputGrids) -> None:
@@ -51,10 +51,10 @@ def read_input_rounding(folder: Path) -> dict[str, tuple[float, int] | None]:
 def _read_grid(name: str, grid: dict[str, Any]) -> tuple[float, int] | None:
     if grid == {"dynamic": True}:
         return None
-    scale, zero = grid["scale"], grid["zero_point"]
-    if not (0 < scale < math.inf and zero in range(_LOWEST, _HIGHEST + 1)):
-        raise ValueError(f"{name} has scale {scale} and zero point {zero}")
-    return float(scale), int(zero)
+    scale, zero_point = grid["scale"], grid["zero_point"]
+    if not (0 < scale < math.inf and zero_point in range(_QMIN, _QMAX + 1)):
+        raise ValueError(f"{name} has scale {scale} and zero point {zero_point}")
+    return float(scale), int(zero_point)
 
 
 def apply_input_rounding(model: nn.Module, grids: InputGrids) -> None:
@@ -80,10 +80,10 @@ def _hook(grid: tuple[float, int] | None) -> Callable[[nn.Module, tuple[Any, ...
     def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inputs = args[0].float()
         if grid is None:
-            scale, zero = token_scales(inputs, _BITS), 0
+            scale, zero_point = token_scales(inputs, _BITS), 0
         else:
-            scale, zero = torch.tensor(grid[0], device=inputs.device), grid[1]
-        codes = (inputs / scale + zero).clamp(_LOWEST, _HIGHEST).round()
-        return ((codes - zero) * scale).to(args[0].dtype), *args[1:]
+            scale, zero_point = torch.tensor(grid[0], device=inputs.device), grid[1]
+        codes = (inputs / scale + zero_point).clamp(_QMIN, _QMAX).round()
+        return ((codes - zero_point) * scale).to(args[0].dtype), *args[1:]
 
     return rounded

@@ -15,16 +15,16 @@ READ_WIDTHS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Codes:
-    """Finished integers: ``codes`` int8 ``[out, in]``; ``[out, groups]`` ``scale`` (storage dtype), ``zero`` int8.
+    """Finished integers: ``codes`` int8 ``[out, in]``; ``[out, groups]`` ``scale`` (storage dtype), ``zero_point`` int8.
 
-    ``input_scale`` and ``input_zero`` ``[1]``, of those dtypes, are the grid of the layer's input if that is static.
+    ``input_scale`` and ``input_zero_point`` ``[1]``, of those dtypes, are the grid of the layer's input if that is static.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
-    zero: torch.Tensor
+    zero_point: torch.Tensor
     input_scale: torch.Tensor | None = None
-    input_zero: torch.Tensor | None = None
+    input_zero_point: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ _LARGEST_PANEL = 32
 class ColumnProblem:
     """What to solve, columns already in solving order.
 
-    ``weight`` ``[rows, n]`` float32; ``factor`` ``[n, n]`` the upper factor U. Quantization: ``scale`` and ``zero``
-    ``[rows, groups]`` and ``group`` ``[n]`` (int64), with codes in ``lowest ... highest``, or all None to keep values.
+    ``weight`` ``[rows, n]`` float32; ``factor`` ``[n, n]`` the upper factor U. Quantization: ``scale`` and ``zero_point``
+    ``[rows, groups]`` and ``group`` ``[n]`` (int64), with codes in ``qmin ... qmax``, or all None to keep values.
     Pruning: ``pruned_of = (k, m)`` masks k of every m consecutive columns (m <= 32); ``sparsity`` masks a share of each
     block of ``block_size`` columns over the rows of each of ``segments`` (lengths of consecutive runs of rows).
     """
@@ -32,10 +32,10 @@ class ColumnProblem:
     weight: torch.Tensor
     factor: torch.Tensor
     scale: torch.Tensor | None = None
-    zero: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
     group: torch.Tensor | None = None
-    lowest: int = 0
-    highest: int = 0
+    qmin: int = 0
+    qmax: int = 0
     pruned_of: tuple[int, int] | None = None
     sparsity: float = 0.0
     segments: tuple[int, ...] = ()
@@ -74,7 +74,7 @@ class _Tiles:
     work: torch.Tensor
     factor: torch.Tensor
     scale: torch.Tensor
-    zero: torch.Tensor
+    zero_point: torch.Tensor
     group: torch.Tensor
     codes: torch.Tensor
     kept: torch.Tensor
@@ -88,7 +88,7 @@ class _Tiles:
             work,
             problem.factor.contiguous(),
             tiled(problem.scale, 1.0) if problem.scale is not None else empty,
-            tiled(problem.zero, 0.0) if problem.zero is not None else empty,
+            tiled(problem.zero_point, 0.0) if problem.zero_point is not None else empty,
             group.contiguous(),
             torch.zeros_like(work, dtype=torch.int8),
             torch.ones_like(work, dtype=torch.bool),
@@ -115,11 +115,11 @@ def _torch_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) 
         kept = tiles.kept[:, column]
         value = torch.where(kept, work[:, column], 0.0)
         if problem.scale is not None:
-            scale, zero = tiles.scale[:, tiles.group[column]], tiles.zero[:, tiles.group[column]]
-            code = torch.round(torch.clamp(value / scale + zero, problem.lowest, problem.highest))
-            code = torch.where(kept, code, zero)
+            scale, zero_point = tiles.scale[:, tiles.group[column]], tiles.zero_point[:, tiles.group[column]]
+            code = torch.round(torch.clamp(value / scale + zero_point, problem.qmin, problem.qmax))
+            code = torch.where(kept, code, zero_point)
             tiles.codes[:, column] = code.to(torch.int8)
-            value = (code - zero) * scale
+            value = (code - zero_point) * scale
         error = (work[:, column] - value) / diagonal[column]
         work[:, column] = value
         work[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :, None]
@@ -133,12 +133,12 @@ def _numba_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) 
         tiles.work.numpy(),
         tiles.factor.numpy(),
         tiles.scale.numpy(),
-        tiles.zero.numpy(),
+        tiles.zero_point.numpy(),
         tiles.group.numpy(),
         tiles.codes.numpy(),
         tiles.kept.numpy(),
-        np.float32(problem.lowest),
-        np.float32(problem.highest),
+        np.float32(problem.qmin),
+        np.float32(problem.qmax),
         pruned,
         of,
         panel,
@@ -151,12 +151,12 @@ def _columns(
     works: np.ndarray,
     factor: np.ndarray,
     scales: np.ndarray,
-    zeros: np.ndarray,
+    zero_points: np.ndarray,
     group: np.ndarray,
     all_codes: np.ndarray,
     all_kept: np.ndarray,
-    lowest: np.float32,
-    highest: np.float32,
+    qmin: np.float32,
+    qmax: np.float32,
     pruned: int,
     of: int,
     panel: int,
@@ -175,8 +175,8 @@ def _columns(
                     _choose(work, factor, kept, column, pruned, of)
                 error = errors[column - first]
                 if quantize:
-                    scale, zero = scales[tile, group[column]], zeros[tile, group[column]]
-                    quantize_column(work[column], kept[column], scale, zero, codes[column], error, lowest, highest)
+                    scale, zero_point = scales[tile, group[column]], zero_points[tile, group[column]]
+                    quantize_column(work[column], kept[column], scale, zero_point, codes[column], error, qmin, qmax)
                 else:
                     _zero(work[column], kept[column], error)
                 pivot = factor[column, column]

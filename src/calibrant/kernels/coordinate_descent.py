@@ -17,16 +17,16 @@ def sweep(
     current: torch.Tensor,
     moments: torch.Tensor,
     scale: torch.Tensor,
-    zero: torch.Tensor,
+    zero_point: torch.Tensor,
     group: torch.Tensor,
-    lowest: int,
-    highest: int,
+    qmin: int,
+    qmax: int,
     relaxed: bool = False,
     compiled: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """V and its codes after one pass over all columns in order; V is ``current`` ``[rows, n]`` at the start.
 
-    ``target`` W ``[rows, n]``, ``moments`` S ``[n, n]`` with a positive diagonal, all float32; ``scale`` and ``zero``
+    ``target`` W ``[rows, n]``, ``moments`` S ``[n, n]`` with a positive diagonal, all float32; ``scale`` and ``zero_point``
     ``[rows, groups]``, ``group`` ``[n]`` (int64). ``relaxed`` moves columns to their optimum off the grid: no codes.
     ``compiled=False`` or tensors on a GPU use the PyTorch twin.
     """
@@ -35,10 +35,10 @@ def sweep(
     optimum = current + ((target - current) @ moments) / diagonal
     coupling = (moments / diagonal).contiguous()
     wanted, values = tiled(optimum, 0.0), tiled(current, 0.0)
-    scales, zeros = tiled(scale, 1.0), tiled(zero, 0.0)
+    scales, zero_points = tiled(scale, 1.0), tiled(zero_point, 0.0)
     codes = torch.zeros_like(wanted, dtype=torch.int8)
     run = _numba_sweep if compiled and target.device.type == "cpu" else _torch_sweep
-    run(wanted, values, coupling, scales, zeros, group.contiguous(), codes, lowest, highest, relaxed)
+    run(wanted, values, coupling, scales, zero_points, group.contiguous(), codes, qmin, qmax, relaxed)
     return untiled(values, len(target)), untiled(codes, len(target))
 
 
@@ -47,21 +47,21 @@ def _torch_sweep(
     values: torch.Tensor,
     coupling: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor,
+    zero_points: torch.Tensor,
     group: torch.Tensor,
     codes: torch.Tensor,
-    lowest: int,
-    highest: int,
+    qmin: int,
+    qmax: int,
     relaxed: bool,
 ) -> None:
     """The plain twin."""
     for column in range(wanted.shape[1]):
         value = wanted[:, column]
         if not relaxed:
-            scale, zero = scales[:, group[column]], zeros[:, group[column]]
-            code = torch.round(torch.clamp(value / scale + zero, lowest, highest))
+            scale, zero_point = scales[:, group[column]], zero_points[:, group[column]]
+            code = torch.round(torch.clamp(value / scale + zero_point, qmin, qmax))
             codes[:, column] = code.to(torch.int8)
-            value = (code - zero) * scale
+            value = (code - zero_point) * scale
         step = value - values[:, column]
         values[:, column] = value
         wanted[:, column + 1 :] -= step[:, None] * coupling[column, column + 1 :, None]
@@ -72,15 +72,15 @@ def _numba_sweep(
     values: torch.Tensor,
     coupling: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor,
+    zero_points: torch.Tensor,
     group: torch.Tensor,
     codes: torch.Tensor,
-    lowest: int,
-    highest: int,
+    qmin: int,
+    qmax: int,
     relaxed: bool,
 ) -> None:
-    arrays = (tensor.numpy() for tensor in (wanted, values, coupling, scales, zeros, group, codes))
-    _compiled(*arrays, np.float32(lowest), np.float32(highest), relaxed)
+    arrays = (tensor.numpy() for tensor in (wanted, values, coupling, scales, zero_points, group, codes))
+    _compiled(*arrays, np.float32(qmin), np.float32(qmax), relaxed)
 
 
 def _sweep_tiles(
@@ -88,11 +88,11 @@ def _sweep_tiles(
     all_values: np.ndarray,
     coupling: np.ndarray,
     scales: np.ndarray,
-    zeros: np.ndarray,
+    zero_points: np.ndarray,
     group: np.ndarray,
     all_codes: np.ndarray,
-    lowest: np.float32,
-    highest: np.float32,
+    qmin: np.float32,
+    qmax: np.float32,
     relaxed: bool,
 ) -> None:
     columns = all_wanted.shape[1]
@@ -106,8 +106,8 @@ def _sweep_tiles(
             for column in range(first, last):
                 step, value, before = steps[column - first], wanted[column], values[column]
                 if not relaxed:
-                    scale, zero = scales[tile, group[column]], zeros[tile, group[column]]
-                    quantize_column(value, kept, scale, zero, codes[column], missed, lowest, highest)
+                    scale, zero_point = scales[tile, group[column]], zero_points[tile, group[column]]
+                    quantize_column(value, kept, scale, zero_point, codes[column], missed, qmin, qmax)
                 for lane in range(LANES):
                     step[lane] = value[lane] - before[lane]
                     before[lane] = value[lane]

@@ -8,46 +8,49 @@ import torch
 
 
 def rounded_values(
-    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, lowest: int, highest: int
+    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
 ) -> torch.Tensor:
-    """``scale (code - zero)`` of ``values`` ``[rows, width]``, with ``scale`` and ``zero`` ``[rows]``.
+    """``scale (code - zero_point)`` of ``values`` ``[rows, width]``, with ``scale`` and ``zero_point`` ``[rows]``.
 
     All are float32 on the CPU. Half is rounded to even, after clamping.
     """
     found = torch.empty(values.shape, dtype=torch.float32)
-    arrays = [tensor.contiguous().numpy() for tensor in (values, scale, zero)]
-    _values(*arrays, np.float32(lowest), np.float32(highest), found.numpy())
+    arrays = [tensor.contiguous().numpy() for tensor in (values, scale, zero_point)]
+    _values(*arrays, np.float32(qmin), np.float32(qmax), found.numpy())
     return found
 
 
 def rounded_gradients(
-    values: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, lowest: int, highest: int
+    values: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``gradient`` ``[rows, width]`` of ``rounded_values`` is to its values, to its scales and to its zeros.
+    """What ``gradient`` ``[rows, width]`` of ``rounded_values`` is to its values, to its scales and to its zero points.
 
     Straight through the rounding: that of values is the gradient itself where nothing was clamped, else 0; that of a
-    scale is the sum of the gradient times ``code - zero``, less ``value / scale`` where nothing was clamped; that of a
-    zero is minus the scale times the sum of the gradient where something was.
+    scale is the sum of the gradient times ``code - zero_point``, less ``value / scale`` where nothing was clamped; that of a
+    zero point is minus the scale times the sum of the gradient where something was.
     """
     of_values = torch.empty(values.shape, dtype=torch.float32)
-    of_scale, of_zero = torch.empty(len(values), dtype=torch.float32), torch.empty(len(values), dtype=torch.float32)
-    arrays = [tensor.contiguous().numpy() for tensor in (values, gradient, scale, zero)]
-    _gradients(*arrays, np.float32(lowest), np.float32(highest), of_values.numpy(), of_scale.numpy(), of_zero.numpy())
-    return of_values, of_scale, of_zero
+    of_scale, of_zero_point = (
+        torch.empty(len(values), dtype=torch.float32),
+        torch.empty(len(values), dtype=torch.float32),
+    )
+    arrays = [tensor.contiguous().numpy() for tensor in (values, gradient, scale, zero_point)]
+    _gradients(*arrays, np.float32(qmin), np.float32(qmax), of_values.numpy(), of_scale.numpy(), of_zero_point.numpy())
+    return of_values, of_scale, of_zero_point
 
 
 def _round_rows(
     values: np.ndarray,
     scale: np.ndarray,
-    zero: np.ndarray,
-    lowest: np.float32,
-    highest: np.float32,
+    zero_point: np.ndarray,
+    qmin: np.float32,
+    qmax: np.float32,
     found: np.ndarray,
 ) -> None:
     for row in numba.prange(values.shape[0]):
-        here, there, step, offset = values[row], found[row], scale[row], zero[row]
+        here, there, step, offset = values[row], found[row], scale[row], zero_point[row]
         for column in range(here.shape[0]):
-            there[column] = (np.rint(min(max(here[column] / step + offset, lowest), highest)) - offset) * step
+            there[column] = (np.rint(min(max(here[column] / step + offset, qmin), qmax)) - offset) * step
 
 
 @numba.njit(fastmath={"reassoc"}, error_model="numpy")
@@ -56,15 +59,15 @@ def _row_gradients(
     gradient: np.ndarray,
     step: np.float32,
     offset: np.float32,
-    lowest: np.float32,
-    highest: np.float32,
+    qmin: np.float32,
+    qmax: np.float32,
     of_values: np.ndarray,
 ) -> tuple[np.float32, np.float32]:
     of_scale, clamped = np.float32(0.0), np.float32(0.0)
     for column in range(here.shape[0]):
         steps = here[column] / step
         wanted = steps + offset
-        code = min(max(wanted, lowest), highest)
+        code = min(max(wanted, qmin), qmax)
         inside = code == wanted
         of_values[column] = gradient[column] if inside else np.float32(0.0)
         of_scale += gradient[column] * (np.rint(code) - offset - (steps if inside else np.float32(0.0)))
@@ -76,16 +79,16 @@ def _gradient_rows(
     values: np.ndarray,
     gradient: np.ndarray,
     scale: np.ndarray,
-    zero: np.ndarray,
-    lowest: np.float32,
-    highest: np.float32,
+    zero_point: np.ndarray,
+    qmin: np.float32,
+    qmax: np.float32,
     of_values: np.ndarray,
     of_scale: np.ndarray,
-    of_zero: np.ndarray,
+    of_zero_point: np.ndarray,
 ) -> None:
     for row in numba.prange(values.shape[0]):
-        of_scale[row], of_zero[row] = _row_gradients(
-            values[row], gradient[row], scale[row], zero[row], lowest, highest, of_values[row]
+        of_scale[row], of_zero_point[row] = _row_gradients(
+            values[row], gradient[row], scale[row], zero_point[row], qmin, qmax, of_values[row]
         )
 
 

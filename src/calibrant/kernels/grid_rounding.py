@@ -11,48 +11,48 @@ import torch
 
 
 def round_to_grid(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, lowest: int, highest: int, compiled: bool = True
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int, compiled: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (int8) and values ``scale (code - zero)`` (float32) of ``weight`` ``[rows, in]`` (float32).
+    """Codes (int8) and values ``scale (code - zero_point)`` (float32) of ``weight`` ``[rows, in]`` (float32).
 
-    ``scale`` and ``zero`` ``[rows, groups]`` float32, groups of equal width; half is rounded to even, after clamping.
+    ``scale`` and ``zero_point`` ``[rows, groups]`` float32, groups of equal width; half is rounded to even, after clamping.
     ``compiled=False`` or tensors on a GPU use the PyTorch twin.
     """
     if not compiled or weight.device.type != "cpu":
-        return _torch_round(weight, scale, zero, lowest, highest)
+        return _torch_round(weight, scale, zero_point, qmin, qmax)
     codes = torch.empty(weight.shape, dtype=torch.int8)
     values = torch.empty(weight.shape, dtype=torch.float32)
-    arrays = (tensor.contiguous().numpy() for tensor in (weight, scale, zero))
-    _compiled(*arrays, codes.numpy(), values.numpy(), np.float32(lowest), np.float32(highest))
+    arrays = (tensor.contiguous().numpy() for tensor in (weight, scale, zero_point))
+    _compiled(*arrays, codes.numpy(), values.numpy(), np.float32(qmin), np.float32(qmax))
     return codes, values
 
 
 def _torch_round(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, lowest: int, highest: int
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups = weight.reshape(len(weight), scale.shape[1], -1)
-    scale, zero = scale[..., None], zero[..., None]
-    codes = torch.round(torch.clamp(groups / scale + zero, lowest, highest))
-    return codes.view(weight.shape).to(torch.int8), ((codes - zero) * scale).view(weight.shape)
+    scale, zero_point = scale[..., None], zero_point[..., None]
+    codes = torch.round(torch.clamp(groups / scale + zero_point, qmin, qmax))
+    return codes.view(weight.shape).to(torch.int8), ((codes - zero_point) * scale).view(weight.shape)
 
 
 def _round_rows(
     weight: np.ndarray,
     scale: np.ndarray,
-    zero: np.ndarray,
+    zero_point: np.ndarray,
     codes: np.ndarray,
     values: np.ndarray,
-    lowest: np.float32,
-    highest: np.float32,
+    qmin: np.float32,
+    qmax: np.float32,
 ) -> None:
     width = weight.shape[1] // scale.shape[1]
     for row in numba.prange(weight.shape[0]):
         for group in range(scale.shape[1]):
-            step, offset, first = scale[row, group], zero[row, group], group * width
+            step, offset, first = scale[row, group], zero_point[row, group], group * width
             here, found = weight[row, first : first + width], values[row, first : first + width]
             written = codes[row, first : first + width]
             for column in range(width):
-                code = np.rint(min(max(here[column] / step + offset, lowest), highest))
+                code = np.rint(min(max(here[column] / step + offset, qmin), qmax))
                 written[column] = np.int8(code)
                 found[column] = (code - offset) * step
 

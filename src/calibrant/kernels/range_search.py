@@ -16,45 +16,45 @@ from calibrant.kernels.row_tiles import LANES, quantize_column, tiled, untiled
 def cheapest_range(
     weight: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor,
+    zero_points: torch.Tensor,
     blocks: torch.Tensor,
-    lowest: int,
-    highest: int,
+    qmin: int,
+    qmax: int,
     compiled: bool = True,
 ) -> torch.Tensor:
     """The index of the first range of least cost, int64 ``[rows, groups]``.
 
-    ``weight`` ``[rows, in]``; ``scales`` and ``zeros`` ``[rows, candidates, groups]``; ``blocks``
+    ``weight`` ``[rows, in]``; ``scales`` and ``zero_points`` ``[rows, candidates, groups]``; ``blocks``
     ``[groups, width, width]`` are the second moments of each group's inputs; all float32. ``compiled=False`` or tensors
     on a GPU use the PyTorch twin.
     """
     if not compiled or weight.device.type != "cpu":
-        return _torch_search(weight, scales, zeros, blocks, lowest, highest)
+        return _torch_search(weight, scales, zero_points, blocks, qmin, qmax)
     rows, candidates, groups = scales.shape
     work = tiled(weight, 0.0)
-    tiled_scales, tiled_zeros = (
+    tiled_scales, tiled_zero_points = (
         tiled(tensor.reshape(rows, -1), fill).view(-1, candidates, groups, LANES)
-        for tensor, fill in ((scales, 1.0), (zeros, 0.0))
+        for tensor, fill in ((scales, 1.0), (zero_points, 0.0))
     )
     best = torch.zeros(work.shape[0], groups, LANES, dtype=torch.int64)
-    arrays = (tensor.numpy() for tensor in (work, tiled_scales, tiled_zeros, blocks.contiguous(), best))
-    _compiled(*arrays, np.float32(lowest), np.float32(highest))
+    arrays = (tensor.numpy() for tensor in (work, tiled_scales, tiled_zero_points, blocks.contiguous(), best))
+    _compiled(*arrays, np.float32(qmin), np.float32(qmax))
     return untiled(best, rows)
 
 
 def _torch_search(
     weight: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor,
+    zero_points: torch.Tensor,
     blocks: torch.Tensor,
-    lowest: int,
-    highest: int,
+    qmin: int,
+    qmax: int,
 ) -> torch.Tensor:
     groups = weight.reshape(len(weight), blocks.shape[0], -1)
     costs = []
-    for scale, zero in zip(scales.unbind(1), zeros.unbind(1), strict=True):
-        scale, zero = scale[..., None], zero[..., None]
-        values = (torch.round(torch.clamp(groups / scale + zero, lowest, highest)) - zero) * scale
+    for scale, zero_point in zip(scales.unbind(1), zero_points.unbind(1), strict=True):
+        scale, zero_point = scale[..., None], zero_point[..., None]
+        values = (torch.round(torch.clamp(groups / scale + zero_point, qmin, qmax)) - zero_point) * scale
         errors = (values - groups).transpose(0, 1)
         costs.append(((errors @ blocks) * errors).sum(-1).T)
     return torch.stack(costs).argmin(0)
@@ -71,15 +71,15 @@ def _add_four_columns(product: np.ndarray, shares: np.ndarray, errors: np.ndarra
 def _search_tiles(
     all_work: np.ndarray,
     all_scales: np.ndarray,
-    all_zeros: np.ndarray,
+    all_zero_points: np.ndarray,
     blocks: np.ndarray,
     all_best: np.ndarray,
-    lowest: np.float32,
-    highest: np.float32,
+    qmin: np.float32,
+    qmax: np.float32,
 ) -> None:
     candidates, groups, width = all_scales.shape[1], blocks.shape[0], blocks.shape[1]
     for tile in numba.prange(all_work.shape[0]):
-        work, scales, zeros, best = all_work[tile], all_scales[tile], all_zeros[tile], all_best[tile]
+        work, scales, zero_points, best = all_work[tile], all_scales[tile], all_zero_points[tile], all_best[tile]
         kept = np.ones(LANES, dtype=np.bool_)
         value, code = np.empty(LANES, dtype=np.float32), np.empty(LANES, dtype=np.int8)
         errors = np.empty((width, LANES), dtype=np.float32)
@@ -89,10 +89,10 @@ def _search_tiles(
             block = blocks[group]
             least[:] = np.inf
             for candidate in range(candidates):
-                scale, zero = scales[candidate, group], zeros[candidate, group]
+                scale, zero_point = scales[candidate, group], zero_points[candidate, group]
                 for column in range(width):
                     value[:] = work[group * width + column]
-                    quantize_column(value, kept, scale, zero, code, errors[column], lowest, highest)
+                    quantize_column(value, kept, scale, zero_point, code, errors[column], qmin, qmax)
                 cost[:] = 0
                 # The block is symmetric: its lower half, doubled, and its diagonal.
                 for column in range(width):

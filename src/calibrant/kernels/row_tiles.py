@@ -33,17 +33,17 @@ def _quantize_lanes(
     work: np.ndarray,
     kept: np.ndarray,
     scale: np.ndarray,
-    zero: np.ndarray,
+    zero_point: np.ndarray,
     codes: np.ndarray,
     error: np.ndarray,
-    lowest: np.float32,
-    highest: np.float32,
+    qmin: np.float32,
+    qmax: np.float32,
 ) -> None:
     """Round one column to its grid (masked weights to zero); leaves the difference in ``error``."""
     for lane in range(LANES):
-        code = np.rint(min(max(work[lane] / scale[lane] + zero[lane], lowest), highest))
-        code = code if kept[lane] else zero[lane]
-        value = (code - zero[lane]) * scale[lane]
+        code = np.rint(min(max(work[lane] / scale[lane] + zero_point[lane], qmin), qmax))
+        code = code if kept[lane] else zero_point[lane]
+        value = (code - zero_point[lane]) * scale[lane]
         codes[lane] = np.int8(code)
         error[lane] = work[lane] - value
         work[lane] = value

@@ -11,13 +11,13 @@ import torch
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.selection.request import SelectionRequest
 from calibrant.calibration.text_statistics import describe_set, overlap
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.row_losses import row_losses
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
-from calibrant.progress import Progress, Silent
+from calibrant.progress import NoProgress, Progress
 from calibrant.report.inspection_page import PAGE_MARK, InspectedSet, inspection_page
 
 # A page says near its beginning what made it.
@@ -84,7 +84,7 @@ def inspect_sets(
             _readable(tokenizer, row[kept].tolist())
             for row, kept in zip(calibration.tokens, calibration.mask, strict=True)
         ]
-        losses = _losses(path, calibration, device, dtype, progress or Silent()) if perplexity else None
+        losses = _losses(path, calibration, device, dtype, progress or NoProgress()) if perplexity else None
         statistics = describe_set(calibration, texts, tokenizer.size, losses)
         sets.append(InspectedSet(name, _facts(calibration), statistics, texts))
     overlaps = [

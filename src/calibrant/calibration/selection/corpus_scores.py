@@ -9,14 +9,14 @@ import numpy as np
 
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.document_stream import DocumentStream, tokenized
-from calibrant.calibration.randomness import generator
 from calibrant.calibration.selection.embeddings import embedding_of
 from calibrant.calibration.selection.request import LEXICAL
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Window
 from calibrant.errors import CalibrantError
 from calibrant.modeling.hub import model_path
-from calibrant.progress import Progress, Silent
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.progress import NoProgress, Progress
+from calibrant.randomness import make_rng
 
 SIMILARITY_SHARE = 0.6
 _DOCUMENTS = 100
@@ -82,7 +82,7 @@ def _scores(
     progress: Progress | None,
 ) -> list[CorpusScore]:
     embedded = embedding_of(embedding, tokenizer, seed)
-    samples = [_sampled(corpus, tokenizer, seed, progress or Silent()) for corpus in (*corpora, *targets)]
+    samples = [_sampled(corpus, tokenizer, seed, progress or NoProgress()) for corpus in (*corpora, *targets)]
     for sample in samples:
         embedded.see(sample)
     bounds = np.cumsum([len(sample) for sample in samples])[:-1]
@@ -102,9 +102,9 @@ def _scores(
 
 
 def _sampled(corpus: Corpus, tokenizer: Tokenizer, seed: int, progress: Progress) -> list[Window]:
-    stream = DocumentStream(corpus, [], generator(seed, "shard"))
+    stream = DocumentStream(corpus, [], make_rng(seed, "shard"))
     ordinals = np.array([ordinal for ordinal, _ in stream.kept(progress)])
-    chosen = generator(seed, "score").permutation(ordinals)[:_DOCUMENTS]
+    chosen = make_rng(seed, "score").permutation(ordinals)[:_DOCUMENTS]
     found = stream.fetch(int(ordinal) for ordinal in chosen)
     documents = tokenized(((int(ordinal), found[int(ordinal)]) for ordinal in chosen), tokenizer)
     return [Window(document.tokens[:_TOKENS], [], 0, 0, 0) for document in documents]

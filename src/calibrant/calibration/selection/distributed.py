@@ -11,16 +11,16 @@ import numpy as np
 
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.document_stream import DocumentStream
-from calibrant.calibration.randomness import generator
 from calibrant.calibration.selection.filtering import filters_of
 from calibrant.calibration.selection.request import SelectionRequest
 from calibrant.calibration.selection.selector import select_windows
 from calibrant.calibration.selection.zipcal import ZipCal
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, Window
 from calibrant.errors import CalibrantError
 from calibrant.executors import Executor
-from calibrant.progress import Progress, Silent
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.progress import NoProgress, Progress
+from calibrant.randomness import make_rng
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,16 @@ def select_part(task: PartTask) -> PartResult:
     stream = DocumentStream(
         Corpus(task.location, task.field),
         filters_of(request.filters, request.seed),
-        generator(request.seed, "part"),
+        make_rng(request.seed, "part"),
         task.part,
         request.parts,
     )
     cutting = Cutting(request.windows, request.length, tokenizer.separator_id)
     selector = _zipcal(task.model, request)
-    offsets = generator(request.seed, "offset", task.part)
-    chosen = select_windows(stream, tokenizer, cutting, selector, request.samples, offsets, Silent(), all_if_fewer=True)
+    offsets = make_rng(request.seed, "offset", task.part)
+    chosen = select_windows(
+        stream, tokenizer, cutting, selector, request.samples, offsets, NoProgress(), all_if_fewer=True
+    )
     return PartResult([replace(window) for window in chosen], dict(stream.counts))
 
 

@@ -5,14 +5,14 @@ from typing import Protocol
 
 import numpy as np
 
-from calibrant.calibration.randomness import generator
 from calibrant.calibration.selection.coverage import SetFamily
 from calibrant.calibration.selection.request import LEXICAL
 from calibrant.calibration.selection.zipcal import subword_classes
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Window
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_file, sha256_json
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.randomness import make_rng
 
 # Random projections keep distances of n points to a tenth with about log(n) / 0.01 dimensions at worst, and texts with
 # far fewer (Johnson-Lindenstrauss); this many cost half a kilobyte a candidate.
@@ -91,7 +91,7 @@ class SentenceEmbedding:
 def embedding_of(name: str, tokenizer: Tokenizer, seed: int) -> Embedding:
     """The lexical embedding or the sentence encoder called ``name``."""
     if name == LEXICAL:
-        return LexicalEmbedding(tokenizer, generator(seed, "embedding"))
+        return LexicalEmbedding(tokenizer, make_rng(seed, "embedding"))
     return SentenceEmbedding(name, tokenizer)
 
 

@@ -7,8 +7,8 @@ from calibrant.calibration.filters import Filter
 from calibrant.calibration.filters.content import LengthBetween, RepetitionBelow, ScriptIs
 from calibrant.calibration.filters.duplicates import ExactDuplicates, NearDuplicates
 from calibrant.calibration.filters.leakage import Leakage
-from calibrant.calibration.randomness import generator
 from calibrant.calibration.selection.request import FilterRequest
+from calibrant.randomness import make_rng
 
 
 def filters_of(request: FilterRequest, seed: int) -> list[Filter]:
@@ -23,7 +23,7 @@ def filters_of(request: FilterRequest, seed: int) -> list[Filter]:
     if request.duplicates != "keep":
         filters.append(ExactDuplicates())
     if request.duplicates == "near":
-        filters.append(NearDuplicates(generator(seed, "duplicates")))
+        filters.append(NearDuplicates(make_rng(seed, "duplicates")))
     if request.leakage:
         evaluation = chain.from_iterable(Corpus(location, request.leakage_field) for location in request.leakage)
         filters.append(Leakage(evaluation, request.leakage_run, not request.keep_leaked))

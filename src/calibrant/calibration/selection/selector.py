@@ -10,9 +10,9 @@ import numpy as np
 from calibrant.calibration.chat import encode_documents
 from calibrant.calibration.corpus import Document
 from calibrant.calibration.document_stream import DocumentStream, tokenized
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, TokenizedDocument, Window
 from calibrant.errors import CalibrantError
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
 # Windows shown to a selector at a time: a forward pass's worth.

@@ -7,8 +7,8 @@ import numpy as np
 
 from calibrant.calibration.document_stream import DocumentStream, tokenized
 from calibrant.calibration.selection.selector import too_few
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Cutting, TokenizedDocument, Window
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
 

@@ -8,8 +8,8 @@ from array import array
 import numpy as np
 
 from calibrant.calibration.document_stream import DocumentStream
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.errors import CalibrantError
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
 

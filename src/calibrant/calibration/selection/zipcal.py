@@ -4,8 +4,8 @@ import numba
 import numpy as np
 
 from calibrant.calibration.selection.coverage import Picks, SetFamily, greedy_cover, pooled_cover
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Window
+from calibrant.modeling.tokenizer import Tokenizer
 
 _NO_CLASS = -1
 

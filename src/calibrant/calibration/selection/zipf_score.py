@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 
 from calibrant.calibration.selection.coverage import SetFamily
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.calibration.windows import Window
+from calibrant.modeling.tokenizer import Tokenizer
 
 _MOST_WORDS = 1 << 32
 

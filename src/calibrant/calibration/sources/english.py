@@ -1,6 +1,6 @@
 """Words that English texts begin with, for models that would begin in any language."""
 
-from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.modeling.tokenizer import Tokenizer
 
 # Function words: a small closed class (ours; the paper names spaCy's list of stop words).
 _WORDS = """

@@ -8,11 +8,11 @@ import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.randomness import generator
 from calibrant.calibration.sources.text_generation import Sampling, write_rows
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.errors import CalibrantError
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
+from calibrant.randomness import make_rng
 
 # LLM-QAT writes greedily up to the third, fourth or fifth token, then samples with transformers' default top-k.
 _GREEDY_TOKENS, _LLM_QAT_TOP_K = (3, 4, 5), 50
@@ -38,9 +38,9 @@ def generate_llm_qat(
     then follows sampling with top-k 50. Where a text ends, the next one begins in the same row (ours).
     """
     eligible = [i for i in sorted(tokenizer.hf.get_vocab().values()) if i not in tokenizer.special_ids]
-    starts = generator(seed, "llm-qat", draw).permutation(eligible)
-    uniforms = np.stack([generator(seed, "llm-qat", draw, row).random(length) for row in range(samples)])
-    greedy = generator(seed, "llm-qat-greedy", draw).choice(_GREEDY_TOKENS, samples)
+    starts = make_rng(seed, "llm-qat", draw).permutation(eligible)
+    uniforms = np.stack([make_rng(seed, "llm-qat", draw, row).random(length) for row in range(samples)])
+    greedy = make_rng(seed, "llm-qat-greedy", draw).choice(_GREEDY_TOKENS, samples)
     temperatures = torch.ones(samples, length, dtype=torch.float64)
     for row, count in enumerate(greedy):
         temperatures[row, : count - 1] = 0
@@ -97,8 +97,8 @@ def generate_from_prefixes(
             f"{corpus.location}: {len(prefixes)} documents, but draw {draw} of {samples} rows needs "
             f"{rows * (draw + 1)} beginnings; use fewer samples or more text"
         )
-    order = generator(seed, "prefix").permutation(len(prefixes))
-    uniforms = np.stack([generator(seed, "prefix", draw, row).random(length) for row in range(rows)])
+    order = make_rng(seed, "prefix").permutation(len(prefixes))
+    uniforms = np.stack([make_rng(seed, "prefix", draw, row).random(length) for row in range(rows)])
 
     def beginning(row: int, text: int) -> list[int]:
         return begins + prefixes[order[(draw * rows + row + text * rows) % len(order)]]

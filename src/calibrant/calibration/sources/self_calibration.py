@@ -9,12 +9,12 @@ import torch
 import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
-from calibrant.calibration.randomness import generator
 from calibrant.calibration.sources.english import english_beginnings
 from calibrant.calibration.sources.text_generation import Sampling, write_rows
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.errors import CalibrantError
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
+from calibrant.randomness import make_rng
 
 FirstTokens = Literal["any", "english"]
 
@@ -62,7 +62,7 @@ def generate_self_calibration(
     "english" restricts the first token of every generation to beginnings of English function words, as the paper does
     for multilingual models (with another list of words). ``provenance`` is recorded in the manifest.
     """
-    uniforms = np.stack([generator(seed, "self", draw, row).random(length) for row in range(samples)])
+    uniforms = np.stack([make_rng(seed, "self", draw, row).random(length) for row in range(samples)])
     first_ids = torch.tensor(english_beginnings(tokenizer)) if first_tokens == "english" else None
     sampling = Sampling(schedule.table(length), first_ids)
     start = [tokenizer.start_id]

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import transformers
 
-from calibrant.calibration.tokenizer import Tokenizer
 from calibrant.errors import CalibrantError
 from calibrant.modeling.decoding import Decoder, prepare_decoding
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
 # Below this a division would overflow the logits, and the distribution is a point mass anyway (ours).

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
-from calibrant.calibration.randomness import generator
-from calibrant.calibration.tokenizer import Tokenizer
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.randomness import make_rng
 
 
 def draw_vocabulary(tokenizer: Tokenizer, *, samples: int, length: int, seed: int, draw: int) -> CalibrationSet:
@@ -16,7 +16,7 @@ def draw_vocabulary(tokenizer: Tokenizer, *, samples: int, length: int, seed: in
     special = tokenizer.special_ids
     eligible = np.array([i for i in sorted(tokenizer.hf.get_vocab().values()) if i not in special], dtype=np.int32)
     rows = [
-        eligible[generator(seed, "vocabulary", draw, row).integers(0, len(eligible), length)] for row in range(samples)
+        eligible[make_rng(seed, "vocabulary", draw, row).integers(0, len(eligible), length)] for row in range(samples)
     ]
     tokens = torch.from_numpy(np.stack(rows))
     manifest = Manifest(

@@ -1,0 +1,244 @@
+"""Solving the linears of one block as their inputs come in, and holding the results until they are written."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from calibrant.clock import Clock
+from calibrant.engine.block_engine import Unit
+from calibrant.errors import CalibrantError
+from calibrant.formats.quantized import Codes
+from calibrant.kernels.grid_rounding import round_to_grid
+from calibrant.methods.method import LayerProblem
+from calibrant.methods.registry import METHODS
+from calibrant.methods.solvers.drift_correction import drift_corrected_target
+from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors
+from calibrant.modeling.structure import Linear
+from calibrant.quantization.activation_ranges import InputGrid, InputRange
+from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
+from calibrant.recipes.plan import Plan, TrainedLinear
+
+# Scales between hold at least six bits: float16 counts in steps of 2^-24 where it is smallest (ours).
+_FLOAT16_STEPS = (2.0**-18, 65504.0 / 2)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear.
+
+    ``relative_error``: squared output error over squared output, on the whole Hessian (``measure`` "hessian"), on its
+    diagonal ("diagonal"), or of the weights alone where no data was used ("weights"). With asymmetric calibration it is
+    of what the layer is fitted to, so compare it among such runs alone. ``bits`` are the weights', if quantized.
+    """
+
+    name: str
+    relative_error: float
+    measure: str
+    tokens: int
+    zeros: int
+    elements: int
+    bits: int | None
+    record: SolverRecord
+
+
+@dataclass
+class BlockSolver:
+    """A ``Visitor`` of the block engine.
+
+    ``state`` holds the block's parameters in storage dtype and is changed in place to the solved values; the block
+    itself computes in its own dtype. ``codes``, ``outliers`` (float32 weights and which of them are some) and
+    ``layers`` fill up as linears are solved.
+    """
+
+    prefix: str
+    block: nn.Module
+    state: dict[str, torch.Tensor]
+    plan: Plan
+    clock: Clock
+    codes: dict[str, Codes] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    outliers: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    solved_parameters: set[str] = field(default_factory=set)
+    _statistics: dict[Unit, Hessian | HessianDiagonal] = field(default_factory=dict)
+    _ranges: dict[Unit, InputRange] = field(default_factory=dict)
+
+    def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
+        kind, activations = self.plan.recipe.statistic, self.plan.recipe.scheme.activations
+        with self.clock.stage("statistics"):
+            if activations is not None and not activations.dynamic:
+                self._ranges.setdefault(unit, InputRange(inputs.device)).add(inputs)
+            if kind is None:
+                return
+            if unit not in self._statistics:
+                self._statistics[unit] = kind(unit[0].in_features, inputs.device)
+            statistic = self._statistics[unit]
+            if isinstance(statistic, PairedHessian) and originals is not None:
+                statistic.add_pair(inputs, originals)
+            else:
+                statistic.add(inputs)
+
+    def solve(self, unit: Unit) -> None:
+        with self.clock.stage("solve"):
+            if self.plan.trained is not None:
+                for linear in unit:
+                    self._take(linear, self.plan.trained[f"{self.prefix}.{linear.name}"])
+            else:
+                self._solve(unit, self._statistics.pop(unit, None))
+            self._add_input_grids(unit)
+
+    def _take(self, linear: Linear, trained: TrainedLinear) -> None:
+        """What training made of a linear."""
+        spec = trained.grid.spec
+        codes, values = round_to_grid(trained.weight, trained.grid.scale, trained.grid.zero_point, spec.qmin, spec.qmax)
+        problem = LayerProblem(trained.weight, (len(trained.weight),), spec, None)
+        self._keep(linear, trained.weight, Solution(values, codes, trained.grid), slice(None), problem, 0)
+
+    def _solve(self, unit: Unit, statistic: Hessian | HessianDiagonal | None) -> None:
+        entry = METHODS[self.plan.recipe.method.name]
+        weights = [linear.view(self.state[linear.parameter]).float() for linear in unit]
+        for linear, weight in zip(unit, weights, strict=True):
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrantError(f"{self.prefix}.{linear.name}: its weights hold values that are not finite")
+            self._check_scales(linear, weight)
+        problem = self._problem(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
+        share = self.plan.recipe.drift_correction
+        fallback = None
+        if isinstance(statistic, PairedHessian) and problem.hessian is not None:
+            target = drift_corrected_target(problem.weight, problem.hessian, statistic.drift, share)
+            if target is None:
+                fallback = "Hessian not positive definite, the drift of its inputs is not made up for"
+            else:
+                problem = replace(problem, weight=target)
+                weights = list(problem.weight.split(problem.segments))
+        assert entry.solve is not None
+        if self.plan.recipe.statistic is not None and statistic is None:
+            assert entry.without_data is not None
+            solution, fallback = entry.without_data(problem), "saw no calibration token, solved without data"
+        else:
+            solution = entry.solve(self.plan.recipe.method, problem)
+        if fallback is not None and solution.record.fallback is None:
+            solution = replace(solution, record=replace(solution.record, fallback=fallback))
+        begin = 0
+        for linear, weight in zip(unit, weights, strict=True):
+            rows = slice(begin, begin + len(weight))
+            self._keep(linear, weight, solution, rows, problem, statistic.tokens if statistic else 0)
+            begin += len(weight)
+
+    def _check_scales(self, linear: Linear, weight: torch.Tensor) -> None:
+        """Refuse weights whose scales float16 cannot hold, or would hold in a few steps only."""
+        spec = self.plan.spec_for(f"{self.prefix}.{linear.name}")
+        largest = float(weight.abs().max())
+        if spec is None or spec.scale_dtype is not torch.float16 or largest == 0:
+            return
+        step = largest / (spec.qmax - spec.qmin)
+        if not _FLOAT16_STEPS[0] <= step <= _FLOAT16_STEPS[1]:
+            size = "small" if step < _FLOAT16_STEPS[0] else "large"
+            raise CalibrantError(
+                f"{self.prefix}.{linear.name}: its weights are too {size} for scales in float16; "
+                "ignore it, or leave out --format"
+            )
+
+    def _add_input_grids(self, unit: Unit) -> None:
+        inputs = self._input_grid(unit)
+        for linear in unit:
+            if inputs is not None and linear.name in self.codes:
+                # Of each layer its own: safetensors writes no tensors that share memory.
+                self.codes[linear.name] = replace(
+                    self.codes[linear.name],
+                    input_scale=inputs.scale.clone(),
+                    input_zero_point=inputs.zero_point.clone(),
+                )
+
+    def _input_grid(self, unit: Unit) -> InputGrid | None:
+        """Of static activations."""
+        if self.plan.input_grids is not None:
+            name = f"{self.prefix}.{unit[0].name}"
+            if name not in self.plan.input_grids:
+                raise self._unseen(unit)
+            return self.plan.input_grids[name]
+        activations, seen = self.plan.recipe.scheme.activations, self._ranges.pop(unit, None)
+        if activations is None or activations.dynamic or self.plan.spec is None:
+            return None
+        if seen is None:
+            raise self._unseen(unit)
+        if not seen.finite:
+            raise self._not_finite(unit)
+        return seen.grid(activations.range, activations.percentile, self.plan.spec.scale_dtype)
+
+    def _problem(
+        self, weight: torch.Tensor, segments: tuple[int, ...], statistic: Hessian | HessianDiagonal | None, unit: Unit
+    ) -> LayerProblem:
+        hessian = norms = None
+        if isinstance(statistic, Hessian):
+            hessian = statistic.matrix()
+            norms = hessian.diagonal()
+        elif isinstance(statistic, HessianDiagonal):
+            norms = statistic.values
+        # An input that is not finite shows on the diagonal: |S_ij|^2 <= S_ii S_jj.
+        if norms is not None and not bool(torch.isfinite(norms).all()):
+            raise self._not_finite(unit)
+        name = f"{self.prefix}.{unit[0].name}"
+        return LayerProblem(weight, segments, self.plan.spec_for(name), self.plan.sparsity_for(name), hessian, norms)
+
+    def _unseen(self, unit: Unit) -> CalibrantError:
+        return CalibrantError(
+            f"{self.prefix}.{unit[0].name}: no calibration token reached it, so its static range is unknown; "
+            "ignore it, or take dynamic activations"
+        )
+
+    def _not_finite(self, unit: Unit) -> CalibrantError:
+        return CalibrantError(
+            f"{self.prefix}.{unit[0].name}: its inputs hold values that are not finite; "
+            "compute in float32 (--dtype float32) or check the model"
+        )
+
+    def _keep(
+        self, linear: Linear, weight: torch.Tensor, solution: Solution, rows: slice, problem: LayerProblem, tokens: int
+    ) -> None:
+        solved, name = solution.weight[rows], f"{self.prefix}.{linear.name}"
+        spec = self.plan.spec_for(name)
+        # Before the copy: in float32 models ``weight`` is a view of what is overwritten.
+        error, measure = _relative_error(
+            weight, solved, solution.errors[rows] if solution.errors is not None else None, problem
+        )
+        stored = linear.view(self.state[linear.parameter])
+        stored.copy_(solved)
+        self.solved_parameters.add(linear.parameter)
+        linear.view(self.block.get_parameter(linear.parameter).data).copy_(stored)
+        if solution.codes is not None and solution.grid is not None:
+            scale = solution.grid.scale[rows].to(solution.grid.spec.scale_dtype)
+            zero_point = solution.grid.zero_point[rows].to(torch.int8)
+            self.codes[linear.name] = Codes(solution.codes[rows].cpu(), scale.cpu(), zero_point.cpu())
+        zeros = int((solved == 0).sum()) if solution.kept is not None else 0
+        record = solution.record
+        if solution.rounded is not None:
+            record = replace(record, rows_rounded=int(solution.rounded[rows].sum()))
+        if solution.outliers is not None:
+            self.outliers[linear.name] = solved.cpu(), solution.outliers[rows].cpu()
+            record = replace(record, outliers=int(solution.outliers[rows].sum()))
+        self.layers.append(
+            LayerReport(
+                name, error, measure, tokens, zeros, weight.numel(), spec.bits if spec is not None else None, record
+            )
+        )
+
+
+def _relative_error(
+    weight: torch.Tensor, solved: torch.Tensor, errors: torch.Tensor | None, problem: LayerProblem
+) -> tuple[float, str]:
+    if problem.hessian is not None:
+        nothing = torch.zeros_like(weight)
+        known = errors if errors is not None else layer_errors(weight, solved, problem.hessian)
+        error = known.double().sum()
+        whole, measure = layer_errors(weight, nothing, problem.hessian).double().sum(), "hessian"
+    elif problem.hessian_diagonal is not None:
+        error = ((weight - solved).square() @ problem.hessian_diagonal).double().sum()
+        whole, measure = (weight.square() @ problem.hessian_diagonal).double().sum(), "diagonal"
+    else:
+        error, whole, measure = (weight - solved).square().double().sum(), weight.square().double().sum(), "weights"
+    relative = float(error / whole) if whole > 0 else 0.0
+    if not math.isfinite(relative):
+        raise CalibrantError("a layer's weights or inputs are too large for float32; check the model")
+    return relative, measure

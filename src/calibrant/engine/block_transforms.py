@@ -1,0 +1,225 @@
+"""Transforms of one block before it is solved: what its inputs look like, which scales follow, folding them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibrant.methods.solvers.rtn import rtn
+from calibrant.methods.transforms.awq import awq_candidates, best_scale
+from calibrant.methods.transforms.smoothquant import smoothquant_scale
+from calibrant.modeling.foldable import FoldablePair, find_foldable
+from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.module_call import ModuleCall
+from calibrant.modeling.structure import BlockStructure, InputGroup, Linear, common_module
+from calibrant.quantization.grids import GridSpec
+from calibrant.quantization.statistics import Magnitude
+from calibrant.recipes import parts as recipes
+from calibrant.recipes.plan import Plan
+
+# AWQ compares outputs on this many counted tokens, or one micro-batch where a module cannot be run on part of it (ours;
+# the paper's code takes its whole set, 65,536 of them).
+_SEARCH_TOKENS = 1024
+# Where few tokens count, so many are gone through for them (ours).
+_SEARCH_POSITIONS = 4096
+
+
+@dataclass
+class Transformed:
+    """Names of the parameters that changed, a sentence on each transform, and what the block gave on each batch."""
+
+    changed: set[str] = field(default_factory=set)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Seen:
+    """What a pass over the calibration data showed of one pair: magnitudes, and what to compare outputs with.
+
+    That is the first ``rows`` of a lone linear's input, or ``calls`` of the smallest module around several linears.
+    """
+
+    magnitude: Magnitude
+    rows: list[torch.Tensor] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+
+
+def transform_block(
+    block: nn.Module,
+    index: int,
+    structure: BlockStructure,
+    probe: MicroBatch,
+    batches: list[MicroBatch],
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    plan: Plan,
+) -> Transformed:
+    """Apply the plan's transforms to ``block`` (at ``prefix``) and to its stored parameters ``state``, in place.
+
+    Scales are chosen on the block as it is, or were learned before, and are folded together.
+    """
+    done = Transformed()
+    for transform in plan.recipe.transforms:
+        pairs = find_foldable(block, index, structure, probe)
+        if not isinstance(transform, recipes.Awq):
+            pairs = [pair for pair in pairs if pair.producer.norm is not None]
+        if isinstance(transform, recipes.Quadapter):
+            assert plan.scales is not None  # learned before the run
+            scales = [plan.scales[f"{prefix}.{pair.group.module}"] for pair in pairs]
+        else:
+            pairs = [pair for pair in pairs if _concerns(pair, plan, prefix)]
+            seen, done.outputs = _run(block, index, pairs, batches, compare=isinstance(transform, recipes.Awq))
+            scales = [
+                _scale(transform, pair, one, block, state, plan, prefix) for pair, one in zip(pairs, seen, strict=True)
+            ]
+        for pair, scale in zip(pairs, scales, strict=True):
+            # The stored values decide; the block computes with what they say.
+            pair.fold(state, scale)
+            for name in pair.changed():
+                block.get_parameter(name).data.copy_(state[name])
+                done.changed.add(name)
+        where = ", ".join(
+            f"{pair.producer.name} -> {' '.join(one.name for one in pair.group.linears)}" for pair in pairs
+        )
+        done.notes.append(f"{transform.name} scales moved: {where or 'nowhere, no place was found for them'}")
+    return done
+
+
+def _concerns(pair: FoldablePair, plan: Plan, prefix: str) -> bool:
+    """Whether something is compressed that reads the input, and what makes it is not left alone."""
+    made_by = pair.producer.linear
+    return bool(_compressed(pair.group, plan, prefix)) and not (
+        made_by is not None and plan.recipe.ignores(f"{prefix}.{made_by.name}")
+    )
+
+
+def _compressed(group: InputGroup, plan: Plan, prefix: str) -> list[Linear]:
+    return [linear for linear in group.linears if not plan.recipe.ignores(f"{prefix}.{linear.name}")]
+
+
+def _scale(
+    transform: recipes.SmoothQuant | recipes.Awq,
+    pair: FoldablePair,
+    seen: _Seen,
+    block: nn.Module,
+    state: dict[str, torch.Tensor],
+    plan: Plan,
+    prefix: str,
+) -> torch.Tensor:
+    """Of the linears that are compressed; the others that read the input are scaled along."""
+    linears = _compressed(pair.group, plan, prefix)
+    spec = plan.spec_for(f"{prefix}.{linears[0].name}")
+    assert spec is not None  # recipes with transforms quantize
+    weights = [linear.view(state[linear.parameter]).float() for linear in linears]
+    if isinstance(transform, recipes.SmoothQuant):
+        scale = smoothquant_scale(seen.magnitude.largest, weights, transform.alpha)
+    else:
+        candidates = awq_candidates(seen.magnitude.mean, weights, transform.steps, transform.duo, spec.group_size)
+        scale = best_scale(candidates, _output_loss(linears, weights, block, seen, spec))
+    # A gain that is stored less one has few digits near zero, so none is made smaller: a factor of all is free (ours).
+    return scale / scale.max() if pair.producer.offset else scale
+
+
+def _output_loss(
+    linears: list[Linear], weights: list[torch.Tensor], block: nn.Module, seen: _Seen, spec: GridSpec
+) -> Callable[[torch.Tensor], float]:
+    """Squared change of the compared outputs when the linears' weights are scaled, rounded and scaled back."""
+    if not seen.calls:
+        inputs = torch.cat(seen.rows)
+
+        def lone_loss(scale: torch.Tensor) -> float:
+            difference = (_rounded(weights[0], scale, spec) - weights[0]).to(inputs.dtype)
+            return float(nn.functional.linear(inputs, difference).float().square().sum(dtype=torch.float64))
+
+        return lone_loss
+    calls = _shortened(seen.calls)
+    expected = [call.output() for call in calls]
+
+    def loss(scale: torch.Tensor) -> float:
+        views = [linear.view(block.get_parameter(linear.parameter).data) for linear in linears]
+        kept = [view.clone() for view in views]
+        try:
+            for view, weight in zip(views, weights, strict=True):
+                view.copy_(_rounded(weight, scale, spec))
+            changes = (call.output() - before for call, before in zip(calls, expected, strict=True))
+            return sum(float(change.square_().sum(dtype=torch.float64)) for change in changes)
+        finally:
+            for view, values in zip(views, kept, strict=True):
+                view.copy_(values)
+
+    return loss
+
+
+def _shortened(calls: list[ModuleCall]) -> list[ModuleCall]:
+    """On as many of the first rows as hold no more counted tokens than are compared; on one row at least."""
+    kept: list[ModuleCall] = []
+    left = _SEARCH_TOKENS
+    for call in calls:
+        rows = int((call.mask.sum(1).cumsum(0) <= left).sum())
+        if rows or not kept:
+            kept.append(call.shortened(max(rows, 1)))
+            left -= int(kept[-1].mask.sum())
+    return kept
+
+
+def _rounded(weight: torch.Tensor, scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
+    """What rounding makes of ``weight`` on plain ranges of the scaled columns."""
+    return rtn(weight * scale, replace(spec, range_search="none")).weight / scale
+
+
+def _run(
+    block: nn.Module, index: int, pairs: list[FoldablePair], batches: list[MicroBatch], compare: bool
+) -> tuple[list[_Seen], list[torch.Tensor]]:
+    """Run the block over all batches and note what each pair needs, with ``compare`` also what outputs need.
+
+    Returns the block's outputs too.
+    """
+    device = batches[0].hidden.device
+    seen = [_Seen(Magnitude(pair.group.linears[0].in_features, device)) for pair in pairs]
+    left, positions = _SEARCH_TOKENS if compare else 0, _SEARCH_POSITIONS
+    outputs = []
+    for batch in batches:
+        handles = []
+        for pair, one in zip(pairs, seen, strict=True):
+            alone = len(pair.group.linears) == 1
+            note = _note_inputs(one, batch, left if alone else 0)
+            handles.append(block.get_submodule(pair.group.module).register_forward_pre_hook(note))
+            if left > 0 and not alone:
+                handles += _note_calls(block, index, pair.group, one, batch)
+        positions -= batch.mask.numel()
+        left = left - int(batch.mask.sum()) if positions > 0 else 0
+        try:
+            outputs.append(call_block(block, index, batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return seen, outputs
+
+
+def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Note magnitudes, and keep the first ``kept`` counted rows."""
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = args[0].reshape(-1, args[0].shape[-1])[batch.mask.reshape(-1)]
+        seen.magnitude.add(rows)
+        if kept > 0:
+            seen.rows.append(rows[:kept].clone())
+
+    return note
+
+
+def _note_calls(block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch) -> list[Any]:
+    """Keep the calls of the smallest module that holds the whole group."""
+    name = common_module([linear.name for linear in group.linears])
+    if not name:
+        args, kwargs = (batch.hidden, *batch.calls.args[index]), batch.calls.kwargs[index]
+        seen.calls.append(ModuleCall(block, args, kwargs, batch.mask))
+        return []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.calls.append(ModuleCall(module, args, kwargs, batch.mask))
+
+    return [block.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)]

@@ -1,0 +1,89 @@
+"""A recipe's budget, spent: sensitivities measured, the cheapest choice for every group of layers found, told."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.engine.allocation import allocate
+from calibrant.engine.sensitivity import Compress, Sensitivity, measure_sensitivities
+from calibrant.errors import CalibrantError
+from calibrant.methods.solvers.rtn import rtn
+from calibrant.methods.solvers.sparsity import Sparsity
+from calibrant.methods.solvers.wanda import wanda
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.progress import Progress
+from calibrant.recipes.plan import Plan
+
+
+@dataclass(frozen=True)
+class SpentBudget:
+    """``chosen[i]`` is what ``sensitivities[i]`` gets. ``divergence`` is the sum of their measured divergences and
+    ``bound`` what no choice within the budget could be below; ``uniform`` the sum with the scheme's own value
+    everywhere, if that is among the choices and within the budget.
+    """
+
+    choices: list[float]
+    average: float
+    chosen: list[float]
+    divergence: float
+    bound: float
+    uniform: float | None
+    sensitivities: list[Sensitivity]
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def spend_budget(
+    model: LazyModel, plan: Plan, calibration: CalibrationSet, dtype: torch.dtype, progress: Progress
+) -> tuple[Plan, SpentBudget]:
+    """The plan with a choice for every layer (methods: "Budgets" in docs/methods.md; ours).
+
+    Divergences are added up over groups as if they did not touch each other. Bits are tried by rounding on ranges
+    searched with the inputs' second moments, shares of zeros by Wanda.
+
+    Raises:
+        CalibrantError: the choices cannot keep the average, or the model's layers cannot be measured.
+    """
+    budget = plan.recipe.budget
+    assert budget is not None
+    quantizes = plan.spec is not None
+    average = budget.average if budget.average is not None else plan.nominal
+    measured = measure_sensitivities(
+        model, plan.blocks, plan.recipe.ignores, budget.choices, _compress(plan), calibration, dtype, progress
+    )
+    costs, sizes = np.array([one.divergences for one in measured]), np.array([float(one.elements) for one in measured])
+    try:
+        best = allocate(costs, sizes, np.array(budget.choices), average, at_most=quantizes)
+    except ValueError as error:
+        raise CalibrantError(f"recipe {plan.recipe.name}: {error}") from error
+    chosen = [budget.choices[index] for index in best.chosen]
+    by_layer = {layer: choice for one, choice in zip(measured, chosen, strict=True) for layer in one.layers}
+    uniform = None
+    within = plan.nominal <= average if quantizes else plan.nominal >= average
+    if plan.nominal in budget.choices and within:
+        uniform = float(costs[:, budget.choices.index(plan.nominal)].sum())
+    reached = float((np.array(chosen) * sizes).sum() / sizes.sum())
+    spent = SpentBudget(budget.choices, reached, chosen, best.cost, best.bound, uniform, measured)
+    return replace(plan, choices=by_layer, notes=[*plan.notes, _sentence(spent, quantizes)]), spent
+
+
+def _compress(plan: Plan) -> Compress:
+    spec = plan.spec
+    if spec is None:
+        return lambda weight, sums, share: wanda(weight, sums, Sparsity(share)).weight
+    return lambda weight, sums, bits: rtn(weight, replace(spec, bits=int(bits), range_search="importance"), sums).weight
+
+
+def _sentence(spent: SpentBudget, quantizes: bool) -> str:
+    counts = sorted(Counter(spent.chosen).items())
+    what = ", ".join(f"{count} at {choice:g}" for choice, count in counts)
+    unit = "bits" if quantizes else "zeros"
+    said = f"budget: {unit} of groups of layers: {what}; {spent.average:.3g} on average; sum of divergences "
+    said += f"{spent.divergence:.4f}, the least possible {spent.bound:.4f}"
+    return said if spent.uniform is None else f"{said}, uniformly {spent.uniform:.4f}"

@@ -1,0 +1,123 @@
+"""Writing solved blocks to disk, and proving in the end that what is there is what was solved."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from calibrant.engine.block_solver import BlockSolver
+from calibrant.errors import CalibrantError
+from calibrant.formats.input_rounding import INPUT_ROUNDING, read_input_rounding, write_input_rounding
+from calibrant.formats.outliers import OUTLIERS, sparse_part
+from calibrant.formats.quantized import Codes, Layout
+from calibrant.formats.registry import format_for
+from calibrant.formats.shards import ShardWriter
+from calibrant.hashing import sha256_bytes
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.recipes.plan import Plan
+
+
+class CheckpointWriter:
+    """Writes checkpoint tensors as they are finished and knows what must be on disk in the end."""
+
+    def __init__(self, model: LazyModel, plan: Plan, folder: Path, metadata: dict[str, str]) -> None:
+        self._shards = ShardWriter(folder, metadata)
+        self._outliers = ShardWriter(folder / OUTLIERS, metadata)
+        self._model, self._plan = model, plan
+        self._hashes: dict[str, str] = {}
+        self._codes: dict[str, tuple[str, Layout]] = {}
+        # Grids of int8 inputs that no layout holds.
+        self._inputs: dict[str, tuple[float, int] | None] = {}
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write tensors under their checkpoint names."""
+        self._write(tensors, self._shards)
+
+    def _write(self, tensors: dict[str, torch.Tensor], shards: ShardWriter) -> None:
+        self._hashes.update({name: _tensor_hash(tensor) for name, tensor in tensors.items()})
+        shards.write_part(tensors)
+
+    def finish(self) -> list[Path]:
+        """Join what was written; the files, the model's own first."""
+        return [*self._shards.finish(), *self._outliers.finish()]
+
+    def write_block(self, prefix: str, solver: BlockSolver) -> None:
+        """Write a solved block: codes in the quantized layout if the plan has one, everything else dense."""
+        packed: dict[str, torch.Tensor] = {}
+        dense = {f"{prefix}.{name}": value for name, value in solver.state.items()}
+        solved = {f"{prefix}.{linear}" for linear in solver.solved_parameters}
+        untouched = [name for name in dense if name not in solved and self._model.is_stored_alone(name)]
+        for name in untouched:
+            del dense[name]
+            stored_name = self._model.stored_name(name)
+            packed[stored_name] = self._model.folder.read(stored_name)  # in its own dtype, bit for bit
+        for name, codes in solver.codes.items():
+            layout = self._plan.layout_for(f"{prefix}.{name}")
+            if layout is None:
+                if self._plan.recipe.scheme.activations is not None:
+                    self._inputs[f"{prefix}.{name}"] = _input_grid(codes)
+                continue
+            parameter = f"{prefix}.{name}.weight"
+            base = self._model.stored_name(parameter).removesuffix("weight")
+            self._codes[base] = _codes_hash(codes), layout
+            packed.update({base + suffix: tensor for suffix, tensor in format_for(layout).write(codes, layout).items()})
+            del dense[parameter]
+        stored = self._model.to_checkpoint({name: value.contiguous() for name, value in dense.items()})
+        self.write({**stored, **packed})
+        for name, (weight, exact) in solver.outliers.items():
+            self._write(sparse_part(f"{prefix}.{name}", weight, exact), self._outliers)
+
+    def write_input_rounding(self, folder: Path) -> None:
+        """Write how inputs are rounded that no quantized format describes, if there are any."""
+        if self._inputs:
+            write_input_rounding(folder, self._inputs)
+
+    def verify(self, files: list[Path]) -> int:
+        """Open the written files again and compare them with what was solved; returns the number of tensors.
+
+        Raises:
+            CalibrantError: something on disk differs.
+        """
+        places: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                places.update(dict.fromkeys(opened.keys(), file))
+        for name, file in places.items():
+            # Opened anew for each tensor: what a mapped file has shown counts as memory until it is closed.
+            if self._hashes.get(name) != _tensor_hash(_read(file, name)):
+                raise CalibrantError(f"{file}: tensor {name} is not what was solved; the disk may be failing")
+        if set(places) != set(self._hashes):
+            raise CalibrantError(f"{files[0].parent}: tensors are missing after writing; the disk may be failing")
+        for base, (expected, layout) in self._codes.items():
+            self._verify_codes(base, expected, layout, places)
+        if read_input_rounding(files[0].parent) != self._inputs:
+            raise CalibrantError(f"{files[0].parent / INPUT_ROUNDING}: is not what was solved; the disk may be failing")
+        return len(places)
+
+    def _verify_codes(self, base: str, expected: str, layout: Layout, places: dict[str, Path]) -> None:
+        own = [name for name in places if name.startswith(base) and "." not in name.removeprefix(base)]
+        tensors = {name.removeprefix(base): _read(places[name], name) for name in own}
+        if _codes_hash(format_for(layout).read(tensors, layout)) != expected:
+            raise CalibrantError(f"{places[own[0]]}: {base}* does not unpack to what was solved")
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def _tensor_hash(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return sha256_bytes(str((tensor.dtype, tuple(tensor.shape))).encode(), flat.tobytes())
+
+
+def _input_grid(codes: Codes) -> tuple[float, int] | None:
+    if codes.input_scale is None or codes.input_zero_point is None:
+        return None
+    return float(codes.input_scale), int(codes.input_zero_point)
+
+
+def _codes_hash(codes: Codes) -> str:
+    inputs = [tensor for tensor in (codes.input_scale, codes.input_zero_point) if tensor is not None]
+    return "".join(map(_tensor_hash, (codes.codes, codes.scale, codes.zero_point, *inputs)))

@@ -1,0 +1,65 @@
+"""Sums of squares of every layer's input in the original model, gathered block by block."""
+
+import numpy as np
+import torch
+
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.engine.block_engine import Unit, two_passes
+from calibrant.modeling.entry import enter_blocks
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.structure import BlockStructure, InputGroup, probe_block
+from calibrant.progress import Progress
+from calibrant.quantization.statistics import HessianDiagonal
+
+_MICRO_BATCH_TOKENS = 2048
+
+
+class _Gathering:
+    """A ``Visitor`` that takes note and changes nothing."""
+
+    def __init__(self, structure: BlockStructure, prefix: str, device: torch.device) -> None:
+        self._by_unit: dict[Unit, HessianDiagonal] = {}
+        self.found: dict[str, list[HessianDiagonal]] = {}
+        for stage in structure.stages:
+            if isinstance(stage, InputGroup):
+                norm = self._by_unit[stage.linears] = HessianDiagonal(stage.linears[0].in_features, device)
+                self.found |= {f"{prefix}.{linear.name}": [norm] for linear in stage.linears}
+                continue
+            for group in stage.groups:
+                norms = [HessianDiagonal(linear.in_features, device) for linear in group]
+                self._by_unit |= {(linear,): norm for linear, norm in zip(group, norms, strict=True)}
+                self.found[f"{prefix}.{group[0].parameter}"] = norms
+
+    def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
+        self._by_unit[unit].add(inputs)
+
+    def solve(self, unit: Unit) -> None:
+        pass
+
+
+@torch.inference_mode()
+def input_squares(
+    model: LazyModel, blocks: list[str], calibration: CalibrationSet, progress: Progress
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By name of every linear in ``blocks``: sums of squared inputs ``[1, in]`` float32 and tokens ``[1, 1]`` int64.
+
+    Fused experts stand under their parameter's name, a row for each, with the tokens that were sent to it.
+    """
+    probe, batches = enter_blocks(model, blocks, calibration, model.dtype, model.device, _MICRO_BATCH_TOKENS)
+    found: dict[str, list[HessianDiagonal]] = {}
+    with progress.task("gathering", len(blocks)) as task:
+        for index, prefix in enumerate(blocks):
+            with model.loaded(prefix) as block:
+                structure = probe_block(block, index, probe)
+                gathering = _Gathering(structure, prefix, model.device)
+                outputs = two_passes(block, index, structure, batches, gathering, propagate=False)
+            for batch, hidden in zip(batches, outputs, strict=True):
+                batch.hidden = hidden
+            found |= gathering.found
+            task.advance()
+    return {name: _as_rows(norms) for name, norms in found.items()}
+
+
+def _as_rows(norms: list[HessianDiagonal]) -> tuple[np.ndarray, np.ndarray]:
+    sums = torch.stack([norm.values for norm in norms]).cpu().numpy()
+    return sums, np.array([[norm.tokens] for norm in norms])

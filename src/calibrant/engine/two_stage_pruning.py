@@ -1,0 +1,323 @@
+"""2SSP: MLPs lose the neurons that carry least, then attention modules go one by one (arXiv 2501.17771).
+
+The result is a smaller dense model with narrower MLPs. No standard model class leaves attention out, so its last
+linear is stored as zeros, which is the same function (methods.md §18).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.engine.checkpoint_writer import CheckpointWriter
+from calibrant.errors import CalibrantError
+from calibrant.modeling.block_parts import BlockParts, attention_left_out, find_parts, narrowed
+from calibrant.modeling.entry import cast, enter_blocks
+from calibrant.modeling.inputs import MicroBatch, call_block, finish
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.structure import probe_block
+from calibrant.progress import Progress
+from calibrant.recipes.plan import Plan
+
+# Configurations call the MLP's width one of these.
+_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
+_ATTENTION_EXPONENT = 1.5
+# Positions whose logits are held at a time.
+_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """``neurons`` of each MLP's ``neurons_before`` were kept; ``attention_removed`` are blocks in order of removal.
+
+    ``losses`` are mean negative log-likelihoods in nats on ``row`` of the set: before any removal, then after each;
+    empty if no attention goes.
+    """
+
+    neurons: int
+    neurons_before: int
+    attention_removed: list[int]
+    losses: list[float]
+    row: int
+    share: float
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def sentence(self) -> str:
+        """What was done, for the user."""
+        removed = ", ".join(map(str, self.attention_removed)) or "none"
+        return (
+            f"2ssp: MLPs narrowed from {self.neurons_before} to {self.neurons} neurons; attention left out of blocks "
+            f"{removed} (their last linear is zero_point); {self.share:.1%} of the blocks' parameters gone"
+        )
+
+
+def removals(blocks: int, attention: int, mlp: int, total: int, share: float) -> tuple[int, float]:
+    """How many attention modules go, and which share of every MLP.
+
+    ``attention`` and ``mlp`` are one block's parameters, ``total`` all blocks'. The rule is the released code's:
+    ``round(N p^((M/A)/1.5))`` attentions.
+
+    Raises:
+        ValueError: the share cannot be reached that way.
+    """
+    count = round(blocks * share ** ((mlp / attention) / _ATTENTION_EXPONENT))
+    left = round(share * total) - count * attention
+    if left < 0:
+        raise ValueError(f"{count} attention modules alone are more than {share:g} of the parameters")
+    of_mlp = round(left / blocks) / mlp
+    if of_mlp >= 1:
+        raise ValueError(f"{share:g} of the parameters are more than all MLPs")
+    return count, of_mlp
+
+
+@torch.inference_mode()
+def check_structure(model: LazyModel, plan: Plan) -> None:
+    """Try the first block, before a calibration set is made for a model that cannot be pruned so.
+
+    Raises:
+        CalibrantError: the block is not of this kind.
+    """
+    _text_config(model)
+    _find_all_parts(model, plan.blocks, 1)
+
+
+@torch.inference_mode()
+def prune_structure(
+    model: LazyModel,
+    plan: Plan,
+    calibration: CalibrationSet,
+    dtype: torch.dtype,
+    micro_batch_tokens: int,
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> tuple[Pruned, dict[str, Any]]:
+    """Prune and write the blocks; returns what was done and the changed ``config.json``.
+
+    Raises:
+        CalibrantError: the blocks are not of this kind or differ in width, or the share cannot be reached.
+    """
+    config, width_key = _text_config(model)
+    parts, total = _find_all_parts(model, plan.blocks, len(plan.blocks))
+    first = parts[0]
+    if len({one.neurons for one in parts}) > 1 or config[width_key] not in (None, first.neurons):
+        raise CalibrantError(
+            f"{model.folder.path}: its MLPs differ in width, which 2ssp's result could not be stored as"
+        )
+    assert plan.sparsity is not None
+    sizes = (len(parts), first.attention_parameters, first.mlp_parameters, total)
+    try:
+        count, of_mlp = removals(*sizes, plan.sparsity.share)
+    except ValueError as error:
+        raise CalibrantError(f"recipe {plan.recipe.name}: {error}") from error
+    neurons = round(first.neurons * (1 - of_mlp))
+    if neurons < 1:
+        raise CalibrantError(
+            f"recipe {plan.recipe.name}: {plan.sparsity.share:g} of the parameters leaves no neuron; take less"
+        )
+    norms = _neuron_norms(model, plan.blocks, parts, calibration, dtype, micro_batch_tokens, progress)
+    kept = [torch.argsort(norm, descending=True, stable=True)[:neurons].sort().values for norm in norms]
+    removal = _AttentionRemoval(model, plan.blocks, parts, kept, calibration, dtype, progress)
+    removed, losses = removal.run(count)
+    gone = 0
+    for index, (prefix, part) in enumerate(zip(plan.blocks, parts, strict=True)):
+        gone += _write(model, prefix, part, kept[index], index in removed, writer)
+    config[width_key] = neurons
+    done = Pruned(neurons, first.neurons, removed, losses, removal.row, gone / total)
+    return done, _with_text_config(model, config)
+
+
+def _text_config(model: LazyModel) -> tuple[dict[str, Any], str]:
+    """A copy of the part of ``config.json`` that describes the language model, and its key for the MLP's width."""
+    whole = model.folder.config_dict
+    config = dict(whole.get("text_config", whole))
+    for key in _WIDTH_KEYS:
+        # GPT-2 leaves the key empty for four times the hidden width.
+        if key in config and isinstance(config[key], int | None):
+            return config, key
+    raise CalibrantError(
+        f"{model.folder.path}: its config.json names no width of the MLPs ({', '.join(_WIDTH_KEYS)}), so 2ssp cannot "
+        "store narrower ones"
+    )
+
+
+def _with_text_config(model: LazyModel, config: dict[str, Any]) -> dict[str, Any]:
+    whole = model.folder.config_dict
+    return {**whole, "text_config": config} if "text_config" in whole else config
+
+
+def _find_all_parts(model: LazyModel, blocks: list[str], count: int) -> tuple[list[BlockParts], int]:
+    """The parts of the first ``count`` blocks, and these blocks' parameters."""
+    probe, _ = enter_blocks(model, blocks, None, torch.float32, model.device, 0)
+    parts, total = [], 0
+    for index, prefix in enumerate(blocks[:count]):
+        _refuse_merged(model, prefix)
+        with model.loaded(prefix) as block:
+            total += sum(parameter.numel() for parameter in block.parameters())
+            cast(block, torch.float32)
+            part = find_parts(block, index, prefix, probe_block(block, index, probe), probe)
+            if not bool(block.get_parameter(part.attention_out.parameter).any()):
+                raise CalibrantError(
+                    f"{prefix}: its attention is left out already; prune the original model by more instead"
+                )
+            parts.append(part)
+    return parts, total
+
+
+def _refuse_merged(model: LazyModel, prefix: str) -> None:
+    for name, _ in model.module.get_submodule(prefix).named_parameters():
+        if not model.is_stored_alone(f"{prefix}.{name}"):
+            raise CalibrantError(f"{prefix}.{name}: stored within another tensor, so 2ssp cannot write its block")
+
+
+def _neuron_norms(
+    model: LazyModel,
+    blocks: list[str],
+    parts: list[BlockParts],
+    calibration: CalibrationSet,
+    dtype: torch.dtype,
+    micro_batch_tokens: int,
+    progress: Progress,
+) -> list[torch.Tensor]:
+    """For every neuron of every block the sum over rows of its norm over counted positions."""
+    _, batches = enter_blocks(model, blocks, calibration, dtype, model.device, micro_batch_tokens)
+    norms = []
+    with progress.task("measuring neurons", len(blocks)) as task:
+        for index, (prefix, part) in enumerate(zip(blocks, parts, strict=True)):
+            norm = torch.zeros(part.neurons, device=model.device)
+            with model.loaded(prefix) as block:
+                cast(block, dtype)
+                for batch in batches:
+                    handle = block.get_submodule(part.down.name).register_forward_pre_hook(_adder(norm, batch))
+                    try:
+                        batch.hidden = call_block(block, index, batch)
+                    finally:
+                        handle.remove()
+            norms.append(norm)
+            task.advance()
+    return norms
+
+
+def _adder(norm: torch.Tensor, batch: MicroBatch) -> Any:
+    def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs = args[0].reshape(*batch.mask.shape, -1)
+        for row, mask in zip(inputs, batch.mask, strict=True):
+            norm.add_(row[mask].float().square_().sum(0).sqrt_())
+
+    return add
+
+
+class _AttentionRemoval:
+    """Stage 2: the attention whose absence costs least on one row goes, again and again.
+
+    All candidates of a round walk through the blocks together, so that each block is read once a round.
+    """
+
+    def __init__(
+        self,
+        model: LazyModel,
+        blocks: list[str],
+        parts: list[BlockParts],
+        kept: list[torch.Tensor],
+        calibration: CalibrationSet,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self._model, self._blocks, self._parts, self._kept = model, blocks, parts, kept
+        self._dtype, self._progress = dtype, progress
+        self.row = int(calibration.mask.sum(1).argmax())
+        row = slice(self.row, self.row + 1)
+        one = replace(calibration, tokens=calibration.tokens[row], mask=calibration.mask[row])
+        _, (self._start,) = enter_blocks(model, blocks, one, dtype, model.device, one.tokens.shape[1])
+        length = self._start.hidden.shape[1]
+        self._tokens = one.tokens[0, :length].long().to(model.device)
+
+    def run(self, count: int) -> tuple[list[int], list[float]]:
+        """Indices of the blocks in order of removal; the loss before any and after each."""
+        removed: list[int] = []
+        losses: list[float] = []
+        if not count:
+            return removed, losses
+        with self._progress.task("removing attention", count * len(self._blocks)) as task:
+            for _ in range(count):
+                trunk, candidates = self._round(removed, task.advance)
+                found = self._losses({-1: trunk, **candidates})
+                losses = losses or [found[-1]]
+                del found[-1]
+                best = min(found, key=lambda index: (found[index], index))
+                removed.append(best)
+                losses.append(found[best])
+        return removed, losses
+
+    def _round(self, removed: list[int], advance: Any) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """What the last block gives without the removed attentions, and without one more, by its block."""
+        trunk, candidates = self._start.hidden, dict[int, torch.Tensor]()
+        for index in range(len(self._blocks)):
+            with self._opened(index) as (block, part):
+
+                def run(hidden: torch.Tensor, block: nn.Module = block, index: int = index) -> torch.Tensor:
+                    return call_block(block, index, replace(self._start, hidden=hidden))
+
+                if index in removed:
+                    with attention_left_out(block, part):
+                        candidates = {number: run(hidden) for number, hidden in candidates.items()}
+                        trunk = run(trunk)
+                else:
+                    candidates = {number: run(hidden) for number, hidden in candidates.items()}
+                    with attention_left_out(block, part):
+                        candidates[index] = run(trunk)
+                    trunk = run(trunk)
+            advance()
+        return trunk, candidates
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[tuple[nn.Module, BlockParts]]:
+        with self._model.loaded(self._blocks[index]) as block:
+            cast(block, self._dtype)
+            with narrowed(block, self._parts[index], self._kept[index]):
+                yield block, self._parts[index]
+
+    def _losses(self, states: dict[int, torch.Tensor]) -> dict[int, float]:
+        """Mean negative log-likelihood of the row's counted next tokens."""
+        self._model.load(self._model.names_outside(self._blocks))
+        self._model.module.tie_weights()
+        cast(self._model.module, self._dtype)
+        try:
+            return {number: self._loss(hidden) for number, hidden in states.items()}
+        finally:
+            self._model.drop(self._model.module)
+
+    def _loss(self, hidden: torch.Tensor) -> float:
+        wanted = self._start.mask[0, 1:]
+        total = 0.0
+        for begin in range(0, len(wanted), _POSITIONS):
+            here = slice(begin, min(begin + _POSITIONS, len(wanted)))
+            logits = finish(self._model.module, self._blocks, hidden[:, here])[0].float()
+            losses = nn.functional.cross_entropy(logits, self._tokens[1:][here], reduction="none")
+            total += float(losses[wanted[here]].double().sum())
+        return total / max(int(wanted.sum()), 1)
+
+
+def _write(
+    model: LazyModel, prefix: str, part: BlockParts, kept: torch.Tensor, no_attention: bool, writer: CheckpointWriter
+) -> int:
+    """Write a block, every kept number bit for bit as it was; returns how many parameters are gone or zero."""
+    names = [name for name, _ in model.module.get_submodule(prefix).named_parameters()]
+    stored = {name: model.stored_name(f"{prefix}.{name}") for name in names}
+    parameters = {name: model.folder.read(stored[name]) for name in names}
+    changed = part.narrow(parameters, kept.cpu())
+    gone = sum(parameters[name].numel() - value.numel() for name, value in changed.items())
+    if no_attention:
+        changed |= part.without_attention(parameters)
+        gone += part.attention_parameters
+    written = {stored[name]: changed.get(name, value) for name, value in parameters.items()}
+    # Some checkpoints hold more of a block than its parameters.
+    rest = {name: model.folder.read(name) for name in model.checkpoint_names(prefix) if name not in written}
+    writer.write({**rest, **written})
+    return gone

@@ -1,0 +1,40 @@
+"""Fixed token windows of a text, the same for every model that shares the tokenizer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from calibrant.calibration.corpus import Corpus
+from calibrant.errors import CalibrantError
+from calibrant.modeling.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """``windows`` int64 ``[n, length]``, and what of the text was left out."""
+
+    windows: torch.Tensor
+    tokens_found: int
+    tokens_dropped: int
+
+
+def evaluation_windows(corpus: Corpus, tokenizer: Tokenizer, length: int, limit: int | None) -> EvaluationText:
+    """Join the documents with blank lines, tokenize once, cut windows without overlap; the rest is dropped and counted.
+
+    A tokenizer that begins texts with BOS gets one at the start of every window, in the place of a text token's slot.
+
+    Raises:
+        CalibrantError: the text is shorter than one window.
+    """
+    ids = tokenizer.encode("\n\n".join(document.text for document in corpus))
+    prefix = tokenizer.prefix
+    body = length - len(prefix)
+    count = len(ids) // body
+    if count == 0:
+        raise CalibrantError(
+            f"{corpus.location}: {len(ids)} tokens of text, fewer than one window of {length}; "
+            "give more text or a shorter --length"
+        )
+    used = min(count, limit) if limit else count
+    windows = [prefix + ids[i * body : (i + 1) * body] for i in range(used)]
+    return EvaluationText(torch.tensor(windows), len(ids), len(ids) - used * body)

@@ -1,1 +1,0 @@
-"""Methods that train: rounding with gradients, learned scales."""

@@ -1,0 +1,82 @@
+"""GPTQ: quantize column by column, compensating each error in the columns not yet quantized (arXiv 2210.17323)."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from calibrant.kernels.column_loop import BLOCK_SIZE, ColumnProblem, solve_columns
+from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
+from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.solvers.quantease import descend
+from calibrant.methods.solvers.result import Solution, SolverRecord, keep_rounded_rows
+from calibrant.methods.solvers.rtn import round_layer, rtn
+from calibrant.methods.solvers.second_order import damped, prepare, undo
+from calibrant.quantization.grids import Grid, GridSpec
+from calibrant.quantization.statistics import Hessian
+
+
+def gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    spec: GridSpec,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    refine_sweeps: int = 0,
+    block_size: int = BLOCK_SIZE,
+    compiled: bool = True,
+) -> Solution:
+    """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
+
+    Static groups: every grid is fitted on the original weight, so ``act_order`` keeps groups contiguous and
+    ``block_size`` only changes speed (methods.md §7). ``refine_sweeps`` of coordinate descent go on from there on the
+    damped Hessian, on which each lowers the error or leaves it (methods.md §14). A row whose error on ``hessian`` comes
+    out above round-to-nearest's on the same grid keeps round-to-nearest (ours; rows are independent), counted in the
+    record.
+    If no damping makes the Hessian factor, the whole layer is rounded to nearest and the record says so.
+    """
+    rounded = rtn(weight, spec, hessian)
+    grid = rounded.grid
+    assert grid is not None
+    try:
+        prepared = prepare(weight, hessian, damping, act_order)
+    except NotPositiveDefiniteError:
+        record = SolverRecord(fallback="Hessian not positive definite, rounded to nearest")
+        return Solution(rounded.weight, rounded.codes, rounded.grid, record=record)
+    problem = quantization_problem(prepared.weight, prepared.factor, prepared.order, grid)
+    solved = solve_columns(problem, block_size, compiled)
+    values, codes = undo(prepared.order, solved.weight), undo(prepared.order, solved.codes)
+    if refine_sweeps:
+        values, codes = descend(weight, values, damped(hessian, prepared.damping), grid, [False] * refine_sweeps)
+    record = SolverRecord(prepared.damping, prepared.damping > damping, prepared.dead_columns)
+    return keep_rounded_rows(weight, values, codes, rounded, hessian, record)
+
+
+def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> ColumnProblem:
+    """The column problem of a grid: columns in solving ``order``, each with the grid of its original group."""
+    return ColumnProblem(
+        weight,
+        factor,
+        scale=grid.scale,
+        zero_point=grid.zero_point,
+        group=grid.columns(weight.shape[1])[order],
+        qmin=grid.spec.qmin,
+        qmax=grid.spec.qmax,
+    )
+
+
+class Gptq(MethodOptions):
+    """GPTQ; ``damping`` relative to the mean of the Hessian's diagonal; coordinate descent for ``refine_sweeps``."""
+
+    name: Literal["gptq"] = "gptq"
+    damping: float = Field(default=0.01, gt=0, le=100)
+    act_order: bool = True
+    refine_sweeps: int = Field(default=0, ge=0)
+
+
+def _solve(options: Gptq, problem: LayerProblem) -> Solution:
+    return gptq(problem.weight, problem.full_hessian, problem.grid_spec, **options.model_dump(exclude={"name"}))
+
+
+GPTQ = Method(Gptq, _solve, round_layer, Hessian, passes=lambda options: 0.5 + options.refine_sweeps)

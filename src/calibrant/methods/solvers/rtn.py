@@ -1,0 +1,32 @@
+"""Round-to-nearest: every group on its own grid (methods.md §6)."""
+
+from typing import Literal
+
+import torch
+
+from calibrant.kernels.grid_rounding import round_to_grid
+from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.solvers.result import Solution
+from calibrant.quantization.grid_fitting import fit_grid
+from calibrant.quantization.grids import GridSpec
+
+
+def rtn(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None = None) -> Solution:
+    """Round ``weight`` ``[rows, in]`` (float32); ``hessian`` of the inputs are for range searches that use them."""
+    grid = fit_grid(weight, spec, hessian)
+    codes, values = round_to_grid(weight, grid.scale, grid.zero_point, spec.qmin, spec.qmax)
+    return Solution(values, codes, grid)
+
+
+class Rtn(MethodOptions):
+    """Round-to-nearest; no data but what a range search looks at."""
+
+    name: Literal["rtn"] = "rtn"
+
+
+def round_layer(problem: LayerProblem) -> Solution:
+    """Round-to-nearest of a problem's weights."""
+    return rtn(problem.weight, problem.grid_spec, problem.known_hessian)
+
+
+RTN = Method(Rtn, lambda _, problem: round_layer(problem), round_layer)

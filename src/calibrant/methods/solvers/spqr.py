@@ -1,0 +1,168 @@
+"""SpQR: GPTQ that keeps outliers exactly and quantizes its scales and zeros a second time (arXiv 2306.03078)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
+from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.solvers.result import Solution, SolverRecord
+from calibrant.methods.solvers.rtn import round_layer
+from calibrant.methods.solvers.second_order import prepare, undo
+from calibrant.quantization.statistics import Hessian
+
+_BLOCK = 128
+# So many rows share the second-level grid of their scales, and of their zeros.
+_ROWS_TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class SpqrSettings:
+    """``threshold`` is relative to the mean of ``var(W_j) / U_jj^2``; ``statistic_bits`` None keeps scales and zeros
+    as they are; ``integer_zero`` rounds zeros and forces 0 into ranges (ours), as ordinary grids have it.
+    """
+
+    bits: int = 4
+    group_size: int | None = 16
+    threshold: float = 0.2
+    statistic_bits: int | None = 3
+    damping: float = 1.0
+    act_order: bool = True
+    integer_zero: bool = False
+
+
+def spqr(
+    weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings, segments: tuple[int, ...] = ()
+) -> Solution:
+    """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
+
+    Each of ``segments`` (matrices stacked by rows; none means one) has a threshold and second-level grids of its own.
+
+    Grids are fitted to the compensated weights where their group of columns (in solving order) begins, without the
+    weights whose absence would lower the group's error by more than the threshold. Each weight whose error comes out
+    above it stays exact. The result is dense (no common loader has the format); ``outliers`` says which are exact. Dead
+    columns are treated before damping, as everywhere (ours). If no damping makes the Hessian factor, nothing is
+    quantized and the record says so.
+    """
+    try:
+        prepared = prepare(weight, hessian, settings.damping, settings.act_order)
+    except NotPositiveDefiniteError:
+        return Solution(weight.clone(), record=SolverRecord(fallback="Hessian not positive definite, left as it was"))
+    work, factor = prepared.weight.clone(), prepared.factor
+    diagonal, columns = factor.diagonal(), work.shape[1]
+    parts = segments or (len(work),)
+    thresholds = [settings.threshold * (part.var(0) / diagonal.square()).mean() for part in work.split(parts)]
+    threshold = torch.cat([one.expand(rows, 1) for one, rows in zip(thresholds, parts, strict=True)])
+    width = settings.group_size or columns
+    outliers = torch.zeros_like(work, dtype=torch.bool)
+    scale = zero_point = torch.zeros(0)
+    for begin in range(0, columns, _BLOCK):
+        end = min(begin + _BLOCK, columns)
+        errors = torch.zeros_like(work[:, begin:end])
+        for column in range(begin, end):
+            if column % width == 0:
+                # Columns of the group beyond this block have all errors of earlier blocks, not yet those of this one.
+                ahead = slice(column, min(column + width, columns))
+                group = work[:, ahead].clone()
+                group[:, end - column :] -= errors @ factor[begin:end, end : ahead.stop]
+                scale, zero_point = _grid(group, diagonal[ahead], threshold, parts, settings)
+            value = work[:, column].clone()
+            rounded = _round(value[:, None], scale, zero_point, settings)[:, 0]
+            exact = ((value - rounded) / diagonal[column]).square() > threshold[:, 0]
+            outliers[:, column] = exact
+            work[:, column] = torch.where(exact, value, rounded)
+            errors[:, column - begin] = (value - work[:, column]) / diagonal[column]
+            work[:, column + 1 : end] -= errors[:, column - begin, None] * factor[column, column + 1 : end]
+        work[:, end:] -= errors @ factor[begin:end, end:]
+    record = SolverRecord(
+        prepared.damping, prepared.damping > settings.damping, prepared.dead_columns, outliers=int(outliers.sum())
+    )
+    return Solution(undo(prepared.order, work), outliers=undo(prepared.order, outliers), record=record)
+
+
+def _round(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, settings: SpqrSettings) -> torch.Tensor:
+    codes = torch.round(values / scale + zero_point).clamp(0, 2**settings.bits - 1)
+    return (codes - zero_point) * scale
+
+
+def _grid(
+    group: torch.Tensor,
+    diagonal: torch.Tensor,
+    threshold: torch.Tensor,
+    parts: tuple[int, ...],
+    settings: SpqrSettings,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point ``[rows, 1]`` of a group of columns, likely outliers left out; ``threshold`` ``[rows, 1]``."""
+    if bool(threshold.isfinite().any()) and group.shape[1] > 1:
+        others = _replaced_by_mean(group, _without_each(group, diagonal, settings) > threshold)
+    else:
+        others = group
+    scale, zero_point = _plain_grid(others, settings)
+    if settings.statistic_bits is not None:
+        scale = torch.cat([_second_level(part, settings.statistic_bits) for part in scale.split(parts)])
+        zero_point = torch.cat([_second_level(part, settings.statistic_bits) for part in zero_point.split(parts)])
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, zero_point.round() if settings.integer_zero else zero_point
+
+
+def _plain_grid(group: torch.Tensor, settings: SpqrSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
+    if settings.integer_zero:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / (2**settings.bits - 1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, -low / scale
+
+
+def _without_each(group: torch.Tensor, diagonal: torch.Tensor, settings: SpqrSettings) -> torch.Tensor:
+    """How much the group's weighted error falls on the other weights' own grid when one weight is left out."""
+
+    def costs(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        scale, zero_point = _plain_grid(values, settings)
+        zero_point = zero_point.round() if settings.integer_zero else zero_point
+        return ((values - _round(values, scale, zero_point, settings)) / weights).square().sum(-1)
+
+    whole = costs(group, diagonal)
+    gains = []
+    for index in range(group.shape[1]):
+        kept = [other for other in range(group.shape[1]) if other != index]
+        gains.append(whole - costs(group[:, kept], diagonal[kept]))
+    return torch.stack(gains, 1)
+
+
+def _replaced_by_mean(group: torch.Tensor, outlier: torch.Tensor) -> torch.Tensor:
+    rest = (~outlier).sum(1, keepdim=True).clamp(min=1)
+    return torch.where(outlier, (group * ~outlier).sum(1, keepdim=True) / rest, group)
+
+
+def _second_level(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """``values`` ``[rows, 1]`` on an asymmetric grid of ``bits`` for every run of rows."""
+    missing = -len(values) % _ROWS_TOGETHER
+    runs = torch.cat([values, values[-1:].expand(missing, 1)]).view(-1, _ROWS_TOGETHER)
+    low, high = runs.amin(1, keepdim=True), runs.amax(1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    step = torch.where(step > 0, step, 1.0)
+    return (torch.round((runs - low) / step) * step + low).view(-1, 1)[: len(values)]
+
+
+class Spqr(MethodOptions):
+    """SpQR, stored dense, with a list of outliers beside; ``statistic_bits`` of scales and zeros, None to keep them."""
+
+    name: Literal["spqr"] = "spqr"
+    threshold: float = Field(default=0.2, gt=0)
+    damping: float = Field(default=1.0, gt=0, le=100)
+    act_order: bool = True
+    statistic_bits: int | None = Field(default=3, ge=1, le=8)
+    integer_zero: bool = False
+
+
+def _solve(options: Spqr, problem: LayerProblem) -> Solution:
+    spec = problem.grid_spec
+    settings = SpqrSettings(spec.bits, spec.group_size, **options.model_dump(exclude={"name"}))
+    return spqr(problem.weight, problem.full_hessian, settings, problem.segments)
+
+
+# Columns one by one outside of a kernel, and every group once without each of its columns.
+SPQR = Method(Spqr, _solve, round_layer, Hessian, symmetric=False, stored_dense=lambda _: True, passes=lambda _: 15.0)

@@ -1,0 +1,120 @@
+"""Fitting grids to weights: from minimum and maximum, or by trying ranges and measuring what each one costs.
+
+- "mse": ranges shrunk by whole percents, error ``|e|^2.4`` of the weights (methods.md §4, the GPTQ reference);
+- "importance": scales around the plain one, each refitted by least squares, squared error weighted by second
+  hessian of the inputs (methods.md §17, llama.cpp's importance matrix on our grids);
+- "clip": magnitudes cut at 95 %, 90 %, ... 55 %, the group's squared output error (methods.md §11, AWQ; on the second
+  hessian of all counted tokens instead of a sample of them).
+
+A search starts from the plain range, so it never ends above its cost.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from calibrant.kernels.range_search import cheapest_range
+from calibrant.quantization.grids import Grid, GridSpec, encode_groups, parameters, stored_scale
+
+_SHRINK_STEPS = 80
+_SHRINK_POINTS = 100
+_SHRINK_NORM = 2.4
+_CLIP_STEPS = 10
+_CLIP_POINTS = 20
+# llama.cpp tries 19 scales around the plain one, in steps of a tenth of a level.
+_SCALE_STEPS = 9
+_SCALE_STEP_LEVELS = 0.1
+
+Cost = Callable[[torch.Tensor], torch.Tensor]
+Parameters = tuple[torch.Tensor, torch.Tensor]
+
+
+def fit_grid(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None = None) -> Grid:
+    """Fit the grid of every group of ``weight`` ``[rows, in]`` (float32), ``in`` a multiple of the group size.
+
+    The range always contains 0, so 0.0 is representable. ``hessian`` are the inputs' second hessian, ``[in, in]`` or
+    for "importance" also their diagonal ``[in]``; without them the searches that need them take the plain range.
+    """
+    rows, columns = weight.shape
+    groups = weight.reshape(rows, -1, spec.group_size or columns).float()
+    low = groups.amin(-1).clamp(max=0)
+    high = groups.amax(-1).clamp(min=0)
+    if spec.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    plain = parameters(low, high, spec)
+    if spec.range_search == "mse":
+        return Grid(spec, *_cheapest(groups, plain, _shrunk(low, high, spec), spec, _power_cost))
+    if spec.range_search == "importance" and hessian is not None:
+        diagonal = hessian.diagonal() if hessian.ndim == 2 else hessian
+        importance = _importance(groups, weight, diagonal)
+        tried = _refitted(groups, low, high, importance, spec)
+        return Grid(spec, *_cheapest(groups, plain, tried, spec, lambda e: (importance * e.square()).sum(-1)))
+    if spec.range_search == "clip" and hessian is not None:
+        return Grid(spec, *_best_clipped(groups, [plain, *_clipped(low, high, spec)], hessian, spec))
+    return Grid(spec, *plain)
+
+
+def _cheapest(
+    groups: torch.Tensor, plain: Parameters, candidates: Iterator[Parameters], spec: GridSpec, cost: Cost
+) -> Parameters:
+    """For every group the first of the cheapest parameters."""
+
+    def cost_of(scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        codes = encode_groups(groups, scale[..., None], zero_point[..., None], spec)
+        return cost((codes - zero_point[..., None]) * scale[..., None] - groups)
+
+    scale, zero_point = plain
+    best = cost_of(scale, zero_point)
+    for tried_scale, tried_zero_point in candidates:
+        error = cost_of(tried_scale, tried_zero_point)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero_point = torch.where(better, tried_scale, scale), torch.where(better, tried_zero_point, zero_point)
+    return scale, zero_point
+
+
+def _shrunk(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[Parameters]:
+    for step in range(1, _SHRINK_STEPS):
+        share = 1 - step / _SHRINK_POINTS
+        yield parameters(low * share, high * share, spec)
+
+
+def _power_cost(errors: torch.Tensor) -> torch.Tensor:
+    return (errors.abs() ** _SHRINK_NORM).sum(-1)
+
+
+def _clipped(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[Parameters]:
+    largest = torch.maximum(-low, high)
+    for step in range(1, _CLIP_STEPS):
+        bound = largest * (1 - step / _CLIP_POINTS)
+        yield parameters(torch.maximum(low, -bound), torch.minimum(high, bound), spec)
+
+
+def _best_clipped(
+    groups: torch.Tensor, candidates: list[Parameters], hessian: torch.Tensor, spec: GridSpec
+) -> Parameters:
+    """For every group the first of least ``e S_g e``, with the block of ``hessian`` that belongs to the group."""
+    count, width = groups.shape[1:]
+    blocks = torch.stack([hessian[i : i + width, i : i + width] for i in range(0, count * width, width)])
+    scales, zero_points = (torch.stack(values, 1) for values in zip(*candidates, strict=True))
+    best = cheapest_range(groups.flatten(1), scales, zero_points, blocks, spec.qmin, spec.qmax)[:, None]
+    return scales.gather(1, best)[:, 0], zero_points.gather(1, best)[:, 0]
+
+
+def _importance(groups: torch.Tensor, weight: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
+    """``m_j sqrt(sigma^2 + w_j^2)`` with the row's mean square, shaped like ``groups``."""
+    spread = weight.square().mean(1)[:, None, None]
+    return diagonal.reshape(groups.shape[1:]) * (spread + groups.square()).sqrt()
+
+
+def _refitted(
+    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, importance: torch.Tensor, spec: GridSpec
+) -> Iterator[Parameters]:
+    levels = (spec.qmax - spec.qmin) / 2
+    for step in range(-_SCALE_STEPS, _SCALE_STEPS + 1):
+        factor = levels / (levels + _SCALE_STEP_LEVELS * step)
+        scale, zero_point = parameters(low * factor, high * factor, spec)
+        steps = encode_groups(groups, scale[..., None], zero_point[..., None], spec) - zero_point[..., None]
+        fitted = (importance * groups * steps).sum(-1) / (importance * steps.square()).sum(-1)
+        yield torch.where(fitted > 0, stored_scale(fitted.nan_to_num(), spec), scale), zero_point

@@ -1,0 +1,81 @@
+"""What solvers need to know of a layer's input, accumulated over counted tokens only; ``tokens`` counts them."""
+
+import torch
+
+from calibrant.kernels import column_sums
+from calibrant.kernels.gram import add_gram, add_product
+
+_CHUNK_ROWS = 256
+
+
+class Hessian:
+    """``S = sum x x^T`` in float32, unscaled (methods.md §5); only the lower triangle is built until it is read."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._lower = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        self.tokens += inputs.shape[0]
+        add_gram(self._lower, inputs)
+
+    def matrix(self) -> torch.Tensor:
+        """The full symmetric matrix, float32 ``[in, in]``."""
+        lower = torch.tril(self._lower)
+        return lower + torch.tril(lower, -1).T
+
+
+class PairedHessian(Hessian):
+    """A Hessian with ``drift = sum (y - x) x^T``, float32 ``[in, in]``; y is the original model's input."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.drift = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def add_pair(self, inputs: torch.Tensor, originals: torch.Tensor) -> None:
+        """Further tokens, as the compressed and as the original model has them."""
+        self.add(inputs)
+        add_product(self.drift, originals - inputs, inputs)
+
+
+class HessianDiagonal:
+    """``sum x_j^2`` of every input channel, float32 ``[in]``: the diagonal of the Hessian (methods.md §9)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.values = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        self.tokens += inputs.shape[0]
+        if column_sums.takes(inputs):
+            self.values += column_sums.column_squares(inputs)
+            return
+        # Squaring chunks that stay in the cache is much faster on a CPU than a norm over the first axis.
+        for rows in inputs.split(_CHUNK_ROWS):
+            self.values += rows.to(torch.float32, copy=True).square_().sum(0)
+
+
+class Magnitude:
+    """Mean and largest ``|x_j|`` of every input channel, float32 ``[in]`` (methods.md §11, §12)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.largest = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        self.tokens += inputs.shape[0]
+        if column_sums.takes(inputs):
+            total, largest = column_sums.column_magnitudes(inputs)
+            self._sum += total
+            torch.maximum(self.largest, largest, out=self.largest)
+            return
+        for rows in inputs.split(_CHUNK_ROWS):
+            magnitude = rows.float().abs()
+            self._sum += magnitude.sum(0)
+            torch.maximum(self.largest, magnitude.amax(0), out=self.largest)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean over all tokens; zeros before any."""
+        return self._sum / max(self.tokens, 1)

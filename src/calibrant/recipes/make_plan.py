@@ -1,0 +1,249 @@
+"""Fitting a recipe to a model, before any weight is read."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from calibrant.errors import CalibrantError
+from calibrant.formats.input_rounding import INPUT_ROUNDING
+from calibrant.formats.quantized import FormatName, Layout
+from calibrant.formats.registry import format_for
+from calibrant.methods.registry import METHODS
+from calibrant.methods.solvers.sparsity import Sparsity
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.packable import first_not_packable
+from calibrant.modeling.structure import fused_parameters
+from calibrant.quantization.grids import GridSpec
+from calibrant.recipes.parts import Quadapter
+from calibrant.recipes.plan import Plan
+from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
+
+_PRUNED_DENSE = "pruned weights are stored dense: the zeros are there, the files do not get smaller"
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What a recipe reaches: linears with ``(out, in)``, fused experts, and which of them no packed format holds."""
+
+    linears: dict[str, tuple[int, int]]
+    fused: dict[str, tuple[int, ...]]
+    unpackable: list[str]
+
+    def widths(self) -> dict[str, int]:
+        """Input width of each layer; the orientation of fused experts is unknown yet, so both axes are listed."""
+        found = {name: shape[1] for name, shape in self.linears.items()}
+        for name, shape in self.fused.items():
+            found[name] = shape[2]
+            found[f"{name} (other axis)"] = shape[1]
+        return found
+
+
+def make_plan(
+    model: LazyModel, blocks: list[str], chosen: Recipe, format_name: FormatName = "compressed-tensors"
+) -> Plan:
+    """Fit the ``chosen`` recipe to ``model``, stored in the format of that name.
+
+    Raises:
+        CalibrantError: a group or pattern does not divide a layer (with the sizes that do), nothing is left to
+            compress, or the model's layers cannot be stored as the scheme wants.
+    """
+    layers = _layers(model, blocks, chosen)
+    _check_ignored(model, chosen)
+    if not layers.linears and not layers.fused:
+        raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
+    recipe = _fit_groups(chosen, layers)
+    sparsity = _sparsity(recipe)
+    _check_pattern(recipe, sparsity, layers)
+    _check_fused(recipe, layers.fused)
+    if recipe.scheme.weights is None:
+        if format_name != "compressed-tensors":
+            raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
+        notes = [] if METHODS[recipe.method.name].changes_shape else [_PRUNED_DENSE]
+        return Plan(recipe, blocks, layers.linears, layers.fused, None, sparsity, None, notes)
+    spec, layout = _grid_and_layout(model, recipe, format_name)
+    _check_format(layout, layers, recipe)
+    _check_bits_budget(layout, layers, recipe)
+    notes = [*_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
+    stored = None if recipe.stored_dense or layers.unpackable else layout
+    return Plan(recipe, blocks, layers.linears, layers.fused, spec, sparsity, stored, notes)
+
+
+def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
+    found = _Layers({}, {}, [])
+    for name, module in model.module.named_modules():
+        if not any(name.startswith(block + ".") for block in blocks):
+            continue
+        if isinstance(module, nn.Linear | Conv1D) and recipe.ignores(name):
+            continue
+        if isinstance(module, nn.Linear):
+            found.linears[name] = (module.out_features, module.in_features)
+            # Subclasses (FalconLinear) are refused by the loaders of quantized formats.
+            if type(module) is not nn.Linear or not model.is_stored_alone(f"{name}.weight"):
+                found.unpackable.append(name)
+        elif isinstance(module, Conv1D):
+            found.linears[name] = (module.weight.shape[1], module.weight.shape[0])
+            found.unpackable.append(name)
+    for name, parameter in fused_parameters(model.module).items():
+        if any(name.startswith(block + ".") for block in blocks):
+            # transformers 5.23 loads no experts that are left alone beside packed layers.
+            found.unpackable.append(name)
+            if not recipe.ignores(name):
+                found.fused[name] = tuple(parameter.shape)
+    if not found.unpackable:
+        name = first_not_packable(model.module, found.linears)
+        if name is not None:
+            found.unpackable.append(name)
+    return found
+
+
+def _check_ignored(model: LazyModel, recipe: Recipe) -> None:
+    """Refuse an expression that finds nothing: a slip in it would compress what was to be left alone."""
+    modules = [name for name, _ in model.module.named_modules() if name]
+    names = [*modules, *fused_parameters(model.module)]
+    for expression in recipe.ignore:
+        if not any(re.search(expression, name) for name in names):
+            raise CalibrantError(f"ignore: {expression!r} is in no module's name; this model has, say, {modules[-1]}")
+
+
+def _fit_groups(recipe: Recipe, layers: _Layers) -> Recipe:
+    weights = recipe.scheme.weights
+    if weights is None or weights.group_size is None:
+        return recipe
+    widths = layers.widths()
+    if weights.group_size == "auto":
+        fitting = [size for size in AUTOMATIC_GROUP_SIZES if all(width % size == 0 for width in widths.values())]
+        return recipe.with_weights(None, fitting[0] if fitting else 0)
+    wrong = {name: width for name, width in widths.items() if width % int(weights.group_size)}
+    if not wrong:
+        return recipe
+    name, width = next(iter(wrong.items()))
+    powers = [size for size in (256, 128, 64, 32, 16, 8, 4) if all(w % size == 0 for w in widths.values())]
+    fits = ", ".join(map(str, powers)) if powers else "none"
+    raise CalibrantError(
+        f"group size {weights.group_size} does not divide the {width} inputs of {name} "
+        f"(and {len(wrong) - 1} more layers); "
+        f"sizes that fit every layer: {fits}; --group-size 0 takes one scale a channel"
+    )
+
+
+def _sparsity(recipe: Recipe) -> Sparsity | None:
+    text = recipe.scheme.sparsity
+    if text is None:
+        return None
+    if ":" in text:
+        kept, of = text.split(":")
+        return Sparsity.n_of_m(int(kept), int(of))
+    return Sparsity(float(text))
+
+
+def _check_pattern(recipe: Recipe, sparsity: Sparsity | None, layers: _Layers) -> None:
+    if sparsity is None or not sparsity.semi_structured:
+        return
+    for name, width in layers.widths().items():
+        if width % sparsity.of:
+            raise CalibrantError(
+                f"pattern {recipe.scheme.sparsity} does not divide the {width} inputs of {name}; "
+                "leave the layer out with ignore, or take a share such as 0.5"
+            )
+
+
+def _check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
+    """Refuse what cannot be done to fused experts."""
+    refusal = None
+    if any(isinstance(transform, Quadapter) for transform in recipe.transforms):
+        refusal = "which quadapter learns no scales for; ignore them"
+    elif recipe.training is not None:
+        refusal = f"which {recipe.training.name} cannot train; ignore them"
+    elif recipe.drift_correction:
+        refusal = "beside which the original model cannot run; take a recipe without that"
+    elif recipe.budget is not None:
+        refusal = "which a budget cannot measure; take a recipe without that"
+    elif recipe.scheme.activations is not None:
+        refusal = "which int8 activations do not go with; ignore them, or take a weight-only recipe"
+    if fused and refusal is not None:
+        raise CalibrantError(f"{next(iter(fused))}: fused experts, {refusal}")
+
+
+def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) -> tuple[GridSpec, Layout]:
+    weights = recipe.scheme.weights
+    assert weights is not None
+    group = weights.group_size if isinstance(weights.group_size, int) else None
+    scale_dtype = model.folder.dtype if format_name == "compressed-tensors" else torch.float16
+    spec = GridSpec(weights.bits, weights.symmetric, group, scale_dtype, weights.range_search)
+    return spec, Layout(weights.bits, weights.symmetric, group, _activations(recipe), format_name)
+
+
+def _activations(recipe: Recipe) -> Literal["dynamic", "static"] | None:
+    activations = recipe.scheme.activations
+    return None if activations is None else "dynamic" if activations.dynamic else "static"
+
+
+def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
+    """Refuse what another format than compressed-tensors cannot hold.
+
+    Raises:
+        CalibrantError: the scheme, the method or a layer does not fit.
+    """
+    if layout.format == "compressed-tensors":
+        return
+    refusal = format_for(layout).refusal(layout)
+    if layout.activations:
+        refusal = f"the {layout.format} format is for weights alone: take compressed-tensors for int8 activations"
+    if recipe.stored_dense or layers.unpackable:
+        what = recipe.method.name if recipe.stored_dense else f"a model with {layers.unpackable[0]}, no ordinary layer,"
+        refusal = f"{what} fits no {layout.format} checkpoint: take compressed-tensors"
+    words = 32 // layout.stored_bits
+    for name, shape in layers.linears.items():
+        if any(size % words for size in shape):
+            refusal = refusal or f"{name}: the {layout.format} format needs sizes that {words} divides, it has {shape}"
+    if refusal:
+        raise CalibrantError(refusal)
+
+
+def _check_bits_budget(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
+    packed = layout.format == "compressed-tensors" and not layers.unpackable and not recipe.stored_dense
+    if recipe.budget is not None and not packed:
+        what = layers.unpackable[0] if layers.unpackable else f"{layout.format} or {recipe.method.name}"
+        raise CalibrantError(f"a budget of bits needs layers that compressed-tensors can hold packed, unlike {what}")
+
+
+def _group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
+    """What ``auto`` came to."""
+    if chosen.scheme.weights is None or chosen.scheme.weights.group_size != "auto":
+        return []
+    if spec.group_size:
+        return [f"groups of {spec.group_size}"]
+    return ["no group size fits every layer: one scale a channel"]
+
+
+def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]:
+    """What the files hold, where a user may expect something else."""
+    if recipe.stored_dense:
+        return [f"{recipe.method.name} fits no quantized format: its values are stored dense"]
+    if layers.unpackable:
+        dense = (
+            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers 5.23 loads no quantized format "
+            "with one: the quantized values are stored dense, so the files do not get smaller"
+        )
+        inputs = (
+            f"its int8 inputs are described in {INPUT_ROUNDING}, which calibrant evaluate computes with; "
+            "loaders of others see the rounded weights alone"
+        )
+        return [dense, inputs] if layout.activations else [dense]
+    if not layout.symmetric and not layout.activations and layout.format == "compressed-tensors":
+        return [
+            "transformers 5.23 loads asymmetric packed weights only unpacked: pass from_pretrained "
+            "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        ]
+    if layout.activations and layout.bits < 8:
+        return [
+            f"{layout.bits}-bit weights beside int8 activations are stored as int8 tensors, as engines read them: "
+            "the files are as large as those of 8 bits"
+        ]
+    if layout.stored_bits != layout.bits and recipe.budget is None:
+        return [f"{layout.bits}-bit values are stored in {layout.stored_bits} bits, which every loader reads alike"]
+    return []

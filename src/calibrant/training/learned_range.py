@@ -1,0 +1,130 @@
+"""Inputs of linears rounded in training: per token, or on one static range that is learned."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibrant.errors import CalibrantError
+from calibrant.quantization.activation_ranges import InputGrid
+from calibrant.quantization.grids import GridSpec, parameters
+from calibrant.recipes.plan import Plan
+from calibrant.training.fake_quantization import fake_quantize_tensor, fake_quantize_tokens
+from calibrant.training.rows import Rows, model_inputs
+
+# Linears that read one tensor are called near each other.
+_RECENT = 4
+
+# What an input's channels ``[in]`` are divided by.
+Divisor = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SeenInput:
+    """Lowest and highest value of an input's channels ``[in]``; ``leader`` names the first linear that reads it."""
+
+    leader: str
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+class LearnedRange(nn.Module):
+    """A static range, learned as a factor of what was seen, channels divided by what ``divisor`` gives, if anything.
+
+    A range of nothing stays one.
+    """
+
+    def __init__(self, seen: SeenInput, scale_dtype: torch.dtype, divisor: Divisor | None = None) -> None:
+        super().__init__()
+        self._spec, self._seen, self._divisor = GridSpec(8, False, None, scale_dtype), seen, divisor
+        self.low = nn.Parameter(torch.zeros((), device=seen.low.device))
+        self.high = nn.Parameter(torch.zeros((), device=seen.low.device))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return fake_quantize_tensor(inputs, *self._range(), self._spec)
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        divisor = self._divisor() if self._divisor is not None else 1.0
+        low, high = (self._seen.low / divisor).amin().clamp(max=0), (self._seen.high / divisor).amax().clamp(min=0)
+        return low * self.low.exp(), high * self.high.exp()
+
+    @torch.no_grad()
+    def grid(self) -> InputGrid:
+        low, high = self._range()
+        scale, zero_point = parameters(low[None], high[None], self._spec)
+        return InputGrid(scale.to(self._spec.scale_dtype).cpu(), zero_point.to(torch.int8).cpu())
+
+
+def learned_ranges(plan: Plan, seen: dict[str, SeenInput], divisors: Mapping[str, Divisor]) -> dict[str, LearnedRange]:
+    """Ranges by linear, one for all that read one tensor; none of linears whose input was not ``seen``."""
+    by_leader: dict[str, LearnedRange] = {}
+    for name in plan.linears:
+        spec = plan.spec_for(name)
+        if name in seen and spec is not None and seen[name].leader not in by_leader:
+            by_leader[seen[name].leader] = LearnedRange(seen[name], spec.scale_dtype, divisors.get(name))
+    return {name: by_leader[seen[name].leader] for name in plan.linears if name in seen}
+
+
+def range_parameters(ranges: dict[str, LearnedRange]) -> list[nn.Parameter]:
+    """What the ranges are learned by, each once."""
+    return [parameter for learned in dict.fromkeys(ranges.values()) for parameter in (learned.low, learned.high)]
+
+
+def round_inputs(model: nn.Module, plan: Plan, ranges: dict[str, LearnedRange]) -> None:
+    """From now on the plan's linears in ``model`` read rounded inputs, if the plan has it so."""
+    activations = plan.recipe.scheme.activations
+
+    def hook(learned: LearnedRange | None, bits: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            # In float32 also where the products are in bfloat16, whose scales would not be those that are stored.
+            inputs = args[0].float()
+            return (learned(inputs) if learned is not None else fake_quantize_tokens(inputs, bits), *args[1:])
+
+        return rounded
+
+    for name in plan.linears if activations is not None else ():
+        assert activations is not None
+        model.get_submodule(name).register_forward_pre_hook(hook(ranges.get(name), activations.bits))
+
+
+@torch.no_grad()
+def see_inputs(model: nn.Module, names: list[str], batches: Iterable[Rows], causal: bool) -> dict[str, SeenInput]:
+    """What counted tokens bring to the linears of those names; linears that read one tensor have one account.
+
+    Raises:
+        CalibrantError: a linear reads something else than one row a token.
+    """
+    found: dict[str, SeenInput] = {}
+    leaders: dict[str, str] = {}
+    recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=_RECENT)
+    batch: list[torch.Tensor] = []
+
+    def note(name: str, inputs: torch.Tensor) -> None:
+        leader = leaders.setdefault(name, next((first for one, first in recent if one is inputs), name))
+        recent.append((inputs, leader))
+        (counted,) = batch
+        if inputs.shape[:-1].numel() != counted.numel():
+            raise CalibrantError(
+                f"{name}: is given other rows than the tokens, so its range cannot be learned; ignore it"
+            )
+        rows = inputs.reshape(*counted.shape, -1)[counted]
+        low, high = rows.float().aminmax(dim=0)
+        if leader in found:
+            low, high = torch.minimum(found[leader].low, low), torch.maximum(found[leader].high, high)
+        found[leader] = SeenInput(leader, low, high)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: note(name, args[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        for rows in batches:
+            batch[:] = [rows[1]]
+            model(**model_inputs(rows, causal))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found[leader] for name, leader in leaders.items()}

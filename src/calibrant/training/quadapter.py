@@ -1,0 +1,190 @@
+"""Quadapter's first phase: channel scales learned block by block (arXiv 2211.16912; methods.md §19).
+
+A norm's gain is multiplied by ``alpha`` and the columns of the linears behind it are divided by it, which changes
+nothing until both are rounded. ``alpha = exp(a)`` stays positive. Every block is fitted alone: the original model's
+hidden states go in, and its output is what the rounded block must give. The folded form, as the file will hold it,
+``exp``, the places (norms) and the training's numbers are ours: the paper's are not known to us.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.errors import CalibrantError
+from calibrant.modeling.entry import cast, enter_blocks
+from calibrant.modeling.foldable import FoldablePair, find_foldable, held
+from calibrant.modeling.inputs import call_block
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.module_call import ModuleCall
+from calibrant.modeling.structure import InputGroup, Linear, probe_block
+from calibrant.progress import Progress
+from calibrant.quantization.grids import GridSpec
+from calibrant.recipes.parts import Quadapter
+from calibrant.recipes.plan import Plan
+from calibrant.training.fake_quantization import fake_quantize_tensor, fake_quantize_tokens, fake_quantize_weight
+from calibrant.training.journal import Journal
+from calibrant.training.scaled_model import PlacedPair
+from calibrant.training.trainable_block import TrainableBlock, trainable
+
+# One row in so many is held out, and looked at every so many steps (ours).
+_HELD_OUT = 8
+_LOOK = 25
+_NAME = "scales"
+
+
+@torch.inference_mode()
+def learn_scales(
+    model: LazyModel,
+    plan: Plan,
+    options: Quadapter,
+    calibration: CalibrationSet,
+    dtype: torch.dtype,
+    micro_batch_tokens: int,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[Plan, list[PlacedPair]]:
+    """The plan with scales for every norm that linears can be folded into, and these places.
+
+    Blocks that ``journal`` knows are not learned again.
+
+    Raises:
+        CalibrantError: values are not finite, or a linear is given other rows than the tokens.
+    """
+    probe, batches = enter_blocks(model, plan.blocks, calibration, dtype, model.device, micro_batch_tokens)
+    known = journal.read(_NAME) or {"blocks": 0, "scales": {}}
+    scales: dict[str, torch.Tensor] = {name: scale.to(model.device) for name, scale in known["scales"].items()}
+    if known["blocks"]:
+        progress.note(f"learning goes on after block {known['blocks']}, from {journal.folder}")
+    places: list[PlacedPair] = []
+    with progress.task("learning scales", len(plan.blocks)) as task:
+        for index, prefix in enumerate(plan.blocks):
+            with model.loaded(prefix) as block:
+                state = {name: value.data for name, value in block.state_dict().items()}
+                cast(block, dtype, copy=True)
+                structure = probe_block(block, index, probe)
+                pairs = find_foldable(block, index, structure, probe)
+                pairs = [pair for pair in pairs if pair.producer.norm is not None]
+                stored = {name: value.dtype for name, value in state.items()}
+                placed = [PlacedPair(prefix, pair, stored) for pair in pairs]
+                groups = [stage for stage in structure.stages if isinstance(stage, InputGroup)]
+                if index >= known["blocks"]:
+                    linears = [linear for group in groups for linear in group.linears]
+                    with trainable(block, linears, state) as student:
+                        calls = student.calls(index, batches)
+                        found = _Fit(student, prefix, pairs, stored, plan).learn(calls, options)
+                    scales |= {place.name: scale for place, scale in zip(placed, found, strict=True)}
+                    journal.write(_NAME, {"blocks": index + 1, "scales": scales})
+                for batch in batches:
+                    batch.hidden = call_block(block, index, batch)
+                    if not bool(torch.isfinite(batch.hidden).all()):
+                        raise CalibrantError(f"{prefix}: its output holds values that are not finite; check the model")
+            places += placed
+            task.advance()
+    return replace(plan, scales=scales), places
+
+
+class _Fit:
+    """One block on its way to its scales."""
+
+    def __init__(
+        self,
+        student: TrainableBlock,
+        prefix: str,
+        pairs: list[FoldablePair],
+        stored: dict[str, torch.dtype],
+        plan: Plan,
+    ) -> None:
+        self._student, self._prefix, self._pairs, self._stored, self._plan = student, prefix, pairs, stored, plan
+        self._pair_of = {linear: number for number, pair in enumerate(pairs) for linear in pair.group.linears}
+        # Lowest and highest value of every input channel: scaled, their extremes are the tensor's.
+        self._low: dict[Linear, torch.Tensor] = {}
+        self._high: dict[Linear, torch.Tensor] = {}
+        # Weights that no scale reaches are rounded once.
+        unscaled = [linear for linear in student.linears if linear not in self._pair_of]
+        self._fixed = {linear.parameter: self._rounded(linear, student.tensors) for linear in unscaled}
+
+    def learn(self, calls: list[ModuleCall], options: Quadapter) -> list[torch.Tensor]:
+        """What the columns behind each norm are multiplied by: ``1 / alpha`` of least loss on held-out rows."""
+        if not self._pairs:
+            return []
+        targets = [self._target(call) for call in calls]
+        held = calls[::_HELD_OUT], targets[::_HELD_OUT]
+        rest = [number for number in range(len(calls)) if number % _HELD_OUT] or list(range(len(calls)))
+        sizes = [pair.group.linears[0].in_features for pair in self._pairs]
+        logs = [torch.zeros(size, device=calls[0].mask.device, requires_grad=True) for size in sizes]
+        optimizer = torch.optim.Adam(logs, lr=options.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+        best, kept = self._held_out_loss(logs, *held), [log.detach().clone() for log in logs]
+        for step in range(options.steps):
+            number = rest[step % len(rest)]
+            optimizer.zero_grad()
+            self._loss(logs, calls[number], targets[number]).backward()
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % _LOOK == 0 or step + 1 == options.steps:
+                loss = self._held_out_loss(logs, *held)
+                if loss < best:
+                    best, kept = loss, [log.detach().clone() for log in logs]
+        return [torch.exp(-log) for log in kept]
+
+    @torch.no_grad()
+    def _target(self, call: ModuleCall) -> torch.Tensor:
+        """What the block gives as it is; takes note of the ranges of its linears' inputs over counted tokens."""
+
+        def note(linear: Linear, inputs: torch.Tensor) -> torch.Tensor:
+            if inputs.shape[:-1].numel() != call.mask.numel():
+                raise CalibrantError(
+                    f"{self._prefix}.{linear.name}: is given other rows than the tokens, which quadapter cannot follow"
+                )
+            rows = inputs.reshape(*call.mask.shape, -1)[call.mask]
+            low, high = rows.amin(0), rows.amax(0)
+            self._low[linear] = torch.minimum(self._low.get(linear, low), low)
+            self._high[linear] = torch.maximum(self._high.get(linear, high), high)
+            return inputs
+
+        with self._student.watched(note):
+            return call.output()
+
+    @torch.no_grad()
+    def _held_out_loss(self, logs: list[torch.Tensor], calls: list[ModuleCall], targets: list[torch.Tensor]) -> float:
+        losses = [float(self._loss(logs, call, target)) for call, target in zip(calls, targets, strict=True)]
+        return sum(losses) / len(losses)
+
+    def _loss(self, logs: list[torch.Tensor], call: ModuleCall, target: torch.Tensor) -> torch.Tensor:
+        """Squared difference of the rounded block's output from ``target``, as a share of what the target holds."""
+        tensors, scales = dict(self._fixed), []
+        for pair, log in zip(self._pairs, logs, strict=True):
+            scale, folded = pair.folded(self._student.tensors, torch.exp(-log), self._stored)
+            tensors |= dict(folded)
+            scales.append(scale)
+        tensors |= {linear.parameter: self._rounded(linear, tensors) for linear in self._pair_of}
+        change = self._student.changed(tensors, lambda linear, inputs: self._rounded_input(linear, inputs, scales))
+        rounded = ModuleCall(change, call.args, call.kwargs, call.mask).output()
+        return (rounded - target).square().sum() / target.square().sum()
+
+    def _rounded(self, linear: Linear, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A linear's parameter as it will be stored."""
+        weight, spec = linear.view(tensors[linear.parameter]), self._spec(linear)
+        if spec is not None:
+            weight = held(fake_quantize_weight(weight, spec), self._plan.value_dtype)
+        return weight.T if linear.transposed else weight
+
+    def _rounded_input(self, linear: Linear, inputs: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:
+        pair, low, high = self._pair_of.get(linear), self._low[linear], self._high[linear]
+        if pair is not None:
+            low, high = low / scales[pair], high / scales[pair]
+        spec, activations = self._spec(linear), self._plan.recipe.scheme.activations
+        if spec is None or activations is None:
+            return inputs
+        if activations.dynamic:
+            return fake_quantize_tokens(inputs, activations.bits)
+        return fake_quantize_tensor(
+            inputs, low.amin(), high.amax(), GridSpec(activations.bits, False, None, spec.scale_dtype)
+        )
+
+    def _spec(self, linear: Linear) -> GridSpec | None:
+        """The grid of a linear's weights; None if it is left alone."""
+        name = f"{self._prefix}.{linear.name}"
+        return None if self._plan.recipe.ignores(name) else self._plan.spec_for(name)

@@ -1,0 +1,179 @@
+"""A rounded model on its way to what its teacher gives, or to a text: losses, sharpness-aware steps, held-out loss."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional as F
+
+from calibrant.errors import CalibrantError
+from calibrant.modeling.losses import divergences
+from calibrant.recipes.parts import OnText, Training
+from calibrant.training.rounded_model import Learner
+from calibrant.training.rows import Rows, model_inputs
+from calibrant.training.sharpness import at_worst_nearby, gradient_norm
+
+# Global norms of gradients are clipped to this (ours).
+LARGEST_GRADIENT = 1.0
+# Of sharpness as it is reported, whatever a training looked for (ours).
+_MEASURED_RADIUS = 0.05
+
+Inputs = dict[str, torch.Tensor]
+
+
+class Student:
+    """A rounded model, its teacher and the optimizer of what it learns.
+
+    Args:
+        learner: the rounded model.
+        teacher: the model as it was.
+        options: the recipe's.
+        watched: token ids ``[rows, length]`` and which of them count; they are not trained on.
+        dtype: what products are computed in.
+        causal: whether a token sees none behind it; else what lies behind the last counted one is hidden from it.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        teacher: transformers.PreTrainedModel,
+        options: Training,
+        watched: Rows,
+        dtype: torch.dtype,
+        causal: bool,
+    ) -> None:
+        self._learner, self._teacher, self._options, self._watched = learner, teacher, options, watched
+        self._dtype, self._causal = dtype, causal
+        self._on_text = isinstance(options, OnText) and options.objective == "text"
+        groups = [
+            {"params": parameters, "rate": options.learning_rate * factor} for parameters, factor in learner.groups
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0)
+        for model in (learner.model, teacher):
+            _keep_head_in_float32(model)
+
+    @property
+    def learned(self) -> list[torch.Tensor]:
+        """What is trained."""
+        return [parameter for parameters, _ in self._learner.groups for parameter in parameters]
+
+    def answer(self, inputs: Inputs) -> torch.Tensor:
+        """The student's logits."""
+        return self._logits(self._learner.model, inputs)
+
+    def target(self, inputs: Inputs) -> torch.Tensor:
+        """The teacher's logits."""
+        return self._logits(self._teacher, inputs)
+
+    def computing(self) -> torch.autocast:
+        """Where products are computed in the run's dtype."""
+        return torch.autocast(self._teacher.device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+    def parts(self, rows: int, length: int) -> Iterator[slice]:
+        """Rows to be run at a time."""
+        size = self._options.micro_batch(length, int(self._teacher.config.get_text_config().vocab_size))
+        return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
+
+    def descend(self, rate: float, loss: Callable[[], float]) -> dict[str, float]:
+        """One step at ``rate`` of the learning rate; ``loss`` adds its gradients to the parameters' and returns itself.
+
+        Sharpness is how much larger it is a ``radius`` away, in the direction in which it rises most.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["rate"] * rate
+        self._optimizer.zero_grad()
+        numbers = {"loss": loss()}
+        if self._options.sam_rho:
+            with at_worst_nearby(self._learner.weights, self._options.sam_rho):
+                self._optimizer.zero_grad()
+                numbers["sharpness"] = loss() - numbers["loss"]
+        numbers["gradient"] = float(gradient_norm(self.learned))
+        torch.nn.utils.clip_grad_norm_(self.learned, LARGEST_GRADIENT)
+        self._optimizer.step()
+        return numbers
+
+    def losses(self, rows: Rows) -> torch.Tensor:
+        """The divergence from the teacher, or minus the log-likelihood of the text: ``[rows, length]``, 0 where nothing
+        counts, or ``[rows]`` where logits are of classes.
+        """
+        ids, counted = rows
+        inputs = model_inputs(rows, self._causal)
+        answer = self.answer(inputs)
+        if self._on_text:
+            each = F.cross_entropy(answer[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+            return each * counted[:, 1:]
+        with torch.no_grad():
+            target = self.target(inputs)
+        each = divergences(target, answer)
+        return each * counted if each.ndim == 2 else each
+
+    def positions(self, losses: torch.Tensor, counted: torch.Tensor) -> int:
+        """How many of the ``losses`` of rows count, ``counted`` being that of these or of more rows."""
+        if losses.ndim == 1:
+            return len(counted)
+        return int(counted[:, 1:].sum() if self._on_text else counted.sum())
+
+    @torch.no_grad()
+    def held_out(self) -> float:
+        """Mean loss of what is watched."""
+        ids, counted = self._watched
+        total, positions = 0.0, 0
+        for part in self.parts(*ids.shape):
+            losses = self.losses((ids[part], counted[part]))
+            total += float(losses.double().sum())
+            positions += self.positions(losses, counted[part])
+        return total / positions
+
+    def sharpness(self) -> float | None:
+        """How much larger the loss of the first of what is watched is a fixed distance away in the weights."""
+        if not self._learner.weights:
+            return None
+        ids, counted = self._watched
+        part = next(self.parts(*ids.shape))
+        rows = ids[part], counted[part]
+        self._optimizer.zero_grad()
+        here = self.losses(rows)
+        positions = self.positions(here, rows[1])
+        (here.sum() / positions).backward()
+        with at_worst_nearby(self._learner.weights, _MEASURED_RADIUS), torch.no_grad():
+            there = self.losses(rows).sum()
+        self._optimizer.zero_grad()
+        return float(there - here.detach().sum()) / positions
+
+    def state(self) -> dict[str, Any]:
+        """Parameters and moments."""
+        learned = [parameter.detach() for parameter in self.learned]
+        return {"learned": learned, "optimizer": self._optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state``."""
+        for parameter, value in zip(self.learned, state["learned"], strict=True):
+            parameter.copy_(value)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _logits(self, model: transformers.PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+        with self.computing():
+            found = model(**inputs)
+        if "logits" not in found:
+            raise CalibrantError(
+                f"{type(model).__name__}: gives no logits, which training follows; take one with a head"
+            )
+        logits: torch.Tensor = found.logits
+        return logits
+
+
+def _keep_head_in_float32(model: transformers.PreTrainedModel) -> None:
+    """Logits of bfloat16 differ by more than a student of eight bits does."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return
+    compute = head.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: torch.Tensor = compute(hidden.float())
+        return logits
+
+    head.forward = forward

@@ -1,0 +1,176 @@
+"""From a recipe's training to a plan with what it learned: models, data and journal put together."""
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import torch
+import transformers
+from torch.utils.checkpoint import checkpoint
+
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.errors import CalibrantError
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.hub import model_path
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.modeling.whole_model import load_whole
+from calibrant.progress import Progress
+from calibrant.recipes.parts import WATCHED_TOKENS, EndToEnd, OnText, Training, Zsaq
+from calibrant.recipes.plan import Plan
+from calibrant.training.generator import Generator, read_embeddings
+from calibrant.training.journal import Journal
+from calibrant.training.learned_range import see_inputs
+from calibrant.training.rounded_model import RoundedModel
+from calibrant.training.rows import Rows
+from calibrant.training.scaled_model import PlacedPair, ScaledModel
+from calibrant.training.student import Student
+from calibrant.training.train_steps import TextStep, ZsaqStep
+from calibrant.training.training_loop import Trained, TrainStep, train
+
+# One row in so many of a calibration set is held out (ours).
+_HELD_OUT = 8
+
+
+def train_model(
+    folder: ModelFolder,
+    plan: Plan,
+    places: list[PlacedPair],
+    calibration: CalibrationSet,
+    dtype: torch.dtype,
+    device: torch.device,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[Plan, Trained]:
+    """The plan with what training made of its linears, or of its scales at ``places``, and of static ranges.
+
+    ``calibration`` is what is trained on, less a held-out share; for ``Zsaq`` all of it is held out.
+
+    Raises:
+        CalibrantError: the set is too small, a model does not fit, or the training diverged.
+    """
+    options = plan.recipe.training
+    assert options is not None
+    with torch.inference_mode(False), torch.enable_grad():
+        teacher = load_whole(folder, str(device), "float32").requires_grad_(False)
+        teacher.config.use_cache = False
+        watched, rest = _rows(calibration, options, folder.causal, device)
+        activations, seen = plan.recipe.scheme.activations, None
+        if activations is not None and not activations.dynamic:
+            batches = zip(rest[0].split(options.batch_size), rest[1].split(options.batch_size), strict=True)
+            seen = see_inputs(teacher, list(plan.linears), batches, folder.causal)
+        # What is not changed is shared.
+        changed = {f"{name}.weight" for name in plan.linears if not isinstance(options, EndToEnd)}
+        shared = {id(value): value for name, value in teacher.named_parameters() if name not in changed}
+        copied = copy.deepcopy(teacher, shared)
+        learner: RoundedModel | ScaledModel
+        if isinstance(options, EndToEnd):
+            learner = ScaledModel(copied, plan, places, seen)
+            if not any(parameters for parameters, _ in learner.groups):
+                raise CalibrantError(
+                    "quadapter's training has nothing to learn: no scale found a place, no range is static"
+                )
+        else:
+            learner = RoundedModel(copied, plan, seen)
+        if options.gradient_checkpointing:
+            for name in plan.blocks:
+                block = copied.get_submodule(name)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        student = Student(learner, teacher, options, watched, dtype, folder.causal)
+        lesson: TrainStep
+        if isinstance(options, Zsaq):
+            lesson = _zsaq(folder, student, teacher, options, device)
+        else:
+            lesson = TextStep(student, options, rest)
+        done = train(lesson, options, journal, progress)
+        plan = replace(plan, input_grids=learner.input_grids())
+        if isinstance(learner, ScaledModel):
+            return replace(plan, scales=learner.scales()), done
+        return replace(plan, trained=learner.trained()), done
+
+
+def check_training(folder: ModelFolder, options: Training) -> None:
+    """Refuse what cannot be trained so.
+
+    Raises:
+        CalibrantError: the model, its generator or the length does not fit.
+    """
+    sources = [folder]
+    if isinstance(options, OnText) and options.objective == "text" and not folder.causal:
+        raise CalibrantError(f"{folder.path}: predicts no next tokens; take training.objective: teacher")
+    if isinstance(options, Zsaq) and options.inputs == "generator":
+        if options.generator is None and not folder.causal:
+            raise CalibrantError(
+                f"{folder.path}: writes no text, so it cannot be its own generator; name a language model's folder as "
+                "training.generator, or take inputs: random"
+            )
+        sources.append(_generator_folder(folder, options))
+    for source in sources if isinstance(options, Zsaq) else ():
+        longest = source.context_length
+        if longest is not None and options.length > longest:
+            raise CalibrantError(f"training.length {options.length}: {source.path} reads {longest} tokens at most")
+
+
+def generator_identity(folder: ModelFolder, options: Training) -> dict[str, str] | None:
+    """What another model as the generator is; None where there is none."""
+    if isinstance(options, Zsaq) and options.generator is not None:
+        return _generator_folder(folder, options).identity()
+    return None
+
+
+def _generator_folder(folder: ModelFolder, options: Zsaq) -> ModelFolder:
+    return folder if options.generator is None else ModelFolder(model_path(options.generator))
+
+
+def _rows(calibration: CalibrationSet, options: Training, causal: bool, device: torch.device) -> tuple[Rows, Rows]:
+    """What is held out and what is trained on, in pieces of the training's length; for ZSAQ all is held out."""
+    tokens, counted = calibration.tokens.long().to(device), calibration.mask.to(device)
+    last = 0
+    if not isinstance(options, Zsaq):
+        if len(tokens) < 2:
+            raise CalibrantError("training needs a calibration set of at least two rows, one of them to be held out")
+        last = len(tokens) - max(1, len(tokens) // _HELD_OUT)
+    text = isinstance(options, OnText) and options.objective == "text"
+    # Pieces of what a classifier reads are none that it was made for.
+    length = min(options.length, tokens.shape[1]) if causal else tokens.shape[1]
+    held_out = _cut((tokens[last:], counted[last:]), length, text)
+    most = max(1, WATCHED_TOKENS // length)
+    return (held_out[0][:most], held_out[1][:most]), _cut((tokens[:last], counted[:last]), length, text)
+
+
+def _cut(rows: Rows, length: int, text: bool) -> Rows:
+    """Rows in pieces of ``length``, a rest left out; only those with something to learn from."""
+    tokens, counted = rows
+    whole = tokens.shape[1] // length * length
+    tokens, counted = tokens[:, :whole].reshape(-1, length), counted[:, :whole].reshape(-1, length)
+    some = (counted[:, 1:] if text else counted).any(1)
+    if len(tokens) and not bool(some.any()):
+        raise CalibrantError("training needs tokens that count, and a part of the calibration set has none")
+    return tokens[some], counted[some]
+
+
+def _zsaq(
+    folder: ModelFolder, student: Student, teacher: transformers.PreTrainedModel, options: Zsaq, device: torch.device
+) -> ZsaqStep:
+    tokenizer = Tokenizer(folder.path)
+    special = tokenizer.special_ids
+    known = [index for index in range(min(tokenizer.size, folder.vocabulary)) if index not in special]
+    eligible = torch.tensor(known, device=device)
+    if options.inputs == "random":
+        return ZsaqStep(student, options, eligible, None)
+    source = _generator_folder(folder, options)
+    writer = load_whole(source, str(device), "float32").requires_grad_(False)
+    embeddings = read_embeddings(teacher)
+    same = source is folder or (
+        Tokenizer(source.path).sha256 == tokenizer.sha256 and source.vocabulary == len(embeddings)
+    )
+    generator = Generator(
+        writer,
+        embeddings,
+        same,
+        options.temperature,
+        options.seed,
+    )
+    if not same:
+        # Its seeds are its own ids.
+        eligible = torch.arange(generator.vocabulary, device=device)
+    return ZsaqStep(student, options, eligible, generator)

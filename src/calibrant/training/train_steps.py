@@ -1,0 +1,158 @@
+"""Two ways to train: on a calibration set (QAT, Quadapter), and against a generator (ZSAQ; methods.md §20)."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibrant.modeling.losses import divergences
+from calibrant.randomness import make_rng
+from calibrant.recipes.parts import OnText, Zsaq
+from calibrant.training.generator import Generator
+from calibrant.training.rows import Rows
+from calibrant.training.student import LARGEST_GRADIENT, Inputs, Student
+
+
+class TextStep:
+    """Rows of a calibration set: follow the teacher, or predict the next token.
+
+    Args:
+        student: what is trained.
+        options: the recipe's.
+        rows: what it is trained on.
+    """
+
+    def __init__(self, student: Student, options: OnText, rows: Rows) -> None:
+        self.student, self._options = student, options
+        self._tokens, self._counted = rows
+        self.state, self.load = student.state, student.load
+
+    def step(self, number: int, rate: float) -> dict[str, float]:
+        """One update on rows drawn for step ``number``."""
+        draw = make_rng(self._options.seed, "text", number)
+        count = min(self._options.batch_size, len(self._tokens))
+        chosen = torch.from_numpy(draw.choice(len(self._tokens), count, replace=False))
+        ids, counted = self._tokens[chosen], self._counted[chosen]
+        return self.student.descend(rate, lambda: self._loss(ids, counted))
+
+    def _loss(self, ids: torch.Tensor, counted: torch.Tensor) -> float:
+        total = 0.0
+        for part in self.student.parts(*ids.shape):
+            losses = self.student.losses((ids[part], counted[part]))
+            loss = losses.sum() / self.student.positions(losses, counted)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+
+class ZsaqStep:
+    """What a generator makes of random tokens: it learns to tell student and teacher apart, the student to follow.
+
+    Args:
+        student: what is trained.
+        options: the recipe's.
+        eligible: ids that rows are drawn from, int64.
+        generator: None for the random tokens themselves.
+    """
+
+    def __init__(self, student: Student, options: Zsaq, eligible: torch.Tensor, generator: Generator | None) -> None:
+        self.student, self._options, self._eligible, self._generator = student, options, eligible, generator
+        self._ascent: torch.optim.Adam | None = None
+        if generator is not None and options.generator_learning_rate:
+            generator.requires_grad_(True)
+            # Adam, where the paper's analysis has plain ascent: clipped plain steps of these rates move nothing (ours).
+            self._ascent = torch.optim.Adam(self._learning(), lr=options.generator_learning_rate, maximize=True)
+
+    def step(self, number: int, rate: float) -> dict[str, float]:
+        """The generator's step, then the student's, each on rows drawn for it."""
+        numbers = {}
+        if self._ascent is not None:
+            numbers["generator"] = self._ascend(self._rows(number, "generator"), self._draw(number, "generator"))
+        inputs = self._inputs(self._rows(number, "student"), self._draw(number, "student"))
+        targets = [self._target(part) for part in self._split(inputs)]
+        return numbers | self.student.descend(rate, lambda: self._loss(inputs, targets))
+
+    def state(self) -> dict[str, Any]:
+        """The student's and the generator's."""
+        mine = {}
+        if self._ascent is not None:
+            learned = [parameter.detach() for parameter in self._learning()]
+            mine = {"generator": learned, "ascent": self._ascent.state_dict()}
+        return {**self.student.state(), **mine}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state``."""
+        self.student.load(state)
+        if self._ascent is not None:
+            for parameter, value in zip(self._learning(), state["generator"], strict=True):
+                parameter.copy_(value)
+            self._ascent.load_state_dict(state["ascent"])
+
+    def _learning(self) -> list[nn.Parameter]:
+        assert self._generator is not None
+        return list(self._generator.parameters())
+
+    def _rows(self, number: int, purpose: str) -> torch.Tensor:
+        draw = make_rng(self._options.seed, "zsaq", purpose, number)
+        shape = (self._options.batch_size, self._options.length)
+        return self._eligible[torch.from_numpy(draw.integers(0, len(self._eligible), shape)).to(self._eligible.device)]
+
+    def _draw(self, number: int, purpose: str) -> torch.Generator:
+        seed = int(make_rng(self._options.seed, "zsaq", "draw", purpose, number).integers(2**63))
+        return torch.Generator(self._eligible.device).manual_seed(seed)
+
+    @torch.no_grad()
+    def _inputs(self, ids: torch.Tensor, draw: torch.Generator) -> Inputs:
+        if self._generator is None:
+            return {"input_ids": ids}
+        return {"inputs_embeds": torch.cat([self._generated(ids[part], draw) for part in self._parts()])}
+
+    def _generated(self, ids: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        assert self._generator is not None
+        with self.student.computing():
+            vectors: torch.Tensor = self._generator(ids, draw)
+        return vectors.float()
+
+    def _parts(self) -> list[slice]:
+        return list(self.student.parts(self._options.batch_size, self._options.length))
+
+    def _split(self, inputs: Inputs) -> list[Inputs]:
+        return [{name: value[part] for name, value in inputs.items()} for part in self._parts()]
+
+    @torch.no_grad()
+    def _target(self, inputs: Inputs) -> torch.Tensor:
+        return self.student.target(inputs)
+
+    def _loss(self, inputs: Inputs, targets: list[torch.Tensor]) -> float:
+        total = 0.0
+        for part, target in zip(self._split(inputs), targets, strict=True):
+            loss = self._share(divergences(target, self.student.answer(part)))
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _ascend(self, ids: torch.Tensor, draw: torch.Generator) -> float:
+        """One step of the generator towards where student and teacher differ most."""
+        assert self._ascent is not None
+        learning, total = self._learning(), 0.0
+        sums = [torch.zeros_like(parameter) for parameter in learning]
+        for part in self._parts():
+            inputs = {"inputs_embeds": self._generated(ids[part], draw)}
+            apart = self._share(divergences(self.student.target(inputs), self.student.answer(inputs)))
+            # Asked for by name, so that nothing is computed for the student's weights.
+            for into, gradient in zip(sums, torch.autograd.grad(apart, learning, allow_unused=True), strict=True):
+                if gradient is not None:
+                    into += gradient
+            total += float(apart.detach())
+        for parameter, gradient in zip(learning, sums, strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(learning, LARGEST_GRADIENT)
+        self._ascent.step()
+        self._ascent.zero_grad()
+        return total
+
+    def _share(self, each: torch.Tensor) -> torch.Tensor:
+        """The part of the mean over all rows that is due to some."""
+        positions = self._options.batch_size * (self._options.length if each.ndim == 2 else 1)
+        return each.sum() / positions

@@ -1,0 +1,151 @@
+"""Steps, looks at what was held out, an early stop, a journal: whatever is trained."""
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from tensorboardX import SummaryWriter
+
+from calibrant.errors import CalibrantError
+from calibrant.progress import Progress
+from calibrant.recipes.parts import Training
+from calibrant.training.journal import CURVES, Journal
+from calibrant.training.student import Student
+
+# The journal is written this often, or so that writing takes a twentieth of the time: it holds weights and moments of
+# every parameter (ours).
+_JOURNAL_SECONDS = 30.0
+_JOURNAL_SHARE = 20
+_NAME = "steps"
+
+
+class TrainStep(Protocol):
+    """Who is trained, and by what."""
+
+    student: Student
+
+    def step(self, number: int, rate: float) -> dict[str, float]:
+        """One update, at ``rate`` of the learning rate; numbers for the curves. Depends on nothing but the state."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state``."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went.
+
+    ``looks``: the held-out loss by step; ``best`` is the step whose parameters were taken, ``sharpness`` theirs.
+    ``loss`` is the mean of the last ``look`` steps' training loss.
+    """
+
+    looks: dict[int, float]
+    best: int
+    steps: int
+    loss: float
+    sharpness: float | None
+
+    def describe(self) -> dict[str, Any]:
+        """For the record."""
+        held_out = {str(step): value for step, value in self.looks.items()}
+        return {
+            "held_out": held_out,
+            "best": self.best,
+            "steps": self.steps,
+            "loss": self.loss,
+            "sharpness": self.sharpness,
+        }
+
+    def sentence(self) -> str:
+        """For people."""
+        if self.best == 0:
+            return (
+                f"training did not help in {self.steps} steps: the held-out loss is {self.looks[0]:.4g} before it and "
+                "no lower after, so the untrained values were kept"
+            )
+        return (
+            f"trained for {self.steps} steps: held-out loss {self.looks[0]:.4g} before, "
+            f"{self.looks[self.best]:.4g} after step {self.best}, which was taken"
+        )
+
+
+def train(lesson: TrainStep, options: Training, journal: Journal, progress: Progress) -> Trained:
+    """Train, and leave the parameters of least held-out loss in the student.
+
+    Goes on from ``journal`` and writes to it now and then; the result is that of an uninterrupted training.
+
+    Raises:
+        CalibrantError: the loss is not finite.
+    """
+    student, found = lesson.student, journal.read(_NAME)
+    if found is None:
+        # Curves of a training that left no state.
+        shutil.rmtree(journal.opened() / CURVES, ignore_errors=True)
+        now = _Now({0: student.held_out()}, _copy(student.learned))
+        _check_finite(now, journal)
+    else:
+        lesson.load(found.pop("lesson"))
+        now = _Now(**found)
+        progress.note(f"training goes on after step {now.done}, from {journal.folder}")
+    written, wait = time.monotonic(), _JOURNAL_SECONDS
+    with (
+        SummaryWriter(str(journal.opened() / CURVES), purge_step=now.done + 1 if now.done else None) as curves,
+        progress.task("training", options.steps) as task,
+    ):
+        if now.done:
+            task.advance(now.done)
+        while not now.ended:
+            numbers = lesson.step(now.done, 0.5 * (1 + math.cos(math.pi * now.done / options.steps)))
+            now.done += 1
+            task.advance()
+            now.losses = [*now.losses, numbers["loss"]][-options.eval_steps :]
+            if now.done % options.eval_steps == 0 or now.done == options.steps:
+                numbers["held_out"] = now.looks[now.done] = student.held_out()
+                _check_finite(now, journal)
+                if numbers["held_out"] < now.looks[now.best]:
+                    now.best, now.kept = now.done, _copy(student.learned)
+                now.ended = now.done == options.steps or now.done - now.best >= options.patience * options.eval_steps
+            for name, value in numbers.items():
+                curves.add_scalar(name, value, now.done)
+            begin = time.monotonic()
+            if now.ended or begin - written > wait:
+                journal.write(_NAME, {**vars(now), "lesson": lesson.state()})
+                written = time.monotonic()
+                wait = max(_JOURNAL_SECONDS, _JOURNAL_SHARE * (written - begin))
+    with torch.no_grad():
+        for parameter, best_value in zip(student.learned, now.kept, strict=True):
+            parameter.copy_(best_value)
+    trained = Trained(now.looks, now.best, now.done, sum(now.losses) / len(now.losses), student.sharpness())
+    progress.note(trained.sentence())
+    return trained
+
+
+@dataclass
+class _Now:
+    """Where a training is: held-out losses by step, the best parameters so far and their step, the last losses."""
+
+    looks: dict[int, float]
+    kept: list[torch.Tensor]
+    best: int = 0
+    done: int = 0
+    losses: list[float] = field(default_factory=list)
+    ended: bool = False
+
+
+def _copy(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _check_finite(now: _Now, journal: Journal) -> None:
+    if not math.isfinite(now.looks[now.done]):
+        journal.remove()
+        raise CalibrantError(
+            f"the held-out loss is not finite after step {now.done}; lower the learning rate, or check the model"
+        )
