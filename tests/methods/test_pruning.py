@@ -24,8 +24,8 @@ def test_sparsegpt_equals_the_float64_reference(sparsity: Sparsity) -> None:
     weight, hessian = references.problem(40, 96)
     solved = sparsegpt(weight, hessian, sparsity, block_size=32)
     factor = references.inverse_factor(hessian, 0.01)
-    pattern = (sparsity.pruned, sparsity.of) if sparsity.structured else None
-    blocks = None if sparsity.structured else (32, sparsity.share)
+    pattern = (sparsity.pruned, sparsity.of) if sparsity.semi_structured else None
+    blocks = None if sparsity.semi_structured else (32, sparsity.share)
     expected = references.column_loop(weight, factor, lambda _, values: values, pattern, blocks)
     assert torch.equal(solved.kept, expected != 0)
     torch.testing.assert_close(solved.weight.double(), expected, rtol=1e-3, atol=1e-3)
