@@ -126,7 +126,7 @@ def test_zipf_prefers_rare_words(tmp_path: Path, llama: Path) -> None:
 
 def test_perplexity_bands_lie_in_order(corpus: Path, llama: Path) -> None:
     from calibrant.modeling.checkpoint import ModelFolder
-    from calibrant.modeling.row_losses import row_losses
+    from calibrant.modeling.losses import row_losses
     from calibrant.modeling.whole_model import load_whole
 
     model = load_whole(ModelFolder(llama), "cpu", "float32")
@@ -146,7 +146,7 @@ def test_perplexity_bands_lie_in_order(corpus: Path, llama: Path) -> None:
 
 def test_losses_match_a_plain_computation(llama: Path) -> None:
     from calibrant.modeling.checkpoint import ModelFolder
-    from calibrant.modeling.row_losses import row_losses
+    from calibrant.modeling.losses import row_losses
     from calibrant.modeling.whole_model import load_whole
 
     model = load_whole(ModelFolder(llama), "cpu", "float32")

@@ -24,8 +24,8 @@ from calibrant.cli.console import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from calibrant import PreparedRun, RunReport
     from calibrant.cli.console import Terminal
-    from calibrant.pipeline.record import RunReport
 
 _WORST_LAYERS = 5
 _MOST_NOTES = 10
@@ -49,16 +49,15 @@ def compress(
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="Group size instead of the recipe's; 0: one scale a channel.")
     ] = None,
-    two_pass: Annotated[
-        bool,
-        typer.Option("--two-pass", help="Collect statistics, then propagate, as other tools do: twice the forwards."),
-    ] = False,
-    propagate: Annotated[
-        bool,
+    order: Annotated[
+        str,
         typer.Option(
-            "--propagate/--no-propagate", help="Feed each block the outputs of the compressed ones before it."
+            "--order",
+            help="sequential (solve each layer on the outputs of the compressed ones before it), two-pass (collect a "
+            "block's statistics, then solve and propagate, as other tools do: twice the forward passes) or independent "
+            "(each block gets the original model's hidden states).",
         ),
-    ] = True,
+    ] = "sequential",
     checkpoint_format: Annotated[
         str, typer.Option("--format", help="How quantized weights are stored: compressed-tensors, gptq or awq.")
     ] = "compressed-tensors",
@@ -76,71 +75,58 @@ def compress(
 ) -> None:
     """Compress a model: make or read calibration data, solve block by block, write, verify, report.
 
-    --samples, --length, --seed and --draw shape the set that the model writes when no -c is given; --seed is also that
-    of a training whose recipe says none.
+    --samples, --length, --seed and --draw shape the set that the model writes when no -c is given; --seed also seeds a
+    training whose recipe has no seed.
 
     Example: calibrant compress ./SmolLM2-135M -r gptq-w4a16-g64 -o ./SmolLM2-w4
     """
     with terminal(quiet, as_json) as screen:
-        from calibrant.api import prepare
-        from calibrant.calibration.calibration_set import CalibrationSet
-        from calibrant.calibration.making import generate
-        from calibrant.output_folder import check_output
-        from calibrant.pipeline.record import report_dict
-        from calibrant.recipes.recipe import load_recipe
+        import calibrant as cb
 
-        chosen = load_recipe(recipe).with_seed(seed).with_weights(bits, group_size)
-        check_output(output, overwrite, [place for place in (model, calibration, recipe) if place is not None])
-        given = CalibrationSet.load(calibration) if calibration is not None else None
-        prepared = prepare(
+        prepared = cb.prepare(
             model,
             output=output,
-            recipe=chosen,
-            calibration=given,
+            recipe=cb.load_recipe(recipe).with_weights(bits, group_size),
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            draw=draw,
             device=device,
             dtype=dtype,
-            sequential=not two_pass,
-            propagate=propagate,
-            checkpoint_format=checkpoint_format,  # type: ignore[arg-type]  # checked by prepare, which names the choices
+            order=order,  # type: ignore[arg-type]  # checked by prepare, which names the choices
+            checkpoint_format=checkpoint_format,  # type: ignore[arg-type]  # likewise
             overwrite=overwrite,
             allow_encoder=encoder,
         )
         for note in prepared.plan.notes:
             screen.note(f"note: {note}")
-        if given is not None and not chosen.needs_data:
-            screen.note(f"note: {chosen.name} uses no data, the calibration set is left out")
+        if calibration is not None and prepared.calibration is None:
+            screen.note(f"note: {prepared.recipe.name} uses no data, the calibration set is left out")
         if dry_run:
-            made = given.manifest if given is not None else None
-            estimate = prepared.estimate(made.samples if made else samples, made.length if made else length)
-            lines = {
-                "model": model,
-                "recipe": prepared.plan.recipe.name,
-                "layers": len(prepared.plan.linears) + len(prepared.plan.fused),
-                "seconds": round(estimate.seconds),
-                "memory_bytes": estimate.memory_bytes,
-                "disk_bytes": estimate.disk_bytes,
-            }
-            screen.result(
-                lines,
-                f"{lines['layers']} layers of {model} by {lines['recipe']}: about {lines['seconds']} s"
-                + ("" if given or not chosen.needs_data else " and the time to write the calibration set")
-                + f", {size_text(estimate.memory_bytes)} of memory, {size_text(estimate.disk_bytes)} of disk",
-            )
+            _show_estimate(screen, model, prepared)
             return
-        if given is None and chosen.needs_data:
-            given = generate(
-                model,
-                samples=samples,
-                length=length,
-                seed=seed,
-                draw=draw,
-                device=device,
-                dtype=dtype,
-                progress=screen.progress,
-            )
-        report = prepared.run(given if chosen.needs_data else None, screen.progress)
+        report = prepared.run(screen.progress)
         _tell(screen, [text for text in report.notes if text not in prepared.plan.notes])
-        screen.result(report_dict(report), *summary(report))
+        screen.result(report.as_dict(), *summary(report))
+
+
+def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> None:
+    found = prepared.estimate()
+    lines = {
+        "model": model,
+        "recipe": prepared.recipe.name,
+        "layers": len(prepared.plan.layers),
+        "seconds": round(found.seconds),
+        "memory_bytes": found.memory_bytes,
+        "disk_bytes": found.disk_bytes,
+    }
+    screen.result(
+        lines,
+        f"{lines['layers']} layers of {model} by {lines['recipe']}: about {lines['seconds']} s"
+        + (" and the time to write the calibration set" if prepared.writes_set else "")
+        + f", {size_text(found.memory_bytes)} of memory, {size_text(found.disk_bytes)} of disk",
+    )
 
 
 def _tell(screen: "Terminal", notes: list[str]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from calibrant.cli.wording import as_options
 from calibrant.progress import NoProgress, Progress, Task
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Say one line."""
-        self.progress.note(text)
+        self.progress.note(as_options(text))
 
     def result(self, value: dict[str, Any], *renderables: Any) -> None:
         """Print the result: as JSON, or as the given tables and lines."""

@@ -8,7 +8,7 @@ import typer
 from calibrant.cli.console import JsonOption, QuietOption, SeedOption, terminal
 
 if TYPE_CHECKING:
-    from calibrant.evaluation.comparison import Evaluation
+    from calibrant import Evaluation
 
 _RECIPES = ("gptq-w4a16-g64", "wanda-2:4")
 _SAMPLES, _LENGTH, _WINDOWS = 64, 256, 16
@@ -36,8 +36,7 @@ def demo(
         from rich.panel import Panel
         from rich.text import Text
 
-        from calibrant.api import compress, evaluate
-        from calibrant.calibration.making import generate
+        import calibrant as cb
         from calibrant.cli.compress import summary
         from calibrant.cli.demo_model import continue_text, demo_model
         from calibrant.cli.evaluate import evaluation_table
@@ -45,18 +44,18 @@ def demo(
         model = demo_model(cache, screen.progress)
         screen.note(f"model: SmolLM2-135M-Instruct in {model}")
         screen.note(f"the model writes its own calibration set: {_SAMPLES} rows of {_LENGTH} tokens")
-        made = generate(model, samples=_SAMPLES, length=_LENGTH, seed=seed, progress=screen.progress)
+        made = cb.generate(model, samples=_SAMPLES, length=_LENGTH, seed=seed, progress=screen.progress)
         evaluations: dict[str, Evaluation] = {}
         samples = {"original": continue_text(model, _PROMPT)}
         for recipe in _RECIPES:
             target = output / recipe.replace(":", "-")
             screen.note(f"compressing by {recipe} into {target}")
-            report = compress(
+            report = cb.compress(
                 model, output=target, recipe=recipe, calibration=made, overwrite=True, progress=screen.progress
             )
             if not as_json:
                 screen.result({}, *summary(report))
-            evaluations[recipe] = evaluate(
+            evaluations[recipe] = cb.evaluate(
                 target, against=model, text="builtin", limit=_WINDOWS, dtype="auto", progress=screen.progress
             )
             samples[recipe] = continue_text(target, _PROMPT)

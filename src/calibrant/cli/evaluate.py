@@ -18,7 +18,7 @@ from calibrant.cli.console import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from calibrant.evaluation.comparison import Evaluation
+    from calibrant import Evaluation
 
 
 def evaluate(
@@ -44,13 +44,12 @@ def evaluate(
     with terminal(quiet, as_json) as screen:
         from dataclasses import asdict
 
-        from calibrant.api import evaluate as run
-        from calibrant.calibration.corpus import Corpus
+        import calibrant as cb
 
-        found = run(
+        found = cb.evaluate(
             model,
             against=against,
-            text=Corpus(text, field),
+            text=cb.Corpus(text, field),
             length=length,
             limit=limit,
             device=device,

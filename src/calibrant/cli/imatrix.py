@@ -30,9 +30,9 @@ def imatrix(
     Example: calibrant imatrix ./SmolLM2-135M -c ./covering -o imatrix.gguf
     """
     with terminal(quiet, as_json) as screen:
-        from calibrant.api import write_importance_matrix
+        import calibrant as cb
 
-        layers = write_importance_matrix(
+        layers = cb.write_importance_matrix(
             model,
             calibration=calibration,
             output=output,

@@ -11,6 +11,7 @@ from calibrant.cli.demo import demo
 from calibrant.cli.evaluate import evaluate
 from calibrant.cli.imatrix import imatrix
 from calibrant.cli.recipes import recipes
+from calibrant.cli.wording import as_options
 from calibrant.errors import CalibrantError
 
 _USAGE, _INTERRUPTED = 2, 130
@@ -50,7 +51,7 @@ def main() -> None:
     try:
         app()
     except (CalibrantError, OSError) as error:
-        print(f"calibrant: {error}", file=sys.stderr)
+        print(f"calibrant: {as_options(str(error))}", file=sys.stderr)
         sys.exit(_USAGE)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:

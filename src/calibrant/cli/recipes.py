@@ -21,16 +21,16 @@ def recipes(
     from rich.console import Console
     from rich.table import Table
 
-    from calibrant.recipes.recipe import builtin_recipes, load_recipe
+    import calibrant as cb
 
     if name is not None:
-        shown = load_recipe(name).as_written(exclude_none=True)
+        shown = cb.load_recipe(name).as_written(exclude_none=True)
         print(
             json.dumps(shown, indent=2) if as_json else yaml.safe_dump(shown, sort_keys=False),
             end="\n" if as_json else "",
         )
         return
-    found = builtin_recipes()
+    found = cb.builtin_recipes()
     if as_json:
         print(json.dumps({key: recipe.as_written(exclude_none=True) for key, recipe in found.items()}, indent=2))
         return

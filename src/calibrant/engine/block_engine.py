@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from calibrant.allocator import return_freed_memory
 from calibrant.errors import CalibrantError
+from calibrant.modeling.block_walk import OpenedBlock
+from calibrant.modeling.hooks import Hook, hooked
 from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.structure import BlockStructure, Experts, ExpertUse, InputGroup, Linear, Stage, watch_experts
 
@@ -57,25 +59,29 @@ class _Releasable:
 
 
 class OrderDiffersError(Exception):
-    """Two micro-batches reach the stages in different orders, so one suspended pass cannot serve them."""
+    """Two micro-batches reach the stages in different orders, so one suspended pass cannot serve them.
+
+    ``intact``: the block's inputs are still in memory, so that the block can be solved again in two passes.
+    """
+
+    def __init__(self, where: str, intact: bool) -> None:
+        super().__init__(where)
+        self.intact = intact
 
 
 def sequential_pass(
-    block: nn.Module,
-    index: int,
-    structure: BlockStructure,
-    batches: list[MicroBatch],
-    visitor: Visitor,
-    original: nn.Module | None = None,
+    block: OpenedBlock, structure: BlockStructure, visitor: Visitor, original: nn.Module | None = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Solve the block stage by stage in one forward pass; returns the outputs of the compressed block.
+    """Solve the block's ``structure`` stage by stage in one forward pass; returns the compressed block's outputs.
 
-    ``original``, a copy of the block, runs beside it on the batches' ``original`` states; its outputs come second.
+    ``original``, a copy of the block's module, runs beside it on the batches' ``original`` states; its outputs come
+    second.
 
     Raises:
-        OrderDiffersError: before anything is solved out of order; the block's weights may be changed already.
-        CalibrantError: the same, when the inputs are gone already.
+        OrderDiffersError: micro-batches reach the stages in different orders. Nothing was solved out of order, but
+            weights may have changed already; ``intact`` says whether the block's inputs are still there.
     """
+    batches = block.batches
     main = greenlet.getcurrent()
 
     def suspend(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -84,12 +90,12 @@ def sequential_pass(
             main.switch((stage, args, kwargs))
 
     beside = [batch.beside() for batch in batches] if original is not None else []
-    handles = _hook(block, structure, suspend) + (_hook(original, structure, suspend) if original is not None else [])
+    modules = [block.module] if original is None else [block.module, original]
 
     def started(module: nn.Module, rows: list[MicroBatch]) -> list[Any]:
-        return [greenlet.greenlet(lambda batch=batch: call_block(module, index, batch)) for batch in rows]
+        return [greenlet.greenlet(lambda batch=batch: call_block(module, block.index, batch)) for batch in rows]
 
-    runs, twins = started(block, batches), started(original or block, beside)
+    runs, twins = started(block.module, batches), started(modules[-1], beside)
     memory = [_Releasable(structure, batch) for batch in batches]
     twin_memory = [_Releasable(structure, batch) for batch in beside]
 
@@ -98,79 +104,63 @@ def sequential_pass(
         stage = structure.stages[number]
         arrived = run.switch()
         if run.dead or arrived[0] is not stage:
-            raise _order_differs(stage.module, memory)
+            raise OrderDiffersError(stage.module, all(tensors.intact for tensors in memory))
         if isinstance(stage, InputGroup):
             tensors.reached(number, arrived[1][0])
         return arrived[1], arrived[2]
 
-    try:
-        for number, stage in enumerate(structure.stages):
-            arrivals = []
-            for position, batch in enumerate(batches):
-                args, kwargs = advance(runs[position], number, memory[position])
-                if not isinstance(stage, InputGroup):
-                    arrivals.append((args, kwargs))
-                    continue
-                originals = None
-                if twins:
-                    twin_args, _ = advance(twins[position], number, twin_memory[position])
-                    originals = _counted(twin_args[0], batch.mask, stage)
-                visitor.add(stage.linears, _counted(args[0], batch.mask, stage), originals)
-            return_freed_memory()
-            if isinstance(stage, InputGroup):
-                visitor.solve(stage.linears)
-            else:
-                _solve_experts(block, stage, arrivals, batches, visitor)
-        outputs, originals_after = [run.switch() for run in runs], [run.switch() for run in twins]
-        if not all(run.dead for run in (*runs, *twins)):
-            raise _order_differs("an input group twice", memory)
-        return outputs, originals_after
-    finally:
-        for handle in handles:
-            handle.remove()
-        for run in (*runs, *twins):
-            if run and not run.dead:
-                run.throw()
-
-
-def _order_differs(where: str, memory: list[_Releasable]) -> Exception:
-    if all(tensors.intact for tensors in memory):
-        return OrderDiffersError(where)
-    return CalibrantError(f"{where}: sequences reach it in different orders; run again with --two-pass")
+    with hooked(hook for module in modules for hook in _stage_hooks(module, structure, suspend)):
+        try:
+            for number, stage in enumerate(structure.stages):
+                arrivals = []
+                for position, batch in enumerate(batches):
+                    args, kwargs = advance(runs[position], number, memory[position])
+                    if not isinstance(stage, InputGroup):
+                        arrivals.append((args, kwargs))
+                        continue
+                    originals = None
+                    if twins:
+                        twin_args, _ = advance(twins[position], number, twin_memory[position])
+                        originals = _counted(twin_args[0], batch.mask, stage)
+                    visitor.add(stage.linears, _counted(args[0], batch.mask, stage), originals)
+                return_freed_memory()
+                if isinstance(stage, InputGroup):
+                    visitor.solve(stage.linears)
+                else:
+                    _solve_experts(block.module, stage, arrivals, batches, visitor)
+            outputs, originals_after = [run.switch() for run in runs], [run.switch() for run in twins]
+            if not all(run.dead for run in (*runs, *twins)):
+                raise OrderDiffersError("an input group twice", all(tensors.intact for tensors in memory))
+            return outputs, originals_after
+        finally:
+            for run in (*runs, *twins):
+                if run and not run.dead:
+                    run.throw()
 
 
 def two_passes(
-    block: nn.Module,
-    index: int,
-    structure: BlockStructure,
-    batches: list[MicroBatch],
-    visitor: Visitor,
-    propagate: bool,
+    block: OpenedBlock, structure: BlockStructure, visitor: Visitor, propagate: bool
 ) -> list[torch.Tensor]:
     """Collect every statistic from the original block, solve everything, then run the compressed block.
 
     Without ``propagate`` the next block is fed the original block's outputs and the second run is saved.
     """
     outputs = []
-    for batch in batches:
+    for batch in block.batches:
 
         def collect(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any], batch: MicroBatch = batch) -> None:
             if isinstance(stage, InputGroup):
                 visitor.add(stage.linears, _counted(args[0], batch.mask, stage))
             else:
                 parameters = {group[0].parameter for group in stage.groups}
-                _replay_experts(block, stage, args, kwargs, batch, visitor, parameters)
+                _replay_experts(block.module, stage, args, kwargs, batch, visitor, parameters)
 
-        handles = _hook(block, structure, collect)
-        try:
-            outputs.append(call_block(block, index, batch))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(_stage_hooks(block.module, structure, collect)):
+            outputs.append(block.run(batch))
     for stage in structure.stages:
         for unit in _units(stage):
             visitor.solve(unit)
-    return [call_block(block, index, batch) for batch in batches] if propagate else outputs
+    return [block.run(batch) for batch in block.batches] if propagate else outputs
 
 
 def _units(stage: Stage) -> list[Unit]:
@@ -179,16 +169,15 @@ def _units(stage: Stage) -> list[Unit]:
     return [(linear,) for group in stage.groups for linear in group]
 
 
-def _hook(
+def _stage_hooks(
     block: nn.Module, structure: BlockStructure, reached: Callable[[Stage, tuple[Any, ...], dict[str, Any]], None]
-) -> list[Any]:
-    def hook_for(stage: Stage) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+) -> list[tuple[nn.Module, Hook]]:
+    """Hooks that call ``reached`` with each stage when its module is called."""
+
+    def hook_for(stage: Stage) -> Hook:
         return lambda module, args, kwargs: reached(stage, args, kwargs)
 
-    return [
-        block.get_submodule(stage.module).register_forward_pre_hook(hook_for(stage), with_kwargs=True)
-        for stage in structure.stages
-    ]
+    return [(block.get_submodule(stage.module), hook_for(stage)) for stage in structure.stages]
 
 
 def _counted(inputs: torch.Tensor, mask: torch.Tensor, stage: InputGroup) -> torch.Tensor:

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from calibrant.clock import Clock
 from calibrant.engine.block_engine import Unit
@@ -15,10 +14,11 @@ from calibrant.methods.method import LayerProblem
 from calibrant.methods.registry import METHODS
 from calibrant.methods.solvers.drift_correction import drift_corrected_target
 from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors
+from calibrant.modeling.block_walk import OpenedBlock
 from calibrant.modeling.structure import Linear
 from calibrant.quantization.activation_ranges import InputGrid, InputRange
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
-from calibrant.recipes.plan import Plan, TrainedLinear
+from calibrant.recipes.plan import LearnedLinear, Plan
 
 # Scales between hold at least six bits: float16 counts in steps of 2^-24 where it is smallest (ours).
 _FLOAT16_STEPS = (2.0**-18, 65504.0 / 2)
@@ -47,14 +47,11 @@ class LayerReport:
 class BlockSolver:
     """A ``Visitor`` of the block engine.
 
-    ``state`` holds the block's parameters in storage dtype and is changed in place to the solved values; the block
-    itself computes in its own dtype. ``codes``, ``outliers`` (float32 weights and which of them are some) and
-    ``layers`` fill up as linears are solved.
+    The block's ``state`` is changed in place to the solved values. ``codes``, ``outliers`` (float32 weights and a mask
+    of the outliers among them) and ``layers`` fill up as linears are solved.
     """
 
-    prefix: str
-    block: nn.Module
-    state: dict[str, torch.Tensor]
+    block: OpenedBlock
     plan: Plan
     clock: Clock
     codes: dict[str, Codes] = field(default_factory=dict)
@@ -81,14 +78,14 @@ class BlockSolver:
 
     def solve(self, unit: Unit) -> None:
         with self.clock.stage("solve"):
-            if self.plan.trained is not None:
+            if self.plan.learned.weights is not None:
                 for linear in unit:
-                    self._take(linear, self.plan.trained[f"{self.prefix}.{linear.name}"])
+                    self._take(linear, self.plan.learned.weights[f"{self.block.name}.{linear.name}"])
             else:
                 self._solve(unit, self._statistics.pop(unit, None))
             self._add_input_grids(unit)
 
-    def _take(self, linear: Linear, trained: TrainedLinear) -> None:
+    def _take(self, linear: Linear, trained: LearnedLinear) -> None:
         """What training made of a linear."""
         spec = trained.grid.spec
         codes, values = round_to_grid(trained.weight, trained.grid.scale, trained.grid.zero_point, spec.qmin, spec.qmax)
@@ -97,10 +94,10 @@ class BlockSolver:
 
     def _solve(self, unit: Unit, statistic: Hessian | HessianDiagonal | None) -> None:
         entry = METHODS[self.plan.recipe.method.name]
-        weights = [linear.view(self.state[linear.parameter]).float() for linear in unit]
+        weights = [linear.view(self.block.state[linear.parameter]).float() for linear in unit]
         for linear, weight in zip(unit, weights, strict=True):
             if not bool(torch.isfinite(weight).all()):
-                raise CalibrantError(f"{self.prefix}.{linear.name}: its weights hold values that are not finite")
+                raise CalibrantError(f"{self.block.name}.{linear.name}: its weights hold values that are not finite")
             self._check_scales(linear, weight)
         problem = self._problem(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
         share = self.plan.recipe.drift_correction
@@ -128,7 +125,7 @@ class BlockSolver:
 
     def _check_scales(self, linear: Linear, weight: torch.Tensor) -> None:
         """Refuse weights whose scales float16 cannot hold, or would hold in a few steps only."""
-        spec = self.plan.spec_for(f"{self.prefix}.{linear.name}")
+        spec = self.plan.target_of(f"{self.block.name}.{linear.name}").spec
         largest = float(weight.abs().max())
         if spec is None or spec.scale_dtype is not torch.float16 or largest == 0:
             return
@@ -136,7 +133,7 @@ class BlockSolver:
         if not _FLOAT16_STEPS[0] <= step <= _FLOAT16_STEPS[1]:
             size = "small" if step < _FLOAT16_STEPS[0] else "large"
             raise CalibrantError(
-                f"{self.prefix}.{linear.name}: its weights are too {size} for scales in float16; "
+                f"{self.block.name}.{linear.name}: its weights are too {size} for scales in float16; "
                 "ignore it, or leave out --format"
             )
 
@@ -153,60 +150,60 @@ class BlockSolver:
 
     def _input_grid(self, unit: Unit) -> InputGrid | None:
         """Of static activations."""
-        if self.plan.input_grids is not None:
-            name = f"{self.prefix}.{unit[0].name}"
-            if name not in self.plan.input_grids:
+        if self.plan.learned.input_grids is not None:
+            name = f"{self.block.name}.{unit[0].name}"
+            if name not in self.plan.learned.input_grids:
                 raise self._unseen(unit)
-            return self.plan.input_grids[name]
+            return self.plan.learned.input_grids[name]
         activations, seen = self.plan.recipe.scheme.activations, self._ranges.pop(unit, None)
-        if activations is None or activations.dynamic or self.plan.spec is None:
+        if activations is None or activations.dynamic or self.plan.target.spec is None:
             return None
         if seen is None:
             raise self._unseen(unit)
         if not seen.finite:
             raise self._not_finite(unit)
-        return seen.grid(activations.range, activations.percentile, self.plan.spec.scale_dtype)
+        return seen.grid(activations.range, activations.percentile, self.plan.target.spec.scale_dtype)
 
     def _problem(
         self, weight: torch.Tensor, segments: tuple[int, ...], statistic: Hessian | HessianDiagonal | None, unit: Unit
     ) -> LayerProblem:
-        hessian = norms = None
+        hessian = diagonal = None
         if isinstance(statistic, Hessian):
             hessian = statistic.matrix()
-            norms = hessian.diagonal()
+            diagonal = hessian.diagonal()
         elif isinstance(statistic, HessianDiagonal):
-            norms = statistic.values
+            diagonal = statistic.values
         # An input that is not finite shows on the diagonal: |S_ij|^2 <= S_ii S_jj.
-        if norms is not None and not bool(torch.isfinite(norms).all()):
+        if diagonal is not None and not bool(torch.isfinite(diagonal).all()):
             raise self._not_finite(unit)
-        name = f"{self.prefix}.{unit[0].name}"
-        return LayerProblem(weight, segments, self.plan.spec_for(name), self.plan.sparsity_for(name), hessian, norms)
+        target = self.plan.target_of(f"{self.block.name}.{unit[0].name}")
+        return LayerProblem(weight, segments, target.spec, target.sparsity, hessian, diagonal)
 
     def _unseen(self, unit: Unit) -> CalibrantError:
         return CalibrantError(
-            f"{self.prefix}.{unit[0].name}: no calibration token reached it, so its static range is unknown; "
+            f"{self.block.name}.{unit[0].name}: no calibration token reached it, so its static range is unknown; "
             "ignore it, or take dynamic activations"
         )
 
     def _not_finite(self, unit: Unit) -> CalibrantError:
         return CalibrantError(
-            f"{self.prefix}.{unit[0].name}: its inputs hold values that are not finite; "
+            f"{self.block.name}.{unit[0].name}: its inputs hold values that are not finite; "
             "compute in float32 (--dtype float32) or check the model"
         )
 
     def _keep(
         self, linear: Linear, weight: torch.Tensor, solution: Solution, rows: slice, problem: LayerProblem, tokens: int
     ) -> None:
-        solved, name = solution.weight[rows], f"{self.prefix}.{linear.name}"
-        spec = self.plan.spec_for(name)
+        solved, name = solution.weight[rows], f"{self.block.name}.{linear.name}"
+        spec = self.plan.target_of(name).spec
         # Before the copy: in float32 models ``weight`` is a view of what is overwritten.
         error, measure = _relative_error(
             weight, solved, solution.errors[rows] if solution.errors is not None else None, problem
         )
-        stored = linear.view(self.state[linear.parameter])
+        stored = linear.view(self.block.state[linear.parameter])
         stored.copy_(solved)
         self.solved_parameters.add(linear.parameter)
-        linear.view(self.block.get_parameter(linear.parameter).data).copy_(stored)
+        linear.view(self.block.module.get_parameter(linear.parameter).data).copy_(stored)
         if solution.codes is not None and solution.grid is not None:
             scale = solution.grid.scale[rows].to(solution.grid.spec.scale_dtype)
             zero_point = solution.grid.zero_point[rows].to(torch.int8)

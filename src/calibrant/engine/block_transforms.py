@@ -10,13 +10,15 @@ from torch import nn
 from calibrant.methods.solvers.rtn import rtn
 from calibrant.methods.transforms.awq import awq_candidates, best_scale
 from calibrant.methods.transforms.smoothquant import smoothquant_scale
+from calibrant.modeling.block_walk import OpenedBlock
 from calibrant.modeling.foldable import FoldablePair, find_foldable
-from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.hooks import Hook, hooked, swapped
+from calibrant.modeling.inputs import MicroBatch
 from calibrant.modeling.module_call import ModuleCall
-from calibrant.modeling.structure import BlockStructure, InputGroup, Linear, common_module
+from calibrant.modeling.structure import InputGroup, Linear, common_module
 from calibrant.quantization.grids import GridSpec
 from calibrant.quantization.statistics import Magnitude
-from calibrant.recipes import parts as recipes
+from calibrant.recipes.parts import Awq, Quadapter, SmoothQuant
 from calibrant.recipes.plan import Plan
 
 # AWQ compares outputs on this many counted tokens, or one micro-batch where a module cannot be run on part of it (ours;
@@ -47,39 +49,28 @@ class _Seen:
     calls: list[ModuleCall] = field(default_factory=list)
 
 
-def transform_block(
-    block: nn.Module,
-    index: int,
-    structure: BlockStructure,
-    probe: MicroBatch,
-    batches: list[MicroBatch],
-    state: dict[str, torch.Tensor],
-    prefix: str,
-    plan: Plan,
-) -> Transformed:
-    """Apply the plan's transforms to ``block`` (at ``prefix``) and to its stored parameters ``state``, in place.
+def transform_block(block: OpenedBlock, plan: Plan) -> Transformed:
+    """Apply the plan's transforms to ``block`` and to its stored parameters, in place.
 
     Scales are chosen on the block as it is, or were learned before, and are folded together.
     """
     done = Transformed()
     for transform in plan.recipe.transforms:
-        pairs = find_foldable(block, index, structure, probe)
-        if not isinstance(transform, recipes.Awq):
+        pairs = find_foldable(block)
+        if not isinstance(transform, Awq):
             pairs = [pair for pair in pairs if pair.producer.norm is not None]
-        if isinstance(transform, recipes.Quadapter):
-            assert plan.scales is not None  # learned before the run
-            scales = [plan.scales[f"{prefix}.{pair.group.module}"] for pair in pairs]
+        if isinstance(transform, Quadapter):
+            assert plan.learned.scales is not None  # learned before the run
+            scales = [plan.learned.scales[f"{block.name}.{pair.group.module}"] for pair in pairs]
         else:
-            pairs = [pair for pair in pairs if _concerns(pair, plan, prefix)]
-            seen, done.outputs = _run(block, index, pairs, batches, compare=isinstance(transform, recipes.Awq))
-            scales = [
-                _scale(transform, pair, one, block, state, plan, prefix) for pair, one in zip(pairs, seen, strict=True)
-            ]
+            pairs = [pair for pair in pairs if _concerns(pair, plan, block.name)]
+            seen, done.outputs = _run(block, pairs, compare=isinstance(transform, Awq))
+            scales = [_scale(transform, pair, one, block, plan) for pair, one in zip(pairs, seen, strict=True)]
         for pair, scale in zip(pairs, scales, strict=True):
-            # The stored values decide; the block computes with what they say.
-            pair.fold(state, scale)
+            # The stored values decide; the block computes with them.
+            pair.fold(block.state, scale)
             for name in pair.changed():
-                block.get_parameter(name).data.copy_(state[name])
+                block.module.get_parameter(name).data.copy_(block.state[name])
                 done.changed.add(name)
         where = ", ".join(
             f"{pair.producer.name} -> {' '.join(one.name for one in pair.group.linears)}" for pair in pairs
@@ -89,7 +80,7 @@ def transform_block(
 
 
 def _concerns(pair: FoldablePair, plan: Plan, prefix: str) -> bool:
-    """Whether something is compressed that reads the input, and what makes it is not left alone."""
+    """Whether a linear that is compressed reads the input, and the input's producer is not ignored."""
     made_by = pair.producer.linear
     return bool(_compressed(pair.group, plan, prefix)) and not (
         made_by is not None and plan.recipe.ignores(f"{prefix}.{made_by.name}")
@@ -101,25 +92,20 @@ def _compressed(group: InputGroup, plan: Plan, prefix: str) -> list[Linear]:
 
 
 def _scale(
-    transform: recipes.SmoothQuant | recipes.Awq,
-    pair: FoldablePair,
-    seen: _Seen,
-    block: nn.Module,
-    state: dict[str, torch.Tensor],
-    plan: Plan,
-    prefix: str,
+    transform: SmoothQuant | Awq, pair: FoldablePair, seen: _Seen, block: OpenedBlock, plan: Plan
 ) -> torch.Tensor:
-    """Of the linears that are compressed; the others that read the input are scaled along."""
-    linears = _compressed(pair.group, plan, prefix)
-    spec = plan.spec_for(f"{prefix}.{linears[0].name}")
+    """The scale for the linears that are compressed; the others that read the input are scaled along."""
+    linears = _compressed(pair.group, plan, block.name)
+    spec = plan.target_of(f"{block.name}.{linears[0].name}").spec
     assert spec is not None  # recipes with transforms quantize
-    weights = [linear.view(state[linear.parameter]).float() for linear in linears]
-    if isinstance(transform, recipes.SmoothQuant):
+    weights = [linear.view(block.state[linear.parameter]).float() for linear in linears]
+    if isinstance(transform, SmoothQuant):
         scale = smoothquant_scale(seen.magnitude.largest, weights, transform.alpha)
     else:
         candidates = awq_candidates(seen.magnitude.mean, weights, transform.steps, transform.duo, spec.group_size)
-        scale = best_scale(candidates, _output_loss(linears, weights, block, seen, spec))
-    # A gain that is stored less one has few digits near zero, so none is made smaller: a factor of all is free (ours).
+        scale = best_scale(candidates, _output_loss(linears, weights, block.module, seen, spec))
+    # A gain stored as its difference from 1 has few digits near zero, so no gain is made smaller: a common factor of
+    # all scales is free (ours).
     return scale / scale.max() if pair.producer.offset else scale
 
 
@@ -139,16 +125,14 @@ def _output_loss(
     expected = [call.output() for call in calls]
 
     def loss(scale: torch.Tensor) -> float:
-        views = [linear.view(block.get_parameter(linear.parameter).data) for linear in linears]
-        kept = [view.clone() for view in views]
-        try:
-            for view, weight in zip(views, weights, strict=True):
-                view.copy_(_rounded(weight, scale, spec))
+        rounded = (_rounded(weight, scale, spec) for weight in weights)
+        values = [
+            (block.get_parameter(linear.parameter), value.T if linear.transposed else value)
+            for linear, value in zip(linears, rounded, strict=True)
+        ]
+        with swapped(values):
             changes = (call.output() - before for call, before in zip(calls, expected, strict=True))
             return sum(float(change.square_().sum(dtype=torch.float64)) for change in changes)
-        finally:
-            for view, values in zip(views, kept, strict=True):
-                view.copy_(values)
 
     return loss
 
@@ -170,39 +154,34 @@ def _rounded(weight: torch.Tensor, scale: torch.Tensor, spec: GridSpec) -> torch
     return rtn(weight * scale, replace(spec, range_search="none")).weight / scale
 
 
-def _run(
-    block: nn.Module, index: int, pairs: list[FoldablePair], batches: list[MicroBatch], compare: bool
-) -> tuple[list[_Seen], list[torch.Tensor]]:
+def _run(block: OpenedBlock, pairs: list[FoldablePair], compare: bool) -> tuple[list[_Seen], list[torch.Tensor]]:
     """Run the block over all batches and note what each pair needs, with ``compare`` also what outputs need.
 
     Returns the block's outputs too.
     """
-    device = batches[0].hidden.device
+    device = block.probe.hidden.device
     seen = [_Seen(Magnitude(pair.group.linears[0].in_features, device)) for pair in pairs]
     left, positions = _SEARCH_TOKENS if compare else 0, _SEARCH_POSITIONS
     outputs = []
-    for batch in batches:
-        handles = []
+    for batch in block.batches:
+        hooks: list[tuple[nn.Module, Hook]] = []
         for pair, one in zip(pairs, seen, strict=True):
             alone = len(pair.group.linears) == 1
-            note = _note_inputs(one, batch, left if alone else 0)
-            handles.append(block.get_submodule(pair.group.module).register_forward_pre_hook(note))
+            first = block.module.get_submodule(pair.group.module)
+            hooks.append((first, _note_inputs(one, batch, left if alone else 0)))
             if left > 0 and not alone:
-                handles += _note_calls(block, index, pair.group, one, batch)
+                hooks += _note_calls(block, pair.group, one, batch)
         positions -= batch.mask.numel()
         left = left - int(batch.mask.sum()) if positions > 0 else 0
-        try:
-            outputs.append(call_block(block, index, batch))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(hooks):
+            outputs.append(block.run(batch))
     return seen, outputs
 
 
-def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Hook:
     """Note magnitudes, and keep the first ``kept`` counted rows."""
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = args[0].reshape(-1, args[0].shape[-1])[batch.mask.reshape(-1)]
         seen.magnitude.add(rows)
         if kept > 0:
@@ -211,15 +190,17 @@ def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Callable[[nn.Modu
     return note
 
 
-def _note_calls(block: nn.Module, index: int, group: InputGroup, seen: _Seen, batch: MicroBatch) -> list[Any]:
-    """Keep the calls of the smallest module that holds the whole group."""
+def _note_calls(
+    block: OpenedBlock, group: InputGroup, seen: _Seen, batch: MicroBatch
+) -> list[tuple[nn.Module, Hook]]:
+    """Keep the calls of the smallest module that contains the whole group."""
     name = common_module([linear.name for linear in group.linears])
     if not name:
-        args, kwargs = (batch.hidden, *batch.calls.args[index]), batch.calls.kwargs[index]
-        seen.calls.append(ModuleCall(block, args, kwargs, batch.mask))
+        args, kwargs = (batch.hidden, *batch.calls.args[block.index]), batch.calls.kwargs[block.index]
+        seen.calls.append(ModuleCall(block.module, args, kwargs, batch.mask))
         return []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.calls.append(ModuleCall(module, args, kwargs, batch.mask))
 
-    return [block.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)]
+    return [(block.module.get_submodule(name), note)]

@@ -1,13 +1,11 @@
 """A recipe's budget, spent: sensitivities measured, the cheapest choice for every group of layers found, told."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.engine.allocation import allocate
 from calibrant.engine.sensitivity import Compress, Sensitivity, measure_sensitivities
 from calibrant.errors import CalibrantError
@@ -15,6 +13,7 @@ from calibrant.methods.solvers.rtn import rtn
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.methods.solvers.wanda import wanda
 from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
 
@@ -34,13 +33,9 @@ class SpentBudget:
     uniform: float | None
     sensitivities: list[Sensitivity]
 
-    def describe(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
 
 def spend_budget(
-    model: LazyModel, plan: Plan, calibration: CalibrationSet, dtype: torch.dtype, progress: Progress
+    model: LazyModel, plan: Plan, rows: TokenRows, dtype: torch.dtype, progress: Progress
 ) -> tuple[Plan, SpentBudget]:
     """The plan with a choice for every layer (methods: "Budgets" in docs/methods.md; ours).
 
@@ -52,10 +47,11 @@ def spend_budget(
     """
     budget = plan.recipe.budget
     assert budget is not None
-    quantizes = plan.spec is not None
-    average = budget.average if budget.average is not None else plan.nominal
+    quantizes = plan.target.spec is not None
+    nominal = plan.target.nominal
+    average = budget.average if budget.average is not None else nominal
     measured = measure_sensitivities(
-        model, plan.blocks, plan.recipe.ignores, budget.choices, _compress(plan), calibration, dtype, progress
+        model, plan.blocks, plan.recipe.ignores, budget.choices, _compress(plan), rows, dtype, progress
     )
     costs, sizes = np.array([one.divergences for one in measured]), np.array([float(one.elements) for one in measured])
     try:
@@ -65,16 +61,16 @@ def spend_budget(
     chosen = [budget.choices[index] for index in best.chosen]
     by_layer = {layer: choice for one, choice in zip(measured, chosen, strict=True) for layer in one.layers}
     uniform = None
-    within = plan.nominal <= average if quantizes else plan.nominal >= average
-    if plan.nominal in budget.choices and within:
-        uniform = float(costs[:, budget.choices.index(plan.nominal)].sum())
+    within = nominal <= average if quantizes else nominal >= average
+    if nominal in budget.choices and within:
+        uniform = float(costs[:, budget.choices.index(nominal)].sum())
     reached = float((np.array(chosen) * sizes).sum() / sizes.sum())
     spent = SpentBudget(budget.choices, reached, chosen, best.cost, best.bound, uniform, measured)
-    return replace(plan, choices=by_layer, notes=[*plan.notes, _sentence(spent, quantizes)]), spent
+    return replace(plan.with_choices(by_layer), notes=[*plan.notes, _sentence(spent, quantizes)]), spent
 
 
 def _compress(plan: Plan) -> Compress:
-    spec = plan.spec
+    spec = plan.target.spec
     if spec is None:
         return lambda weight, sums, share: wanda(weight, sums, Sparsity(share)).weight
     return lambda weight, sums, bits: rtn(weight, replace(spec, bits=int(bits), range_search="importance"), sums).weight

@@ -41,10 +41,11 @@ class CheckpointWriter:
         """Join what was written; the files, the model's own first."""
         return [*self._shards.finish(), *self._outliers.finish()]
 
-    def write_block(self, prefix: str, solver: BlockSolver) -> None:
+    def write_block(self, solver: BlockSolver) -> None:
         """Write a solved block: codes in the quantized layout if the plan has one, everything else dense."""
+        prefix = solver.block.name
         packed: dict[str, torch.Tensor] = {}
-        dense = {f"{prefix}.{name}": value for name, value in solver.state.items()}
+        dense = {f"{prefix}.{name}": value for name, value in solver.block.state.items()}
         solved = {f"{prefix}.{linear}" for linear in solver.solved_parameters}
         untouched = [name for name in dense if name not in solved and self._model.is_stored_alone(name)]
         for name in untouched:
@@ -52,7 +53,7 @@ class CheckpointWriter:
             stored_name = self._model.stored_name(name)
             packed[stored_name] = self._model.folder.read(stored_name)  # in its own dtype, bit for bit
         for name, codes in solver.codes.items():
-            layout = self._plan.layout_for(f"{prefix}.{name}")
+            layout = self._plan.target_of(f"{prefix}.{name}").layout
             if layout is None:
                 if self._plan.recipe.scheme.activations is not None:
                     self._inputs[f"{prefix}.{name}"] = _input_grid(codes)

@@ -3,15 +3,13 @@
 import numpy as np
 import torch
 
-from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.engine.block_engine import Unit, two_passes
-from calibrant.modeling.entry import enter_blocks
+from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import BlockStructure, InputGroup, probe_block
+from calibrant.modeling.structure import BlockStructure, InputGroup
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.quantization.statistics import HessianDiagonal
-
-_MICRO_BATCH_TOKENS = 2048
 
 
 class _Gathering:
@@ -39,24 +37,17 @@ class _Gathering:
 
 @torch.inference_mode()
 def input_squares(
-    model: LazyModel, blocks: list[str], calibration: CalibrationSet, progress: Progress
+    model: LazyModel, blocks: list[str], rows: TokenRows, progress: Progress
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By name of every linear in ``blocks``: sums of squared inputs ``[1, in]`` float32 and tokens ``[1, 1]`` int64.
 
     Fused experts stand under their parameter's name, a row for each, with the tokens that were sent to it.
     """
-    probe, batches = enter_blocks(model, blocks, calibration, model.dtype, model.device, _MICRO_BATCH_TOKENS)
     found: dict[str, list[HessianDiagonal]] = {}
-    with progress.task("gathering", len(blocks)) as task:
-        for index, prefix in enumerate(blocks):
-            with model.loaded(prefix) as block:
-                structure = probe_block(block, index, probe)
-                gathering = _Gathering(structure, prefix, model.device)
-                outputs = two_passes(block, index, structure, batches, gathering, propagate=False)
-            for batch, hidden in zip(batches, outputs, strict=True):
-                batch.hidden = hidden
-            found |= gathering.found
-            task.advance()
+    for block in BlockWalk(model, blocks, rows, model.dtype).visit("gathering", progress):
+        gathering = _Gathering(block.structure, block.name, model.device)
+        block.advance(two_passes(block, block.structure, gathering, propagate=False))
+        found |= gathering.found
     return {name: _as_rows(norms) for name, norms in found.items()}
 
 

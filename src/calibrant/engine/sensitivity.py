@@ -4,19 +4,19 @@ Every variant of the model differs in one group. All variants walk through the b
 once and a variant costs only the blocks behind its own.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.errors import CalibrantError
-from calibrant.modeling.entry import cast, enter_blocks
-from calibrant.modeling.inputs import MicroBatch, call_block, finish
+from calibrant.modeling.block_walk import BlockWalk, OpenedBlock
+from calibrant.modeling.hooks import Hook, hooked, swapped
+from calibrant.modeling.inputs import MicroBatch, finish
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import BlockStructure, InputGroup, probe_block
+from calibrant.modeling.losses import divergences
+from calibrant.modeling.structure import BlockStructure, InputGroup
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.quantization.statistics import HessianDiagonal
 
@@ -43,7 +43,7 @@ def measure_sensitivities(
     ignored: Callable[[str], bool],
     choices: list[float],
     compress: Compress,
-    calibration: CalibrationSet,
+    rows: TokenRows,
     dtype: torch.dtype,
     progress: Progress,
 ) -> list[Sensitivity]:
@@ -55,40 +55,37 @@ def measure_sensitivities(
     Raises:
         CalibrantError: a block holds fused experts, or no token of the set counts.
     """
-    probe, batches = enter_blocks(model, blocks, _one_window(calibration), dtype, model.device, _TOKENS)
-    trunk, variants = batches[0], list[torch.Tensor]()
+    walk = BlockWalk(model, blocks, _one_window(rows), dtype)
+    (trunk,) = walk.batches
+    variants: list[torch.Tensor] = []
     groups: list[tuple[list[str], int]] = []
-    with progress.task("measuring sensitivity", len(blocks)) as task:
-        for index, prefix in enumerate(blocks):
-            with model.loaded(prefix) as block:
-                cast(block, dtype)
-                inputs = _groups_to_compress(probe_block(block, index, probe), prefix, ignored)
-                variants = [call_block(block, index, replace(trunk, hidden=hidden)) for hidden in variants]
-                norms, after = _norms(block, index, inputs, trunk)
-                for stage, norm in zip(inputs, norms, strict=True):
-                    groups.append(_named(prefix, stage))
-                    for choice in choices:
-                        with _compressed(block, stage, norm, choice, compress):
-                            variants.append(call_block(block, index, trunk))
-                trunk.hidden = after
-            task.advance()
-    divergences = _divergences(model, blocks, trunk, variants, progress)
+    for block in walk.visit("measuring sensitivity", progress):
+        inputs = _groups_to_compress(block.structure, block.name, ignored)
+        variants = [block.run_on(hidden, trunk) for hidden in variants]
+        diagonals, after = _diagonals(block, inputs, trunk)
+        for stage, diagonal in zip(inputs, diagonals, strict=True):
+            groups.append(_named(block.name, stage))
+            for choice in choices:
+                with swapped(_compressed(block, stage, diagonal, choice, compress)):
+                    variants.append(block.run(trunk))
+        block.advance([after])
+    found = _divergences(walk, trunk, variants, progress)
     size = len(choices)
     return [
-        Sensitivity(names, elements, divergences[number * size : (number + 1) * size])
+        Sensitivity(names, elements, found[number * size : (number + 1) * size])
         for number, (names, elements) in enumerate(groups)
     ]
 
 
-def _one_window(calibration: CalibrationSet) -> CalibrationSet:
-    """Of windows that overlap by half; of equals the one that begins first, for what comes before is missing there."""
-    length = calibration.mask.shape[1]
+def _one_window(given: TokenRows) -> TokenRows:
+    """The window with most counted tokens, of windows that overlap by half; of equal ones the first."""
+    length = given.counted.shape[1]
     last = max(0, length - _TOKENS)
     begins = [*range(0, last, _TOKENS // 2), last]
-    counted = torch.stack([calibration.mask[:, begin : begin + _TOKENS].sum(1) for begin in begins])
-    window, row = divmod(int((counted == counted.max()).flatten().nonzero()[0]), len(calibration.mask))
+    counted = torch.stack([given.counted[:, begin : begin + _TOKENS].sum(1) for begin in begins])
+    window, row = divmod(int((counted == counted.max()).flatten().nonzero()[0]), len(given.counted))
     rows, here = slice(row, row + 1), slice(begins[window], begins[window] + _TOKENS)
-    return replace(calibration, tokens=calibration.tokens[rows, here], mask=calibration.mask[rows, here])
+    return TokenRows(given.ids[rows, here], given.counted[rows, here])
 
 
 def _groups_to_compress(structure: BlockStructure, prefix: str, ignored: Callable[[str], bool]) -> list[InputGroup]:
@@ -104,57 +101,45 @@ def _named(prefix: str, group: InputGroup) -> tuple[list[str], int]:
     return [f"{prefix}.{linear.name}" for linear in group.linears], sum(sizes)
 
 
-def _norms(
-    block: nn.Module, index: int, groups: list[InputGroup], trunk: MicroBatch
+def _diagonals(
+    block: OpenedBlock, groups: list[InputGroup], trunk: MicroBatch
 ) -> tuple[list[HessianDiagonal], torch.Tensor]:
-    """Squared inputs of every group in the unchanged block, and its output."""
-    norms = [HessianDiagonal(group.linears[0].in_features, trunk.hidden.device) for group in groups]
-    handles = []
-    for group, norm in zip(groups, norms, strict=True):
+    """The Hessian's diagonal of every group's input in the unchanged block, and the block's output."""
 
-        def note(_: nn.Module, args: tuple[torch.Tensor, ...], norm: HessianDiagonal = norm) -> None:
-            norm.add(args[0].reshape(-1, args[0].shape[-1])[trunk.mask.flatten()])
+    def hook(diagonal: HessianDiagonal) -> Hook:
+        return lambda _, args, kwargs: diagonal.add(args[0].reshape(-1, args[0].shape[-1])[trunk.mask.flatten()])
 
-        handles.append(block.get_submodule(group.module).register_forward_pre_hook(note))
-    try:
-        return norms, call_block(block, index, trunk)
-    finally:
-        for handle in handles:
-            handle.remove()
+    diagonals = [HessianDiagonal(group.linears[0].in_features, trunk.hidden.device) for group in groups]
+    modules = [block.module.get_submodule(group.module) for group in groups]
+    with hooked(zip(modules, map(hook, diagonals), strict=True)):
+        return diagonals, block.run(trunk)
 
 
-@contextmanager
 def _compressed(
-    block: nn.Module, group: InputGroup, norm: HessianDiagonal, choice: float, compress: Compress
-) -> Iterator[None]:
-    views = [linear.view(block.get_parameter(linear.parameter).data) for linear in group.linears]
-    kept = [view.clone() for view in views]
-    try:
-        for view in views:
-            view.copy_(compress(view.float(), norm.values, choice))
-        yield
-    finally:
-        for view, values in zip(views, kept, strict=True):
-            view.copy_(values)
+    block: OpenedBlock, group: InputGroup, diagonal: HessianDiagonal, choice: float, compress: Compress
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The group's parameters, each with its compressed value."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for linear in group.linears:
+        parameter = block.module.get_parameter(linear.parameter)
+        value = compress(linear.view(parameter.data).float(), diagonal.values, choice)
+        found.append((parameter, value.T if linear.transposed else value))
+    return found
 
 
 def _divergences(
-    model: LazyModel, blocks: list[str], trunk: MicroBatch, variants: list[torch.Tensor], progress: Progress
+    walk: BlockWalk, trunk: MicroBatch, variants: list[torch.Tensor], progress: Progress
 ) -> list[float]:
     """Mean ``KL(trunk || variant)`` over the compared positions."""
-    model.load(model.names_outside(blocks))
-    model.module.tie_weights()
-    cast(model.module, trunk.hidden.dtype)
     positions = trunk.mask[0].nonzero()[::_STRIDE, 0]
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        return finish(walk.model.module, walk.blocks, hidden[:, positions])[0].double()
+
     found = []
-    try:
-        with progress.task("comparing", len(variants)) as task:
-            expected = torch.log_softmax(finish(model.module, blocks, trunk.hidden[:, positions])[0].double(), -1)
-            for hidden in variants:
-                logits = finish(model.module, blocks, hidden[:, positions])[0].double()
-                difference = expected - torch.log_softmax(logits, -1)
-                found.append(float((expected.exp() * difference).sum(-1).mean().clamp(min=0)))
-                task.advance()
-    finally:
-        model.drop(model.module)
+    with walk.outside_loaded(), progress.task("comparing", len(variants)) as task:
+        expected = logits(trunk.hidden)
+        for hidden in variants:
+            found.append(float(divergences(expected, logits(hidden)).mean().clamp(min=0)))
+            task.advance()
     return found

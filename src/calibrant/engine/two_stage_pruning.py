@@ -6,20 +6,21 @@ linear is stored as zeros, which is the same function (methods.md §18).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.errors import CalibrantError
 from calibrant.modeling.block_parts import BlockParts, attention_left_out, find_parts, narrowed
-from calibrant.modeling.entry import cast, enter_blocks
-from calibrant.modeling.inputs import MicroBatch, call_block, finish
+from calibrant.modeling.block_walk import BlockWalk, OpenedBlock
+from calibrant.modeling.hooks import Hook, hooked
+from calibrant.modeling.inputs import MicroBatch, finish
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import probe_block
+from calibrant.modeling.losses import negative_log_likelihoods
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
 
@@ -44,10 +45,6 @@ class Pruned:
     losses: list[float]
     row: int
     share: float
-
-    def describe(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
 
     def sentence(self) -> str:
         """What was done, for the user."""
@@ -92,9 +89,8 @@ def check_structure(model: LazyModel, plan: Plan) -> None:
 def prune_structure(
     model: LazyModel,
     plan: Plan,
-    calibration: CalibrationSet,
+    rows: TokenRows,
     dtype: torch.dtype,
-    micro_batch_tokens: int,
     writer: CheckpointWriter,
     progress: Progress,
 ) -> tuple[Pruned, dict[str, Any]]:
@@ -110,20 +106,21 @@ def prune_structure(
         raise CalibrantError(
             f"{model.folder.path}: its MLPs differ in width, which 2ssp's result could not be stored as"
         )
-    assert plan.sparsity is not None
+    sparsity = plan.target.sparsity
+    assert sparsity is not None
     sizes = (len(parts), first.attention_parameters, first.mlp_parameters, total)
     try:
-        count, of_mlp = removals(*sizes, plan.sparsity.share)
+        count, of_mlp = removals(*sizes, sparsity.share)
     except ValueError as error:
         raise CalibrantError(f"recipe {plan.recipe.name}: {error}") from error
     neurons = round(first.neurons * (1 - of_mlp))
     if neurons < 1:
         raise CalibrantError(
-            f"recipe {plan.recipe.name}: {plan.sparsity.share:g} of the parameters leaves no neuron; take less"
+            f"recipe {plan.recipe.name}: {sparsity.share:g} of the parameters leaves no neuron; take less"
         )
-    norms = _neuron_norms(model, plan.blocks, parts, calibration, dtype, micro_batch_tokens, progress)
+    norms = _neuron_norms(model, plan.blocks, parts, rows, dtype, progress)
     kept = [torch.argsort(norm, descending=True, stable=True)[:neurons].sort().values for norm in norms]
-    removal = _AttentionRemoval(model, plan.blocks, parts, kept, calibration, dtype, progress)
+    removal = _AttentionRemoval(model, plan.blocks, parts, kept, rows, dtype, progress)
     removed, losses = removal.run(count)
     gone = 0
     for index, (prefix, part) in enumerate(zip(plan.blocks, parts, strict=True)):
@@ -154,15 +151,14 @@ def _with_text_config(model: LazyModel, config: dict[str, Any]) -> dict[str, Any
 
 def _find_all_parts(model: LazyModel, blocks: list[str], count: int) -> tuple[list[BlockParts], int]:
     """The parts of the first ``count`` blocks, and these blocks' parameters."""
-    probe, _ = enter_blocks(model, blocks, None, torch.float32, model.device, 0)
+    walk = BlockWalk(model, blocks, None, torch.float32)
     parts, total = [], 0
     for index, prefix in enumerate(blocks[:count]):
         _refuse_merged(model, prefix)
-        with model.loaded(prefix) as block:
-            total += sum(parameter.numel() for parameter in block.parameters())
-            cast(block, torch.float32)
-            part = find_parts(block, index, prefix, probe_block(block, index, probe), probe)
-            if not bool(block.get_parameter(part.attention_out.parameter).any()):
+        with walk.opened(index) as block:
+            total += sum(parameter.numel() for parameter in block.module.parameters())
+            part = find_parts(block)
+            if not bool(block.module.get_parameter(part.attention_out.parameter).any()):
                 raise CalibrantError(
                     f"{prefix}: its attention is left out already; prune the original model by more instead"
                 )
@@ -180,32 +176,24 @@ def _neuron_norms(
     model: LazyModel,
     blocks: list[str],
     parts: list[BlockParts],
-    calibration: CalibrationSet,
+    rows: TokenRows,
     dtype: torch.dtype,
-    micro_batch_tokens: int,
     progress: Progress,
 ) -> list[torch.Tensor]:
-    """For every neuron of every block the sum over rows of its norm over counted positions."""
-    _, batches = enter_blocks(model, blocks, calibration, dtype, model.device, micro_batch_tokens)
+    """For every neuron of every block, the sum over rows of its norm over counted positions."""
     norms = []
-    with progress.task("measuring neurons", len(blocks)) as task:
-        for index, (prefix, part) in enumerate(zip(blocks, parts, strict=True)):
-            norm = torch.zeros(part.neurons, device=model.device)
-            with model.loaded(prefix) as block:
-                cast(block, dtype)
-                for batch in batches:
-                    handle = block.get_submodule(part.down.name).register_forward_pre_hook(_adder(norm, batch))
-                    try:
-                        batch.hidden = call_block(block, index, batch)
-                    finally:
-                        handle.remove()
-            norms.append(norm)
-            task.advance()
+    for block in BlockWalk(model, blocks, rows, dtype).visit("measuring neurons", progress):
+        norm = torch.zeros(parts[block.index].neurons, device=model.device)
+        down = block.module.get_submodule(parts[block.index].down.name)
+        for batch in block.batches:
+            with hooked([(down, _adder(norm, batch))]):
+                batch.hidden = block.run(batch)
+        norms.append(norm)
     return norms
 
 
-def _adder(norm: torch.Tensor, batch: MicroBatch) -> Any:
-    def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+def _adder(norm: torch.Tensor, batch: MicroBatch) -> Hook:
+    def add(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0].reshape(*batch.mask.shape, -1)
         for row, mask in zip(inputs, batch.mask, strict=True):
             norm.add_(row[mask].float().square_().sum(0).sqrt_())
@@ -225,18 +213,17 @@ class _AttentionRemoval:
         blocks: list[str],
         parts: list[BlockParts],
         kept: list[torch.Tensor],
-        calibration: CalibrationSet,
+        rows: TokenRows,
         dtype: torch.dtype,
         progress: Progress,
     ) -> None:
-        self._model, self._blocks, self._parts, self._kept = model, blocks, parts, kept
-        self._dtype, self._progress = dtype, progress
-        self.row = int(calibration.mask.sum(1).argmax())
+        self._parts, self._kept, self._progress = parts, kept, progress
+        self.row = int(rows.counted.sum(1).argmax())
         row = slice(self.row, self.row + 1)
-        one = replace(calibration, tokens=calibration.tokens[row], mask=calibration.mask[row])
-        _, (self._start,) = enter_blocks(model, blocks, one, dtype, model.device, one.tokens.shape[1])
+        self._walk = BlockWalk(model, blocks, TokenRows(rows.ids[row], rows.counted[row]), dtype)
+        (self._start,) = self._walk.batches
         length = self._start.hidden.shape[1]
-        self._tokens = one.tokens[0, :length].long().to(model.device)
+        self._tokens = rows.ids[self.row, :length].long().to(model.device)
 
     def run(self, count: int) -> tuple[list[int], list[float]]:
         """Indices of the blocks in order of removal; the loss before any and after each."""
@@ -244,7 +231,7 @@ class _AttentionRemoval:
         losses: list[float] = []
         if not count:
             return removed, losses
-        with self._progress.task("removing attention", count * len(self._blocks)) as task:
+        with self._progress.task("removing attention", count * len(self._parts)) as task:
             for _ in range(count):
                 trunk, candidates = self._round(removed, task.advance)
                 found = self._losses({-1: trunk, **candidates})
@@ -258,48 +245,37 @@ class _AttentionRemoval:
     def _round(self, removed: list[int], advance: Any) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """What the last block gives without the removed attentions, and without one more, by its block."""
         trunk, candidates = self._start.hidden, dict[int, torch.Tensor]()
-        for index in range(len(self._blocks)):
-            with self._opened(index) as (block, part):
-
-                def run(hidden: torch.Tensor, block: nn.Module = block, index: int = index) -> torch.Tensor:
-                    return call_block(block, index, replace(self._start, hidden=hidden))
-
+        for index, part in enumerate(self._parts):
+            with self._narrowed(index) as block:
                 if index in removed:
-                    with attention_left_out(block, part):
-                        candidates = {number: run(hidden) for number, hidden in candidates.items()}
-                        trunk = run(trunk)
+                    with attention_left_out(block.module, part):
+                        candidates = {key: block.run_on(hidden, self._start) for key, hidden in candidates.items()}
+                        trunk = block.run_on(trunk, self._start)
                 else:
-                    candidates = {number: run(hidden) for number, hidden in candidates.items()}
-                    with attention_left_out(block, part):
-                        candidates[index] = run(trunk)
-                    trunk = run(trunk)
+                    candidates = {key: block.run_on(hidden, self._start) for key, hidden in candidates.items()}
+                    with attention_left_out(block.module, part):
+                        candidates[index] = block.run_on(trunk, self._start)
+                    trunk = block.run_on(trunk, self._start)
             advance()
         return trunk, candidates
 
     @contextmanager
-    def _opened(self, index: int) -> Iterator[tuple[nn.Module, BlockParts]]:
-        with self._model.loaded(self._blocks[index]) as block:
-            cast(block, self._dtype)
-            with narrowed(block, self._parts[index], self._kept[index]):
-                yield block, self._parts[index]
+    def _narrowed(self, index: int) -> Iterator[OpenedBlock]:
+        with self._walk.opened(index) as block, narrowed(block.module, self._parts[index], self._kept[index]):
+            yield block
 
     def _losses(self, states: dict[int, torch.Tensor]) -> dict[int, float]:
         """Mean negative log-likelihood of the row's counted next tokens."""
-        self._model.load(self._model.names_outside(self._blocks))
-        self._model.module.tie_weights()
-        cast(self._model.module, self._dtype)
-        try:
+        with self._walk.outside_loaded():
             return {number: self._loss(hidden) for number, hidden in states.items()}
-        finally:
-            self._model.drop(self._model.module)
 
     def _loss(self, hidden: torch.Tensor) -> float:
         wanted = self._start.mask[0, 1:]
         total = 0.0
         for begin in range(0, len(wanted), _POSITIONS):
             here = slice(begin, min(begin + _POSITIONS, len(wanted)))
-            logits = finish(self._model.module, self._blocks, hidden[:, here])[0].float()
-            losses = nn.functional.cross_entropy(logits, self._tokens[1:][here], reduction="none")
+            logits = finish(self._walk.model.module, self._walk.blocks, hidden[:, here])[0]
+            losses = negative_log_likelihoods(logits, self._tokens[1:][here])
             total += float(losses[wanted[here]].double().sum())
         return total / max(int(wanted.sum()), 1)
 

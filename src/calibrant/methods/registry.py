@@ -11,6 +11,7 @@ from calibrant.methods.solvers.sparsegpt import SPARSEGPT
 from calibrant.methods.solvers.spqr import SPQR
 from calibrant.methods.solvers.two_ssp import TWO_SSP
 from calibrant.methods.solvers.wanda import WANDA
+from calibrant.methods.training import QAT, QUADAPTER_END_TO_END, ZSAQ
 
-_ALL = (RTN, GPTQ, QUANTEASE, SPQR, HQQ, ADPQ, SPARSEGPT, WANDA, MAGNITUDE, TWO_SSP)
+_ALL = (RTN, GPTQ, QUANTEASE, SPQR, HQQ, ADPQ, SPARSEGPT, WANDA, MAGNITUDE, TWO_SSP, QAT, QUADAPTER_END_TO_END, ZSAQ)
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

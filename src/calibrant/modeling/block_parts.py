@@ -10,8 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError
-from calibrant.modeling.inputs import MicroBatch, call_block
-from calibrant.modeling.structure import BlockStructure, InputGroup, Linear, common_module
+from calibrant.modeling.block_walk import OpenedBlock
+from calibrant.modeling.hooks import swapped
+from calibrant.modeling.structure import InputGroup, Linear, common_module
 
 _UNCHANGED = 1e-3
 
@@ -52,17 +53,18 @@ class BlockParts:
         return {name: torch.zeros_like(parameters[name]) for name in names if name in parameters}
 
 
-def find_parts(block: nn.Module, index: int, prefix: str, structure: BlockStructure, batch: MicroBatch) -> BlockParts:
-    """The parts of ``block``, number ``index``, in float32; ``batch`` is a small input to try it with.
+def find_parts(block: OpenedBlock) -> BlockParts:
+    """The parts of ``block``, which computes in float32.
 
     A pair of stages is the MLP if its neurons can change places without changing the output.
 
     Raises:
         CalibrantError: there is no such pair, or not one linear left that attention ends with.
     """
-    groups = [stage for stage in structure.stages if isinstance(stage, InputGroup)]
-    parameters = {name: parameter.data for name, parameter in block.named_parameters()}
-    if len(groups) < len(structure.stages):
+    module = block.module
+    stages = block.structure.stages
+    groups = [stage for stage in stages if isinstance(stage, InputGroup)]
+    if len(groups) < len(stages):
         groups = []  # fused experts are no MLP to narrow
     for first, second in itertools.pairwise(groups):
         into, down = first.linears, second.linears[0]
@@ -73,10 +75,10 @@ def find_parts(block: nn.Module, index: int, prefix: str, structure: BlockStruct
         before = [linear for group in groups[: groups.index(first)] for linear in group.linears]
         if len(outs) != 1 or outs[0] not in before:
             continue
-        parts = BlockParts(into, down, outs[0], _count(block, before), _count(block, [*into, down]))
-        if _interchangeable(block, index, parts, parameters, batch):
+        parts = BlockParts(into, down, outs[0], _count(module, before), _count(module, [*into, down]))
+        if _interchangeable(block, parts):
             return parts
-    raise CalibrantError(f"{prefix}: no attention followed by an MLP of plain linears found, so 2ssp cannot prune it")
+    raise CalibrantError(f"{block.name}: no attention with an MLP of plain linears behind it, so 2ssp cannot prune it")
 
 
 def _count(block: nn.Module, linears: list[Linear]) -> int:
@@ -86,14 +88,13 @@ def _count(block: nn.Module, linears: list[Linear]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def _interchangeable(
-    block: nn.Module, index: int, parts: BlockParts, parameters: dict[str, torch.Tensor], batch: MicroBatch
-) -> bool:
-    expected = call_block(block, index, batch)
+def _interchangeable(block: OpenedBlock, parts: BlockParts) -> bool:
+    """Whether the neurons can change places without changing the block's output."""
+    expected = block.run(block.probe)
     order = torch.randperm(parts.neurons, generator=torch.Generator().manual_seed(0)).to(expected.device)
-    with _values(block, parts.narrow(parameters, order)):
-        found = call_block(block, index, batch)
-    return float((found - expected).norm()) <= _UNCHANGED * float((expected - batch.hidden).norm())
+    with narrowed(block.module, parts, order):
+        found = block.run(block.probe)
+    return float((found - expected).norm()) <= _UNCHANGED * float((expected - block.probe.hidden).norm())
 
 
 @contextmanager
@@ -103,8 +104,7 @@ def narrowed(block: nn.Module, parts: BlockParts, kept: torch.Tensor) -> Iterato
     try:
         for module in widths:
             module.nf = len(kept)  # it shapes its output by this number
-        parameters = {name: parameter.data for name, parameter in block.named_parameters()}
-        with _values(block, parts.narrow(parameters, kept)):
+        with swapped(_by_parameter(block, parts.narrow(_parameters(block), kept))):
             yield
     finally:
         for module in widths:
@@ -114,18 +114,13 @@ def narrowed(block: nn.Module, parts: BlockParts, kept: torch.Tensor) -> Iterato
 @contextmanager
 def attention_left_out(block: nn.Module, parts: BlockParts) -> Iterator[None]:
     """The block with attention adding nothing."""
-    with _values(block, parts.without_attention({name: one.data for name, one in block.named_parameters()})):
+    with swapped(_by_parameter(block, parts.without_attention(_parameters(block)))):
         yield
 
 
-@contextmanager
-def _values(block: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Other values, of other shapes perhaps, for some parameters."""
-    kept = {name: block.get_parameter(name).data for name in values}
-    try:
-        for name, value in values.items():
-            block.get_parameter(name).data = value
-        yield
-    finally:
-        for name, value in kept.items():
-            block.get_parameter(name).data = value
+def _parameters(block: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.data for name, parameter in block.named_parameters()}
+
+
+def _by_parameter(block: nn.Module, values: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(block.get_parameter(name), value) for name, value in values.items()]

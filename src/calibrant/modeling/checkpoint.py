@@ -30,15 +30,6 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class MadeBy:
-    """The compression that a folder came out of: its recipe, whether that quantized, and the hash of its record."""
-
-    recipe: str
-    quantized: bool
-    record_sha256: str
-
-
 class ModelFolder:
     """A Hugging Face model folder with safetensors weights, opened without loading a weight.
 
@@ -113,18 +104,6 @@ class ModelFolder:
         text = self.config.get_text_config()
         length = vars(text).get("max_position_embeddings", vars(text).get("n_positions"))
         return int(length) if isinstance(length, int) else None
-
-    def made_by(self) -> MadeBy | None:
-        """The compression that it came out of, by the ``calibrant.json`` beside it; None for files of others."""
-        file = self.path / "calibrant.json"
-        if not file.is_file():
-            return None
-        try:
-            recipe = json.loads(file.read_text(encoding="utf-8"))["recipe"]
-            name, weights = recipe["name"], recipe["scheme"]["weights"]
-        except (ValueError, TypeError, KeyError):
-            return None
-        return MadeBy(str(name), weights is not None, sha256_file(file))
 
     def identity(self) -> dict[str, str]:
         """Hashes of configuration and weights for manifests and reports; no paths."""

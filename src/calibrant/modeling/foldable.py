@@ -5,15 +5,16 @@ or an earlier linear with as many outputs as the group has inputs. A candidate c
 scale, with the group's columns multiplied by it, leaves the block's output as it was.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from calibrant.modeling.inputs import MicroBatch, call_block
-from calibrant.modeling.structure import BlockStructure, InputGroup, Linear
+from calibrant.modeling.block_walk import OpenedBlock
+from calibrant.modeling.hooks import Hook, hooked, swapped
+from calibrant.modeling.structure import InputGroup, Linear
 
 # Powers of two scale without rounding, so a right guess changes next to nothing in any dtype.
 _SCALES = (0.5, 1.0, 2.0, 4.0)
@@ -119,21 +120,20 @@ def _divided(producer: Producer) -> list[tuple[str, bool]]:
     return [(f"{producer.norm}.weight", False), *found]
 
 
-def find_foldable(block: nn.Module, index: int, structure: BlockStructure, batch: MicroBatch) -> list[FoldablePair]:
-    """The pairs of ``block``, number ``index``, that pass a trial on a small ``batch``, at most one an input group."""
-    with _watched(block) as seen:
-        expected = call_block(block, index, batch)
-    parameters = {name: parameter.data for name, parameter in block.named_parameters()}
-    effect = (expected.float() - batch.hidden.float()).norm()
+def find_foldable(block: OpenedBlock) -> list[FoldablePair]:
+    """The pairs of ``block`` that pass a trial on its probe, at most one per input group."""
+    with _watched(block.module) as seen:
+        expected = block.run(block.probe)
+    effect = (expected.float() - block.probe.hidden.float()).norm()
     pairs = []
-    for number, stage in enumerate(structure.stages):
+    for number, stage in enumerate(block.structure.stages):
         if not isinstance(stage, InputGroup):
             continue
-        for producer in _candidates(block, structure, number, stage, seen):
+        for producer in _candidates(block, number, stage, seen):
             pair = FoldablePair(producer, stage)
             limit = _UNCHANGED_WITH_OFFSET if producer.offset else _UNCHANGED
-            with _folded(pair, parameters):
-                change = (call_block(block, index, batch).float() - expected.float()).norm()
+            with swapped(_folded_at_random(pair, block.module)):
+                change = (block.run(block.probe).float() - expected.float()).norm()
             if change <= limit * effect:
                 pairs.append(pair)
                 break
@@ -146,51 +146,42 @@ def _watched(block: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
     seen: dict[str, tuple[int, int]] = {}
     alive: list[object] = []
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        def note(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+    def hook(name: str) -> Hook:
+        def note(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
             alive.extend((args, output))
             if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
                 seen.setdefault(name, (args[0].data_ptr(), output.data_ptr()))
 
         return note
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in block.named_modules() if name]
-    try:
+    with hooked(((module, hook(name)) for name, module in block.named_modules() if name), after=True):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _candidates(
-    block: nn.Module, structure: BlockStructure, number: int, group: InputGroup, seen: dict[str, tuple[int, int]]
+    block: OpenedBlock, number: int, group: InputGroup, seen: dict[str, tuple[int, int]]
 ) -> Iterator[Producer]:
     width = group.linears[0].in_features
     address = seen[group.module][0] if group.module in seen else None
-    for name, module in block.named_modules():
+    for name, module in block.module.named_modules():
         shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
         is_norm = shapes in ({"weight": (width,)}, {"weight": (width,), "bias": (width,)})
         if is_norm and address is not None and name in seen and seen[name][1] == address:
             bias = f"{name}.bias" if "bias" in shapes else None
             yield Producer(norm=name, bias=bias)
             yield Producer(norm=name, offset=1.0, bias=bias)
-    for stage in structure.stages[:number]:
+    for stage in block.structure.stages[:number]:
         for linear in stage.linears if isinstance(stage, InputGroup) else ():
             if linear.out_features == width:
-                biased = "bias" in dict(block.get_submodule(linear.name).named_parameters(recurse=False))
+                biased = "bias" in dict(block.module.get_submodule(linear.name).named_parameters(recurse=False))
                 yield Producer(linear=linear, bias=f"{linear.name}.bias" if biased else None)
 
 
-@contextmanager
-def _folded(pair: FoldablePair, parameters: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Meanwhile a random scale is folded."""
-    kept = {name: parameters[name].clone() for name in pair.changed()}
+def _folded_at_random(pair: FoldablePair, block: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The parameters that a random scale changes, each with its value after the fold."""
+    parameters = {name: block.get_parameter(name).data for name in pair.changed()}
     width = pair.group.linears[0].in_features
     choice = torch.randint(len(_SCALES), (width,), generator=torch.Generator().manual_seed(0))
-    scale = torch.tensor(_SCALES)[choice].to(next(iter(kept.values())).device)
-    try:
-        pair.fold(parameters, scale)
-        yield
-    finally:
-        for name, value in kept.items():
-            parameters[name].copy_(value)
+    scale = torch.tensor(_SCALES)[choice].to(next(iter(parameters.values())).device)
+    stored = {name: value.dtype for name, value in parameters.items()}
+    return [(block.get_parameter(name), value) for name, value in pair.folded(parameters, scale, stored)[1]]

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError
+from calibrant.modeling.hooks import Hook, hooked
 from calibrant.modeling.inputs import MicroBatch, call_block
 
 
@@ -148,20 +149,14 @@ def find_blocks(model: nn.Module) -> list[str]:
 def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructure:
     """Run ``block``, number ``index``, once on a small ``batch``: which linears read which tensors, in which order."""
     probe = _Probe(block, batch.hidden)
-    handles = [
-        module.register_forward_pre_hook(probe.linear_reached(name))
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+    linears = [(one, name) for name, one in block.named_modules() if isinstance(one, nn.Linear | Conv1D)]
+    owners = {name.rpartition(".")[0] for name in fused_parameters(block)}
+    hooks = [
+        *((module, probe.linear_reached(name)) for module, name in linears),
+        *((block.get_submodule(owner), probe.experts_reached(owner)) for owner in owners),
     ]
-    fused = fused_parameters(block)
-    for owner in {name.rpartition(".")[0] for name in fused}:
-        handles.append(block.get_submodule(owner).register_forward_pre_hook(probe.experts_reached(owner)))
-    try:
-        with watch_experts(block, probe.product_seen), _Uses(probe.tensor_used):
-            probe.tensor_returned(call_block(block, index, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(hooks), watch_experts(block, probe.product_seen), _Uses(probe.tensor_used):
+        probe.tensor_returned(call_block(block, index, batch))
     return probe.structure()
 
 
@@ -178,10 +173,10 @@ class _Probe:
         self._stages: list[tuple[str, list[Linear], torch.Tensor | None]] = []
         self._products: dict[str, tuple[Linear, ...]] = {}
 
-    def linear_reached(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def linear_reached(self, name: str) -> Hook:
         """A hook for a linear: the same input tensor as an earlier one joins its group."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in self._seen:
                 return
             self._seen.add(name)
@@ -195,10 +190,10 @@ class _Probe:
 
         return hook
 
-    def experts_reached(self, owner: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def experts_reached(self, owner: str) -> Hook:
         """A hook for a module with fused expert weights: a stage without linears of its own."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._stages.append((owner, [], None))
 
         return hook

@@ -1,20 +1,25 @@
-"""Seconds, memory and disk of a run, estimated before any weight is read."""
+"""Seconds, memory and disk of a run, estimated before any weight is read.
+
+The factors over the floor and the fixed parts were measured for this engine on a CPU (ours; they are rough).
+"""
 
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from calibrant.methods.registry import METHODS
+from calibrant.methods.training import HELD_OUT_TOKENS, TrainingOptions, Zsaq
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.quantization.statistics import Hessian, PairedHessian
-from calibrant.recipes.parts import WATCHED_TOKENS, Awq, Quadapter, Training, Zsaq
+from calibrant.recipes.parts import Awq, Quadapter
 from calibrant.recipes.plan import Plan
 
 # Ranges that a search by output error compares.
 _CLIP_CANDIDATES = 10
+_PROCESS_BYTES = 600 * 2**20
 
 
 @dataclass(frozen=True)
@@ -27,102 +32,93 @@ class Estimate:
 
 
 def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> Estimate:
-    """Estimate a run from FLOPs and a short measurement of this machine's matrix products.
-
-    The factor over the floor and the fixed part are measured ones for this engine on a CPU (ours; they are rough).
-    """
-    tokens = samples * length if plan.recipe.needs_data else 0
-    parameters = sum(out * into for out, into in plan.linears.values()) + sum(
-        torch.Size(shape).numel() for shape in plan.fused.values()
-    )
-    widths = {into for _, into in plan.linears.values()} | {
-        width for shape in plan.fused.values() for width in shape[1:]
-    }
-    groups = 4 * len(plan.blocks)
-    hessian = 0.0
-    if plan.recipe.statistic in (Hessian, PairedHessian):
-        per_block = sum(sorted(widths)[:1]) ** 2 * 3 + max(widths) ** 2
-        hessian = per_block * len(plan.blocks) * float(tokens)
-    flops = 2.0 * parameters * tokens + hessian
-    seconds = 1.5 * flops / measured_rate(dtype, model.device) + 0.02 * groups + 5
-    seconds += _solving_flops(plan, parameters) / measured_rate(dtype, model.device)
-    for transform in plan.recipe.transforms:
-        if isinstance(transform, Quadapter):
-            # Three times a forward pass a step; one row in eight is looked at every 25 steps.
-            passes = transform.steps * (3 + samples / (8 * 25))
-            seconds += 1.5 * 2.0 * parameters * length * passes / measured_rate(torch.float32, model.device)
-            seconds += 0.02 * transform.steps * len(plan.blocks)
-    hidden = _hidden_width(model)
+    """Estimate a run from its FLOPs and a short measurement of this machine's matrix products."""
+    size = _Size(model, plan, samples, length, dtype)
+    parts = [size.blocks()]
+    if plan.recipe.quadapter is not None:
+        parts.append(size.quadapter(plan.recipe.quadapter))
     if plan.recipe.training is not None:
-        whole = parameters + hidden * model.folder.vocabulary
-        # Products of a few hundred rows, and the head in float32, are further from the best rate.
-        generator = _generator_parameters(model, plan.recipe.training)
-        seconds += 2.5 * _training_flops(plan.recipe.training, whole, generator) / measured_rate(dtype, model.device)
-    element = torch.empty(0, dtype=dtype).element_size()
-    block = max(1, parameters // len(plan.blocks))
-    widest = max(widths, default=hidden)
-    memory = 600 * 2**20 + tokens * element * (3 * hidden + 2 * widest) + block * 16 + 3 * 4 * widest**2
-    if any(isinstance(transform, Quadapter) for transform in plan.recipe.transforms):
+        parts.append(size.training(plan.recipe.training))
+    return Estimate(
+        sum(part.seconds for part in parts),
+        sum(part.memory_bytes for part in parts),
+        sum(part.disk_bytes for part in parts),
+    )
+
+
+class _Size:
+    """What the parts of an estimate share; each part is one method."""
+
+    def __init__(self, model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> None:
+        self._model, self._plan, self._dtype = model, plan, dtype
+        self._samples, self._length = samples, length
+        self._tokens = samples * length if plan.recipe.needs_data else 0
+        self._parameters = sum(torch.Size(layer.shape).numel() for layer in plan.layers.values())
+        self._widths = {into for _, into in plan.linears.values()}
+        self._widths |= {width for shape in plan.fused.values() for width in shape[1:]}
+        self._block = max(1, self._parameters // len(plan.blocks))
+        self._hidden = int(model.folder.config.get_text_config().hidden_size)
+        self._rate = cache(lambda dtype: measured_rate(dtype, model.device))
+
+    def blocks(self) -> Estimate:
+        """Forward passes, statistics, searches and solves of all blocks, and the output's files."""
+        blocks, tokens = len(self._plan.blocks), self._tokens
+        hessian = 0.0
+        if self._plan.recipe.statistic in (Hessian, PairedHessian):
+            hessian = (min(self._widths) ** 2 * 3 + max(self._widths) ** 2) * blocks * float(tokens)
+        flops = 1.5 * (2.0 * self._parameters * tokens + hessian) + self._solving_flops()
+        seconds = flops / self._rate(self._dtype) + 0.02 * 4 * blocks + 5
+        element = torch.empty(0, dtype=self._dtype).element_size()
+        widest = max(self._widths, default=self._hidden)
+        memory = tokens * element * (3 * self._hidden + 2 * widest) + self._block * 16 + 3 * 4 * widest**2
+        stored = sum(_stored_bytes(info.dtype, info.shape) for info in self._model.folder.tensors.values())
+        return Estimate(seconds, _PROCESS_BYTES + memory, 2 * stored)
+
+    def _solving_flops(self) -> float:
+        """Work of solves and searches, as products at the best rate that take as long (measured on SmolLM2-135M)."""
+        recipe, spec, work = self._plan.recipe, self._plan.target.spec, 0.0
+        pairs = sum(out * into**2 for out, into in self._plan.linears.values())
+        pairs += sum(torch.Size(shape).numel() * max(shape[1:]) for shape in self._plan.fused.values())
+        # Loops over columns reach about a tenth of that rate.
+        work += 10 * 2.0 * pairs * recipe.kind.passes(recipe.method)
+        if spec is not None and spec.range_search == "clip":
+            work += 30 * 2.0 * _CLIP_CANDIDATES * (spec.group_size or 512) * self._parameters
+        for transform in recipe.transforms:
+            if isinstance(transform, Awq):
+                work += transform.steps * 3 * 2.0 * 1024 * self._parameters
+        return work
+
+    def quadapter(self, options: Quadapter) -> Estimate:
+        """Learning channel scales block by block."""
+        # A step costs three forward passes; one row in eight is evaluated every 25 steps.
+        passes = options.steps * (3 + self._samples / (8 * 25))
+        seconds = 1.5 * 2.0 * self._parameters * self._length * passes / self._rate(torch.float32)
+        seconds += 0.02 * options.steps * len(self._plan.blocks)
         # Float32 inputs and targets of a block; its weights, rounded and on the way there, with their gradients.
-        memory += 2 * 4 * tokens * hidden + 10 * 4 * block
-    if plan.recipe.training is not None:
+        return Estimate(seconds, 2 * 4 * self._tokens * self._hidden + 10 * 4 * self._block, 0)
+
+    def training(self, options: TrainingOptions) -> Estimate:
+        """Training the whole model."""
+        vocabulary = self._model.folder.vocabulary
+        whole, generator = self._parameters + self._hidden * vocabulary, self._generator_parameters(options)
+        # Products of a few hundred rows, and the head in float32, are further from the best rate.
+        seconds = 2.5 * options.flops(whole, generator) / self._rate(self._dtype)
+        rows = max(options.batch_size, HELD_OUT_TOKENS // options.length)
+        rows = min(rows, options.micro_batch(options.length, vocabulary))
+        logits = rows * options.length * vocabulary
         # Teacher, weights, rounded weights, their gradients, two moments, the best so far; a generator with its own.
-        options = plan.recipe.training
-        generator = _generator_parameters(model, options)
-        rows = max(options.batch_size, WATCHED_TOKENS // options.length)
-        rows = min(rows, options.micro_batch(options.length, model.folder.vocabulary))
-        logits = rows * options.length * model.folder.vocabulary
-        memory += 4 * (8 * (parameters + hidden * model.folder.vocabulary) + 5 * generator + 6 * logits)
-    disk = 2 * sum(_info_bytes(info.dtype, info.shape) for info in model.folder.tensors.values())
-    if plan.recipe.training is not None:
-        # The journal, and the one before it: weights, moments, the best so far; a generator's.
-        disk += 2 * 4 * (4 * parameters + 3 * _generator_parameters(model, plan.recipe.training))
-    return Estimate(seconds, memory, disk)
+        memory = 4 * (8 * whole + 5 * generator + 6 * logits)
+        # Two journals: weights, moments, the best so far; a generator's.
+        return Estimate(seconds, memory, 2 * 4 * (4 * self._parameters + 3 * generator))
+
+    def _generator_parameters(self, options: TrainingOptions) -> int:
+        if not isinstance(options, Zsaq) or options.inputs == "random":
+            return 0
+        folder = self._model.folder if options.generator is None else ModelFolder(model_path(options.generator))
+        return sum(torch.Size(info.shape).numel() for info in folder.tensors.values())
 
 
-def _solving_flops(plan: Plan, parameters: int) -> float:
-    """Work of solves and searches, as products at the best rate that take as long (measured on SmolLM2-135M; ours)."""
-    recipe, work = plan.recipe, 0.0
-    pairs = sum(out * into**2 for out, into in plan.linears.values()) + sum(
-        torch.Size(shape).numel() * max(shape[1:]) for shape in plan.fused.values()
-    )
-    # Loops over columns reach about a tenth of that rate.
-    work += 10 * 2.0 * pairs * METHODS[recipe.method.name].passes(recipe.method)
-    weights = recipe.scheme.weights
-    if weights is not None and weights.range_search == "clip":
-        work += 30 * 2.0 * _CLIP_CANDIDATES * (plan.spec.group_size or 512 if plan.spec is not None else 0) * parameters
-    for transform in recipe.transforms:
-        if isinstance(transform, Awq):
-            work += transform.steps * 3 * 2.0 * 1024 * parameters
-    return work
-
-
-def _generator_parameters(model: LazyModel, options: Training) -> int:
-    if not isinstance(options, Zsaq) or options.inputs == "random":
-        return 0
-    folder = model.folder if options.generator is None else ModelFolder(model_path(options.generator))
-    return sum(torch.Size(info.shape).numel() for info in folder.tensors.values())
-
-
-def _training_flops(options: Training, parameters: int, generator: int) -> float:
-    """A backward pass is two forward ones; student and teacher run twice where steps look around."""
-    times = 2 if options.sam_rho else 1
-    passes = (3 + options.gradient_checkpointing) * times + (1 if isinstance(options, Zsaq) else times)
-    generator_passes = 1
-    if isinstance(options, Zsaq) and options.generator_learning_rate:
-        # Its own step goes through student and teacher and back to what they read.
-        passes, generator_passes = passes + 4, 4
-    looks = 2 * (1 + options.steps / options.eval_steps) * WATCHED_TOKENS
-    work = passes * parameters + generator_passes * generator
-    return 2.0 * (options.batch_size * options.length * options.steps * work + looks * parameters)
-
-
-def _hidden_width(model: LazyModel) -> int:
-    """Width of the hidden states."""
-    return int(model.folder.config.get_text_config().hidden_size)
-
-
-def _info_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+def _stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a stored tensor."""
     width = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}.get(dtype, 1)
     return width * torch.Size(shape).numel()

@@ -1,45 +1,181 @@
-"""What a run says of itself: its settings, everything that determined its result, and what it took."""
+"""The record of a run: everything that determined its result and what came out, as ``calibrant.json`` stores it."""
 
 import importlib.metadata as metadata
-import resource
-import sys
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-import calibrant
-from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.engine.block_solver import LayerReport
+from calibrant.engine.budget import SpentBudget
+from calibrant.engine.compress_blocks import Order
+from calibrant.engine.two_stage_pruning import Pruned
+from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.registry import format_for
+from calibrant.hashing import canonical_json, sha256_file
+from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.recipes.plan import Plan
+from calibrant.recipes.recipe import Recipe
 from calibrant.training.train_model import generator_identity
+from calibrant.training.training_loop import Trained
+from calibrant.version import __version__
+
+RECORD_NAME = "calibrant.json"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run computes. ``sequential``: solve inside one suspended pass (else collect, then propagate);
-    ``propagate``: feed blocks the outputs of compressed ones; ``micro_batch_tokens``: tokens of one forward.
-    """
+    """How a run computes: the ``dtype`` of forward passes, the device, and in which ``order`` layers are solved."""
 
     dtype: torch.dtype
     device: torch.device
-    sequential: bool = True
-    propagate: bool = True
-    micro_batch_tokens: int = 2048
-    overwrite: bool = False
+    order: Order = "sequential"
 
-    def describe(self) -> dict[str, Any]:
-        """What of this shapes the result."""
-        return {
-            "compute_dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "sequential": self.sequential and self.propagate,
-            "propagate": self.propagate,
-            "micro_batch_tokens": self.micro_batch_tokens,
-        }
+    def recorded(self) -> "RecordedSettings":
+        """The same for the record."""
+        name = str(self.dtype).removeprefix("torch.")
+        return RecordedSettings(compute_dtype=name, device=self.device.type, order=self.order)
+
+
+class _Recorded(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RecordedSettings(_Recorded):
+    """How a run computed."""
+
+    compute_dtype: str
+    device: str
+    order: Order
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """The compression that a model folder came out of: its recipe, whether that quantized, and its record's hash."""
+
+    recipe: str
+    quantized: bool
+    record_sha256: str
+
+
+class RunRecord(_Recorded):
+    """``calibrant.json``. It contains no times and no paths, so that two equal runs write equal bytes.
+
+    ``format`` is the checkpoint format's name, or "dense"; ``model`` and ``generator`` hold names and hashes;
+    ``calibration`` is the set's manifest without its rows.
+    """
+
+    format_version: Literal[1] = 1
+    calibrant_version: str
+    recipe: Recipe
+    format: str
+    model: dict[str, str]
+    made_by: MadeBy | None
+    generator: dict[str, str] | None
+    calibration: Manifest | None
+    settings: RecordedSettings
+    libraries: dict[str, str]
+    layers: list[LayerReport]
+    notes: list[str]
+    budget: SpentBudget | None
+    structure: Pruned | None
+    training: Trained | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return self.model_dump(mode="json", exclude={"calibration": {"rows"}})
+
+    def write(self, folder: Path) -> None:
+        """Write ``calibrant.json`` into ``folder``."""
+        (folder / RECORD_NAME).write_text(canonical_json(self.as_dict()), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "RunRecord":
+        """The record in an output folder.
+
+        Raises:
+            CalibrantError: there is none, or this version does not read it.
+        """
+        file = Path(folder) / RECORD_NAME
+        try:
+            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            said = "keys are missing or wrong" if isinstance(error, ValidationError) else first_line(error)
+            raise CalibrantError(f"{file}: no record that calibrant {__version__} reads ({said})") from error
+
+
+def made_by(folder: ModelFolder) -> MadeBy | None:
+    """The compression that ``folder`` came out of; None for models without a record of ours."""
+    try:
+        record = RunRecord.read(folder.path)
+    except CalibrantError:
+        return None
+    return MadeBy(record.recipe.name, record.recipe.scheme.weights is not None, sha256_file(folder.path / RECORD_NAME))
+
+
+def make_record(
+    model: LazyModel,
+    plan: Plan,
+    calibration: CalibrationSet | None,
+    settings: Settings,
+    layers: list[LayerReport],
+    notes: list[str],
+    *,
+    budget: SpentBudget | None,
+    structure: Pruned | None,
+    training: Trained | None,
+) -> RunRecord:
+    """The record of a run of ``plan`` on ``model``."""
+    return RunRecord(
+        calibrant_version=__version__,
+        recipe=plan.recipe,
+        format=format_for(plan.target.layout).name if plan.target.layout else "dense",
+        model={"name": model.folder.name, **model.folder.identity()},
+        made_by=made_by(model.folder),
+        generator=_generator(model, plan),
+        calibration=calibration.manifest if calibration is not None else None,
+        settings=settings.recorded(),
+        libraries=library_versions(),
+        layers=layers,
+        notes=notes,
+        budget=budget,
+        structure=structure,
+        training=training,
+    )
+
+
+def training_identity(
+    model: LazyModel, plan: Plan, calibration: CalibrationSet | None, settings: Settings
+) -> dict[str, Any]:
+    """What a training's outcome depends on; without the set where that is not made yet (None)."""
+    known = {"calibration": calibration.sha256} if calibration is not None else {}
+    spec = plan.target.spec
+    return {
+        **known,
+        "calibrant_version": __version__,
+        "recipe": plan.recipe.model_dump(),
+        "scale_dtype": str(spec.scale_dtype) if spec is not None else None,
+        "model": model.folder.identity(),
+        "generator": _generator(model, plan),
+        "settings": settings.recorded().model_dump(),
+        "libraries": library_versions(),
+    }
+
+
+def _generator(model: LazyModel, plan: Plan) -> dict[str, str] | None:
+    """Identity of the other model that a training used."""
+    training = plan.recipe.training
+    return generator_identity(model.folder, training) if training is not None else None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries whose arithmetic or formats shape a result."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "safetensors", "numba", "numpy")}
 
 
 @dataclass(frozen=True)
@@ -61,66 +197,6 @@ class RunReport:
         """Layers that were not solved as asked."""
         return [layer for layer in self.layers if layer.record.fallback is not None]
 
-
-def report_dict(report: RunReport) -> dict[str, Any]:
-    """The report as plain values."""
-    return {**asdict(report), "output": report.output.name}
-
-
-def run_record(
-    model: LazyModel,
-    plan: Plan,
-    calibration: CalibrationSet | None,
-    settings: Settings,
-    layers: list[LayerReport],
-    notes: list[str],
-) -> dict[str, Any]:
-    """Everything that determined the result and what came out: ``calibrant.json``. No times, no paths."""
-    made_by = model.folder.made_by()
-    return {
-        "calibrant_version": calibrant.__version__,
-        "recipe": plan.recipe.model_dump(),
-        "format": format_for(plan.layout).name if plan.layout else "dense",
-        "model": {"name": model.folder.name, **model.folder.identity()},
-        "made_by": asdict(made_by) if made_by is not None else None,
-        "generator": _generator(model, plan),
-        "calibration": calibration.manifest.model_dump(exclude={"rows"}) if calibration is not None else None,
-        "settings": settings.describe(),
-        "libraries": library_versions(),
-        "layers": [asdict(layer) for layer in layers],
-        "notes": notes,
-    }
-
-
-def training_identity(
-    model: LazyModel, plan: Plan, calibration: CalibrationSet | None, settings: Settings
-) -> dict[str, Any]:
-    """What a training's outcome depends on, but for the set if that is not made yet (None)."""
-    known = {"calibration": calibration.sha256} if calibration is not None else {}
-    return {
-        **known,
-        "calibrant_version": calibrant.__version__,
-        "recipe": plan.recipe.model_dump(),
-        "scale_dtype": str(plan.spec.scale_dtype) if plan.spec is not None else None,
-        "model": model.folder.identity(),
-        "generator": _generator(model, plan),
-        "settings": settings.describe(),
-        "libraries": library_versions(),
-    }
-
-
-def _generator(model: LazyModel, plan: Plan) -> dict[str, str] | None:
-    """The other model that a training used."""
-    training = plan.recipe.training
-    return generator_identity(model.folder, training) if training is not None else None
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic or formats shape a result."""
-    return {name: metadata.version(name) for name in ("torch", "transformers", "safetensors", "numba", "numpy")}
-
-
-def peak_memory() -> int:
-    """Bytes; macOS counts them, other systems count units of 1,024."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, with the output's name for its path."""
+        return {**asdict(self), "output": self.output.name}

@@ -11,6 +11,9 @@ import torch
 
 from calibrant.quantization.grids import GridSpec, parameters
 
+# Bits of quantized activations.
+ACTIVATION_BITS = 8
+
 RangeRule = Literal["minmax", "percentile", "mse"]
 _BINS = 4096
 _SHRINK_STEPS = 100
@@ -60,7 +63,7 @@ class InputRange:
         ``100 - percentile`` percent are cut, half at each end; "mse" the share of the minimum and maximum whose
         squared rounding and clipping error is least (ours: shares 1, 0.99, ... 0.01, errors from the histogram).
         """
-        spec = GridSpec(8, False, None, scale_dtype)
+        spec = GridSpec(ACTIVATION_BITS, False, None, scale_dtype)
         low, high = torch.tensor([self.low]), torch.tensor([self.high])
         if rule == "percentile" and self._bound:
             cut = (1 - percentile / 100) / 2

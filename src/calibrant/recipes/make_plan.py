@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -12,14 +13,12 @@ from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import FormatName, Layout
 from calibrant.formats.registry import format_for
-from calibrant.methods.registry import METHODS
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.packable import first_not_packable
 from calibrant.modeling.structure import fused_parameters
 from calibrant.quantization.grids import GridSpec
-from calibrant.recipes.parts import Quadapter
-from calibrant.recipes.plan import Plan
+from calibrant.recipes.plan import LayerPlan, Plan, Target
 from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 
 _PRUNED_DENSE = "pruned weights are stored dense: the zeros are there, the files do not get smaller"
@@ -40,6 +39,10 @@ class _Layers:
             found[name] = shape[2]
             found[f"{name} (other axis)"] = shape[1]
         return found
+
+    def planned(self, target: Target) -> dict[str, LayerPlan]:
+        """Every layer with the same target."""
+        return {name: LayerPlan(shape, target) for name, shape in [*self.linears.items(), *self.fused.items()]}
 
 
 def make_plan(
@@ -62,14 +65,16 @@ def make_plan(
     if recipe.scheme.weights is None:
         if format_name != "compressed-tensors":
             raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
-        notes = [] if METHODS[recipe.method.name].changes_shape else [_PRUNED_DENSE]
-        return Plan(recipe, blocks, layers.linears, layers.fused, None, sparsity, None, notes)
+        notes = [] if recipe.changes_shape else [_PRUNED_DENSE]
+        target = Target(None, sparsity, None)
+        return Plan(recipe, blocks, target, layers.planned(target), notes)
     spec, layout = _grid_and_layout(model, recipe, format_name)
     _check_format(layout, layers, recipe)
     _check_bits_budget(layout, layers, recipe)
     notes = [*_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
-    return Plan(recipe, blocks, layers.linears, layers.fused, spec, sparsity, stored, notes)
+    target = Target(spec, sparsity, stored)
+    return Plan(recipe, blocks, target, layers.planned(target), notes)
 
 
 def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
@@ -89,7 +94,7 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
             found.unpackable.append(name)
     for name, parameter in fused_parameters(model.module).items():
         if any(name.startswith(block + ".") for block in blocks):
-            # transformers 5.23 loads no experts that are left alone beside packed layers.
+            # transformers loads no experts that are left alone beside packed layers.
             found.unpackable.append(name)
             if not recipe.ignores(name):
                 found.fused[name] = tuple(parameter.shape)
@@ -154,10 +159,10 @@ def _check_pattern(recipe: Recipe, sparsity: Sparsity | None, layers: _Layers) -
 def _check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
     """Refuse what cannot be done to fused experts."""
     refusal = None
-    if any(isinstance(transform, Quadapter) for transform in recipe.transforms):
+    if recipe.quadapter is not None:
         refusal = "which quadapter learns no scales for; ignore them"
     elif recipe.training is not None:
-        refusal = f"which {recipe.training.name} cannot train; ignore them"
+        refusal = f"which {recipe.method.name} cannot train; ignore them"
     elif recipe.drift_correction:
         refusal = "beside which the original model cannot run; take a recipe without that"
     elif recipe.budget is not None:
@@ -226,8 +231,8 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
         return [f"{recipe.method.name} fits no quantized format: its values are stored dense"]
     if layers.unpackable:
         dense = (
-            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers 5.23 loads no quantized format "
-            "with one: the quantized values are stored dense, so the files do not get smaller"
+            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers {transformers.__version__} loads no "
+            "quantized format with one: the quantized values are stored dense, so the files do not get smaller"
         )
         inputs = (
             f"its int8 inputs are described in {INPUT_ROUNDING}, which calibrant evaluate computes with; "
@@ -236,7 +241,7 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
         return [dense, inputs] if layout.activations else [dense]
     if not layout.symmetric and not layout.activations and layout.format == "compressed-tensors":
         return [
-            "transformers 5.23 loads asymmetric packed weights only unpacked: pass from_pretrained "
+            f"transformers {transformers.__version__} loads asymmetric packed weights only unpacked: pass from_pretrained "
             "quantization_config=CompressedTensorsConfig(dequantize=True)"
         ]
     if layout.activations and layout.bits < 8:

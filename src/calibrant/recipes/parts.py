@@ -1,18 +1,14 @@
-"""What a recipe is put together from: its scheme, a budget, transforms, a training."""
+"""The parts of a recipe: its scheme, a budget, transforms."""
 
 import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from calibrant.formats.quantized import STORED_WIDTHS
 from calibrant.quantization.activation_ranges import RangeRule
 from calibrant.quantization.grids import RangeSearch
 from calibrant.strict import Strict
-
-# A look at a training runs on at most so many tokens: it should cost little beside the steps between two (ours).
-WATCHED_TOKENS = 4096
-# Logits of so many bytes are held at a time (ours).
-_LOGIT_BYTES = 2**28
 
 
 class Weights(Strict):
@@ -43,7 +39,6 @@ class Activations(Strict):
     least squared error ("mse").
     """
 
-    bits: Literal[8] = 8
     dynamic: bool = True
     range: RangeRule = "minmax"
     percentile: float = Field(default=99.99, gt=50, lt=100)
@@ -94,26 +89,46 @@ class Scheme(Strict):
 
 
 class Budget(Strict):
-    """Bits, or the share of zeros, by group of layers: those of ``choices`` that move the model least.
+    """Bits, or the share of zeros, per group of layers: the ``choices`` that change the model least.
 
-    ``average`` over all weights; where left out, the scheme's own bits or share.
+    ``average`` over all weights; left out, the scheme's own bits or share.
     """
 
     choices: list[float] = Field(min_length=2)
     average: float | None = None
 
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Why ``scheme`` cannot have this budget, or None."""
+        choices, weights = self.choices, scheme.weights
+        if scheme.activations is not None or (weights is not None and scheme.sparsity is not None):
+            return "a budget is of bits or of zeros, not of both, and not for int8 activations"
+        if weights is not None and not weights.symmetric:
+            return "a budget of bits needs symmetric weights: transformers loads no others of mixed widths"
+        if weights is not None and any(choice not in STORED_WIDTHS for choice in choices):
+            return f"budget.choices: widths that files have, of {', '.join(map(str, STORED_WIDTHS))}"
+        if weights is None and (":" in str(scheme.sparsity) or not all(0 <= choice < 1 for choice in choices)):
+            return "budget.choices: shares of zeros from 0 to below 1, and no pattern n:m"
+        average = self.average
+        if average is None:
+            average = weights.bits if weights is not None else float(str(scheme.sparsity))
+        if len(set(choices)) < len(choices):
+            return f"budget.choices: {choices} name one twice"
+        if not min(choices) <= average <= max(choices):
+            return f"budget: {choices} cannot average {average:g}; take others"
+        return None
+
 
 class SmoothQuant(Strict):
     """SmoothQuant: scales from norms into linears; ``alpha`` 1 moves the activations' whole range."""
 
-    name: Literal["smoothquant"]
+    name: Literal["smoothquant"] = "smoothquant"
     alpha: float = Field(default=0.5, ge=0, le=1)
 
 
 class Awq(Strict):
     """AWQ's channel scales, searched over ``steps`` powers; ``duo`` also divides by the weights' magnitude."""
 
-    name: Literal["awq"]
+    name: Literal["awq"] = "awq"
     steps: int = Field(default=20, ge=1)
     duo: bool = False
 
@@ -121,82 +136,9 @@ class Awq(Strict):
 class Quadapter(Strict):
     """Quadapter's channel scales from norms into linears, learned block by block in so many ``steps`` of Adam."""
 
-    name: Literal["quadapter"]
+    name: Literal["quadapter"] = "quadapter"
     steps: int = Field(default=100, ge=1)
     learning_rate: float = Field(default=0.06, gt=0)
 
 
 Transform = Annotated[SmoothQuant | Awq | Quadapter, Field(discriminator="name")]
-
-
-class Training(Strict):
-    """What every training of rounded weights has.
-
-    ``steps`` updates of ``batch_size`` sequences of ``length`` tokens, by AdamW with a rate that falls as a cosine.
-    ``sam_rho`` is how far sharpness-aware steps look, 0 for plain ones. The held-out loss is taken every ``eval_steps``
-    steps; after ``patience`` looks without a better one training stops. ``micro_batch_size`` rows are run at a time and
-    their gradients added up (None: as many as 256 MiB of logits hold); ``gradient_checkpointing`` computes activations twice
-    instead of keeping them. A ``seed`` that is left out is the command's.
-    """
-
-    steps: int = Field(default=200, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    length: int = Field(default=64, ge=2)
-    learning_rate: float = Field(default=5e-5, gt=0)
-    sam_rho: float = Field(default=0.0, ge=0)
-    eval_steps: int = Field(default=20, ge=1)
-    patience: int = Field(default=5, ge=1)
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    gradient_checkpointing: bool = False
-    seed: int = Field(default=0, ge=0)
-
-    def micro_batch(self, length: int, vocabulary: int) -> int:
-        """How many rows of that length are run at a time, if there are as many."""
-        return self.micro_batch_size or max(1, _LOGIT_BYTES // (4 * length * vocabulary))
-
-
-class OnText(Training):
-    """Training on the calibration set.
-
-    ``objective``: give what the original model gives ("teacher"), or predict the set's next tokens ("text").
-    """
-
-    objective: Literal["teacher", "text"] = "teacher"
-
-
-class Qat(OnText):
-    """Quantization-aware training: weights, scales and ranges."""
-
-    name: Literal["qat"]
-
-
-class EndToEnd(OnText):
-    """Quadapter's second phase: the channel scales of all blocks together, and static ranges."""
-
-    name: Literal["quadapter"]
-    learning_rate: float = Field(default=2e-3, gt=0)
-    objective: Literal["teacher", "text"] = "text"
-
-
-class Zsaq(Training):
-    """ZSAQ: the original model is followed on what a generator makes up to tell the two apart; no data.
-
-    ``generator``: a language model's folder; left out, the model itself. ``inputs`` "random" takes random tokens
-    instead of a generator's. ``generator_learning_rate`` 0 freezes it. ``temperature`` is that of the softmax between
-    a generator of the same vocabulary and the model's embeddings.
-    """
-
-    name: Literal["zsaq"]
-    sam_rho: float = Field(default=0.05, ge=0)
-    inputs: Literal["generator", "random"] = "generator"
-    generator: str | None = None
-    generator_learning_rate: float = Field(default=1e-5, ge=0)
-    temperature: float = Field(default=1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _generated(self) -> "Zsaq":
-        about = ("generator", "generator_learning_rate", "temperature")
-        defaults = {name: Zsaq.model_fields[name].default for name in about}
-        if self.inputs == "random" and defaults != self.model_dump(include=set(about)):
-            raise ValueError(f"random inputs need no generator: leave {', '.join(about)} out")
-        return self

@@ -1,4 +1,4 @@
-"""What a run will do: a recipe made fit for a model."""
+"""What a run will do: a recipe fitted to a model."""
 
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +12,41 @@ from calibrant.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class TrainedLinear:
+class Target:
+    """What becomes of a layer: its grid, its sparsity, and how it is stored (None: dense)."""
+
+    spec: GridSpec | None
+    sparsity: Sparsity | None
+    layout: Layout | None
+
+    @property
+    def nominal(self) -> float:
+        """The bits, or the share of zeros."""
+        return self.spec.bits if self.spec is not None else self.sparsity.share if self.sparsity is not None else 0.0
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """Dtype of rounded values: float32 where loaders compute them from codes, else the model's own dtype."""
+        return torch.float32 if self.layout is not None or self.spec is None else self.spec.scale_dtype
+
+    def at(self, choice: float) -> "Target":
+        """The same with other bits, or another share of zeros."""
+        if self.spec is None:
+            return replace(self, sparsity=Sparsity(choice))
+        layout = replace(self.layout, bits=int(choice)) if self.layout is not None else None
+        return replace(self, spec=replace(self.spec, bits=int(choice)), layout=layout)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer that is compressed: the shape of its weight, ``(out, in)`` or for fused experts three sizes."""
+
+    shape: tuple[int, ...]
+    target: Target
+
+
+@dataclass(frozen=True)
+class LearnedLinear:
     """A linear after training: its weight ``[out, in]`` (float32), to be rounded on ``grid``."""
 
     weight: torch.Tensor
@@ -20,51 +54,51 @@ class TrainedLinear:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A recipe made fit for a model.
+class Learned:
+    """What a training found; None for what it did not learn.
 
-    ``layout`` is None for models that are stored dense. ``linears`` maps the names of the plain linears to be
-    compressed to ``(out, in)``; ``fused`` names parameters that hold many experts. ``notes`` are for the user.
-    ``choices`` holds the bits or shares of zeros of linears for which a budget chose others than the scheme's,
-    ``scales`` what was learned before the run for the columns behind a norm, by the first linear's full name,
-    ``trained`` weights and grids that were learned, ``input_grids`` those of static inputs, by the linear's full name.
+    ``scales`` are those of the columns behind a norm, by the first linear's full name; ``weights`` and the
+    ``input_grids`` of static activations stand under the linear's full name.
+    """
+
+    scales: dict[str, torch.Tensor] | None = None
+    weights: dict[str, LearnedLinear] | None = None
+    input_grids: dict[str, InputGrid] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe fitted to a model.
+
+    ``target`` is the scheme's; ``layers`` holds every layer that is compressed by its full name (fused experts by their
+    parameter's), each with a target of its own where a budget chose one. ``notes`` are sentences for the user.
     """
 
     recipe: Recipe
     blocks: list[str]
-    linears: dict[str, tuple[int, int]]
-    fused: dict[str, tuple[int, ...]]
-    spec: GridSpec | None
-    sparsity: Sparsity | None
-    layout: Layout | None
+    target: Target
+    layers: dict[str, LayerPlan]
     notes: list[str]
-    choices: dict[str, float] = field(default_factory=dict)
-    scales: dict[str, torch.Tensor] | None = None
-    trained: dict[str, TrainedLinear] | None = None
-    input_grids: dict[str, InputGrid] | None = None
+    learned: Learned = field(default_factory=Learned)
 
     @property
-    def nominal(self) -> float:
-        """The scheme's bits, or its share of zeros."""
-        return self.spec.bits if self.spec is not None else self.sparsity.share if self.sparsity is not None else 0.0
+    def linears(self) -> dict[str, tuple[int, ...]]:
+        """Shapes ``(out, in)`` of the plain linears."""
+        return {name: layer.shape for name, layer in self.layers.items() if len(layer.shape) == 2}
 
     @property
-    def value_dtype(self) -> torch.dtype:
-        """What holds rounded values: float32 where they are computed from codes, else the model's own dtype."""
-        return torch.float32 if self.layout is not None or self.spec is None else self.spec.scale_dtype
+    def fused(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that hold many experts each."""
+        return {name: layer.shape for name, layer in self.layers.items() if len(layer.shape) > 2}
 
-    def spec_for(self, name: str) -> GridSpec | None:
-        """The grid of the linear of that full name."""
-        if self.spec is None or name not in self.choices:
-            return self.spec
-        return replace(self.spec, bits=int(self.choices[name]))
+    def target_of(self, name: str) -> Target:
+        """What becomes of the layer with that full name; single experts get the scheme's target."""
+        return self.layers[name].target if name in self.layers else self.target
 
-    def sparsity_for(self, name: str) -> Sparsity | None:
-        """What is pruned of the linear of that full name."""
-        return Sparsity(self.choices[name]) if self.spec is None and name in self.choices else self.sparsity
-
-    def layout_for(self, name: str) -> Layout | None:
-        """How the linear of that full name is stored."""
-        if self.layout is None or name not in self.choices:
-            return self.layout
-        return replace(self.layout, bits=int(self.choices[name]))
+    def with_choices(self, choices: dict[str, float]) -> "Plan":
+        """The plan with a budget's bits or shares of zeros, by full name."""
+        layers = {
+            name: replace(layer, target=layer.target.at(choices[name])) if name in choices else layer
+            for name, layer in self.layers.items()
+        }
+        return replace(self, layers=layers)

@@ -17,21 +17,12 @@ from pydantic import (
 )
 
 from calibrant.errors import CalibrantError
-from calibrant.formats.quantized import STORED_WIDTHS
-from calibrant.methods.method import MethodOptions, Statistic
+from calibrant.methods.method import Method, MethodOptions, Statistic
 from calibrant.methods.registry import METHODS
+from calibrant.methods.training import Trainer, TrainingOptions
 from calibrant.quantization.grids import RangeSearch
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
-from calibrant.recipes.parts import (
-    Budget,
-    EndToEnd,
-    OnText,
-    Qat,
-    Quadapter,
-    Scheme,
-    Transform,
-    Zsaq,
-)
+from calibrant.recipes.parts import Budget, Quadapter, Scheme, Transform
 from calibrant.strict import Strict
 
 DEFAULT_RECIPE = "gptq-w4a16"
@@ -64,12 +55,12 @@ def _known_options(value: object) -> object:
 
 
 class Recipe(Strict):
-    """A named compression: ``transforms`` in order, then ``method``; or ``training``, which rounds to nearest itself.
+    """A named compression: ``transforms`` in order, then ``method``, onto ``scheme``.
 
-    ``drift_correction`` fits every layer to what the original model computes from its own inputs, instead of to what the
-    layer would make of the compressed model's; between 0 (not at all) and 1 it makes up for that share of the drift.
-    With a ``budget`` the scheme's bits or share hold on average. ``ignore`` holds regular expressions searched for in
-    module names to leave alone.
+    ``drift_correction``, a share from 0 to 1, fits every layer to what the original model computes from its own inputs
+    instead of to the layer's outputs on the compressed model's inputs. With a ``budget``, the scheme's bits or share
+    hold on average. ``ignore`` lists regular expressions that are searched for in module names; these layers are left
+    alone.
     """
 
     name: str
@@ -77,7 +68,6 @@ class Recipe(Strict):
     method: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_known_options)]
     scheme: Scheme
     transforms: list[Transform] = Field(default=[])
-    training: Annotated[Qat | EndToEnd | Zsaq, Field(discriminator="name")] | None = None
     drift_correction: float = Field(default=0.0, ge=0, le=1)
     budget: Budget | None = None
     ignore: list[str] = Field(default=[])
@@ -94,90 +84,77 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
-        name, entry, scheme = self.method.name, METHODS[self.method.name], self.scheme
-        if not entry.prunes and (scheme.weights is None or scheme.sparsity is not None):
-            raise ValueError(f"{name} quantizes: the scheme needs weights and no sparsity")
-        if entry.prunes and scheme.sparsity is None:
-            raise ValueError(f"{name} prunes: the scheme needs a sparsity")
-        if not entry.quantizes and scheme.weights is not None:
-            raise ValueError(f"{name} cannot quantize: take sparsegpt, or leave weights out")
-        if scheme.weights is not None and entry.symmetric is not None:
-            if scheme.weights.symmetric != entry.symmetric:
-                raise ValueError(f"{name} needs weights with symmetric: {str(entry.symmetric).lower()}")
-            if scheme.weights.range_search != "none":
-                raise ValueError(f"{name} fits its ranges itself: leave range_search out")
-        if entry.changes_shape and (":" in str(scheme.sparsity) or self.ignore or self.budget):
-            raise ValueError(f"{name} prunes whole blocks to a share: it knows no pattern n:m, no ignore and no budget")
-        if self.drift_correction and entry.statistic is not Hessian:
-            raise ValueError(f"asymmetric needs the inputs' second moments, which {name} does not gather")
-        if self.transforms and scheme.weights is None:
-            raise ValueError("transforms prepare for quantization: the scheme needs weights")
-        if any(isinstance(transform, Quadapter) for transform in self.transforms) and len(self.transforms) > 1:
-            raise ValueError("quadapter learns on the model as it is: leave other transforms out")
+        """What goes together, in one place: the method's own rules, then those about the recipe's other parts."""
+        kind, scheme = self.kind, self.scheme
+        refusals = (
+            kind.refusal(scheme, by_layer=bool(self.ignore or self.budget)),
+            self._drift_refusal(),
+            self._transforms_refusal(),
+            self.budget.refusal(scheme) if self.budget is not None else None,
+        )
+        for refusal in refusals:
+            if refusal is not None:
+                raise ValueError(refusal)
         if scheme.activations is not None and self.stored_dense:
+            name = self.method.name
             raise ValueError(f"{name} gives no integers of weights, without which int8 activations are not stored")
         return self
 
-    @model_validator(mode="after")
-    def _trainable(self) -> "Recipe":
-        if self.training is None:
-            return self
-        weights, activations = self.scheme.weights, self.scheme.activations
-        if self.method.name != "rtn" or weights is None or weights.range_search not in ("none", "mse"):
-            raise ValueError("training ends with method rtn, and range_search none or mse")
-        end_to_end = isinstance(self.training, EndToEnd)
-        if end_to_end and not any(isinstance(transform, Quadapter) for transform in self.transforms):
-            raise ValueError("quadapter's training goes on from the transform quadapter: add it to transforms")
-        if end_to_end and (weights.range_search != "none" or self.training.sam_rho):
-            raise ValueError("quadapter's training knows no range_search and no radius")
-        if (self.transforms and not end_to_end) or self.drift_correction or self.budget:
-            raise ValueError("training goes without transforms, asymmetric and budget")
-        if activations is not None and not activations.dynamic:
-            if isinstance(self.training, Zsaq):
-                raise ValueError("zsaq has no data to choose static ranges from: leave dynamic: false out")
-            if activations.range != "minmax":
-                raise ValueError("training learns static ranges from the minimum and maximum: leave range out")
-        return self
+    def _drift_refusal(self) -> str | None:
+        if self.drift_correction and self.kind.statistic is not Hessian:
+            return f"drift_correction needs the inputs' Hessian, which {self.method.name} does not gather"
+        return None
 
-    @model_validator(mode="after")
-    def _affordable(self) -> "Recipe":
-        if self.budget is None:
-            return self
-        choices, weights = self.budget.choices, self.scheme.weights
-        if self.scheme.activations is not None or (weights is not None and self.scheme.sparsity is not None):
-            raise ValueError("a budget is of bits or of zeros, not of both, and not for int8 activations")
-        if weights is not None and not weights.symmetric:
-            raise ValueError("a budget of bits needs symmetric weights: transformers loads no others of mixed widths")
-        if weights is not None and any(choice not in STORED_WIDTHS for choice in choices):
-            raise ValueError(f"budget.choices: widths that files have, of {', '.join(map(str, STORED_WIDTHS))}")
-        if weights is None and (":" in str(self.scheme.sparsity) or not all(0 <= choice < 1 for choice in choices)):
-            raise ValueError("budget.choices: shares of zeros from 0 to below 1, and no pattern n:m")
-        average = self.budget.average
-        if average is None:
-            average = weights.bits if weights is not None else float(str(self.scheme.sparsity))
-        if len(set(choices)) < len(choices):
-            raise ValueError(f"budget.choices: {choices} name one twice")
-        if not min(choices) <= average <= max(choices):
-            raise ValueError(f"budget: {choices} cannot average {average:g}; take others")
-        return self
+    def _transforms_refusal(self) -> str | None:
+        kind, name = self.kind, self.method.name
+        if self.transforms and self.scheme.weights is None:
+            return "transforms prepare for quantization: the scheme needs weights"
+        if self.quadapter is not None and len(self.transforms) > 1:
+            return "quadapter learns on the model as it is: leave other transforms out"
+        if isinstance(kind, Trainer):
+            if kind.continues_quadapter and self.quadapter is None:
+                return "the method quadapter goes on from the transform quadapter: add it to transforms"
+            if (self.transforms and not kind.continues_quadapter) or self.budget is not None:
+                return f"{name} trains the model as it is: leave transforms and budget out"
+        return None
+
+    @property
+    def kind(self) -> Method:
+        """The registry's entry of the method."""
+        return METHODS[self.method.name]
+
+    @property
+    def changes_shape(self) -> bool:
+        """Whether the method changes the shapes of the model."""
+        return self.kind.changes_shape
+
+    @property
+    def training(self) -> TrainingOptions | None:
+        """The method's options if it trains, else None."""
+        return self.method if isinstance(self.method, TrainingOptions) else None
+
+    @property
+    def quadapter(self) -> Quadapter | None:
+        """The transform whose scales are learned before layers are solved, if the recipe has it."""
+        return next((transform for transform in self.transforms if isinstance(transform, Quadapter)), None)
 
     @property
     def statistic(self) -> Statistic | None:
-        """What must be gathered of a layer's inputs: the larger of what the method and the search of ranges need."""
+        """What must be gathered of a layer's inputs: the larger of what the method and the range search need."""
         if self.drift_correction:
             return PairedHessian
         weights = self.scheme.weights
-        needed = (METHODS[self.method.name].statistic, _WITH_DATA[weights.range_search] if weights else None)
+        needed = (self.kind.statistic, _WITH_DATA[weights.range_search] if weights else None)
         return Hessian if Hessian in needed else HessianDiagonal if HessianDiagonal in needed else None
 
     @property
     def stored_dense(self) -> bool:
         """Whether the result fits no quantized format, so that its values are stored as they are."""
-        return METHODS[self.method.name].stored_dense(self.method)
+        return self.kind.stored_dense(self.method)
 
     @property
     def solves_with_data(self) -> bool:
-        """Whether layers are solved on what their inputs show."""
+        """Whether layers are solved with statistics of their inputs."""
         if self.training is not None:
             return False
         activations = self.scheme.activations
@@ -186,17 +163,18 @@ class Recipe(Strict):
     @property
     def learns(self) -> bool:
         """Whether something is trained before layers are solved."""
-        return self.training is not None or any(isinstance(transform, Quadapter) for transform in self.transforms)
+        return self.training is not None or self.quadapter is not None
 
     @property
     def gathers(self) -> bool:
         """Whether the calibration set runs through the blocks while they are compressed."""
-        return self.solves_with_data or any(not isinstance(transform, Quadapter) for transform in self.transforms)
+        return self.solves_with_data or (bool(self.transforms) and self.quadapter is None)
 
     @property
     def needs_data(self) -> bool:
         """Whether a calibration set is used."""
-        return self.gathers or bool(self.transforms) or self.budget is not None or isinstance(self.training, OnText)
+        trains_on_data = isinstance(self.kind, Trainer) and self.kind.needs_data
+        return self.gathers or bool(self.transforms) or self.budget is not None or trains_on_data
 
     def ignores(self, name: str) -> bool:
         """Whether the layer of that full name is left alone; of a parameter, also by its module's name."""
@@ -205,14 +183,14 @@ class Recipe(Strict):
         )
 
     def as_written(self, exclude_none: bool = False) -> dict[str, Any]:
-        """With all defaults, as a file would have it, but for a training's seed that nobody said."""
+        """With all defaults, as a file would have it; without the seed of a training that names none."""
         found = self.model_dump(exclude_none=exclude_none)
         if self.training is not None and "seed" not in self.training.model_fields_set:
-            del found["training"]["seed"]
+            del found["method"]["seed"]
         return found
 
     def with_seed(self, seed: int) -> "Recipe":
-        """The same recipe with that seed of its training, if there is one that says none itself.
+        """The same recipe with ``seed`` for its training, if it trains and names no seed itself.
 
         Raises:
             CalibrantError: it is negative.
@@ -221,7 +199,7 @@ class Recipe(Strict):
             return self
         if seed < 0:
             raise CalibrantError(f"seed {seed}: must be 0 or more")
-        return self.model_copy(update={"training": self.training.model_copy(update={"seed": seed})})
+        return self.model_copy(update={"method": self.training.model_copy(update={"seed": seed})})
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The same recipe with other bits or another group size (0: one scale a channel).
@@ -232,7 +210,7 @@ class Recipe(Strict):
         if bits is None and group_size is None:
             return self
         if self.scheme.weights is None:
-            raise CalibrantError(f"recipe {self.name}: it does not quantize, so --bits and --group-size do not apply")
+            raise CalibrantError(f"recipe {self.name}: it does not quantize, so `bits` and `group_size` do not apply")
         changed = self.as_written()
         said = []
         if bits is not None:
@@ -242,7 +220,7 @@ class Recipe(Strict):
             changed["scheme"]["weights"]["group_size"] = group_size or None
             said.append(f"groups of {group_size}" if group_size else "one scale a channel")
         changed["description"] += f"; changed to {' and '.join(said)}"
-        return _validate(changed, f"recipe {self.name} with --bits or --group-size")
+        return _validate(changed, f"recipe {self.name} with other `bits` or `group_size`")
 
 
 def builtin_recipes() -> dict[str, Recipe]:

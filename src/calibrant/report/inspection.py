@@ -14,7 +14,7 @@ from calibrant.calibration.text_statistics import describe_set, overlap
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
-from calibrant.modeling.row_losses import row_losses
+from calibrant.modeling.losses import row_losses
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress, Progress

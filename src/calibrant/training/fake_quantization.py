@@ -10,6 +10,7 @@ import torch
 
 from calibrant.formats.input_rounding import token_scales
 from calibrant.kernels.fake_rounding import rounded_gradients, rounded_values
+from calibrant.quantization.activation_ranges import ACTIVATION_BITS
 from calibrant.quantization.grids import GridSpec, parameters
 
 
@@ -100,7 +101,7 @@ def fake_quantize_tensor(inputs: torch.Tensor, low: torch.Tensor, high: torch.Te
     return fake_quantize(inputs, scale, zero_point, spec.qmin, spec.qmax)
 
 
-def fake_quantize_tokens(inputs: torch.Tensor, bits: int) -> torch.Tensor:
+def fake_quantize_tokens(inputs: torch.Tensor) -> torch.Tensor:
     """Activations ``[.., in]`` on a symmetric grid of each token's own, as dynamic activations are."""
-    scale, half = token_scales(inputs, bits), 1 << (bits - 1)
+    scale, half = token_scales(inputs, ACTIVATION_BITS), 1 << (ACTIVATION_BITS - 1)
     return fake_quantize(inputs, scale, torch.zeros_like(scale), -half, half - 1)

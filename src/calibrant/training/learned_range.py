@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from calibrant.errors import CalibrantError
-from calibrant.quantization.activation_ranges import InputGrid
+from calibrant.modeling.hooks import Hook, hooked
+from calibrant.modeling.token_rows import TokenRows
+from calibrant.quantization.activation_ranges import ACTIVATION_BITS, InputGrid
 from calibrant.quantization.grids import GridSpec, parameters
 from calibrant.recipes.plan import Plan
 from calibrant.training.fake_quantization import fake_quantize_tensor, fake_quantize_tokens
-from calibrant.training.rows import Rows, model_inputs
 
 # Linears that read one tensor are called near each other.
 _RECENT = 4
@@ -39,7 +40,7 @@ class LearnedRange(nn.Module):
 
     def __init__(self, seen: SeenInput, scale_dtype: torch.dtype, divisor: Divisor | None = None) -> None:
         super().__init__()
-        self._spec, self._seen, self._divisor = GridSpec(8, False, None, scale_dtype), seen, divisor
+        self._spec, self._seen, self._divisor = GridSpec(ACTIVATION_BITS, False, None, scale_dtype), seen, divisor
         self.low = nn.Parameter(torch.zeros((), device=seen.low.device))
         self.high = nn.Parameter(torch.zeros((), device=seen.low.device))
 
@@ -62,7 +63,7 @@ def learned_ranges(plan: Plan, seen: dict[str, SeenInput], divisors: Mapping[str
     """Ranges by linear, one for all that read one tensor; none of linears whose input was not ``seen``."""
     by_leader: dict[str, LearnedRange] = {}
     for name in plan.linears:
-        spec = plan.spec_for(name)
+        spec = plan.target_of(name).spec
         if name in seen and spec is not None and seen[name].leader not in by_leader:
             by_leader[seen[name].leader] = LearnedRange(seen[name], spec.scale_dtype, divisors.get(name))
     return {name: by_leader[seen[name].leader] for name in plan.linears if name in seen}
@@ -74,24 +75,24 @@ def range_parameters(ranges: dict[str, LearnedRange]) -> list[nn.Parameter]:
 
 
 def round_inputs(model: nn.Module, plan: Plan, ranges: dict[str, LearnedRange]) -> None:
-    """From now on the plan's linears in ``model`` read rounded inputs, if the plan has it so."""
-    activations = plan.recipe.scheme.activations
+    """From now on, the plan's linears in ``model`` read rounded inputs, if the recipe quantizes activations."""
+    if plan.recipe.scheme.activations is None:
+        return
 
-    def hook(learned: LearnedRange | None, bits: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(learned: LearnedRange | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            # In float32 also where the products are in bfloat16, whose scales would not be those that are stored.
+            # float32 even where the products are bfloat16, whose scales would differ from the stored ones.
             inputs = args[0].float()
-            return (learned(inputs) if learned is not None else fake_quantize_tokens(inputs, bits), *args[1:])
+            return (learned(inputs) if learned is not None else fake_quantize_tokens(inputs), *args[1:])
 
         return rounded
 
-    for name in plan.linears if activations is not None else ():
-        assert activations is not None
-        model.get_submodule(name).register_forward_pre_hook(hook(ranges.get(name), activations.bits))
+    for name in plan.linears:
+        model.get_submodule(name).register_forward_pre_hook(hook(ranges.get(name)))
 
 
 @torch.no_grad()
-def see_inputs(model: nn.Module, names: list[str], batches: Iterable[Rows], causal: bool) -> dict[str, SeenInput]:
+def see_inputs(model: nn.Module, names: list[str], batches: Iterable[TokenRows], causal: bool) -> dict[str, SeenInput]:
     """What counted tokens bring to the linears of those names; linears that read one tensor have one account.
 
     Raises:
@@ -116,15 +117,11 @@ def see_inputs(model: nn.Module, names: list[str], batches: Iterable[Rows], caus
             low, high = torch.minimum(found[leader].low, low), torch.maximum(found[leader].high, high)
         found[leader] = SeenInput(leader, low, high)
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: note(name, args[0])
+    def hook(name: str) -> Hook:
+        return lambda _, args, kwargs: note(name, args[0])
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
+    with hooked((model.get_submodule(name), hook(name)) for name in names):
         for rows in batches:
-            batch[:] = [rows[1]]
-            model(**model_inputs(rows, causal))
-    finally:
-        for handle in handles:
-            handle.remove()
+            batch[:] = [rows.counted]
+            model(**rows.model_inputs(causal))
     return {name: found[leader] for name, leader in leaders.items()}

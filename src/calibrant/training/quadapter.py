@@ -11,15 +11,15 @@ from dataclasses import replace
 
 import torch
 
-from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.errors import CalibrantError
-from calibrant.modeling.entry import cast, enter_blocks
+from calibrant.modeling.block_walk import BlockWalk, OpenedBlock
 from calibrant.modeling.foldable import FoldablePair, find_foldable, held
-from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.module_call import ModuleCall
-from calibrant.modeling.structure import InputGroup, Linear, probe_block
+from calibrant.modeling.structure import InputGroup, Linear
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
+from calibrant.quantization.activation_ranges import ACTIVATION_BITS
 from calibrant.quantization.grids import GridSpec
 from calibrant.recipes.parts import Quadapter
 from calibrant.recipes.plan import Plan
@@ -39,9 +39,8 @@ def learn_scales(
     model: LazyModel,
     plan: Plan,
     options: Quadapter,
-    calibration: CalibrationSet,
+    rows: TokenRows,
     dtype: torch.dtype,
-    micro_batch_tokens: int,
     journal: Journal,
     progress: Progress,
 ) -> tuple[Plan, list[PlacedPair]]:
@@ -52,37 +51,36 @@ def learn_scales(
     Raises:
         CalibrantError: values are not finite, or a linear is given other rows than the tokens.
     """
-    probe, batches = enter_blocks(model, plan.blocks, calibration, dtype, model.device, micro_batch_tokens)
+    walk = BlockWalk(model, plan.blocks, rows, dtype)
     known = journal.read(_NAME) or {"blocks": 0, "scales": {}}
     scales: dict[str, torch.Tensor] = {name: scale.to(model.device) for name, scale in known["scales"].items()}
     if known["blocks"]:
         progress.note(f"learning goes on after block {known['blocks']}, from {journal.folder}")
     places: list[PlacedPair] = []
-    with progress.task("learning scales", len(plan.blocks)) as task:
-        for index, prefix in enumerate(plan.blocks):
-            with model.loaded(prefix) as block:
-                state = {name: value.data for name, value in block.state_dict().items()}
-                cast(block, dtype, copy=True)
-                structure = probe_block(block, index, probe)
-                pairs = find_foldable(block, index, structure, probe)
-                pairs = [pair for pair in pairs if pair.producer.norm is not None]
-                stored = {name: value.dtype for name, value in state.items()}
-                placed = [PlacedPair(prefix, pair, stored) for pair in pairs]
-                groups = [stage for stage in structure.stages if isinstance(stage, InputGroup)]
-                if index >= known["blocks"]:
-                    linears = [linear for group in groups for linear in group.linears]
-                    with trainable(block, linears, state) as student:
-                        calls = student.calls(index, batches)
-                        found = _Fit(student, prefix, pairs, stored, plan).learn(calls, options)
-                    scales |= {place.name: scale for place, scale in zip(placed, found, strict=True)}
-                    journal.write(_NAME, {"blocks": index + 1, "scales": scales})
-                for batch in batches:
-                    batch.hidden = call_block(block, index, batch)
-                    if not bool(torch.isfinite(batch.hidden).all()):
-                        raise CalibrantError(f"{prefix}: its output holds values that are not finite; check the model")
-            places += placed
-            task.advance()
-    return replace(plan, scales=scales), places
+    for block in walk.visit("learning scales", progress):
+        pairs = [pair for pair in find_foldable(block) if pair.producer.norm is not None]
+        stored = {name: value.dtype for name, value in block.state.items()}
+        placed = [PlacedPair(block.name, pair, stored) for pair in pairs]
+        if block.index >= known["blocks"]:
+            found = _learn_block(block, pairs, stored, plan, options)
+            scales |= {place.name: scale for place, scale in zip(placed, found, strict=True)}
+            journal.write(_NAME, {"blocks": block.index + 1, "scales": scales})
+        for batch in block.batches:
+            batch.hidden = block.run(batch)
+            if not bool(torch.isfinite(batch.hidden).all()):
+                raise CalibrantError(f"{block.name}: its output holds values that are not finite; check the model")
+        places += placed
+    return replace(plan, learned=replace(plan.learned, scales=scales)), places
+
+
+def _learn_block(
+    block: OpenedBlock, pairs: list[FoldablePair], stored: dict[str, torch.dtype], plan: Plan, options: Quadapter
+) -> list[torch.Tensor]:
+    groups = [stage for stage in block.structure.stages if isinstance(stage, InputGroup)]
+    linears = [linear for group in groups for linear in group.linears]
+    with trainable(block.module, linears, block.state) as student:
+        calls = student.calls(block.index, block.batches)
+        return _Fit(student, block.name, pairs, stored, plan).learn(calls, options)
 
 
 class _Fit:
@@ -168,7 +166,7 @@ class _Fit:
         """A linear's parameter as it will be stored."""
         weight, spec = linear.view(tensors[linear.parameter]), self._spec(linear)
         if spec is not None:
-            weight = held(fake_quantize_weight(weight, spec), self._plan.value_dtype)
+            weight = held(fake_quantize_weight(weight, spec), self._plan.target.value_dtype)
         return weight.T if linear.transposed else weight
 
     def _rounded_input(self, linear: Linear, inputs: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:
@@ -179,12 +177,12 @@ class _Fit:
         if spec is None or activations is None:
             return inputs
         if activations.dynamic:
-            return fake_quantize_tokens(inputs, activations.bits)
+            return fake_quantize_tokens(inputs)
         return fake_quantize_tensor(
-            inputs, low.amin(), high.amax(), GridSpec(activations.bits, False, None, spec.scale_dtype)
+            inputs, low.amin(), high.amax(), GridSpec(ACTIVATION_BITS, False, None, spec.scale_dtype)
         )
 
     def _spec(self, linear: Linear) -> GridSpec | None:
         """The grid of a linear's weights; None if it is left alone."""
         name = f"{self._prefix}.{linear.name}"
-        return None if self._plan.recipe.ignores(name) else self._plan.spec_for(name)
+        return None if self._plan.recipe.ignores(name) else self._plan.target_of(name).spec

@@ -12,7 +12,7 @@ from calibrant.modeling.foldable import held
 from calibrant.quantization.activation_ranges import InputGrid
 from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import Grid, GridSpec, stored_scale
-from calibrant.recipes.plan import Plan, TrainedLinear
+from calibrant.recipes.plan import LearnedLinear, Plan
 from calibrant.training.fake_quantization import fake_quantize
 from calibrant.training.learned_range import SeenInput, learned_ranges, range_parameters, round_inputs
 
@@ -54,10 +54,10 @@ class RoundedModel:
         self.model = model.requires_grad_(False).eval()
         self._weights: dict[str, _RoundedWeight] = {}
         for name in plan.linears:
-            linear, spec = model.get_submodule(name), plan.spec_for(name)
+            linear, spec = model.get_submodule(name), plan.target_of(name).spec
             assert spec is not None
             weight, transposed = linear.get_parameter("weight").data, isinstance(linear, Conv1D)
-            rounding = _RoundedWeight(weight, spec, transposed, plan.value_dtype)
+            rounding = _RoundedWeight(weight, spec, transposed, plan.target.value_dtype)
             parametrize.register_parametrization(linear, "weight", rounding)
             self._weights[name] = rounding
         self._inputs = learned_ranges(plan, seen or {}, {})
@@ -76,12 +76,12 @@ class RoundedModel:
         factors = [rounding.log_factor for rounding in self._weights.values()]
         return [(self.weights, 1.0), (factors + range_parameters(self._inputs), _RANGE_RATE)]
 
-    def trained(self) -> dict[str, TrainedLinear]:
+    def trained(self) -> dict[str, LearnedLinear]:
         """Every linear as it is now."""
         found = {}
         for name, rounding in self._weights.items():
             weight = self._original(name).detach()
-            found[name] = TrainedLinear((weight.T if rounding.transposed else weight).clone(), rounding.grid())
+            found[name] = LearnedLinear((weight.T if rounding.transposed else weight).clone(), rounding.grid())
         return found
 
     def input_grids(self) -> dict[str, InputGrid] | None:

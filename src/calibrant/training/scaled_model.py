@@ -52,10 +52,10 @@ class ScaledModel:
         pairs: list[PlacedPair],
         seen: dict[str, SeenInput] | None,
     ) -> None:
-        assert plan.scales is not None
+        assert plan.learned.scales is not None
         self.model = model.requires_grad_(False).eval()
         self._logs = {
-            placed.name: nn.Parameter(-plan.scales[placed.name].detach().clone().float().log()) for placed in pairs
+            placed.name: nn.Parameter(-plan.learned.scales[placed.name].detach().clone().float().log()) for placed in pairs
         }
         fold_of: dict[str, _Fold] = {}
         dtype_of: dict[str, torch.dtype] = {}
@@ -71,9 +71,9 @@ class ScaledModel:
             dtype_of |= {f"{placed.prefix}.{linear.name}": placed.stored[linear.parameter] for linear in linears}
         # Layers that a recipe ignores are scaled, not rounded.
         for name in plan.linears.keys() | fold_of.keys():
-            linear, spec = model.get_submodule(name), plan.spec_for(name) if name in plan.linears else None
+            linear, spec = model.get_submodule(name), plan.target_of(name).spec if name in plan.linears else None
             fold, dtype = fold_of.get(name), dtype_of.get(name, torch.float32)
-            columns = _ScaledColumns(fold, dtype, spec, isinstance(linear, Conv1D), plan.value_dtype)
+            columns = _ScaledColumns(fold, dtype, spec, isinstance(linear, Conv1D), plan.target.value_dtype)
             parametrize.register_parametrization(linear, "weight", columns)
         self._inputs = learned_ranges(plan, seen or {}, {name: moved.scale for name, moved in fold_of.items()})
         round_inputs(model, plan, self._inputs)

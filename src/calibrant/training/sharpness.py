@@ -1,39 +1,27 @@
-"""Sharpness-aware steps: the gradient is taken where, within a radius, the loss rises most (methods.md §20)."""
+"""Sharpness-aware steps: the gradient where, within a radius, the loss rises most (arXiv 2010.01412, equation 2)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
+
+from calibrant.modeling.hooks import swapped
 
 _TINY = 1e-12
 
 
-@contextmanager
-def at_worst_nearby(parameters: Sequence[torch.Tensor], radius: float) -> Iterator[None]:
-    """Meanwhile ``parameters`` lie ``radius`` away along their gradients, one global norm; then as before, bit by bit.
+def at_worst_nearby(parameters: Sequence[torch.Tensor], rho: float) -> AbstractContextManager[None]:
+    """Within the context, ``parameters`` are moved by ``rho`` along their gradients, scaled to one global norm of 1.
 
-    To first order that is where the loss is largest within the radius.
+    To first order, that is where the loss is largest within the radius ``rho``.
     """
-    kept = [parameter.detach().clone() for parameter in parameters]
-    _move(parameters, radius)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
-
-
-@torch.no_grad()
-def _move(parameters: Sequence[torch.Tensor], radius: float) -> None:
-    """Add ``radius`` times the gradient of global norm 1."""
-    length = radius / (gradient_norm(parameters) + _TINY)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.add_(parameter.grad * length)
+    with torch.no_grad():
+        length = rho / (gradient_norm(parameters) + _TINY)
+        moved = [(one, one + one.grad * length) for one in parameters if one.grad is not None]
+    return swapped(moved)
 
 
 def gradient_norm(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of all gradients together."""
+    """Global norm of all gradients together."""
     norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
     return torch.stack(norms).norm() if norms else torch.zeros(())

@@ -8,10 +8,10 @@ import transformers
 from torch.nn import functional as F
 
 from calibrant.errors import CalibrantError
+from calibrant.methods.training import OnText, TrainingOptions
 from calibrant.modeling.losses import divergences
-from calibrant.recipes.parts import OnText, Training
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.training.rounded_model import Learner
-from calibrant.training.rows import Rows, model_inputs
 from calibrant.training.sharpness import at_worst_nearby, gradient_norm
 
 # Global norms of gradients are clipped to this (ours).
@@ -38,8 +38,8 @@ class Student:
         self,
         learner: Learner,
         teacher: transformers.PreTrainedModel,
-        options: Training,
-        watched: Rows,
+        options: TrainingOptions,
+        watched: TokenRows,
         dtype: torch.dtype,
         causal: bool,
     ) -> None:
@@ -93,12 +93,12 @@ class Student:
         self._optimizer.step()
         return numbers
 
-    def losses(self, rows: Rows) -> torch.Tensor:
+    def losses(self, rows: TokenRows) -> torch.Tensor:
         """The divergence from the teacher, or minus the log-likelihood of the text: ``[rows, length]``, 0 where nothing
         counts, or ``[rows]`` where logits are of classes.
         """
         ids, counted = rows
-        inputs = model_inputs(rows, self._causal)
+        inputs = rows.model_inputs(self._causal)
         answer = self.answer(inputs)
         if self._on_text:
             each = F.cross_entropy(answer[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
@@ -120,7 +120,7 @@ class Student:
         ids, counted = self._watched
         total, positions = 0.0, 0
         for part in self.parts(*ids.shape):
-            losses = self.losses((ids[part], counted[part]))
+            losses = self.losses(TokenRows(ids[part], counted[part]))
             total += float(losses.double().sum())
             positions += self.positions(losses, counted[part])
         return total / positions
@@ -131,7 +131,7 @@ class Student:
             return None
         ids, counted = self._watched
         part = next(self.parts(*ids.shape))
-        rows = ids[part], counted[part]
+        rows = TokenRows(ids[part], counted[part])
         self._optimizer.zero_grad()
         here = self.losses(rows)
         positions = self.positions(here, rows[1])

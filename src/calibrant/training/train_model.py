@@ -8,20 +8,19 @@ import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
 
-from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.errors import CalibrantError
+from calibrant.methods.training import HELD_OUT_TOKENS, OnText, QuadapterEndToEnd, TrainingOptions, Zsaq
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import Progress
-from calibrant.recipes.parts import WATCHED_TOKENS, EndToEnd, OnText, Training, Zsaq
 from calibrant.recipes.plan import Plan
 from calibrant.training.generator import Generator, read_embeddings
 from calibrant.training.journal import Journal
 from calibrant.training.learned_range import see_inputs
 from calibrant.training.rounded_model import RoundedModel
-from calibrant.training.rows import Rows
 from calibrant.training.scaled_model import PlacedPair, ScaledModel
 from calibrant.training.student import Student
 from calibrant.training.train_steps import TextStep, ZsaqStep
@@ -35,7 +34,7 @@ def train_model(
     folder: ModelFolder,
     plan: Plan,
     places: list[PlacedPair],
-    calibration: CalibrationSet,
+    given: TokenRows,
     dtype: torch.dtype,
     device: torch.device,
     journal: Journal,
@@ -43,7 +42,7 @@ def train_model(
 ) -> tuple[Plan, Trained]:
     """The plan with what training made of its linears, or of its scales at ``places``, and of static ranges.
 
-    ``calibration`` is what is trained on, less a held-out share; for ``Zsaq`` all of it is held out.
+    ``given`` is the training data, less a held-out share; for ``Zsaq`` all of it is held out.
 
     Raises:
         CalibrantError: the set is too small, a model does not fit, or the training diverged.
@@ -53,17 +52,18 @@ def train_model(
     with torch.inference_mode(False), torch.enable_grad():
         teacher = load_whole(folder, str(device), "float32").requires_grad_(False)
         teacher.config.use_cache = False
-        watched, rest = _rows(calibration, options, folder.causal, device)
+        watched, rest = _rows(given, options, folder.causal, device)
         activations, seen = plan.recipe.scheme.activations, None
         if activations is not None and not activations.dynamic:
-            batches = zip(rest[0].split(options.batch_size), rest[1].split(options.batch_size), strict=True)
+            split = (values.split(options.batch_size) for values in rest)
+            batches = (TokenRows(*both) for both in zip(*split, strict=True))
             seen = see_inputs(teacher, list(plan.linears), batches, folder.causal)
         # What is not changed is shared.
-        changed = {f"{name}.weight" for name in plan.linears if not isinstance(options, EndToEnd)}
+        changed = {f"{name}.weight" for name in plan.linears if not isinstance(options, QuadapterEndToEnd)}
         shared = {id(value): value for name, value in teacher.named_parameters() if name not in changed}
         copied = copy.deepcopy(teacher, shared)
         learner: RoundedModel | ScaledModel
-        if isinstance(options, EndToEnd):
+        if isinstance(options, QuadapterEndToEnd):
             learner = ScaledModel(copied, plan, places, seen)
             if not any(parameters for parameters, _ in learner.groups):
                 raise CalibrantError(
@@ -76,19 +76,22 @@ def train_model(
                 block = copied.get_submodule(name)
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         student = Student(learner, teacher, options, watched, dtype, folder.causal)
-        lesson: TrainStep
+        step: TrainStep
         if isinstance(options, Zsaq):
-            lesson = _zsaq(folder, student, teacher, options, device)
+            step = _zsaq(folder, student, teacher, options, device)
         else:
-            lesson = TextStep(student, options, rest)
-        done = train(lesson, options, journal, progress)
-        plan = replace(plan, input_grids=learner.input_grids())
+            assert isinstance(options, OnText)
+            step = TextStep(student, options, rest)
+        done = train(step, options, journal, progress)
+        learned = replace(plan.learned, input_grids=learner.input_grids())
         if isinstance(learner, ScaledModel):
-            return replace(plan, scales=learner.scales()), done
-        return replace(plan, trained=learner.trained()), done
+            learned = replace(learned, scales=learner.scales())
+        else:
+            learned = replace(learned, weights=learner.trained())
+        return replace(plan, learned=learned), done
 
 
-def check_training(folder: ModelFolder, options: Training) -> None:
+def check_training(folder: ModelFolder, options: TrainingOptions) -> None:
     """Refuse what cannot be trained so.
 
     Raises:
@@ -110,7 +113,7 @@ def check_training(folder: ModelFolder, options: Training) -> None:
             raise CalibrantError(f"training.length {options.length}: {source.path} reads {longest} tokens at most")
 
 
-def generator_identity(folder: ModelFolder, options: Training) -> dict[str, str] | None:
+def generator_identity(folder: ModelFolder, options: TrainingOptions) -> dict[str, str] | None:
     """What another model as the generator is; None where there is none."""
     if isinstance(options, Zsaq) and options.generator is not None:
         return _generator_folder(folder, options).identity()
@@ -121,23 +124,27 @@ def _generator_folder(folder: ModelFolder, options: Zsaq) -> ModelFolder:
     return folder if options.generator is None else ModelFolder(model_path(options.generator))
 
 
-def _rows(calibration: CalibrationSet, options: Training, causal: bool, device: torch.device) -> tuple[Rows, Rows]:
+def _rows(
+    given: TokenRows, options: TrainingOptions, causal: bool, device: torch.device
+) -> tuple[TokenRows, TokenRows]:
     """What is held out and what is trained on, in pieces of the training's length; for ZSAQ all is held out."""
-    tokens, counted = calibration.tokens.long().to(device), calibration.mask.to(device)
+    tokens, counted = given.ids.long().to(device), given.counted.to(device)
     last = 0
     if not isinstance(options, Zsaq):
         if len(tokens) < 2:
             raise CalibrantError("training needs a calibration set of at least two rows, one of them to be held out")
         last = len(tokens) - max(1, len(tokens) // _HELD_OUT)
     text = isinstance(options, OnText) and options.objective == "text"
-    # Pieces of what a classifier reads are none that it was made for.
+    # Never split a classifier's inputs.
     length = min(options.length, tokens.shape[1]) if causal else tokens.shape[1]
-    held_out = _cut((tokens[last:], counted[last:]), length, text)
-    most = max(1, WATCHED_TOKENS // length)
-    return (held_out[0][:most], held_out[1][:most]), _cut((tokens[:last], counted[:last]), length, text)
+    held_out = _cut(TokenRows(tokens[last:], counted[last:]), length, text)
+    most = max(1, HELD_OUT_TOKENS // length)
+    return TokenRows(*(values[:most] for values in held_out)), _cut(
+        TokenRows(tokens[:last], counted[:last]), length, text
+    )
 
 
-def _cut(rows: Rows, length: int, text: bool) -> Rows:
+def _cut(rows: TokenRows, length: int, text: bool) -> TokenRows:
     """Rows in pieces of ``length``, a rest left out; only those with something to learn from."""
     tokens, counted = rows
     whole = tokens.shape[1] // length * length
@@ -145,7 +152,7 @@ def _cut(rows: Rows, length: int, text: bool) -> Rows:
     some = (counted[:, 1:] if text else counted).any(1)
     if len(tokens) and not bool(some.any()):
         raise CalibrantError("training needs tokens that count, and a part of the calibration set has none")
-    return tokens[some], counted[some]
+    return TokenRows(tokens[some], counted[some])
 
 
 def _zsaq(

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from calibrant.methods.training import OnText, Zsaq
 from calibrant.modeling.losses import divergences
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.randomness import make_rng
-from calibrant.recipes.parts import OnText, Zsaq
 from calibrant.training.generator import Generator
-from calibrant.training.rows import Rows
 from calibrant.training.student import LARGEST_GRADIENT, Inputs, Student
 
 
@@ -22,7 +22,7 @@ class TextStep:
         rows: what it is trained on.
     """
 
-    def __init__(self, student: Student, options: OnText, rows: Rows) -> None:
+    def __init__(self, student: Student, options: OnText, rows: TokenRows) -> None:
         self.student, self._options = student, options
         self._tokens, self._counted = rows
         self.state, self.load = student.state, student.load
@@ -38,7 +38,7 @@ class TextStep:
     def _loss(self, ids: torch.Tensor, counted: torch.Tensor) -> float:
         total = 0.0
         for part in self.student.parts(*ids.shape):
-            losses = self.student.losses((ids[part], counted[part]))
+            losses = self.student.losses(TokenRows(ids[part], counted[part]))
             loss = losses.sum() / self.student.positions(losses, counted)
             loss.backward()
             total += float(loss.detach())

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from calibrant.modeling.hooks import Hook, hooked
 from calibrant.modeling.inputs import MicroBatch
 from calibrant.modeling.kernel_forward import plain_modules
 from calibrant.modeling.module_call import ModuleCall
@@ -60,9 +61,9 @@ class TrainableBlock:
     def _run(self, *args: Any, tensors: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
         return functional_call(self._block, {**self.tensors, **(tensors or {})}, args, kwargs)
 
-    def hook(self, linear: Linear) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        """A forward hook for the module of ``linear``."""
-        return lambda _, args: (self._change_input(linear, args[0]), *args[1:])
+    def hook(self, linear: Linear) -> Hook:
+        """A pre-forward hook for the module of ``linear``."""
+        return lambda _, args, kwargs: ((self._change_input(linear, args[0]), *args[1:]), kwargs)
 
 
 @contextmanager
@@ -70,12 +71,8 @@ def trainable(block: nn.Module, linears: list[Linear], state: Mapping[str, torch
     """``block`` made trainable, inside or outside of inference mode."""
     with torch.inference_mode(False), torch.enable_grad(), plain_modules(block):
         made = TrainableBlock(block, linears, state)
-        handles = [block.get_submodule(linear.name).register_forward_pre_hook(made.hook(linear)) for linear in linears]
-        try:
+        with hooked((block.get_submodule(linear.name), made.hook(linear)) for linear in linears):
             yield made
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _tensors(block: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

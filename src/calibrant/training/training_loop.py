@@ -11,8 +11,8 @@ import torch
 from tensorboardX import SummaryWriter
 
 from calibrant.errors import CalibrantError
+from calibrant.methods.training import TrainingOptions
 from calibrant.progress import Progress
-from calibrant.recipes.parts import Training
 from calibrant.training.journal import CURVES, Journal
 from calibrant.training.student import Student
 
@@ -42,41 +42,30 @@ class TrainStep(Protocol):
 class Trained:
     """How a training went.
 
-    ``looks``: the held-out loss by step; ``best`` is the step whose parameters were taken, ``sharpness`` theirs.
-    ``loss`` is the mean of the last ``look`` steps' training loss.
+    ``held_out`` is the held-out loss by step; ``best`` the step whose parameters were taken, ``sharpness`` theirs;
+    ``loss`` the mean training loss of the last ``eval_steps`` steps.
     """
 
-    looks: dict[int, float]
+    held_out: dict[int, float]
     best: int
     steps: int
     loss: float
     sharpness: float | None
 
-    def describe(self) -> dict[str, Any]:
-        """For the record."""
-        held_out = {str(step): value for step, value in self.looks.items()}
-        return {
-            "held_out": held_out,
-            "best": self.best,
-            "steps": self.steps,
-            "loss": self.loss,
-            "sharpness": self.sharpness,
-        }
-
     def sentence(self) -> str:
         """For people."""
         if self.best == 0:
             return (
-                f"training did not help in {self.steps} steps: the held-out loss is {self.looks[0]:.4g} before it and "
+                f"training did not help in {self.steps} steps: the held-out loss is {self.held_out[0]:.4g} before it and "
                 "no lower after, so the untrained values were kept"
             )
         return (
-            f"trained for {self.steps} steps: held-out loss {self.looks[0]:.4g} before, "
-            f"{self.looks[self.best]:.4g} after step {self.best}, which was taken"
+            f"trained for {self.steps} steps: held-out loss {self.held_out[0]:.4g} before, "
+            f"{self.held_out[self.best]:.4g} after step {self.best}, which was taken"
         )
 
 
-def train(lesson: TrainStep, options: Training, journal: Journal, progress: Progress) -> Trained:
+def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, progress: Progress) -> Trained:
     """Train, and leave the parameters of least held-out loss in the student.
 
     Goes on from ``journal`` and writes to it now and then; the result is that of an uninterrupted training.
@@ -84,14 +73,14 @@ def train(lesson: TrainStep, options: Training, journal: Journal, progress: Prog
     Raises:
         CalibrantError: the loss is not finite.
     """
-    student, found = lesson.student, journal.read(_NAME)
+    student, found = train_step.student, journal.read(_NAME)
     if found is None:
         # Curves of a training that left no state.
         shutil.rmtree(journal.opened() / CURVES, ignore_errors=True)
         now = _Now({0: student.held_out()}, _copy(student.learned))
         _check_finite(now, journal)
     else:
-        lesson.load(found.pop("lesson"))
+        train_step.load(found.pop("train_step"))
         now = _Now(**found)
         progress.note(f"training goes on after step {now.done}, from {journal.folder}")
     written, wait = time.monotonic(), _JOURNAL_SECONDS
@@ -102,7 +91,7 @@ def train(lesson: TrainStep, options: Training, journal: Journal, progress: Prog
         if now.done:
             task.advance(now.done)
         while not now.ended:
-            numbers = lesson.step(now.done, 0.5 * (1 + math.cos(math.pi * now.done / options.steps)))
+            numbers = train_step.step(now.done, 0.5 * (1 + math.cos(math.pi * now.done / options.steps)))
             now.done += 1
             task.advance()
             now.losses = [*now.losses, numbers["loss"]][-options.eval_steps :]
@@ -116,7 +105,7 @@ def train(lesson: TrainStep, options: Training, journal: Journal, progress: Prog
                 curves.add_scalar(name, value, now.done)
             begin = time.monotonic()
             if now.ended or begin - written > wait:
-                journal.write(_NAME, {**vars(now), "lesson": lesson.state()})
+                journal.write(_NAME, {**vars(now), "train_step": train_step.state()})
                 written = time.monotonic()
                 wait = max(_JOURNAL_SECONDS, _JOURNAL_SHARE * (written - begin))
     with torch.no_grad():

@@ -8,7 +8,7 @@ import transformers
 
 from calibrant.calibration.windows import Window
 from calibrant.errors import CalibrantError
-from calibrant.modeling.row_losses import row_losses
+from calibrant.modeling.losses import row_losses
 
 
 class PerplexitySelector:

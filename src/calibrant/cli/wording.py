@@ -1,0 +1,33 @@
+"""The library names parameters of the Python API in backticks; the command line says its options instead."""
+
+import re
+
+# Options whose spelling differs from their parameter's.
+_SPELLED_OTHERWISE = {
+    "allow_encoder": "--encoder",
+    "checkpoint_format": "--format",
+    "corpora": "--corpus",
+    "schedule": "--temperature",
+    "scripts": "--mix-scripts",
+    "lengths": "--mix-lengths",
+    "tokenizer": "--model",
+}
+_SAME = """
+    batch_size bits calibration corpus device draw dtype embedding executor field first_tokens group_size keep leakage
+    length limit mask model order output overwrite parts percentile pool recipe samples seed shards strategy temperature
+    text weights windows duplicates keep_leaked leakage_field leakage_run
+""".split()
+PARAMETERS = {name: "--" + name.replace("_", "-") for name in _SAME} | _SPELLED_OTHERWISE
+_MENTION = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]+))?`")
+
+
+def as_options(message: str) -> str:
+    """``message`` with `` `overwrite=True` `` as ``--overwrite`` and `` `order="two-pass"` `` as ``--order two-pass``."""
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"]
+        if name not in PARAMETERS:
+            return found[0]
+        return PARAMETERS[name] if value in (None, "True") else f"{PARAMETERS[name]} {value.strip(chr(34))}"
+
+    return _MENTION.sub(option, message)

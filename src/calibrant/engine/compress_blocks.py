@@ -1,0 +1,147 @@
+"""The blocks of a model, compressed one after the other: open, transform, solve, write, move on."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+
+from calibrant.allocator import return_freed_memory
+from calibrant.clock import Clock
+from calibrant.engine.block_engine import OrderDiffersError, sequential_pass, two_passes
+from calibrant.engine.block_solver import BlockSolver, LayerReport
+from calibrant.engine.block_transforms import transform_block
+from calibrant.engine.checkpoint_writer import CheckpointWriter
+from calibrant.errors import CalibrantError
+from calibrant.modeling.block_walk import BlockWalk
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.structure import BlockStructure, Experts
+from calibrant.modeling.token_rows import TokenRows
+from calibrant.progress import Progress
+from calibrant.recipes.plan import Plan
+
+# "sequential": solve each input group on what the groups before it give compressed, in one suspended forward pass;
+# "two-pass": collect all statistics of a block, solve, run it again, as other tools do; "independent": every block
+# gets the original model's hidden states.
+Order = Literal["sequential", "two-pass", "independent"]
+
+_NO_ORIGINAL = "the original model cannot run beside it; take a recipe without drift_correction"
+
+
+def compress_blocks(
+    model: LazyModel,
+    plan: Plan,
+    rows: TokenRows | None,
+    dtype: torch.dtype,
+    order: Order,
+    writer: CheckpointWriter,
+    clock: Clock,
+    progress: Progress,
+) -> tuple[list[LayerReport], list[str]]:
+    """Compress and write every block of ``plan``; returns what became of each layer, and notes for the user.
+
+    ``rows`` are used if the recipe gathers statistics; the blocks compute in ``dtype``.
+
+    Raises:
+        CalibrantError: values are not finite, or the model does not fit the recipe.
+    """
+    with clock.stage("embed"):
+        given = rows if plan.recipe.gathers else None
+        walk = BlockWalk(model, plan.blocks, given, dtype, with_original=plan.recipe.drift_correction > 0)
+    compression = _Compression(walk, plan, order, clock)
+    layers: list[LayerReport] = []
+    with progress.task("compressing", len(plan.blocks)) as task:
+        for index in range(len(plan.blocks)):
+            solver = compression.compress(index)
+            with clock.stage("write"):
+                writer.write_block(solver)
+            layers += solver.layers
+            return_freed_memory()
+            task.advance()
+    return layers, compression.notes
+
+
+class _Compression:
+    """What the blocks of one run share; ``notes`` are for the user."""
+
+    def __init__(self, walk: BlockWalk, plan: Plan, order: Order, clock: Clock) -> None:
+        self._walk, self._plan, self._order, self._clock = walk, plan, order, clock
+        self.notes: list[str] = []
+
+    def compress(self, index: int) -> BlockSolver:
+        """Solve block ``index`` and move the batches behind it."""
+        try:
+            with self._opened(index) as (solver, structure, outputs), self._clock.stage("forward"):
+                self._solve(solver, structure, outputs)
+                return solver
+        except OrderDiffersError as difference:
+            where = f"{self._plan.blocks[index]}: sequences reach {difference} in different orders"
+            if self._plan.recipe.drift_correction:
+                raise CalibrantError(f"{where}, so {_NO_ORIGINAL}") from difference
+            if not difference.intact:
+                raise CalibrantError(f'{where}; run again with `order="two-pass"`') from difference
+            self.notes.append(f"{where}, solved in two passes")
+        with self._opened(index) as (solver, structure, _), self._clock.stage("forward"):
+            solver.block.advance(two_passes(solver.block, structure, solver, propagate=True))
+            return solver
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[tuple[BlockSolver, BlockStructure, list[torch.Tensor]]]:
+        """A solver for the block, the structure to solve, and the block's outputs before its transforms."""
+        plan = self._plan
+
+        def ignored(name: str) -> bool:
+            return plan.recipe.ignores(f"{plan.blocks[index]}.{name}")
+
+        with ExitStack() as stack:
+            with self._clock.stage("load"):
+                block = stack.enter_context(self._walk.opened(index))
+            if block.structure.unseen:
+                unseen = ", ".join(block.structure.unseen)
+                self._note(f"{block.name}: {unseen} left as they are, no product with one expert was seen")
+            for text in block.structure.partly(ignored):
+                self._note(text)
+            solver = BlockSolver(block, plan, self._clock)
+            outputs: list[torch.Tensor] = []
+            if plan.recipe.transforms and (block.batches or plan.learned.scales is not None):
+                with self._clock.stage("transform"):
+                    done = transform_block(block, plan)
+                solver.solved_parameters |= done.changed
+                outputs = done.outputs
+                for text in done.notes:
+                    self._note(text)
+            yield solver, block.structure.without(ignored), outputs
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _solve(self, solver: BlockSolver, structure: BlockStructure, outputs: list[torch.Tensor]) -> None:
+        block = solver.block
+        if not self._plan.recipe.solves_with_data:
+            for linear in structure.linears():
+                solver.solve((linear,))
+            if not all(bool(torch.isfinite(output).all()) for output in outputs):
+                raise CalibrantError(
+                    f"{block.name}: its output holds values that are not finite; compute in float32 "
+                    '(`dtype="float32"`) or check the model'
+                )
+            if outputs:
+                block.advance(outputs)
+        elif self._plan.recipe.drift_correction:
+            self._solve_beside_original(solver, structure)
+        elif self._order == "sequential":
+            block.advance(sequential_pass(block, structure, solver)[0])
+        else:
+            block.advance(two_passes(block, structure, solver, propagate=self._order == "two-pass"))
+
+    @staticmethod
+    def _solve_beside_original(solver: BlockSolver, structure: BlockStructure) -> None:
+        block = solver.block
+        if any(isinstance(stage, Experts) for stage in structure.stages):
+            raise CalibrantError(f"{block.name}: its experts are fused, so {_NO_ORIGINAL}")
+        outputs, originals = sequential_pass(block, structure, solver, original=copy.deepcopy(block.module))
+        block.advance(outputs)
+        for batch, hidden in zip(block.batches, originals, strict=True):
+            batch.original = hidden

@@ -1,0 +1,100 @@
+"""A walk of token rows through a model's blocks, with one block in memory at a time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from calibrant.modeling.entry import cast, enter_blocks
+from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.structure import BlockStructure, probe_block
+from calibrant.modeling.token_rows import TokenRows
+from calibrant.progress import Progress
+
+
+@dataclass(frozen=True)
+class OpenedBlock:
+    """One block in memory.
+
+    ``module`` computes in the walk's dtype. ``state`` holds the parameters and buffers as they are stored, by name in
+    the block. ``batches`` are the walk's, with the hidden states that enter this block; ``probe`` is a tiny batch.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    state: dict[str, torch.Tensor]
+    structure: BlockStructure
+    probe: MicroBatch
+    batches: list[MicroBatch]
+
+    def run(self, batch: MicroBatch) -> torch.Tensor:
+        """Hidden states after the block, ``[rows, length, width]``."""
+        return call_block(self.module, self.index, batch)
+
+    def run_on(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """The same for other hidden states, with the arguments of ``batch``."""
+        return self.run(replace(batch, hidden=hidden))
+
+    def advance(self, outputs: Sequence[torch.Tensor] | None = None) -> None:
+        """Move the batches behind the block: to ``outputs``, or to what the block gives now."""
+        for position, batch in enumerate(self.batches):
+            batch.hidden = self.run(batch) if outputs is None else outputs[position]
+
+
+class BlockWalk:
+    """Token rows on a walk through the blocks of a model.
+
+    Args:
+        model: the model; only embeddings and final norm are loaded here, once.
+        blocks: full names of its blocks, in order.
+        rows: what walks; None walks nothing and only probes each block.
+        dtype: what the blocks compute in.
+        with_original: also carry the original model's hidden states, as ``MicroBatch.original``.
+
+    Raises:
+        CalibrantError: no token of ``rows`` counts, or the model does not call its blocks one after the other.
+    """
+
+    def __init__(
+        self,
+        model: LazyModel,
+        blocks: list[str],
+        rows: TokenRows | None,
+        dtype: torch.dtype,
+        with_original: bool = False,
+    ) -> None:
+        self.model, self.blocks, self.dtype = model, blocks, dtype
+        self.probe, self.batches = enter_blocks(model, blocks, rows, dtype, with_original)
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[OpenedBlock]:
+        """Block number ``index``, loaded, cast and probed; dropped when the context ends."""
+        name = self.blocks[index]
+        with self.model.loaded(name) as module:
+            state = {key: value.data for key, value in module.state_dict().items()}
+            cast(module, self.dtype, copy=True)
+            structure = probe_block(module, index, self.probe)
+            yield OpenedBlock(index, name, module, state, structure, self.probe, self.batches)
+
+    def visit(self, label: str, progress: Progress) -> Iterator[OpenedBlock]:
+        """Every block in order, each opened in turn; the caller advances the batches."""
+        with progress.task(label, len(self.blocks)) as task:
+            for index in range(len(self.blocks)):
+                with self.opened(index) as block:
+                    yield block
+                task.advance()
+
+    @contextmanager
+    def outside_loaded(self) -> Iterator[None]:
+        """Everything outside the blocks in memory (embeddings, final norm, head), in the walk's dtype."""
+        self.model.load(self.model.names_outside(self.blocks))
+        self.model.module.tie_weights()
+        cast(self.model.module, self.dtype)
+        try:
+            yield
+        finally:
+            self.model.drop(self.model.module)

@@ -1,0 +1,203 @@
+"""A compression that is checked before anything is read: it can be estimated, and run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.making import DEFAULT_SAMPLES, check_length, check_size, default_length, generate
+from calibrant.calibration.sources.vocabulary import draw_vocabulary
+from calibrant.engine.compress_blocks import Order
+from calibrant.engine.two_stage_pruning import check_structure
+from calibrant.errors import CalibrantError
+from calibrant.formats.quantized import FormatName
+from calibrant.formats.registry import FORMATS
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.hub import model_path
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.structure import find_blocks
+from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
+from calibrant.modeling.whole_model import torch_device, torch_dtype
+from calibrant.output_folder import check_output
+from calibrant.pipeline.estimate import Estimate, estimate
+from calibrant.pipeline.record import RunReport, Settings, made_by, training_identity
+from calibrant.pipeline.run import run_compression
+from calibrant.progress import NoProgress, Progress
+from calibrant.recipes.make_plan import make_plan
+from calibrant.recipes.plan import Plan
+from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from calibrant.training.journal import check_same_training, is_unfinished
+from calibrant.training.train_model import check_training
+
+_HELD_OUT_ROWS = 16
+_ORDERS = ("sequential", "two-pass", "independent")
+
+
+@dataclass(frozen=True)
+class SetSize:
+    """The calibration set that the model writes where none is given: its size, its seed and its draw."""
+
+    samples: int
+    length: int
+    seed: int
+    draw: int
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A compression that was checked.
+
+    ``plan.notes`` say what a user may not expect; ``calibration`` is the given set, if the recipe uses one;
+    ``own_set`` is what the model writes otherwise.
+    """
+
+    model: LazyModel
+    plan: Plan
+    settings: Settings
+    output: Path
+    calibration: CalibrationSet | None
+    own_set: SetSize
+    overwrite: bool
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, fitted to the model."""
+        return self.plan.recipe
+
+    @property
+    def writes_set(self) -> bool:
+        """Whether the model has to write the calibration set first."""
+        return self.calibration is None and self.recipe.needs_data
+
+    def estimate(self) -> Estimate:
+        """Seconds, memory and disk of the run, roughly, without the time to write a calibration set."""
+        given, own = self.calibration, self.own_set
+        samples, length = given.tokens.shape if given is not None else (own.samples, own.length)
+        return estimate(self.model, self.plan, samples, length, self.settings.dtype)
+
+    def run(self, progress: Progress | None = None) -> RunReport:
+        """Compress; make the calibration set first if there is none and the recipe needs one.
+
+        Raises:
+            CalibrantError: values are not finite, or the output cannot be written; nothing is left behind.
+        """
+        listener: Progress = progress or NoProgress()
+        training = self.recipe.training
+        if training is not None and not self.recipe.needs_data:
+            calibration: CalibrationSet | None = self._held_out(training.length, training.seed, listener)
+        elif self.writes_set:
+            calibration = self._generate(self.own_set, listener)
+        else:
+            calibration = self.calibration
+        return run_compression(
+            self.model, self.plan, calibration, self.output, self.settings, listener, self.overwrite
+        )
+
+    def _held_out(self, length: int, seed: int, progress: Progress) -> CalibrationSet:
+        """What a training without data is evaluated on: text the model writes, or random tokens if it writes none."""
+        folder = self.model.folder
+        if not folder.causal:
+            return draw_vocabulary(
+                Tokenizer(folder.path), samples=_HELD_OUT_ROWS, length=length, seed=seed, draw=0
+            )
+        return self._generate(SetSize(_HELD_OUT_ROWS, length, seed, 0), progress)
+
+    def _generate(self, size: SetSize, progress: Progress) -> CalibrationSet:
+        return generate(
+            self.model.folder.path,
+            samples=size.samples,
+            length=size.length,
+            seed=size.seed,
+            draw=size.draw,
+            device=str(self.settings.device),
+            dtype=str(self.settings.dtype).removeprefix("torch."),
+            progress=progress,
+        )
+
+
+def prepare(
+    model: str | Path,
+    *,
+    output: str | Path,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    calibration: CalibrationSet | str | Path | None = None,
+    samples: int = DEFAULT_SAMPLES,
+    length: int | None = None,
+    seed: int = 0,
+    draw: int = 0,
+    device: str = "cpu",
+    dtype: str = "auto",
+    order: Order = "sequential",
+    checkpoint_format: FormatName = "compressed-tensors",
+    overwrite: bool = False,
+    allow_encoder: bool = False,
+) -> PreparedRun:
+    """Check everything a compression needs, without reading a weight (for 2SSP, those of one block).
+
+    The arguments are those of ``compress``.
+
+    Raises:
+        CalibrantError: model, recipe, set or output do not fit.
+    """
+    inputs = [place for place in (model, calibration, recipe) if isinstance(place, str | Path)]
+    target = check_output(output, overwrite, inputs)
+    given = CalibrationSet.load(calibration) if isinstance(calibration, str | Path) else calibration
+    chosen = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).with_seed(seed)
+    folder = ModelFolder(model_path(model), allow_encoder)
+    _check_model(folder, chosen, given)
+    own = SetSize(samples, length if length is not None else default_length(folder), seed, draw)
+    if given is None:
+        check_size(own.samples, own.length, own.seed, own.draw)
+        check_length(folder, own.length)
+    used = given if chosen.needs_data else None
+    if used is not None:
+        check_calibration(folder, used)
+    goes_on = chosen.learns and is_unfinished(target) and not overwrite
+    if order not in _ORDERS:
+        raise CalibrantError(f"{order}: no such order; there are {', '.join(_ORDERS)}")
+    if chosen.drift_correction and order != "sequential":
+        raise CalibrantError(f'recipe {chosen.name} corrects drift, which needs `order="sequential"`')
+    if checkpoint_format not in FORMATS:
+        raise CalibrantError(f"{checkpoint_format}: no such format; there are {', '.join(FORMATS)}")
+    place = torch_device(device)
+    lazy = LazyModel(folder, folder.dtype, place)
+    plan = make_plan(lazy, find_blocks(lazy.module), chosen, checkpoint_format)
+    if chosen.changes_shape:
+        check_structure(lazy, plan)
+    settings = Settings(torch_dtype(dtype, place), place, order)
+    if goes_on:
+        check_same_training(target, training_identity(lazy, plan, used, settings))
+    return PreparedRun(lazy, plan, settings, target, used, own, overwrite)
+
+
+def _check_model(folder: ModelFolder, recipe: Recipe, calibration: CalibrationSet | None) -> None:
+    origin = made_by(folder)
+    if origin is not None and origin.quantized:
+        raise CalibrantError(
+            f"{folder.path}: {origin.recipe} quantized the model already; start from its original weights"
+        )
+    if recipe.training is not None:
+        check_training(folder, recipe.training)
+    if calibration is None and recipe.needs_data and not folder.causal:
+        raise CalibrantError(f"{folder.path}: cannot write its own calibration set; pass one as `calibration`")
+
+
+def check_calibration(folder: ModelFolder, calibration: CalibrationSet) -> None:
+    """Refuse a set that is not for the model in ``folder``.
+
+    Raises:
+        CalibrantError: the set's tokenizer, its length or its ids do not fit.
+    """
+    check_length(folder, calibration.tokens.shape[1])
+    manifest = calibration.manifest
+    # A large tokenizer takes seconds to read.
+    known = manifest.tokenizer_files_sha256
+    if known is None or known != tokenizer_files_sha256(folder.path):
+        tokenizer = Tokenizer(folder.path)
+        if manifest.tokenizer_sha256 != tokenizer.sha256:
+            raise CalibrantError(
+                f"the calibration set was made with another tokenizer than {folder.path}'s "
+                f"({manifest.tokenizer_sha256[:12]} instead of {tokenizer.sha256[:12]}); make it again for this model"
+            )
+    vocabulary = folder.vocabulary
+    if int(calibration.tokens.max()) >= vocabulary or int(calibration.tokens.min()) < 0:
+        raise CalibrantError(f"the calibration set holds token ids outside {folder.path}'s vocabulary of {vocabulary}")
