@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from calibrant.version import __version__
 
 _HOMES = {
     "CalibrantError": "calibrant.errors",

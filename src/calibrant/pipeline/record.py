@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-import calibrant
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.engine.block_solver import LayerReport
 from calibrant.formats.registry import format_for
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.recipes.plan import Plan
 from calibrant.training.train_model import generator_identity
+from calibrant.version import __version__
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def run_record(
     """Everything that determined the result and what came out: ``calibrant.json``. No times, no paths."""
     made_by = model.folder.made_by()
     return {
-        "calibrant_version": calibrant.__version__,
+        "calibrant_version": __version__,
         "recipe": plan.recipe.model_dump(),
         "format": format_for(plan.layout).name if plan.layout else "dense",
         "model": {"name": model.folder.name, **model.folder.identity()},
@@ -99,7 +99,7 @@ def training_identity(
     known = {"calibration": calibration.sha256} if calibration is not None else {}
     return {
         **known,
-        "calibrant_version": calibrant.__version__,
+        "calibrant_version": __version__,
         "recipe": plan.recipe.model_dump(),
         "scale_dtype": str(plan.spec.scale_dtype) if plan.spec is not None else None,
         "model": model.folder.identity(),
