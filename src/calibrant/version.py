@@ -1,3 +1,3 @@
-"""The version, in a file of its own so that nothing imports the package's face for it."""
+"""The package's version, importable without the package's public API."""
 
 __version__ = "0.1.0"

@@ -52,7 +52,7 @@ def test_what_is_read_is_what_was_written(layout: Layout, rows: int) -> None:
         zero_point = torch.randint(-half, half, (rows, groups), generator=generator).to(torch.int8)
     written = Codes(codes, torch.rand(rows, groups, generator=generator).bfloat16(), zero_point)
     read = format_for(layout).read(format_for(layout).write(written, layout), layout)
-    for name in ("codes", "scale", "zero"):
+    for name in ("codes", "scale", "zero_point"):
         assert torch.equal(vars(read)[name], vars(written)[name])
 
 

@@ -79,7 +79,7 @@ def test_the_format_librarys_converter_reads_our_awq() -> None:
     read = PackQuantized().read(
         {name.removeprefix("layer."): value for name, value in converted.items()}, Layout(4, False, 8, None)
     )
-    for name in ("codes", "zero", "scale"):
+    for name in ("codes", "zero_point", "scale"):
         assert torch.equal(vars(read)[name], vars(codes)[name])
 
 

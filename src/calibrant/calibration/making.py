@@ -10,7 +10,6 @@ from typing import Any, Literal
 import transformers
 from pydantic import ValidationError
 
-import calibrant
 from calibrant.calibration.calibration_set import MANIFEST_NAME, CalibrationSet, Manifest
 from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.selection.request import (
@@ -37,6 +36,7 @@ from calibrant.modeling.hub import model_path
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress, Progress
+from calibrant.version import __version__
 
 # A set this size is what the papers' main settings reduce to on a laptop: their 128 sequences, a quarter of the length.
 DEFAULT_SAMPLES = 128
@@ -217,7 +217,7 @@ def _located(made: CalibrationSet, model: str, corpora: list[str]) -> Calibratio
 
 
 def _versions() -> dict[str, str]:
-    return {"calibrant": calibrant.__version__, **{name: version(name) for name in _LIBRARIES}}
+    return {"calibrant": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import transformers
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.dense import dense_weights
-from calibrant.formats.input_rounding import apply_input_rounding, read_input_rounding
+from calibrant.formats.input_rounding import read_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder, model_class
+from calibrant.modeling.input_rounding import apply_input_rounding
 from calibrant.modeling.quietly import quietly
 
 # Processor features that multiply bfloat16 faster than float32 (x86 twice, Arm).

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from calibrant.formats.input_rounding import token_scales
 from calibrant.kernels.fake_rounding import rounded_gradients, rounded_values
 from calibrant.quantization.activation_ranges import ACTIVATION_BITS
 from calibrant.quantization.grids import GridSpec, parameters
+from calibrant.quantization.token_scales import token_scales
 
 
 class _Rounded(torch.autograd.Function):
