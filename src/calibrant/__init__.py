@@ -17,10 +17,10 @@ _HOMES = {
     "Recipe": "calibrant.recipes.recipe",
     "compress": "calibrant.api",
     "evaluate": "calibrant.api",
-    "generate": "calibrant.calibration.making",
-    "rebuild": "calibrant.calibration.making",
+    "generate": "calibrant.calibration.generate",
+    "rebuild": "calibrant.calibration.rebuild",
     "score_corpora": "calibrant.calibration.selection.corpus_scores",
-    "select": "calibrant.calibration.making",
+    "select": "calibrant.calibration.select",
     "write_importance_matrix": "calibrant.api",
 }
 __all__ = [
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from calibrant.api import compress, evaluate, write_importance_matrix
     from calibrant.calibration.calibration_set import CalibrationSet
     from calibrant.calibration.corpus import Corpus
-    from calibrant.calibration.making import generate, rebuild, select
+    from calibrant.calibration.generate import generate
+    from calibrant.calibration.rebuild import rebuild
+    from calibrant.calibration.select import select
     from calibrant.calibration.selection.corpus_scores import score_corpora
     from calibrant.calibration.selection.request import FilterRequest, MixRequest
     from calibrant.calibration.sources.self_calibration import TemperatureSchedule

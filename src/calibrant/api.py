@@ -5,7 +5,7 @@ from pathlib import Path
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
-from calibrant.calibration.making import DEFAULT_LENGTH, check_length, check_size, default_length, generate
+from calibrant.calibration.generate import DEFAULT_LENGTH, check_length, check_size, default_length, generate
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.engine.importance import input_squares
 from calibrant.engine.two_stage_pruning import check_structure

@@ -84,7 +84,7 @@ def compress(
     with terminal(quiet, as_json) as screen:
         from calibrant.api import prepare
         from calibrant.calibration.calibration_set import CalibrationSet
-        from calibrant.calibration.making import generate
+        from calibrant.calibration.generate import generate
         from calibrant.output_folder import check_output
         from calibrant.pipeline.record import report_dict
         from calibrant.recipes.recipe import load_recipe

@@ -37,7 +37,7 @@ def demo(
         from rich.text import Text
 
         from calibrant.api import compress, evaluate
-        from calibrant.calibration.making import generate
+        from calibrant.calibration.generate import generate
         from calibrant.cli.compress import summary
         from calibrant.cli.demo_model import continue_text, demo_model
         from calibrant.cli.evaluate import evaluation_table
