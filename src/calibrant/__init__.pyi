@@ -5,10 +5,10 @@ from .calibration.calibration_set import CalibrationSet as CalibrationSet
 from .calibration.calibration_set import Manifest as Manifest
 from .calibration.corpus import Corpus as Corpus
 from .calibration.corpus import Document as Document
-from .calibration.making import Rebuilt as Rebuilt
-from .calibration.making import generate as generate
-from .calibration.making import rebuild as rebuild
-from .calibration.making import select as select
+from .calibration.rebuild import Rebuilt as Rebuilt
+from .calibration.generate import generate as generate
+from .calibration.rebuild import rebuild as rebuild
+from .calibration.select import select as select
 from .calibration.selection.corpus_scores import CorpusScore as CorpusScore
 from .calibration.selection.corpus_scores import score_corpora as score_corpora
 from .calibration.selection.request import FilterRequest as FilterRequest

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
-from calibrant.calibration.making import DEFAULT_LENGTH, DEFAULT_SAMPLES, check_length
+from calibrant.calibration.generate import DEFAULT_LENGTH, DEFAULT_SAMPLES, check_length
 from calibrant.engine.compress_blocks import Order
 from calibrant.engine.importance import input_squares
 from calibrant.errors import CalibrantError

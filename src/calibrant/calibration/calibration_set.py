@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import canonical_json, sha256_bytes
+from calibrant.version import __version__
 
 TENSORS_NAME = "tokens.safetensors"
 MANIFEST_NAME = "manifest.json"
+_LIBRARIES = ("numpy", "tokenizers", "torch", "transformers")
 
 
 class Segment(BaseModel):
@@ -96,6 +100,13 @@ class CalibrationSet:
     def sha256(self) -> str:
         """The set's content hash."""
         return self.manifest.set_sha256
+
+    def with_origin(self, model: str, corpora: list[str]) -> "CalibrationSet":
+        """The set with what is needed to make it again: locations of its inputs and versions of the libraries."""
+        locations = {"model": [model], **({"corpora": corpora} if corpora else {})}
+        versions = {"calibrant": __version__, **{name: version(name) for name in _LIBRARIES}}
+        manifest = self.manifest.model_copy(update={"locations": locations, "versions": versions})
+        return CalibrationSet(self.tokens, self.mask, manifest)
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokens.safetensors`` and ``manifest.json`` into ``folder``; equal sets give equal bytes."""

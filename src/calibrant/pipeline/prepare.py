@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.calibration.making import DEFAULT_SAMPLES, check_length, check_size, default_length, generate
+from calibrant.calibration.generate import DEFAULT_SAMPLES, check_length, check_size, default_length, generate
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.engine.compress_blocks import Order
 from calibrant.engine.two_stage_pruning import check_structure

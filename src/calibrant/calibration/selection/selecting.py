@@ -1,22 +1,20 @@
 """One selection from request to calibration set."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 import transformers
 
-from calibrant.calibration.calibration_set import CalibrationSet, Manifest, Segment
-from calibrant.calibration.chat import assistant_mask, encode_documents, template_sha256
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.chat import assistant_mask, encode_documents
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.document_stream import DocumentStream
 from calibrant.calibration.filters import Filter
 from calibrant.calibration.filters.leakage import Leakage
+from calibrant.calibration.selection.assemble import SelectedRows, assemble
 from calibrant.calibration.selection.cola import Cola
 from calibrant.calibration.selection.distributed import zipcal_in_parts
-from calibrant.calibration.selection.embeddings import embedding_of, embedding_sha256
+from calibrant.calibration.selection.embeddings import embedding_of
 from calibrant.calibration.selection.filtering import filters_of
 from calibrant.calibration.selection.mixing import counts_of_groups, groups_of
 from calibrant.calibration.selection.perplexity import PerplexitySelector
@@ -25,7 +23,7 @@ from calibrant.calibration.selection.selector import Selector, select_windows
 from calibrant.calibration.selection.spread import EmbeddingSelector, herding, k_centre
 from calibrant.calibration.selection.uniform import uniform_windows
 from calibrant.calibration.selection.unigram import unigram_rows
-from calibrant.calibration.selection.zipcal import ZipCal, subword_classes
+from calibrant.calibration.selection.zipcal import ZipCal
 from calibrant.calibration.selection.zipf_score import ZipfScore
 from calibrant.calibration.windows import Cutting, Window
 from calibrant.errors import CalibrantError
@@ -37,19 +35,6 @@ from calibrant.randomness import make_rng
 # Strategies that run the model over every candidate.
 WITH_MODEL = ("perplexity", "cola")
 LoadModel = Callable[[], transformers.PreTrainedModel]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one corpus gives: rows of at most ``length`` token ids, their segments, counts, and for rows that do not
-    count whole which tokens do; ``chat``: conversations were among the documents.
-    """
-
-    rows: list[list[int]]
-    segments: list[list[Segment]]
-    counts: dict[str, int]
-    masks: list[list[bool]] | None = None
-    chat: bool = False
 
 
 def select_from(
@@ -78,15 +63,17 @@ def select_from(
             for corpus, share in zip(corpora, _shares(request.samples, request.weights, len(corpora)), strict=True)
         ]
         in_parts = [
-            _Part([window.tokens for window in one.windows], [window.segments for window in one.windows], one.counts)
+            SelectedRows(
+                [window.tokens for window in one.windows], [window.segments for window in one.windows], one.counts
+            )
             for one in results
         ]
-        return _assemble(corpora, in_parts, asked, tokenizer)
+        return assemble(corpora, in_parts, asked, tokenizer)
     # Filters that remember documents know those of the corpora before.
     filters = filters_of(request.filters, request.seed)
     if request.strategy == "zipcal-multi":
         parts = _multi_domain(corpora, tokenizer, request, filters, load_model, progress)
-        return _assemble(corpora, parts, asked, tokenizer)
+        return assemble(corpora, parts, asked, tokenizer)
     shares = _shares(request.samples, request.weights, len(corpora))
     parts = [
         _select_mix(corpus, tokenizer, request.model_copy(update={"samples": share}), filters, load_model, progress)
@@ -94,7 +81,7 @@ def select_from(
         if share
     ]
     used = [corpus for corpus, share in zip(corpora, shares, strict=True) if share]
-    return _assemble(used, parts, asked, tokenizer)
+    return assemble(used, parts, asked, tokenizer)
 
 
 def _shares(samples: int, weights: tuple[float, ...] | None, count: int) -> list[int]:
@@ -116,12 +103,12 @@ def _select_mix(
     filters: list[Filter],
     load_model: LoadModel,
     progress: Progress,
-) -> _Part:
+) -> SelectedRows:
     """The corpus's rows: of all its documents, or by groups, whose rows follow one another."""
     groups = groups_of(request.mix)
     if not groups:
         return _select(corpus, tokenizer, request, filters, load_model, progress)
-    parts: list[tuple[str, _Part]] = []
+    parts: list[tuple[str, SelectedRows]] = []
     for (name, group), share in zip(groups, _shares(request.samples, request.mix.weights, len(groups)), strict=True):
         if share:
             asked = request.model_copy(update={"samples": share})
@@ -129,12 +116,12 @@ def _select_mix(
                 parts.append((name, _select(corpus, tokenizer, asked, [group, *filters], load_model, progress)))
             except CalibrantError as error:
                 raise CalibrantError(f"{name.replace('_', ' ')}: {error}") from error
-    return _Part(
+    return SelectedRows(
         [row for _, part in parts for row in part.rows],
         [segments for _, part in parts for segments in part.segments],
         counts_of_groups([(name, len(part.rows), part.counts) for name, part in parts]),
         [mask for _, part in parts for mask in part.masks or []] or None,
-        any(part.chat for _, part in parts),
+        any(part.has_chat for _, part in parts),
     )
 
 
@@ -145,7 +132,7 @@ def _select(
     filters: list[Filter],
     load_model: LoadModel,
     progress: Progress,
-) -> _Part:
+) -> SelectedRows:
     leaked_before = sum(one.leaked for one in filters if isinstance(one, Leakage))
     drawn = request.strategy in WITH_DRAWS
     shard = 0 if drawn else request.draw
@@ -176,7 +163,7 @@ def _select(
             counts["evaluation_texts_too_short"] = filter_.too_short
     masks = _assistant_masks(stream, tokenizer, windows) if request.mask == "assistant" else None
     rows = rows or [window.tokens for window in windows]
-    return _Part(rows, [window.segments for window in windows], counts, masks, stream.has_chat)
+    return SelectedRows(rows, [window.segments for window in windows], counts, masks, stream.has_chat)
 
 
 def _assistant_masks(stream: DocumentStream, tokenizer: Tokenizer, windows: list[Window]) -> list[list[bool]]:
@@ -225,7 +212,7 @@ def _multi_domain(
     filters: list[Filter],
     load_model: LoadModel,
     progress: Progress,
-) -> list[_Part]:
+) -> list[SelectedRows]:
     """ZipCal in every corpus, then k-centre over the embeddings of what it chose (arXiv 2603.16105, algorithm 2)."""
     single = request.model_copy(update={"strategy": "zipcal"})
     parts = [_select(corpus, tokenizer, single, filters, load_model, progress) for corpus in corpora]
@@ -239,72 +226,6 @@ def _multi_domain(
         number, row = pooled[index]
         kept[number].append(row)
     return [
-        _Part([part.rows[row] for row in rows], [part.segments[row] for row in rows], part.counts)
+        SelectedRows([part.rows[row] for row in rows], [part.segments[row] for row in rows], part.counts)
         for part, rows in zip(parts, kept, strict=True)
     ]
-
-
-def _assemble(
-    corpora: Sequence[Corpus], parts: Sequence[_Part], request: SelectionRequest, tokenizer: Tokenizer
-) -> CalibrationSet:
-    """One set of all parts' rows, begun as the tokenizer begins texts.
-
-    Shorter rows are filled up with the separator, which does not count.
-    """
-    rows = [row for part in parts for row in part.rows]
-    # A chat template may have begun a row already.
-    before = [[] if row[: len(tokenizer.prefix)] == tokenizer.prefix else tokenizer.prefix for row in rows]
-    tokens = torch.full((len(rows), request.length), tokenizer.separator_id, dtype=torch.int32)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    masks = [mask for part in parts for mask in part.masks or [[True] * len(row) for row in part.rows]]
-    for index, (begin, row, counted) in enumerate(zip(before, rows, masks, strict=True)):
-        end = len(begin) + len(row)
-        tokens[index, :end] = torch.tensor([*begin, *row], dtype=torch.int32)
-        mask[index, :end] = torch.tensor([*[request.mask != "assistant"] * len(begin), *counted], dtype=torch.bool)
-    if request.mask == "no-special":
-        mask &= ~torch.isin(tokens, torch.tensor(sorted(tokenizer.special_ids), dtype=torch.int32))
-    if not bool(mask.any()):
-        raise CalibrantError("the mask leaves no token of the set; use --mask all or other text")
-    numbers = [f"{number}/" if len(parts) > 1 else "" for number, part in enumerate(parts) for _ in part.segments]
-    named = [row for part in parts for row in part.segments]
-    # Rows of the unigram sample have no segments.
-    segments = [
-        [_placed(segment, number, len(begin)) for segment in row]
-        for number, begin, row in zip(numbers, before, named, strict=False)
-    ]
-    counts: Counter[str] = Counter()
-    for part in parts:
-        counts.update(part.counts)
-    if "classes_covered" in counts:
-        # Several corpora or groups cover the same classes; what counts is the set.
-        classes = subword_classes(tokenizer)
-        covered = classes[np.unique(np.concatenate([np.array(row, dtype=np.int64) for row in rows]))]
-        counts["classes"] = int(classes.max(initial=-1)) + 1
-        counts["classes_covered"] = len(np.unique(covered[covered >= 0]))
-    if "evaluation_texts_too_short" in counts:
-        counts["evaluation_texts_too_short"] //= len(parts)
-    empty = int((~mask.any(1)).sum())
-    if empty:
-        counts["rows_without_a_counted_token"] = empty
-    described = [{**corpus.describe(), "rows": len(part.rows)} for corpus, part in zip(corpora, parts, strict=True)]
-    manifest = Manifest(
-        strategy=request.strategy,
-        parameters=request.recorded(),
-        seed=request.seed,
-        draw=request.draw,
-        samples=request.samples,
-        length=request.length,
-        tokenizer_sha256=tokenizer.sha256,
-        tokenizer_files_sha256=tokenizer.files_sha256,
-        corpora=described,
-        evaluations=[Corpus(place, request.filters.leakage_field).describe() for place in request.filters.leakage],
-        embedding_sha256=embedding_sha256(request.embedding),
-        chat_template_sha256=template_sha256(tokenizer) if any(part.chat for part in parts) else None,
-        rows=segments,
-        counts=dict(counts),
-    )
-    return CalibrationSet.build(tokens, mask, manifest)
-
-
-def _placed(segment: Segment, corpus: str, shift: int) -> Segment:
-    return segment.model_copy(update={"document": corpus + segment.document, "start": segment.start + shift})

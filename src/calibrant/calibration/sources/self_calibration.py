@@ -10,7 +10,7 @@ import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.calibration.sources.english import english_beginnings
-from calibrant.calibration.sources.text_generation import Sampling, write_rows
+from calibrant.calibration.sources.text_generation import Sampling, compute_place, write_rows
 from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
@@ -76,8 +76,7 @@ def generate_self_calibration(
             "first_tokens": first_tokens,
             "batch_size": batch_size,
             "start_token": tokenizer.start_id,
-            "device": model.device.type,
-            "compute_dtype": str(model.dtype).removeprefix("torch."),
+            **compute_place(model),
         },
         seed=seed,
         draw=draw,

@@ -207,3 +207,8 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tenso
     place = torch.searchsorted(inside, threshold - before, right=True).clamp(max=_BLOCK - 1)
     index = (block * _BLOCK + place)[:, 0].clamp(max=logits.shape[-1] - 1)
     return torch.where(greedy, logits.argmax(dim=-1), index) if bool(greedy.any()) else index
+
+
+def compute_place(model: transformers.PreTrainedModel) -> dict[str, str]:
+    """Device and dtype in which ``model`` writes, as manifests record them."""
+    return {"device": model.device.type, "compute_dtype": str(model.dtype).removeprefix("torch.")}

@@ -69,7 +69,7 @@ def generate(
     """
     with terminal(quiet, as_json) as screen:
         from calibrant.calibration.corpus import Corpus
-        from calibrant.calibration.making import generate as run
+        from calibrant.calibration.generate import generate as run
         from calibrant.calibration.sources.self_calibration import TemperatureSchedule
         from calibrant.errors import CalibrantError
         from calibrant.output_folder import check_output

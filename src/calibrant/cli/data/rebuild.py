@@ -30,7 +30,7 @@ def rebuild(
     Example: calibrant data rebuild ./set/manifest.json -o ./again
     """
     with terminal(quiet, as_json) as screen:
-        from calibrant.calibration.making import rebuild as run
+        from calibrant.calibration.rebuild import rebuild as run
         from calibrant.output_folder import check_output
 
         check_output(output, overwrite, [manifest])

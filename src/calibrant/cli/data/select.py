@@ -123,7 +123,7 @@ def select(
     """
     with terminal(quiet, as_json) as screen:
         from calibrant.calibration.corpus import Corpus
-        from calibrant.calibration.making import select as run
+        from calibrant.calibration.select import select as run
         from calibrant.calibration.selection.request import filter_request, mix_request
         from calibrant.output_folder import check_output
 

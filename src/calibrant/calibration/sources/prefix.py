@@ -1,4 +1,4 @@
-"""Two more ways to let a model write: from random tokens (LLM-QAT) and from beginnings of real texts ("Beware")."""
+"""Text that continues the beginnings of real texts, filtered by perplexity (arXiv 2410.17711 and its released code)."""
 
 import math
 
@@ -8,61 +8,15 @@ import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.sources.text_generation import Sampling, write_rows
+from calibrant.calibration.sources.text_generation import Sampling, compute_place, write_rows
 from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 from calibrant.randomness import make_rng
 
-# LLM-QAT writes greedily up to the third, fourth or fifth token, then samples with transformers' default top-k.
-_GREEDY_TOKENS, _LLM_QAT_TOP_K = (3, 4, 5), 50
 _PREFIX_TOKENS = 2
-_PREFIX_TEMPERATURE, _PREFIX_TOP_P, _PREFIX_TOP_K, _PREFIX_PENALTY = 0.6, 0.95, 50, 1.2
-
-
-def generate_llm_qat(
-    model: transformers.PreTrainedModel,
-    tokenizer: Tokenizer,
-    *,
-    samples: int,
-    length: int,
-    seed: int,
-    draw: int,
-    batch_size: int,
-    progress: Progress,
-    provenance: dict[str, str],
-) -> CalibrationSet:
-    """Texts that start from one random token, without BOS (arXiv 2305.17888, released code; methods.md §25).
-
-    Starts are drawn from the vocabulary without special tokens; a row's first 3 to 5 tokens are the most likely ones,
-    then follows sampling with top-k 50. Where a text ends, the next one begins in the same row (ours).
-    """
-    eligible = [i for i in sorted(tokenizer.hf.get_vocab().values()) if i not in tokenizer.special_ids]
-    starts = make_rng(seed, "llm-qat", draw).permutation(eligible)
-    uniforms = np.stack([make_rng(seed, "llm-qat", draw, row).random(length) for row in range(samples)])
-    greedy = make_rng(seed, "llm-qat-greedy", draw).choice(_GREEDY_TOKENS, samples)
-    temperatures = torch.ones(samples, length, dtype=torch.float64)
-    for row, count in enumerate(greedy):
-        temperatures[row, : count - 1] = 0
-
-    def beginning(row: int, text: int) -> list[int]:
-        return [int(starts[(row + text * samples) % len(starts)])]
-
-    sampling = Sampling(temperatures, top_k=_LLM_QAT_TOP_K)
-    written = write_rows(model, tokenizer, uniforms, beginning, sampling, batch_size, progress)
-    manifest = Manifest(
-        strategy="llm-qat",
-        parameters={"batch_size": batch_size, **_where(model)},
-        seed=seed,
-        draw=draw,
-        samples=samples,
-        length=length,
-        tokenizer_sha256=tokenizer.sha256,
-        tokenizer_files_sha256=tokenizer.files_sha256,
-        model=dict(provenance),
-        counts={"generations": written.generations},
-    )
-    return CalibrationSet.build(written.tokens, torch.ones_like(written.tokens, dtype=torch.bool), manifest)
+# Released code.
+_TEMPERATURE, _TOP_P, _TOP_K, _PENALTY = 0.6, 0.95, 50, 1.2
 
 
 def generate_from_prefixes(
@@ -104,10 +58,10 @@ def generate_from_prefixes(
         return begins + prefixes[order[(draw * rows + row + text * rows) % len(order)]]
 
     sampling = Sampling(
-        torch.full((length,), _PREFIX_TEMPERATURE, dtype=torch.float64),
-        top_k=_PREFIX_TOP_K,
-        top_p=_PREFIX_TOP_P,
-        repetition_penalty=_PREFIX_PENALTY,
+        torch.full((length,), _TEMPERATURE, dtype=torch.float64),
+        top_k=_TOP_K,
+        top_p=_TOP_P,
+        repetition_penalty=_PENALTY,
     )
     written = write_rows(model, tokenizer, uniforms, beginning, sampling, batch_size, progress)
     losses = np.array(written.losses)
@@ -116,7 +70,7 @@ def generate_from_prefixes(
         raise CalibrantError(f"only {len(kept)} of {rows} rows lie below percentile {percentile:g}; raise it")
     manifest = Manifest(
         strategy="prefix",
-        parameters={"percentile": percentile, "batch_size": batch_size, **_where(model)},
+        parameters={"percentile": percentile, "batch_size": batch_size, **compute_place(model)},
         seed=seed,
         draw=draw,
         samples=samples,
@@ -129,10 +83,6 @@ def generate_from_prefixes(
     )
     tokens = written.tokens[torch.from_numpy(kept)]
     return CalibrationSet.build(tokens, torch.ones_like(tokens, dtype=torch.bool), manifest)
-
-
-def _where(model: transformers.PreTrainedModel) -> dict[str, str]:
-    return {"device": model.device.type, "compute_dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def _prefixes(corpus: Corpus, tokenizer: Tokenizer, count: int) -> list[list[int]]:

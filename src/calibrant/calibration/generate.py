@@ -1,0 +1,140 @@
+"""Calibration sets without a corpus of their own: text that a model writes, or random tokens."""
+
+from pathlib import Path
+from typing import Any
+
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.sources.llm_qat import generate_llm_qat
+from calibrant.calibration.sources.prefix import generate_from_prefixes
+from calibrant.calibration.sources.self_calibration import (
+    FirstTokens,
+    TemperatureSchedule,
+    generate_self_calibration,
+)
+from calibrant.calibration.sources.vocabulary import draw_vocabulary
+from calibrant.errors import CalibrantError
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.hub import model_path
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.modeling.whole_model import load_whole
+from calibrant.progress import NoProgress, Progress
+
+# The papers use 128 rows of 2,048 tokens; a quarter of that length keeps a run on CPUs short (ours).
+DEFAULT_SAMPLES = 128
+DEFAULT_LENGTH = 512
+DEFAULT_PERCENTILE = 80.0
+SOURCES = ("self", "llm-qat", "prefix", "vocabulary")
+
+
+def generate(
+    model: str | Path,
+    *,
+    strategy: str = "self",
+    samples: int = DEFAULT_SAMPLES,
+    length: int | None = None,
+    seed: int = 0,
+    draw: int = 0,
+    temperature: TemperatureSchedule | None = None,
+    first_tokens: FirstTokens = "any",
+    corpus: Corpus | str | Path | None = None,
+    percentile: float = DEFAULT_PERCENTILE,
+    batch_size: int = 64,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> CalibrationSet:
+    """Make a calibration set of text that a model writes, or of random tokens.
+
+    Args:
+        model: the model's folder, which also contains its tokenizer.
+        strategy: "self" writes from BOS alone (arXiv 2410.17170 §3), "llm-qat" from random tokens (arXiv 2305.17888),
+            "prefix" continues the beginnings of the documents of ``corpus`` and keeps the rows below ``percentile`` of
+            perplexity (arXiv 2410.17711), "vocabulary" draws tokens at random (arXiv 2410.17170).
+        samples: number of rows.
+        length: tokens per row, at most the model's context; by default 512, or the context if it is shorter.
+        seed: seed of every random choice.
+        draw: number of the set among the independent sets of one seed.
+        temperature: temperatures of "self"; constantly 1 by default.
+        first_tokens: "english" makes every text of "self" begin with an English function word.
+        corpus: the texts of "prefix": a corpus or its location.
+        percentile: in (0, 100], for "prefix".
+        batch_size: rows that are written at a time.
+        device: where the model runs, for example "cpu" or "cuda".
+        dtype: dtype of the computation: "float32", "bfloat16" or "auto".
+        progress: receives the progress.
+
+    Raises:
+        CalibrantError: the model folder or the corpus is unusable, or the options do not fit together.
+    """
+    folder = ModelFolder(model_path(model))
+    length = length if length is not None else default_length(folder)
+    check_size(samples, length, seed, draw)
+    check_length(folder, length)
+    tokenizer = Tokenizer(folder.path)
+    if strategy not in SOURCES:
+        raise CalibrantError(f"{strategy}: no source of that name; there are {', '.join(SOURCES)}")
+    if batch_size < 1:
+        raise CalibrantError(f"batch size {batch_size}: must be at least 1")
+    if first_tokens not in ("any", "english"):
+        raise CalibrantError(f"{first_tokens}: no such first tokens; there are any, english")
+    if not 0 < percentile <= 100:
+        raise CalibrantError(f"percentile {percentile:g}: must be above 0 and at most 100")
+    if strategy == "prefix" and corpus is None:
+        raise CalibrantError("prefix continues the beginnings of a corpus's texts: name one with `corpus`")
+    if strategy != "prefix" and corpus is not None:
+        raise CalibrantError(f'{strategy} reads no corpus: leave out `corpus`, or choose `strategy="prefix"`')
+    if strategy != "self" and (temperature is not None or first_tokens != "any"):
+        raise CalibrantError(f'temperatures and first tokens are for `strategy="self"`, not for {strategy}')
+    if strategy != "prefix" and percentile != DEFAULT_PERCENTILE:
+        raise CalibrantError(f'`percentile` is for `strategy="prefix"`, not for {strategy}')
+    size: dict[str, int] = {"samples": samples, "length": length, "seed": seed, "draw": draw}
+    if strategy == "vocabulary":
+        return draw_vocabulary(tokenizer, **size).with_origin(str(model), [])
+    common: dict[str, Any] = {
+        **size,
+        "batch_size": batch_size,
+        "progress": progress or NoProgress(),
+        "provenance": folder.identity(),
+    }
+    texts = corpus if corpus is None or isinstance(corpus, Corpus) else Corpus(corpus)
+    loaded = load_whole(folder, device, dtype)
+    if texts is not None:
+        made = generate_from_prefixes(loaded, tokenizer, texts, percentile=percentile, **common)
+        return made.with_origin(str(model), [texts.location])
+    if strategy == "llm-qat":
+        return generate_llm_qat(loaded, tokenizer, **common).with_origin(str(model), [])
+    schedule = temperature or TemperatureSchedule()
+    made = generate_self_calibration(loaded, tokenizer, schedule=schedule, first_tokens=first_tokens, **common)
+    return made.with_origin(str(model), [])
+
+
+def check_size(samples: int, length: int, seed: int, draw: int) -> None:
+    """Refuse sizes and seeds that make no set.
+
+    Raises:
+        CalibrantError: one of them is too small.
+    """
+    if samples < 1 or length < 2 or draw < 0 or seed < 0:
+        raise CalibrantError(
+            f"{samples} samples of {length} tokens, seed {seed}, draw {draw}: "
+            "need at least 1 sample of 2 tokens, and a seed and draw of at least 0"
+        )
+
+
+def default_length(folder: ModelFolder) -> int:
+    """512 tokens, or the model's context if that is shorter."""
+    return min(DEFAULT_LENGTH, folder.context_length or DEFAULT_LENGTH)
+
+
+def check_length(folder: ModelFolder, length: int) -> None:
+    """Refuse lengths beyond the model's context.
+
+    Raises:
+        CalibrantError: the length is too large.
+    """
+    context = folder.context_length
+    if context is not None and length > context:
+        raise CalibrantError(
+            f"{folder.path}: {length} tokens are more than the model's context of {context}; use `length={context}`"
+        )

@@ -1,0 +1,130 @@
+"""Calibration sets selected from corpora."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.generate import DEFAULT_LENGTH, DEFAULT_SAMPLES, check_length
+from calibrant.calibration.selection.request import (
+    LEXICAL,
+    FilterRequest,
+    MixRequest,
+    SelectionRequest,
+    Strategy,
+    selection_request,
+)
+from calibrant.calibration.selection.selecting import WITH_MODEL, select_from
+from calibrant.calibration.windows import Policy
+from calibrant.errors import CalibrantError
+from calibrant.executors import Executor, ExecutorName, make_executor
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.hub import model_path
+from calibrant.modeling.whole_model import load_whole
+from calibrant.progress import NoProgress, Progress
+
+
+def select(
+    corpus: Corpus | str | Path | Sequence[Corpus | str | Path],
+    *,
+    tokenizer: str | Path,
+    strategy: Strategy = "uniform",
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    draw: int = 0,
+    windows: Policy = "pack",
+    shards: int = 1,
+    parts: int | None = None,
+    executor: ExecutorName = "local",
+    pool: int | None = None,
+    keep: Literal["lowest", "middle", "below"] = "below",
+    percentile: float = 80.0,
+    embedding: str = LEXICAL,
+    mask: Literal["all", "assistant", "no-special"] = "all",
+    weights: Sequence[float] | None = None,
+    mix: MixRequest | None = None,
+    filters: FilterRequest | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> CalibrationSet:
+    """Select a calibration set from one corpus or several.
+
+    ``corpus`` is a ``Corpus``, a location (see ``Corpus``), or a list of these; ``tokenizer`` is a model folder.
+    ``strategy`` and the options that belong to it are described in ``SelectionRequest``.
+
+    Draw k shares no window with draw j: "uniform" cuts all draws from one shuffle, deterministic strategies see
+    disjoint parts of the corpus (``shards``). "perplexity" and "cola" run the model in the tokenizer's folder over
+    every candidate, on ``device`` in ``dtype``. Conversations go through the tokenizer's chat template; ``mask`` says
+    which tokens count: "all", those an "assistant" wrote, or all but special ones ("no-special"). Several corpora share
+    the samples by ``weights``, groups of a corpus's documents (scripts or lengths) by ``mix``. ``parts`` splits the
+    work of "zipcal" into two rounds over random parts of the corpus, which ``executor`` "ray" runs on a cluster; by
+    default ``parts`` is 1, or with Ray the cluster's number of processors.
+
+    Raises:
+        CalibrantError: a corpus cannot be read, is empty or too small, or the options do not fit together.
+    """
+    if executor != "local" and strategy != "zipcal":
+        raise CalibrantError(
+            f'`executor="{executor}"` runs the parts of zipcal; {strategy} runs here: leave out `executor`'
+        )
+    runner = make_executor(executor)
+    request = selection_request(
+        strategy=strategy,
+        windows=windows,
+        samples=samples,
+        length=length,
+        seed=seed,
+        draw=draw,
+        shards=shards,
+        parts=parts if parts is not None else runner.slots,
+        pool=pool,
+        keep=keep,
+        percentile=percentile,
+        embedding=embedding,
+        mask=mask,
+        weights=None if weights is None else tuple(weights),
+        mix=mix or MixRequest(),
+        filters=filters or FilterRequest(),
+    )
+    given = [corpus] if isinstance(corpus, Corpus | str | Path) else list(corpus)
+    if not given:
+        raise CalibrantError("no corpus is given")
+    corpora = [one if isinstance(one, Corpus) else Corpus(one) for one in given]
+    return run_selection(corpora, str(tokenizer), request, device, dtype, runner, progress or NoProgress())
+
+
+def run_selection(
+    corpora: Sequence[Corpus],
+    model: str,
+    request: SelectionRequest,
+    device: str,
+    dtype: str,
+    executor: Executor,
+    progress: Progress,
+) -> CalibrationSet:
+    """Select from ``corpora`` by ``request`` and record where the inputs were; ``model`` is a folder.
+
+    Raises:
+        CalibrantError: see ``select``.
+    """
+    path = model_path(model)
+    scored: dict[str, Any] = {}
+
+    def load_model() -> transformers.PreTrainedModel:
+        folder = ModelFolder(path)
+        check_length(folder, request.length)
+        loaded = load_whole(folder, device, dtype)
+        scored.update(folder.identity(), device=device, dtype=str(loaded.dtype).removeprefix("torch."))
+        return loaded
+
+    if request.strategy in WITH_MODEL:
+        ModelFolder(path)
+    made = select_from(corpora, str(path), request, load_model, executor, progress)
+    if scored:
+        made = CalibrationSet(made.tokens, made.mask, made.manifest.model_copy(update={"model": scored}))
+    return made.with_origin(model, [corpus.location for corpus in corpora])

@@ -1,0 +1,123 @@
+"""Selected rows put together: tensors, the documents behind them, counts and the manifest."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from calibrant.calibration.calibration_set import CalibrationSet, Manifest, Segment
+from calibrant.calibration.chat import template_sha256
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.selection.embeddings import embedding_sha256
+from calibrant.calibration.selection.request import SelectionRequest
+from calibrant.calibration.selection.zipcal import subword_classes
+from calibrant.errors import CalibrantError
+from calibrant.modeling.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SelectedRows:
+    """Rows selected from one corpus.
+
+    ``rows`` have at most ``length`` token ids; ``segments`` says where each row comes from, and is empty for rows
+    without a source document. ``masks`` says which tokens of each row count, None if all do. ``has_chat``:
+    conversations were among the documents.
+    """
+
+    rows: list[list[int]]
+    segments: list[list[Segment]]
+    counts: dict[str, int]
+    masks: list[list[bool]] | None = None
+    has_chat: bool = False
+
+
+def assemble(
+    corpora: Sequence[Corpus], parts: Sequence[SelectedRows], request: SelectionRequest, tokenizer: Tokenizer
+) -> CalibrationSet:
+    """The set of all ``parts``, one for each of ``corpora``; their rows follow one another.
+
+    Rows begin with the tokenizer's prefix and are padded with the separator, which does not count.
+
+    Raises:
+        CalibrantError: the mask leaves no token.
+    """
+    prefixes = [_missing_prefix(row, tokenizer) for part in parts for row in part.rows]
+    tokens, mask = _tensors(parts, prefixes, request, tokenizer)
+    if not bool(mask.any()):
+        raise CalibrantError('the mask leaves no token of the set; use `mask="all"` or other text')
+    described = [{**corpus.describe(), "rows": len(part.rows)} for corpus, part in zip(corpora, parts, strict=True)]
+    manifest = Manifest(
+        strategy=request.strategy,
+        parameters=request.recorded(),
+        seed=request.seed,
+        draw=request.draw,
+        samples=request.samples,
+        length=request.length,
+        tokenizer_sha256=tokenizer.sha256,
+        tokenizer_files_sha256=tokenizer.files_sha256,
+        corpora=described,
+        evaluations=[Corpus(place, request.filters.leakage_field).describe() for place in request.filters.leakage],
+        embedding_sha256=embedding_sha256(request.embedding),
+        chat_template_sha256=template_sha256(tokenizer) if any(part.has_chat for part in parts) else None,
+        rows=_segments(parts, prefixes),
+        counts=_counts(parts, mask, tokenizer),
+    )
+    return CalibrationSet.build(tokens, mask, manifest)
+
+
+def _missing_prefix(row: list[int], tokenizer: Tokenizer) -> list[int]:
+    # A chat template may have begun the row with the prefix.
+    return [] if row[: len(tokenizer.prefix)] == tokenizer.prefix else tokenizer.prefix
+
+
+def _tensors(
+    parts: Sequence[SelectedRows], prefixes: list[list[int]], request: SelectionRequest, tokenizer: Tokenizer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (int32) and mask (bool), both ``[rows, length]``."""
+    rows = [row for part in parts for row in part.rows]
+    masks = [mask for part in parts for mask in part.masks or [[True] * len(row) for row in part.rows]]
+    tokens = torch.full((len(rows), request.length), tokenizer.separator_id, dtype=torch.int32)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for index, (prefix, row, counted) in enumerate(zip(prefixes, rows, masks, strict=True)):
+        end = len(prefix) + len(row)
+        tokens[index, :end] = torch.tensor([*prefix, *row], dtype=torch.int32)
+        mask[index, :end] = torch.tensor([*[request.mask != "assistant"] * len(prefix), *counted], dtype=torch.bool)
+    if request.mask == "no-special":
+        mask &= ~torch.isin(tokens, torch.tensor(sorted(tokenizer.special_ids), dtype=torch.int32))
+    return tokens, mask
+
+
+def _segments(parts: Sequence[SelectedRows], prefixes: list[list[int]]) -> list[list[Segment]]:
+    """Every row's segments, shifted by its prefix; with several parts, documents get the number of their part."""
+    numbers = [f"{number}/" if len(parts) > 1 else "" for number, part in enumerate(parts) for _ in part.segments]
+    segments = [row for part in parts for row in part.segments]
+    # Rows of a unigram sample have a prefix but no segments.
+    return [
+        [
+            segment.model_copy(update={"document": number + segment.document, "start": segment.start + len(prefix)})
+            for segment in row
+        ]
+        for number, prefix, row in zip(numbers, prefixes, segments, strict=False)
+    ]
+
+
+def _counts(parts: Sequence[SelectedRows], mask: torch.Tensor, tokenizer: Tokenizer) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for part in parts:
+        counts.update(part.counts)
+    if "classes_covered" in counts:
+        # Parts may cover the same classes, so their counts do not add up.
+        classes = subword_classes(tokenizer)
+        rows = [np.array(row, dtype=np.int64) for part in parts for row in part.rows]
+        covered = classes[np.unique(np.concatenate(rows))]
+        counts["classes"] = int(classes.max(initial=-1)) + 1
+        counts["classes_covered"] = len(np.unique(covered[covered >= 0]))
+    if "evaluation_texts_too_short" in counts:
+        # Every part's filters read the same evaluation texts.
+        counts["evaluation_texts_too_short"] //= len(parts)
+    empty = int((~mask.any(1)).sum())
+    if empty:
+        counts["rows_without_a_counted_token"] = empty
+    return dict(counts)
