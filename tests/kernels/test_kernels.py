@@ -60,7 +60,7 @@ def test_the_compiled_loop_and_its_twin_give_the_same_bits(
         grid = fit_grid(weight, GridSpec(3, False, 24, torch.float32))
         problem = quantization_problem(weight, factor, torch.arange(columns), grid)
     problem = replace(problem, pruned_of=pattern, sparsity=0.0 if pattern else share)
-    compiled, plain = solve_columns(problem, 32), solve_columns(problem, 32, compiled=False)
+    compiled, plain = solve_columns(problem), solve_columns(problem, compiled=False)
     for name in ("weight", "codes", "kept"):
         assert torch.equal(vars(compiled)[name], vars(plain)[name]), name
 

@@ -28,10 +28,10 @@ def test_the_target_is_the_damped_least_squares_answer() -> None:
     for begin in (0, 150):
         rows = slice(begin, 150 if begin == 0 else None)
         statistic.add_pair(inputs[rows], originals[rows])
-    found = drift_corrected_target(weight, statistic.matrix(), statistic.drift, damping=1e-3)
+    found = drift_corrected_target(weight, statistic.matrix(), statistic.drift)
     x, y, w = inputs.double(), originals.double(), weight.double()
     hessian = x.T @ x
-    hessian += 1e-3 * hessian.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(16, dtype=torch.float64)
     torch.testing.assert_close(found.double(), w + w @ ((y - x).T @ x) @ hessian.inverse(), rtol=1e-4, atol=1e-4)
 
     def error(candidate: torch.Tensor) -> float:

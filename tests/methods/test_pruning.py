@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibrant.kernels.column_loop import BLOCK_SIZE
 from calibrant.methods.solvers.gptq import gptq
 from calibrant.methods.solvers.magnitude import magnitude
 from calibrant.methods.solvers.sparsegpt import sparsegpt
@@ -21,11 +22,12 @@ def zeros_by_group(kept: torch.Tensor, of: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("sparsity", [*PATTERNS, Sparsity(0.5), Sparsity(0.3)], ids=str)
 def test_sparsegpt_equals_the_float64_reference(sparsity: Sparsity) -> None:
-    weight, hessian = references.problem(40, 96)
-    solved = sparsegpt(weight, hessian, sparsity, block_size=32)
+    columns = 2 * BLOCK_SIZE + 32
+    weight, hessian = references.problem(40, columns)
+    solved = sparsegpt(weight, hessian, sparsity)
     factor = references.inverse_factor(hessian, 0.01)
     pattern = (sparsity.pruned, sparsity.of) if sparsity.semi_structured else None
-    blocks = None if sparsity.semi_structured else (32, sparsity.share)
+    blocks = None if sparsity.semi_structured else (BLOCK_SIZE, sparsity.share)
     expected = references.column_loop(weight, factor, lambda _, values: values, pattern, blocks)
     assert torch.equal(solved.kept, expected != 0)
     torch.testing.assert_close(solved.weight.double(), expected, rtol=1e-3, atol=1e-3)
@@ -73,17 +75,18 @@ def test_wanda_with_equal_norms_is_magnitude_by_row() -> None:
 
 
 def test_sparsegpt_with_uncorrelated_inputs_is_magnitude_by_block() -> None:
-    weight, _ = references.problem(40, 96)
-    solved = sparsegpt(weight, 5.0 * torch.eye(96), Sparsity(0.5), block_size=32)
-    expected = torch.cat([magnitude(block, Sparsity(0.5)).weight for block in weight.split(32, dim=1)], dim=1)
+    columns = 2 * BLOCK_SIZE + 32
+    weight, _ = references.problem(40, columns)
+    solved = sparsegpt(weight, 5.0 * torch.eye(columns), Sparsity(0.5))
+    expected = torch.cat([magnitude(block, Sparsity(0.5)).weight for block in weight.split(BLOCK_SIZE, dim=1)], dim=1)
     assert torch.equal(solved.weight, expected)
 
 
 def test_stacked_matrices_are_pruned_as_if_alone() -> None:
-    weight, hessian = references.problem(40, 96)
+    weight, hessian = references.problem(40, BLOCK_SIZE + 32)
     weight[:10] *= 100  # a global threshold would spare these rows
-    stacked = sparsegpt(weight, hessian, Sparsity(0.5), segments=(10, 30), block_size=32)
-    alone = [sparsegpt(part, hessian, Sparsity(0.5), block_size=32).weight for part in weight.split([10, 30])]
+    stacked = sparsegpt(weight, hessian, Sparsity(0.5), segments=(10, 30))
+    alone = [sparsegpt(part, hessian, Sparsity(0.5)).weight for part in weight.split([10, 30])]
     assert torch.equal(stacked.weight, torch.cat(alone))
 
 

@@ -26,7 +26,7 @@ class ColumnProblem:
     ``weight`` ``[rows, n]`` float32; ``factor`` ``[n, n]`` the upper factor U. Quantization: ``scale`` and ``zero_point``
     ``[rows, groups]`` and ``group`` ``[n]`` (int64), with codes in ``qmin ... qmax``, or all None to keep values.
     Pruning: ``pruned_of = (k, m)`` masks k of every m consecutive columns (m <= 32); ``sparsity`` masks a share of each
-    block of ``block_size`` columns over the rows of each of ``segments`` (lengths of consecutive runs of rows).
+    block of ``BLOCK_SIZE`` columns over the rows of each of ``segments`` (lengths of consecutive runs of rows).
     """
 
     weight: torch.Tensor
@@ -50,15 +50,12 @@ class ColumnSolution:
     kept: torch.Tensor
 
 
-def solve_columns(problem: ColumnProblem, block_size: int = BLOCK_SIZE, compiled: bool = True) -> ColumnSolution:
-    """Solve all columns; ``compiled=False`` or tensors on a GPU use the PyTorch twin.
-
-    ``block_size`` matters only with ``sparsity``, whose mask is chosen block by block.
-    """
+def solve_columns(problem: ColumnProblem, compiled: bool = True) -> ColumnSolution:
+    """Solve all columns; the PyTorch twin runs with ``compiled=False`` and for tensors on a GPU."""
     rows, columns = problem.weight.shape
     tiles = _Tiles.of(problem)
     run = _numba_columns if compiled and problem.weight.device.type == "cpu" else _torch_columns
-    step = block_size if problem.sparsity > 0 else columns
+    step = BLOCK_SIZE if problem.sparsity > 0 else columns
     for begin in range(0, columns, step):
         end = min(begin + step, columns)
         if problem.sparsity > 0:

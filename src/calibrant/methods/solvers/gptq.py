@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from calibrant.kernels.column_loop import BLOCK_SIZE, ColumnProblem, solve_columns
+from calibrant.kernels.column_loop import ColumnProblem, solve_columns
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
 from calibrant.methods.method import LayerProblem, Method, MethodOptions
 from calibrant.methods.solvers.quantease import descend
@@ -24,17 +24,14 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = True,
     refine_sweeps: int = 0,
-    block_size: int = BLOCK_SIZE,
-    compiled: bool = True,
 ) -> Solution:
-    """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
+    """Quantize ``weight`` ``[rows, in]`` on the inputs' ``hessian`` ``sum x x^T`` ``[in, in]`` (both float32).
 
-    Static groups: every grid is fitted on the original weight, so ``act_order`` keeps groups contiguous and
-    ``block_size`` only changes speed (methods.md §7). ``refine_sweeps`` of coordinate descent go on from there on the
-    damped Hessian, on which each lowers the error or leaves it (methods.md §14). A row whose error on ``hessian`` comes
-    out above round-to-nearest's on the same grid keeps round-to-nearest (ours; rows are independent), counted in the
-    record.
-    If no damping makes the Hessian factor, the whole layer is rounded to nearest and the record says so.
+    Groups are static: every grid is fitted to the original weight, so ``act_order``, which solves columns by descending
+    Hessian diagonal, keeps groups contiguous. ``refine_sweeps`` sweeps of coordinate descent (arXiv 2309.01885) follow on
+    the damped Hessian; none of them raises the error on it. A row with a larger error on ``hessian`` than round-to-nearest
+    on the same grid is rounded to nearest instead (ours); the record counts such rows. If the Hessian cannot be factored
+    at any damping, the whole layer is rounded to nearest and the record says so.
     """
     rounded = rtn(weight, spec, hessian)
     grid = rounded.grid
@@ -45,7 +42,7 @@ def gptq(
         record = SolverRecord(fallback="Hessian not positive definite, rounded to nearest")
         return Solution(rounded.weight, rounded.codes, rounded.grid, record=record)
     problem = quantization_problem(prepared.weight, prepared.factor, prepared.order, grid)
-    solved = solve_columns(problem, block_size, compiled)
+    solved = solve_columns(problem)
     values, codes = undo(prepared.order, solved.weight), undo(prepared.order, solved.codes)
     if refine_sweeps:
         values, codes = descend(weight, values, damped(hessian, prepared.damping), grid, [False] * refine_sweeps)
@@ -54,7 +51,10 @@ def gptq(
 
 
 def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> ColumnProblem:
-    """The column problem of a grid: columns in solving ``order``, each with the grid of its original group."""
+    """The column problem of quantizing to ``grid``: each column, in solving ``order``, has the grid of its original group.
+
+    ``weight`` ``[rows, in]`` and the upper ``factor`` ``[in, in]`` are float32 with columns already in ``order``.
+    """
     return ColumnProblem(
         weight,
         factor,
@@ -67,7 +67,10 @@ def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torc
 
 
 class Gptq(MethodOptions):
-    """GPTQ; ``damping`` relative to the mean of the Hessian's diagonal; coordinate descent for ``refine_sweeps``."""
+    """GPTQ.
+
+    ``damping`` is relative to the mean of the Hessian's diagonal; ``refine_sweeps`` sweeps of coordinate descent follow.
+    """
 
     name: Literal["gptq"] = "gptq"
     damping: float = Field(default=0.01, gt=0, le=100)

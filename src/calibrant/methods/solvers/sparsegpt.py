@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column with error compensation, optionally quantizing what stays (arXiv 2301.00774)."""
+"""SparseGPT: prune column by column with error compensation, optionally quantizing kept weights (arXiv 2301.00774)."""
 
 from dataclasses import replace
 from typing import Literal
@@ -6,13 +6,13 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from calibrant.kernels.column_loop import BLOCK_SIZE, ColumnProblem, solve_columns
+from calibrant.kernels.column_loop import ColumnProblem, solve_columns
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
 from calibrant.methods.method import LayerProblem, Method, MethodOptions
 from calibrant.methods.solvers.gptq import quantization_problem
 from calibrant.methods.solvers.magnitude import magnitude
 from calibrant.methods.solvers.result import Solution, SolverRecord
-from calibrant.methods.solvers.second_order import prepare, undo
+from calibrant.methods.solvers.second_order import prepare
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import GridSpec, decode, encode
@@ -27,16 +27,14 @@ def sparsegpt(
     *,
     segments: tuple[int, ...] = (),
     damping: float = 0.01,
-    block_size: int = BLOCK_SIZE,
-    compiled: bool = True,
 ) -> Solution:
-    """Prune ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
+    """Prune ``weight`` ``[rows, in]`` on the inputs' ``hessian`` ``sum x x^T`` ``[in, in]`` (both float32).
 
-    Unstructured: exactly ``floor(p n)`` weights of every block of ``block_size`` columns, over the rows of each of
-    ``segments`` (matrices stacked by rows; none means one), so the block size is part of the method. n:m: chosen on
-    the compensated weights at each group's first column. With ``spec`` the kept weights are quantized in the same
-    loop on grids fitted to the original weight (ours: groups; the reference has one grid a row). If no damping makes
-    the Hessian factor, the layer is pruned by magnitude (and rounded), and the record says so.
+    Unstructured sparsity p removes exactly ``floor(p n)`` of the n weights in every block of 128 columns of every matrix;
+    ``segments`` are the row counts of matrices stacked by rows (empty: one matrix). An n:m mask is chosen on the
+    compensated weights at the first column of each group of m. With ``spec`` the kept weights are quantized in the same
+    loop, on grids fitted to the original weight (ours: groups; the released code has one grid per row). If the Hessian
+    cannot be factored at any damping, the layer is pruned by magnitude (and rounded), and the record says so.
     """
     try:
         prepared = prepare(weight, hessian, damping, act_order=False)
@@ -49,11 +47,9 @@ def sparsegpt(
     pattern = (sparsity.pruned, sparsity.of) if sparsity.semi_structured else None
     share = 0.0 if pattern else sparsity.share
     problem = replace(problem, pruned_of=pattern, sparsity=share, segments=segments)
-    solved = solve_columns(problem, block_size, compiled)
+    solved = solve_columns(problem)
     record = SolverRecord(prepared.damping, prepared.damping > damping, prepared.dead_columns)
-    codes = undo(prepared.order, solved.codes) if grid is not None else None
-    kept = undo(prepared.order, solved.kept)
-    return Solution(undo(prepared.order, solved.weight), codes, grid, kept, record=record)
+    return Solution(solved.weight, solved.codes if grid is not None else None, grid, solved.kept, record=record)
 
 
 def _by_magnitude(
@@ -69,7 +65,7 @@ def _by_magnitude(
 
 
 class SparseGpt(MethodOptions):
-    """SparseGPT; with weights in the scheme also quantizes."""
+    """SparseGPT; it also quantizes if the scheme has weights."""
 
     name: Literal["sparsegpt"] = "sparsegpt"
     damping: float = Field(default=0.01, gt=0, le=100)
