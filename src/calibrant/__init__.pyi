@@ -5,8 +5,8 @@ from .calibration.calibration_set import CalibrationSet as CalibrationSet
 from .calibration.calibration_set import Manifest as Manifest
 from .calibration.corpus import Corpus as Corpus
 from .calibration.corpus import Document as Document
-from .calibration.rebuild import Rebuilt as Rebuilt
 from .calibration.generate import generate as generate
+from .calibration.rebuild import Rebuilt as Rebuilt
 from .calibration.rebuild import rebuild as rebuild
 from .calibration.select import select as select
 from .calibration.selection.corpus_scores import CorpusScore as CorpusScore

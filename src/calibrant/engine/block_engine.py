@@ -138,9 +138,7 @@ def sequential_pass(
                     run.throw()
 
 
-def two_passes(
-    block: OpenedBlock, structure: BlockStructure, visitor: Visitor, propagate: bool
-) -> list[torch.Tensor]:
+def two_passes(block: OpenedBlock, structure: BlockStructure, visitor: Visitor, propagate: bool) -> list[torch.Tensor]:
     """Collect every statistic from the original block, solve everything, then run the compressed block.
 
     Without ``propagate`` the next block is fed the original block's outputs and the second run is saved.

@@ -10,8 +10,7 @@ from calibrant.engine.block_engine import Unit
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes
 from calibrant.kernels.grid_rounding import round_to_grid
-from calibrant.methods.method import LayerProblem
-from calibrant.methods.registry import METHODS
+from calibrant.methods.method import LayerProblem, StructuredPruner
 from calibrant.methods.solvers.drift_correction import drift_corrected_target
 from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors
 from calibrant.modeling.block_walk import OpenedBlock
@@ -93,7 +92,7 @@ class BlockSolver:
         self._keep(linear, trained.weight, Solution(values, codes, trained.grid), slice(None), problem, 0)
 
     def _solve(self, unit: Unit, statistic: Hessian | HessianDiagonal | None) -> None:
-        entry = METHODS[self.plan.recipe.method.name]
+        entry = self.plan.recipe.kind
         weights = [linear.view(self.block.state[linear.parameter]).float() for linear in unit]
         for linear, weight in zip(unit, weights, strict=True):
             if not bool(torch.isfinite(weight).all()):
@@ -109,7 +108,7 @@ class BlockSolver:
             else:
                 problem = replace(problem, weight=target)
                 weights = list(problem.weight.split(problem.segments))
-        assert entry.solve is not None
+        assert not isinstance(entry, StructuredPruner)
         if self.plan.recipe.statistic is not None and statistic is None:
             assert entry.without_data is not None
             solution, fallback = entry.without_data(problem), "saw no calibration token, solved without data"

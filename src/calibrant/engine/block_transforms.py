@@ -190,9 +190,7 @@ def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Hook:
     return note
 
 
-def _note_calls(
-    block: OpenedBlock, group: InputGroup, seen: _Seen, batch: MicroBatch
-) -> list[tuple[nn.Module, Hook]]:
+def _note_calls(block: OpenedBlock, group: InputGroup, seen: _Seen, batch: MicroBatch) -> list[tuple[nn.Module, Hook]]:
     """Keep the calls of the smallest module that contains the whole group."""
     name = common_module([linear.name for linear in group.linears])
     if not name:

@@ -127,9 +127,7 @@ def _compressed(
     return found
 
 
-def _divergences(
-    walk: BlockWalk, trunk: MicroBatch, variants: list[torch.Tensor], progress: Progress
-) -> list[float]:
+def _divergences(walk: BlockWalk, trunk: MicroBatch, variants: list[torch.Tensor], progress: Progress) -> list[float]:
     """Mean ``KL(trunk || variant)`` over the compared positions."""
     positions = trunk.mask[0].nonzero()[::_STRIDE, 0]
 

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from calibrant.methods.method import MethodBase, MethodOptions, Scheme
+from calibrant.methods.method import LayerProblem, MethodBase, MethodOptions, Scheme
+from calibrant.methods.solvers.result import Solution
+from calibrant.methods.solvers.rtn import round_layer
 
 # Evaluating the held-out loss should cost little beside the steps between two evaluations (ours).
 HELD_OUT_TOKENS = 4096
@@ -139,6 +141,14 @@ class Trainer(MethodBase):
         if activations.range != "minmax":
             return f"{self.name} learns static ranges from the minimum and maximum: leave range out"
         return None
+
+    def solve(self, _: Any, problem: LayerProblem) -> Solution:
+        """Round to nearest, for what training leaves as floating-point weights."""
+        return round_layer(problem)
+
+    def without_data(self, problem: LayerProblem) -> Solution:
+        """The same: training has used the data already."""
+        return round_layer(problem)
 
     def stored_dense(self, _: Any) -> bool:
         """Never: the result lies on plain grids."""

@@ -88,17 +88,13 @@ class PreparedRun:
             calibration = self._generate(self.own_set, listener)
         else:
             calibration = self.calibration
-        return run_compression(
-            self.model, self.plan, calibration, self.output, self.settings, listener, self.overwrite
-        )
+        return run_compression(self.model, self.plan, calibration, self.output, self.settings, listener, self.overwrite)
 
     def _held_out(self, length: int, seed: int, progress: Progress) -> CalibrationSet:
         """What a training without data is evaluated on: text the model writes, or random tokens if it writes none."""
         folder = self.model.folder
         if not folder.causal:
-            return draw_vocabulary(
-                Tokenizer(folder.path), samples=_HELD_OUT_ROWS, length=length, seed=seed, draw=0
-            )
+            return draw_vocabulary(Tokenizer(folder.path), samples=_HELD_OUT_ROWS, length=length, seed=seed, draw=0)
         return self._generate(SetSize(_HELD_OUT_ROWS, length, seed, 0), progress)
 
     def _generate(self, size: SetSize, progress: Progress) -> CalibrationSet:

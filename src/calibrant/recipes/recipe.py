@@ -17,8 +17,8 @@ from pydantic import (
 )
 
 from calibrant.errors import CalibrantError
-from calibrant.methods.method import Method, MethodOptions, Statistic
-from calibrant.methods.registry import METHODS
+from calibrant.methods.method import MethodOptions, Statistic
+from calibrant.methods.registry import METHODS, Method
 from calibrant.methods.training import Trainer, TrainingOptions
 from calibrant.quantization.grids import RangeSearch
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian

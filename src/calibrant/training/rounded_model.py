@@ -104,7 +104,7 @@ class _RoundedWeight(nn.Module):
         self.scale: torch.Tensor
         self.zero_point: torch.Tensor
         self.register_buffer("scale", grid.scale)
-        self.register_buffer("zero", grid.zero_point)
+        self.register_buffer("zero_point", grid.zero_point)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         rows = weight.T if self.transposed else weight

@@ -55,7 +55,8 @@ class ScaledModel:
         assert plan.learned.scales is not None
         self.model = model.requires_grad_(False).eval()
         self._logs = {
-            placed.name: nn.Parameter(-plan.learned.scales[placed.name].detach().clone().float().log()) for placed in pairs
+            placed.name: nn.Parameter(-plan.learned.scales[placed.name].detach().clone().float().log())
+            for placed in pairs
         }
         fold_of: dict[str, _Fold] = {}
         dtype_of: dict[str, torch.dtype] = {}
