@@ -10,7 +10,7 @@ import torch
 
 import calibrant as cb
 from calibrant.errors import CalibrantError
-from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.registry import METHODS
 from calibrant.methods.solvers.result import Solution
 from calibrant.methods.solvers.rtn import round_layer
@@ -30,7 +30,7 @@ def block_of_page(language: str) -> str:
 
 FILE: dict[str, Any] = {"__name__": "neighbour"}
 exec(compile(block_of_page("python"), "neighbour.py", "exec"), FILE)  # the page is ours
-NEIGHBOUR: Method = FILE["NEIGHBOUR"]
+NEIGHBOUR: LayerSolver = FILE["NEIGHBOUR"]
 
 
 def test_it_runs_in_a_recipe_and_is_recorded(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_method_gets_its_statistic_also_where_ranges_need_more(
         seen.append(problem.hessian_diagonal)
         return round_layer(problem)
 
-    method = Method(Diagonal, solve, round_layer, HessianDiagonal)
+    method = LayerSolver(Diagonal, solve, round_layer, HessianDiagonal)
     monkeypatch.setitem(METHODS, method.name, method)
     sums = {}
     for search in ("none", "clip"):

@@ -11,7 +11,7 @@ from calibrant.engine.block_engine import Unit
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes
 from calibrant.kernels.grid_rounding import round_to_grid
-from calibrant.methods.method import LayerProblem
+from calibrant.methods.method import LayerProblem, LayerSolver
 from calibrant.methods.registry import METHODS
 from calibrant.methods.solvers.drift_correction import drift_corrected_target
 from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors
@@ -112,7 +112,7 @@ class BlockSolver:
             else:
                 problem = replace(problem, weight=target)
                 weights = list(problem.weight.split(problem.segments))
-        assert entry.solve is not None
+        assert isinstance(entry, LayerSolver)
         if self.plan.recipe.statistic is not None and statistic is None:
             assert entry.without_data is not None
             solution, fallback = entry.without_data(problem), "saw no calibration token, solved without data"

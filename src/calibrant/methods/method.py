@@ -1,14 +1,15 @@
-"""What a method is to the engine: its options in a recipe, what it must know of a layer's input, how it solves."""
+"""What the engine knows of a method: its options in a recipe, the statistic it needs, how it solves a layer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from calibrant.methods.solvers.result import Solution
 from calibrant.methods.solvers.sparsity import Sparsity
-from calibrant.quantization.grids import GridSpec
+from calibrant.quantization.grids import GridSpec, RangeSearch
 from calibrant.quantization.statistics import Hessian, HessianDiagonal
 from calibrant.strict import Strict
 
@@ -16,17 +17,18 @@ Statistic = type[Hessian] | type[HessianDiagonal]
 
 
 class MethodOptions(Strict):
-    """A method's options in a recipe; each has ``name`` as a literal, by which it is found."""
+    """A method's options in a recipe; each subclass narrows ``name`` to the literal that recipes use."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """One solve: weights stacked by rows (``segments`` are the row counts), what is known of their input, the target.
+    """One layer to compress, or several that share an input, with what is known of that input and the target.
 
-    A solver is only handed tasks that have what it needs: ``spec`` if it quantizes, ``sparsity`` if it prunes, and of
-    ``hessian`` ``[in, in]`` and ``hessian_diagonal`` ``[in]`` (its diagonal) what its statistic gives.
+    ``weight`` float32 ``[rows, in]`` stacks matrices of ``segments`` rows each. ``spec`` is set for methods that quantize,
+    ``sparsity`` for methods that prune. ``hessian`` float32 ``[in, in]`` and ``hessian_diagonal`` float32 ``[in]`` are set
+    if the method's statistic gives them.
     """
 
     weight: torch.Tensor
@@ -37,8 +39,8 @@ class LayerProblem:
     hessian_diagonal: torch.Tensor | None = None
 
     @property
-    def known_hessian(self) -> torch.Tensor | None:
-        """What is known of the inputs' second moments."""
+    def hessian_or_diagonal(self) -> torch.Tensor | None:
+        """The full Hessian if known, else its diagonal if known."""
         return self.hessian if self.hessian is not None else self.hessian_diagonal
 
     @property
@@ -55,46 +57,128 @@ class LayerProblem:
 
     @property
     def full_hessian(self) -> torch.Tensor:
-        """``hessian``, for methods whose statistic it is."""
+        """``hessian``, for methods whose statistic is ``Hessian``."""
         assert self.hessian is not None
         return self.hessian
+
+
+class WeightTarget(Protocol):
+    """The weights of a scheme, as far as methods restrict them."""
+
+    @property
+    def symmetric(self) -> bool: ...
+
+    @property
+    def range_search(self) -> RangeSearch: ...
+
+
+class Target(Protocol):
+    """A recipe's scheme, as far as methods restrict it; ``sparsity`` is a share ("0.5") or a pattern ("2:4")."""
+
+    @property
+    def weights(self) -> WeightTarget | None: ...
+
+    @property
+    def sparsity(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class MethodBase(ABC):
+    """What methods of every kind declare."""
+
+    changes_shape: ClassVar[bool]
+    options: type[MethodOptions]
+
+    @property
+    def name(self) -> str:
+        """The method's name in recipes."""
+        return str(self.options.model_fields["name"].default)
+
+    @abstractmethod
+    def refusal(self, target: Target, *, by_layer: bool) -> str | None:
+        """A sentence that says why the method cannot reach ``target``; None if it can.
+
+        ``by_layer``: the recipe treats layers differently, by ``ignore`` or by a budget.
+        """
 
 
 def _never(_: Any) -> bool:
     return False
 
 
-def _nothing(_: Any) -> float:
+def _no_passes(_: Any) -> float:
     return 0.0
 
 
 @dataclass(frozen=True)
-class Method:
-    """A registry entry.
+class LayerSolver(MethodBase):
+    """A method that compresses layer by layer.
 
-    ``solve`` gets the options and a problem; None for what does not work layer by layer (``changes_shape``).
-    ``without_data`` gets a problem whose layer saw no token; methods have one that look at inputs, in their solve or in a
-    range search. ``symmetric``: which weights the method is for, where it fits its ranges itself; None for any grids.
-    ``stored_dense``: with which options no quantized format holds the result. ``passes``: about how often a solve goes
-    over all pairs of columns, for the estimate of time.
+    ``solve`` maps the options and a problem to a solution. ``without_data`` solves layers that saw no token; every method
+    has one that uses inputs, in ``solve`` or in a range search. ``symmetric``: the only kind of grid that a method which
+    fits its own ranges supports; None for methods that take any grid. ``stored_dense``: whether, with these options, no
+    quantized format can represent the result. ``passes``: how many passes over all pairs of columns a solve costs, for the
+    time estimate.
     """
 
-    options: type[MethodOptions]
-    solve: Callable[[Any, LayerProblem], Solution] | None
+    changes_shape = False
+    solve: Callable[[Any, LayerProblem], Solution]
     without_data: Callable[[LayerProblem], Solution] | None = None
     statistic: Statistic | None = None
     quantizes: bool = True
     prunes: bool = False
     symmetric: bool | None = None
     stored_dense: Callable[[Any], bool] = _never
-    passes: Callable[[Any], float] = _nothing
+    passes: Callable[[Any], float] = _no_passes
 
-    @property
-    def changes_shape(self) -> bool:
-        """Whether it changes the shapes of the model."""
-        return self.solve is None
+    def refusal(self, target: Target, *, by_layer: bool) -> str | None:
+        weights = target.weights
+        if not self.prunes and (weights is None or target.sparsity is not None):
+            return f"{self.name} quantizes: the scheme needs weights and no sparsity"
+        if self.prunes and target.sparsity is None:
+            return _needs_sparsity(self.name)
+        if weights is None:
+            return None
+        if not self.quantizes:
+            return _cannot_quantize(self.name)
+        if self.symmetric is not None and weights.symmetric != self.symmetric:
+            return f"{self.name} needs weights with symmetric: {str(self.symmetric).lower()}"
+        if self.symmetric is not None and weights.range_search != "none":
+            return f"{self.name} fits its ranges itself: leave range_search out"
+        return None
 
-    @property
-    def name(self) -> str:
-        """As recipes spell it."""
-        return str(self.options.model_fields["name"].default)
+
+@dataclass(frozen=True)
+class StructuredPruner(MethodBase):
+    """A method that removes whole parts of blocks and so changes the model's shapes (engine/two_stage_pruning.py)."""
+
+    changes_shape = True
+    statistic: Statistic
+
+    def stored_dense(self, _: Any) -> bool:
+        """Never: without quantization there is no format to leave."""
+        return False
+
+    def passes(self, _: Any) -> float:
+        """None: no layer is solved."""
+        return 0.0
+
+    def refusal(self, target: Target, *, by_layer: bool) -> str | None:
+        if target.sparsity is None:
+            return _needs_sparsity(self.name)
+        if target.weights is not None:
+            return _cannot_quantize(self.name)
+        if ":" in target.sparsity or by_layer:
+            return f"{self.name} prunes whole blocks to a share: it knows no pattern n:m, no ignore and no budget"
+        return None
+
+
+Method = LayerSolver | StructuredPruner
+
+
+def _needs_sparsity(name: str) -> str:
+    return f"{name} prunes: the scheme needs a sparsity"
+
+
+def _cannot_quantize(name: str) -> str:
+    return f"{name} cannot quantize: take sparsegpt, or leave weights out"

@@ -95,19 +95,9 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
         name, entry, scheme = self.method.name, METHODS[self.method.name], self.scheme
-        if not entry.prunes and (scheme.weights is None or scheme.sparsity is not None):
-            raise ValueError(f"{name} quantizes: the scheme needs weights and no sparsity")
-        if entry.prunes and scheme.sparsity is None:
-            raise ValueError(f"{name} prunes: the scheme needs a sparsity")
-        if not entry.quantizes and scheme.weights is not None:
-            raise ValueError(f"{name} cannot quantize: take sparsegpt, or leave weights out")
-        if scheme.weights is not None and entry.symmetric is not None:
-            if scheme.weights.symmetric != entry.symmetric:
-                raise ValueError(f"{name} needs weights with symmetric: {str(entry.symmetric).lower()}")
-            if scheme.weights.range_search != "none":
-                raise ValueError(f"{name} fits its ranges itself: leave range_search out")
-        if entry.changes_shape and (":" in str(scheme.sparsity) or self.ignore or self.budget):
-            raise ValueError(f"{name} prunes whole blocks to a share: it knows no pattern n:m, no ignore and no budget")
+        refusal = entry.refusal(scheme, by_layer=bool(self.ignore or self.budget))
+        if refusal is not None:
+            raise ValueError(refusal)
         if self.drift_correction and entry.statistic is not Hessian:
             raise ValueError(f"asymmetric needs the inputs' second moments, which {name} does not gather")
         if self.transforms and scheme.weights is None:

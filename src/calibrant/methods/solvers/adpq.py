@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from calibrant.kernels.masks import largest
-from calibrant.methods.method import Method, MethodOptions
+from calibrant.methods.method import LayerSolver, MethodOptions
 from calibrant.methods.solvers.result import Solution, SolverRecord
 from calibrant.quantization.grids import GridSpec, encode_groups, stored_scale
 
@@ -36,7 +36,7 @@ class Adpq(MethodOptions):
     share: float = Field(default=0.06, gt=0, lt=1)
 
 
-ADPQ = Method(
+ADPQ = LayerSolver(
     Adpq,
     lambda options, problem: adpq(problem.weight, problem.grid_spec, share=options.share, segments=problem.segments),
     symmetric=True,

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
-from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.quantease import descend
 from calibrant.methods.solvers.result import Solution, SolverRecord, keep_rounded_rows
 from calibrant.methods.solvers.rtn import round_layer, rtn
@@ -82,4 +82,4 @@ def _solve(options: Gptq, problem: LayerProblem) -> Solution:
     return gptq(problem.weight, problem.full_hessian, problem.grid_spec, **options.model_dump(exclude={"name"}))
 
 
-GPTQ = Method(Gptq, _solve, round_layer, Hessian, passes=lambda options: 0.5 + options.refine_sweeps)
+GPTQ = LayerSolver(Gptq, _solve, round_layer, Hessian, passes=lambda options: 0.5 + options.refine_sweeps)

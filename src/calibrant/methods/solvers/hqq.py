@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from calibrant.methods.method import Method, MethodOptions
+from calibrant.methods.method import LayerSolver, MethodOptions
 from calibrant.methods.solvers.result import Solution
 from calibrant.quantization.grids import GridSpec, encode_groups, stored_scale
 
@@ -46,7 +46,7 @@ class Hqq(MethodOptions):
     name: Literal["hqq"] = "hqq"
 
 
-HQQ = Method(
+HQQ = LayerSolver(
     Hqq,
     lambda _, problem: hqq(problem.weight, problem.grid_spec),
     symmetric=False,

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from calibrant.kernels.masks import keep_largest
-from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.result import Solution
 from calibrant.methods.solvers.sparsity import Sparsity
 
@@ -35,4 +35,4 @@ def drop_smallest(problem: LayerProblem) -> Solution:
     return magnitude(problem.weight, problem.pattern, problem.segments)
 
 
-MAGNITUDE = Method(Magnitude, lambda _, problem: drop_smallest(problem), quantizes=False, prunes=True)
+MAGNITUDE = LayerSolver(Magnitude, lambda _, problem: drop_smallest(problem), quantizes=False, prunes=True)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from calibrant.kernels.coordinate_descent import sweep
 from calibrant.kernels.masks import largest
-from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.result import Solution, SolverRecord, keep_rounded_rows
 from calibrant.methods.solvers.rtn import round_layer, rtn
 from calibrant.methods.solvers.second_order import damped, undo
@@ -109,7 +109,7 @@ def _solve(options: QuantEase, problem: LayerProblem) -> Solution:
     )
 
 
-QUANTEASE = Method(
+QUANTEASE = LayerSolver(
     QuantEase,
     _solve,
     round_layer,

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from calibrant.kernels.grid_rounding import round_to_grid
-from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.result import Solution
 from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import GridSpec
@@ -26,7 +26,7 @@ class Rtn(MethodOptions):
 
 def round_layer(problem: LayerProblem) -> Solution:
     """Round-to-nearest of a problem's weights."""
-    return rtn(problem.weight, problem.grid_spec, problem.known_hessian)
+    return rtn(problem.weight, problem.grid_spec, problem.hessian_or_diagonal)
 
 
-RTN = Method(Rtn, lambda _, problem: round_layer(problem), round_layer)
+RTN = LayerSolver(Rtn, lambda _, problem: round_layer(problem), round_layer)

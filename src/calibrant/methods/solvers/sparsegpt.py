@@ -8,7 +8,7 @@ from pydantic import Field
 
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
-from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.gptq import quantization_problem
 from calibrant.methods.solvers.magnitude import magnitude
 from calibrant.methods.solvers.result import Solution, SolverRecord
@@ -87,4 +87,4 @@ def _without_data(problem: LayerProblem) -> Solution:
     return sparsegpt(problem.weight, identity, problem.pattern, problem.spec, segments=problem.segments)
 
 
-SPARSEGPT = Method(SparseGpt, _solve, _without_data, Hessian, prunes=True, passes=lambda _: 0.5)
+SPARSEGPT = LayerSolver(SparseGpt, _solve, _without_data, Hessian, prunes=True, passes=lambda _: 0.5)

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
-from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.result import Solution, SolverRecord
 from calibrant.methods.solvers.rtn import round_layer
 from calibrant.methods.solvers.second_order import prepare, undo
@@ -165,4 +165,6 @@ def _solve(options: Spqr, problem: LayerProblem) -> Solution:
 
 
 # Columns one by one outside of a kernel, and every group once without each of its columns.
-SPQR = Method(Spqr, _solve, round_layer, Hessian, symmetric=False, stored_dense=lambda _: True, passes=lambda _: 15.0)
+SPQR = LayerSolver(
+    Spqr, _solve, round_layer, Hessian, symmetric=False, stored_dense=lambda _: True, passes=lambda _: 15.0
+)

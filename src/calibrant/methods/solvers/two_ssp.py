@@ -1,15 +1,15 @@
-"""2SSP's place among the methods (arXiv 2501.17771); it looks at whole blocks: two_stage_pruning.py."""
+"""2SSP (arXiv 2501.17771): its declaration; engine/two_stage_pruning.py prunes."""
 
 from typing import Literal
 
-from calibrant.methods.method import Method, MethodOptions
+from calibrant.methods.method import MethodOptions, StructuredPruner
 from calibrant.quantization.statistics import HessianDiagonal
 
 
 class TwoSsp(MethodOptions):
-    """2SSP: narrower MLPs, then whole attention modules left out; the model becomes smaller and stays dense."""
+    """2SSP: narrows MLPs, then removes whole attention modules; the smaller model stays dense."""
 
     name: Literal["2ssp"] = "2ssp"
 
 
-TWO_SSP = Method(TwoSsp, None, statistic=HessianDiagonal, quantizes=False, prunes=True)
+TWO_SSP = StructuredPruner(TwoSsp, HessianDiagonal)

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from calibrant.methods.method import LayerProblem, Method, MethodOptions
+from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.magnitude import drop_smallest
 from calibrant.methods.solvers.result import Solution
 from calibrant.methods.solvers.sparsity import Sparsity
@@ -31,4 +31,4 @@ def _solve(_: Wanda, problem: LayerProblem) -> Solution:
     return wanda(problem.weight, problem.hessian_diagonal, problem.pattern)
 
 
-WANDA = Method(Wanda, _solve, drop_smallest, HessianDiagonal, quantizes=False, prunes=True)
+WANDA = LayerSolver(Wanda, _solve, drop_smallest, HessianDiagonal, quantizes=False, prunes=True)
