@@ -1,6 +1,6 @@
-"""``S += X^T X`` for bfloat16 ``X`` with the bfloat16 register tile; only the lower triangle is computed.
+"""``H += X^T X`` for bfloat16 ``X`` with the bfloat16 register tile; only the lower triangle is computed.
 
-Matrix libraries' general products cannot leave the other half out. The two rows of a pair are two tokens.
+General matrix products, as libraries have them, compute both halves. The two rows of a pair are two tokens.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,21 @@ import torch
 from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_rows
 from calibrant.kernels.bfloat16_words import words
 
-# Pairs of tokens summed in registers before they are added to S: a panel of them stays in a core's cache.
+# Pairs of tokens summed in registers before they are added to H; a panel of as many fits a core's cache.
 _PAIRS = 512
-# Pairs packed into every panel before the next ones: rows are read as they lie in memory.
+# Pairs packed into every panel before the next pairs, so that rows are read in memory order.
 _PACKED_TOGETHER = 8
 
 
 def add_gram_bfloat16(lower: torch.Tensor, inputs: torch.Tensor) -> None:
     """Add ``inputs^T inputs`` to the lower triangle of ``lower``, in place.
 
-    ``lower`` float32 ``[in, in]``, ``inputs`` bfloat16 ``[tokens, in]``. Entries above the
-    diagonal hold unspecified values afterwards.
+    ``lower`` float32 ``[in, in]``, ``inputs`` bfloat16 ``[tokens, in]``, both on the CPU; needs
+    ``bfloat16_tile.available()``. Entries above the diagonal are unspecified afterwards.
     """
     tokens, width = inputs.shape
     values = words(inputs.contiguous())
-    # Chunk by chunk, so that the packed copy is small enough to stay in the cache until it is used.
+    # Chunk by chunk, so that the packed copy stays in the cache until it is read.
     packed = np.empty((-(-width // COLUMNS), min(_PAIRS, -(-tokens // 2)), COLUMNS), dtype=np.uint32)
     for begin in range(0, tokens, 2 * _PAIRS):
         chunk = values[begin : begin + 2 * _PAIRS]
@@ -35,7 +35,7 @@ def add_gram_bfloat16(lower: torch.Tensor, inputs: torch.Tensor) -> None:
 
 
 def _pack_panels(values: np.ndarray, packed: np.ndarray) -> None:
-    """Panels of channels, pairs of tokens."""
+    """Pack ``values`` ``[tokens, in]`` into panels of channels, whose steps are pairs of tokens."""
     pairs = (values.shape[0] + 1) // 2
     for group in numba.prange((pairs + _PACKED_TOGETHER - 1) // _PACKED_TOGETHER):
         begin = group * _PACKED_TOGETHER
@@ -45,11 +45,14 @@ def _pack_panels(values: np.ndarray, packed: np.ndarray) -> None:
 
 
 def _accumulate_panels(packed: np.ndarray, pairs: int, lower: np.ndarray) -> None:
-    """All tiles on or below the diagonal; panels are paired first with last, so that threads have equal work."""
+    """Add all tiles on or below the diagonal.
+
+    An iteration takes one panel from either end, so that all iterations have equal work.
+    """
     panels = packed.shape[0]
     width = lower.shape[0]
     for iteration in numba.prange((panels + 1) // 2):
-        index = np.intp(iteration)  # prange counts unsigned, which would turn differences into floats
+        index = np.intp(iteration)  # prange counts unsigned, and unsigned differences become floats
         edge = np.empty((ROWS, COLUMNS), dtype=np.float32)
         for side in range(2):
             column_panel = index if side == 0 else panels - 1 - index

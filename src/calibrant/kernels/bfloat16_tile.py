@@ -1,8 +1,8 @@
-"""The register tile of bfloat16 products on processors that multiply bfloat16 pairs into float32 (AVX512-BF16).
+"""Register tile of matrix products in bfloat16, for processors that multiply bfloat16 pairs into float32 (AVX512-BF16).
 
-Products of bfloat16 numbers are exact in float32 and sums are float32, so nothing is lost against converting first; the
-instruction only does twice the work of a float32 one. Operands are panels: step ``k`` holds, for ``COLUMNS`` rows or
-columns of the product, the entries ``2k`` and ``2k + 1`` of the summed axis as one 32-bit word.
+Products of bfloat16 numbers are exact in float32 and sums are float32, so the result is as precise as after converting
+to float32; the instruction does twice the work of a float32 one. Operands are panels: step ``k`` contains, for
+``COLUMNS`` rows or columns of the product, entries ``2k`` and ``2k + 1`` of the summed axis as one 32-bit word.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ COLUMNS = _VECTORS * _WIDTH
 
 
 def available() -> bool:
-    """Whether this processor has the instruction."""
+    """Whether this processor has AVX512-BF16."""
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite has no type hints
-    """The LLVM type, which llvmlite does not name."""
+    """LLVM's bfloat type, which llvmlite lacks."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -41,8 +41,8 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite has no type hint
 def _tile_product(typing_context: Any, left: Any, right: Any, pairs: Any, sums: Any, stride: Any) -> Any:
     """Add ``sum_k left[k, i] . right[k, j]`` to ``sums[i, j]`` for ``ROWS x COLUMNS`` entries.
 
-    ``left`` and ``right`` address panels (uint32, one pair of bfloat16 each, ``COLUMNS`` a step), ``sums`` float32
-    rows that are ``stride`` apart; all three are addresses as integers.
+    ``left`` and ``right`` are addresses of panels (``pairs`` steps of ``COLUMNS`` uint32, a pair of bfloat16 each),
+    ``sums`` is the address of float32 rows ``stride`` entries apart; all three are integers.
     """
     signature = types.void(types.intp, types.intp, types.intp, types.intp, types.intp)
 
@@ -51,7 +51,7 @@ def _tile_product(typing_context: Any, left: Any, right: Any, pairs: Any, sums: 
         word, single = ir.IntType(32), ir.FloatType()
         vector, pair_vector = ir.VectorType(single, _WIDTH), ir.VectorType(_BFloat(), 2 * _WIDTH)
         words = ir.VectorType(word, _WIDTH)
-        dot = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]  # llvmlite's own
+        dot = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]  # numba has no type hints
             builder.module,
             ir.FunctionType(vector, [vector, pair_vector, pair_vector]),
             "llvm.x86.avx512bf16.dpbf16ps.512",
@@ -102,7 +102,7 @@ def _tile_product(typing_context: Any, left: Any, right: Any, pairs: Any, sums: 
     return signature, generate
 
 
-# Called from compiled code, where the typing context is not passed.
+# Compiled code calls it without the typing context.
 multiply_tile: Callable[..., None] = _tile_product
 
 
@@ -110,7 +110,7 @@ multiply_tile: Callable[..., None] = _tile_product
 def pack_rows(values: np.ndarray, pair: int, first: int, step: np.ndarray) -> None:
     """Write one step of a panel: rows ``2 pair`` and ``2 pair + 1`` of ``values`` from column ``first`` on.
 
-    ``values`` is uint16 ``[rows, width]``, ``step`` uint32 ``[COLUMNS]``; beyond the last row or column it is zero.
+    ``values`` is uint16 ``[rows, width]``, ``step`` uint32 ``[COLUMNS]``; zero past the last row or column.
     """
     rows, width = values.shape
     count = min(COLUMNS, width - first)

@@ -1,4 +1,4 @@
-"""bfloat16 numbers as the 16-bit words that compiled code sees."""
+"""bfloat16 numbers as 16-bit words: NumPy and Numba have no bfloat16."""
 
 import numba
 import numpy as np
@@ -6,25 +6,25 @@ import torch
 
 
 def words(tensor: torch.Tensor) -> np.ndarray:
-    """The bfloat16 tensor's memory as uint16, not copied."""
+    """The bfloat16 tensor's memory as uint16, without a copy."""
     return tensor.view(torch.int16).numpy().view(np.uint16)
 
 
 def pairs(tensor: torch.Tensor) -> np.ndarray:
-    """Neighbours on the last axis as one 32-bit word."""
+    """Neighbours on the last axis of a bfloat16 tensor as uint32 words; a tensor not aligned to pairs is copied."""
     even = tensor.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in tensor.stride()[:-1])
-    fitting = tensor if even and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
-    return fitting.view(torch.int32).numpy().view(np.uint32)
+    aligned = tensor if even and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    return aligned.view(torch.int32).numpy().view(np.uint32)
 
 
 @numba.njit(forceinline=True, error_model="numpy")
 def widened(word: np.uint16) -> np.float32:
-    """The number as float32, exactly."""
+    """The bfloat16 number as float32, exactly."""
     return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
 
 
 @numba.njit(forceinline=True, error_model="numpy")
 def rounded(number: np.float32) -> np.uint32:
-    """Bits of a float32 whose upper half is the nearest bfloat16, ties to even."""
+    """32 bits whose upper half is the bfloat16 nearest to ``number``, ties to even; the lower half is unspecified."""
     bits = np.float32(number).view(np.uint32)
     return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))

@@ -1,9 +1,9 @@
 """Causal attention in bfloat16 on a CPU with the bfloat16 register tile.
 
-Scores are built transposed, keys by queries: the softmax over the keys then runs down the columns, a vector of queries
-at a time, and its result already lies as the second product wants it. Keys after the last query of a panel, or before
-all their windows, are never looked at. Scores, their maximum and their sum are float32; probabilities are rounded to
-bfloat16 before they weigh the values, and the sum divides afterwards.
+Scores are transposed, keys by queries: the softmax over the keys runs down the columns, one vector of queries at a
+time, and its result has the layout of the second product's operand. Keys after the last query of a panel, or before the
+windows of all its queries, are skipped. Scores, their maximum and their sum are float32; probabilities are rounded to
+bfloat16 before they weight the values, and the division by the sum comes last.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,11 @@ from calibrant.kernels.exponential import LOG2_E, power_of_two
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
 ) -> torch.Tensor:
-    """Attention of every position to itself and earlier ones; needs ``bfloat16_tile.available()``.
-
-    ``window``: to the last so many of them only, itself counted.
+    """Attention of every position to itself and earlier positions; needs ``bfloat16_tile.available()``.
 
     ``query`` ``[batch, heads, length, width]``; ``key``, ``value`` ``[batch, kv heads, length, width]``; ``heads`` is a
-    multiple of ``kv heads``, ``width`` is even, ``scale`` positive. Returns ``[batch, length, heads, width]``; all
-    bfloat16.
+    multiple of ``kv heads``, ``width`` is even, ``scale`` positive. With ``window``, a position attends to at most that
+    many positions, itself included. Returns ``[batch, length, heads, width]``. All tensors are bfloat16 on the CPU.
     """
     batch, heads, length, width = query.shape
     output = torch.empty(batch, length, heads, width, dtype=query.dtype)
@@ -40,7 +38,7 @@ def causal_attention(
 
 
 def _pack_keys_and_values(key_pairs: np.ndarray, value_words: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
-    """Keys: panels of keys, pairs along the width; values: panels of the width, pairs of keys."""
+    """Pack keys into panels of keys with pairs along the width, values into panels of the width with pairs of keys."""
     shared = key_pairs.shape[1]
     for index in numba.prange(keys.shape[0]):
         row, head = index // shared, index % shared
@@ -54,7 +52,7 @@ def _pack_keys_and_values(key_pairs: np.ndarray, value_words: np.ndarray, keys: 
 def _attend_queries(
     query_pairs: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: np.float32, window: int, output: np.ndarray
 ) -> None:
-    """One head of one sequence after the other, panel of queries by panel; ``scale`` includes ``log2 e``."""
+    """Loop over heads of sequences in parallel, over panels of queries in turn; ``scale`` includes ``log2 e``."""
     heads, length, half = query_pairs.shape[1:]
     shared = keys.shape[0] // query_pairs.shape[0]
     width = output.shape[3]
@@ -85,7 +83,7 @@ def _attend_queries(
 def _multiply(
     panels: np.ndarray, right: np.ndarray, first: int, last: int, begin: int, end: int, product: np.ndarray
 ) -> None:
-    """``product[i, j] = sum_k panels[.., k, i] . right[k, j]``: rows from ``begin``, ``k`` from ``first``."""
+    """``product[i, j] = sum_k panels[.., k, i] . right[k, j]`` for i in ``begin .. end``, k in ``first .. last``."""
     address = np.intp(right[first].ctypes.data)
     for row in range(begin, end, ROWS):
         product[row : row + ROWS] = 0
@@ -95,7 +93,7 @@ def _multiply(
 
 @numba.njit(error_model="numpy")
 def _mask(scores: np.ndarray, first: int, window: int, oldest: int, count: int) -> None:
-    """``-inf`` where a query, of those from ``first`` on, meets a later key or one before its window."""
+    """Set scores of later keys, and of keys before the window, to ``-inf``; ``first`` is the panel's first query."""
     for key in range(first + 1, count):
         scores[key, : key - first] = -np.inf
     for key in range(oldest, min(count, first + COLUMNS - window)):
@@ -106,8 +104,8 @@ def _mask(scores: np.ndarray, first: int, window: int, oldest: int, count: int) 
 def _normalize(
     scores: np.ndarray, oldest: int, count: int, scale: np.float32, weights: np.ndarray, divisor: np.ndarray
 ) -> None:
-    """``2^(scale (score - largest))`` of keys ``oldest .. count`` down every column, pairs of bfloat16; their sums."""
-    # Columns past the last query may have no key left; -inf less -inf would be no number.
+    """Write ``2^(scale (score - largest))`` of keys ``oldest .. count`` as bfloat16 pairs, and its sum per column."""
+    # Columns past the last query may have no unmasked key, and -inf - -inf would be NaN.
     largest = np.full(COLUMNS, np.float32(-3e38), dtype=np.float32)
     for key in range(oldest, count):
         for column in range(COLUMNS):

@@ -1,8 +1,7 @@
-"""The column loop of GPTQ and SparseGPT: choose a value for each column, push its error into the later ones.
+"""The column loop of GPTQ and SparseGPT: quantize or prune each column, compensate its error in the later columns.
 
-The kernel exists in Numba, parallel over tiles of rows, and as a plain PyTorch twin. A column's error reaches every
-later weight in column order, one multiplication and one subtraction at a time in both, so both give the same bits, and
-how columns are blocked changes none.
+The kernel exists in Numba, parallel over tiles of rows, and as a PyTorch twin. In both, the errors reach a weight in
+column order, one multiplication and one subtraction each, so both give the same bits, however columns are blocked.
 """
 
 from collections.abc import Callable
@@ -21,12 +20,13 @@ _LARGEST_PANEL = 32
 
 @dataclass(frozen=True)
 class ColumnProblem:
-    """What to solve, columns already in solving order.
+    """A problem with columns in solving order.
 
-    ``weight`` ``[rows, n]`` float32; ``factor`` ``[n, n]`` the upper factor U. Quantization: ``scale`` and ``zero_point``
-    ``[rows, groups]`` and ``group`` ``[n]`` (int64), with codes in ``qmin ... qmax``, or all None to keep values.
-    Pruning: ``pruned_of = (k, m)`` masks k of every m consecutive columns (m <= 32); ``sparsity`` masks a share of each
-    block of ``BLOCK_SIZE`` columns over the rows of each of ``segments`` (lengths of consecutive runs of rows).
+    ``weight`` float32 ``[rows, n]``; ``factor`` float32 ``[n, n]`` is the upper factor U of the inverse Hessian.
+    Quantization: ``scale`` and ``zero_point`` float32 ``[rows, groups]`` and ``group`` int64 ``[n]``, with codes in
+    ``qmin ... qmax``; all None keeps values. Pruning: ``pruned_of = (k, m)`` masks k of every m <= 32 consecutive
+    columns; ``sparsity`` masks that share of each block of ``BLOCK_SIZE`` columns of each matrix, where ``segments``
+    are the row counts of matrices stacked by rows (empty: one matrix).
     """
 
     weight: torch.Tensor
@@ -43,7 +43,7 @@ class ColumnProblem:
 
 @dataclass(frozen=True)
 class ColumnSolution:
-    """``weight`` float32, ``kept`` bool and ``codes`` int8 (zeros if not quantized), each ``[rows, n]``."""
+    """``weight`` float32, ``codes`` int8 (zeros if not quantized) and ``kept`` bool, each ``[rows, n]``."""
 
     weight: torch.Tensor
     codes: torch.Tensor
@@ -66,7 +66,7 @@ def solve_columns(problem: ColumnProblem, compiled: bool = True) -> ColumnSoluti
 
 @dataclass(frozen=True)
 class _Tiles:
-    """The problem in tiles, changed in place: ``work`` ends as the chosen values."""
+    """The problem in tiles, changed in place: ``work`` becomes the solved weight."""
 
     work: torch.Tensor
     factor: torch.Tensor
@@ -93,7 +93,7 @@ class _Tiles:
 
 
 def _block_mask(problem: ColumnProblem, tiles: _Tiles, begin: int, end: int) -> torch.Tensor:
-    """Keep all but the smallest ``w^2 / U_jj^2`` of a block of columns, segment by segment of rows."""
+    """Mask that drops the smallest ``w^2 / U_jj^2`` of a block of columns, per segment of rows."""
     columns = untiled(tiles.work[:, begin:end], problem.weight.shape[0])
     scores = (columns / problem.factor.diagonal()[begin:end]).square()
     runs = scores.split(list(problem.segments or (len(scores),)))
@@ -101,7 +101,6 @@ def _block_mask(problem: ColumnProblem, tiles: _Tiles, begin: int, end: int) -> 
 
 
 def _torch_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) -> None:
-    """The plain twin."""
     work, factor, diagonal = tiles.work, tiles.factor, tiles.factor.diagonal()
     for column in range(begin, end):
         if problem.pruned_of is not None and column % problem.pruned_of[1] == 0:
@@ -124,7 +123,7 @@ def _torch_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) 
 
 def _numba_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) -> None:
     pruned, of = problem.pruned_of or (0, 0)
-    # A group of m must lie in one panel or start one, so that its weights are up to date when it is chosen.
+    # A group of m must be inside one panel or start one, so that its weights are up to date when its mask is chosen.
     panel = PANEL if of == 0 or PANEL % of == 0 or of % PANEL == 0 else of
     _compiled(
         tiles.work.numpy(),
@@ -144,7 +143,7 @@ def _numba_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) 
     )
 
 
-def _columns(
+def _solve_tiles(
     works: np.ndarray,
     factor: np.ndarray,
     scales: np.ndarray,
@@ -169,13 +168,13 @@ def _columns(
             last = min(first + panel, end)
             for column in range(first, last):
                 if of > 0 and column % of == 0:
-                    _choose(work, factor, kept, column, pruned, of)
+                    _mask_smallest(work, factor, kept, column, pruned, of)
                 error = errors[column - first]
                 if quantize:
                     scale, zero_point = scales[tile, group[column]], zero_points[tile, group[column]]
                     quantize_column(work[column], kept[column], scale, zero_point, codes[column], error, qmin, qmax)
                 else:
-                    _zero(work[column], kept[column], error)
+                    _zero_masked(work[column], kept[column], error)
                 pivot = factor[column, column]
                 for lane in range(LANES):
                     error[lane] = error[lane] / pivot
@@ -194,8 +193,10 @@ def _columns(
                             target[lane] -= error[lane] * share
 
 
-def _choose_lanes(work: np.ndarray, factor: np.ndarray, kept: np.ndarray, column: int, pruned: int, of: int) -> None:
-    """Mask the ``pruned`` smallest scores of ``of`` columns in every lane; of equal ones the earlier."""
+def _mask_smallest_lanes(
+    work: np.ndarray, factor: np.ndarray, kept: np.ndarray, column: int, pruned: int, of: int
+) -> None:
+    """Mask the ``pruned`` smallest scores of ``of`` columns in every lane; ties mask the earlier column."""
     for lane in range(LANES):
         for _ in range(pruned):
             best, best_score = -1, np.float32(0)
@@ -208,8 +209,8 @@ def _choose_lanes(work: np.ndarray, factor: np.ndarray, kept: np.ndarray, column
             kept[best, lane] = False
 
 
-def _zero_lanes(work: np.ndarray, kept: np.ndarray, error: np.ndarray) -> None:
-    """Zero the masked weights of one column; leaves the difference in ``error``."""
+def _zero_masked_lanes(work: np.ndarray, kept: np.ndarray, error: np.ndarray) -> None:
+    """Zero the masked weights of one column and write the difference to ``error``."""
     for lane in range(LANES):
         value = work[lane] if kept[lane] else np.float32(0)
         error[lane] = work[lane] - value
@@ -217,6 +218,6 @@ def _zero_lanes(work: np.ndarray, kept: np.ndarray, error: np.ndarray) -> None:
 
 
 # Division by zero needs no check (factors and scales are positive), and a check would keep loops from vectorizing.
-_choose: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_choose_lanes)
-_zero: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_zero_lanes)
-_compiled: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_columns)
+_mask_smallest: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_mask_smallest_lanes)
+_zero_masked: Callable[..., None] = numba.njit(error_model="numpy", cache=True)(_zero_masked_lanes)
+_compiled: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_solve_tiles)

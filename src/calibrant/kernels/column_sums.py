@@ -1,4 +1,4 @@
-"""Sums over the rows of bfloat16 inputs, a channel each, in one pass over memory."""
+"""Sums per channel over the rows of bfloat16 inputs, in one pass over memory."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,12 @@ import torch
 
 from calibrant.kernels.bfloat16_words import widened, words
 
-# Rows are summed in so many parts, whatever the machine has cores, so that sums are the same everywhere.
+# Parts of rows summed in parallel: a constant, so that sums do not depend on the number of cores.
 _PARTS = 16
 
 
 def takes(inputs: torch.Tensor) -> bool:
-    """Whether ``inputs`` are what these loops are for."""
+    """Whether these loops support ``inputs``: bfloat16 on the CPU."""
     return inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu"
 
 
@@ -27,7 +27,7 @@ def column_squares(inputs: torch.Tensor) -> torch.Tensor:
 def column_magnitudes(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``sum_i |x_ij|`` and ``max_i |x_ij|`` of bfloat16 ``[rows, in]`` on the CPU, float32 ``[in]`` each.
 
-    NaN gives a NaN sum.
+    A NaN makes its channel's sum NaN.
     """
     parts = torch.zeros(2, _PARTS, inputs.shape[1], dtype=torch.float32)
     _magnitudes(words(inputs.contiguous()), parts[0].numpy(), parts[1].numpy())

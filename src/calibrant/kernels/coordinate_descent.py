@@ -1,6 +1,6 @@
-"""One sweep of coordinate descent on ``(W - V) S (W - V)^T``: each column of V in turn goes to where it costs least.
+"""One sweep of coordinate descent on ``(W - V) H (W - V)^T`` over the columns of V (arXiv 2309.01885).
 
-The kernel exists in Numba, parallel over tiles of rows, and as a plain PyTorch twin; both give the same bits.
+The kernel exists in Numba, parallel over tiles of rows, and as a PyTorch twin; both give the same bits.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from calibrant.kernels.row_tiles import LANES, PANEL, apply_panel, quantize_colu
 def sweep(
     target: torch.Tensor,
     current: torch.Tensor,
-    moments: torch.Tensor,
+    hessian: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     group: torch.Tensor,
@@ -24,16 +24,17 @@ def sweep(
     relaxed: bool = False,
     compiled: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """V and its codes after one pass over all columns in order; V is ``current`` ``[rows, n]`` at the start.
+    """V and its codes (int8), both ``[rows, n]``, after one pass over all columns in order, from V = ``current``.
 
-    ``target`` W ``[rows, n]``, ``moments`` S ``[n, n]`` with a positive diagonal, all float32; ``scale`` and ``zero_point``
-    ``[rows, groups]``, ``group`` ``[n]`` (int64). ``relaxed`` moves columns to their optimum off the grid: no codes.
-    ``compiled=False`` or tensors on a GPU use the PyTorch twin.
+    ``target`` W and ``current`` ``[rows, n]``, ``hessian`` H ``[n, n]`` with a positive diagonal, all float32;
+    ``scale`` and ``zero_point`` float32 ``[rows, groups]``, ``group`` int64 ``[n]``. Each column moves to the grid
+    point nearest its optimum; with ``relaxed`` to the optimum itself, and the codes are zeros. The PyTorch twin runs
+    with ``compiled=False`` and for tensors on a GPU.
     """
-    diagonal = moments.diagonal()
-    # Where each column's optimum lies as things stand; a step d of column j moves that of column k by d S_jk / S_kk.
-    optimum = current + ((target - current) @ moments) / diagonal
-    coupling = (moments / diagonal).contiguous()
+    diagonal = hessian.diagonal()
+    # The optimum of each column given all others; a step d of column j moves the optimum of column k by d H_jk / H_kk.
+    optimum = current + ((target - current) @ hessian) / diagonal
+    coupling = (hessian / diagonal).contiguous()
     wanted, values = tiled(optimum, 0.0), tiled(current, 0.0)
     scales, zero_points = tiled(scale, 1.0), tiled(zero_point, 0.0)
     codes = torch.zeros_like(wanted, dtype=torch.int8)
@@ -54,7 +55,6 @@ def _torch_sweep(
     qmax: int,
     relaxed: bool,
 ) -> None:
-    """The plain twin."""
     for column in range(wanted.shape[1]):
         value = wanted[:, column]
         if not relaxed:

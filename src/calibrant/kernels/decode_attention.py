@@ -1,7 +1,7 @@
-"""Attention of one new token a row to the row's own earlier tokens, over a cache that lies as it is read.
+"""Attention of one new token per row to the row's earlier tokens, over a cache in the order of reading.
 
-Keys lie transposed, so that the scores of neighbouring positions are one vector; every entry of the cache is read once
-for all heads that share it.
+Keys are transposed, so that scores of neighbouring positions form a vector; every entry of the cache is read once for
+all heads that share it.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,20 @@ def decode_attention(
     """``softmax(scale q k^T) v`` over positions ``first[row]`` to ``count - 1`` of each row.
 
     ``query`` ``[batch, heads, 1, width]``, ``keys`` ``[batch, kv heads, width, capacity]``, ``values`` ``[batch, kv
-    heads, capacity, width]``, all bfloat16; ``first`` int64 ``[batch]``. Sums are float32. Returns bfloat16 ``[batch,
-    1, heads, width]``.
+    heads, capacity, width]``, all bfloat16 on the CPU; ``first`` int64 ``[batch]``. Sums are float32. Returns bfloat16
+    ``[batch, 1, heads, width]``.
+
+    Raises:
+        ValueError: the shapes do not fit together.
     """
     batch, heads, one, width = query.shape
     rows, shared, channels, capacity = keys.shape
     fits = one == 1 and rows == batch and channels == width and count <= capacity and heads % shared == 0
     if not fits or values.shape != (batch, shared, capacity, width) or first.shape != (batch,):
-        raise ValueError(f"query {query.shape}, keys {keys.shape}, values {values.shape} do not fit")
+        raise ValueError(
+            f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}, "
+            f"first {tuple(first.shape)} and count {count} do not fit together"
+        )
     output = torch.empty(batch, 1, heads, width, dtype=query.dtype)
     queries = words(query.reshape(batch, heads, width).contiguous())
     factor = np.float32(scale * LOG2_E)
@@ -63,9 +69,9 @@ def _attend_rows(
 
 @numba.njit(error_model="numpy")
 def _score(queries: np.ndarray, keys: np.ndarray, begin: int, scale: np.float32, scores: np.ndarray) -> None:
-    """``scores[head, p]`` for position ``begin + p``."""
+    """Add the scores of positions ``begin + p`` to ``scores[head, p]``."""
     for channel in range(keys.shape[0]):
-        # Cut to its first entry: a loop over it has no negative index to look out for and becomes vectors.
+        # A slice that starts at the first position: its loop needs no check for negative indices, so it vectorizes.
         line = keys[channel][begin : begin + scores.shape[1]]
         for head in range(queries.shape[0]):
             factor = widened(queries[head, channel]) * scale
@@ -76,7 +82,7 @@ def _score(queries: np.ndarray, keys: np.ndarray, begin: int, scale: np.float32,
 
 @numba.njit(error_model="numpy")
 def _normalize(score: np.ndarray) -> None:
-    """Softmax to the base 2; the scale of the scores includes ``log2 e``."""
+    """Softmax in place, with base 2: the scale of the scores includes ``log2 e``."""
     largest = score.max()
     for position in range(len(score)):
         score[position] = power_of_two(score[position] - largest)

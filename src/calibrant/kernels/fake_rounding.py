@@ -1,4 +1,4 @@
-"""Rounding in training on CPUs: values and gradients, each in one pass over memory."""
+"""Fake quantization on CPUs: rounded values and their gradients, each in one pass over memory."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ def rounded_values(
 ) -> torch.Tensor:
     """``scale (code - zero_point)`` of ``values`` ``[rows, width]``, with ``scale`` and ``zero_point`` ``[rows]``.
 
-    All are float32 on the CPU. Half is rounded to even, after clamping.
+    Codes are clamped to ``qmin ... qmax``, then rounded half to even. All tensors are float32 on the CPU.
     """
     found = torch.empty(values.shape, dtype=torch.float32)
     arrays = [tensor.contiguous().numpy() for tensor in (values, scale, zero_point)]
@@ -23,11 +23,12 @@ def rounded_values(
 def rounded_gradients(
     values: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``gradient`` ``[rows, width]`` of ``rounded_values`` is to its values, to its scales and to its zero points.
+    """Gradients with respect to values ``[rows, width]``, scales ``[rows]`` and zero points ``[rows]``, float32.
 
-    Straight through the rounding: that of values is the gradient itself where nothing was clamped, else 0; that of a
-    scale is the sum of the gradient times ``code - zero_point``, less ``value / scale`` where nothing was clamped; that of a
-    zero point is minus the scale times the sum of the gradient where something was.
+    ``gradient`` ``[rows, width]`` is that of the loss with respect to ``rounded_values``. Rounding has gradient 1 (the
+    straight-through estimator, arXiv 1308.3432). A value's gradient is its entry of ``gradient``, 0 if the value was
+    clamped. A scale's is the sum of ``gradient (code - zero_point)``, less ``gradient value / scale`` for values not
+    clamped. A zero point's is ``-scale`` times the sum of ``gradient`` over clamped values.
     """
     of_values = torch.empty(values.shape, dtype=torch.float32)
     of_scale, of_zero_point = (

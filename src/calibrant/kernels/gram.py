@@ -1,4 +1,4 @@
-"""The symmetric product ``S += X^T X`` that second-order methods spend most of their time on."""
+"""The symmetric product ``H += X^T X``, where second-order methods spend most of their time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import torch
 
 from calibrant.kernels import bfloat16_gram, bfloat16_tile
 
-# Column blocks of the lower triangle: narrow enough to skip most of the upper half, wide enough for full-rate products.
+# Column blocks of the lower triangle: enough to skip most of the upper half, few enough for products at full rate.
 _BLOCKS = 6
 _SMALLEST_BLOCK = 64
 
@@ -15,8 +15,8 @@ _SMALLEST_BLOCK = 64
 def add_gram(lower: torch.Tensor, inputs: torch.Tensor) -> None:
     """Add ``inputs^T inputs`` to the lower triangle of ``lower`` (float32 ``[in, in]``), in place.
 
-    ``inputs`` ``[tokens, in]`` of any floating dtype. Products and sums are float32; entries above the diagonal
-    blocks are left alone, those inside them hold unspecified values.
+    ``inputs`` ``[tokens, in]`` of any floating dtype. Products and sums are float32. Entries above the diagonal are
+    unspecified afterwards.
     """
     if inputs.dtype is torch.bfloat16 and inputs.device.type == "cpu" and bfloat16_tile.available():
         bfloat16_gram.add_gram_bfloat16(lower, inputs)
@@ -33,7 +33,7 @@ def add_gram(lower: torch.Tensor, inputs: torch.Tensor) -> None:
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add ``left^T right`` to ``total`` (float32 ``[in, in]``), in place; sums are float32.
 
-    ``left`` and ``right`` ``[tokens, in]`` of one floating dtype; of bfloat16 inputs the products are bfloat16's.
+    ``left`` and ``right`` ``[tokens, in]`` have the same floating dtype.
     """
     with _exact_bfloat16_products(left.dtype):
         total.addmm_(left.float().T, right.float())
@@ -41,11 +41,11 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 @contextmanager
 def _exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let the CPU multiply float32 values that are bfloat16 numbers as bfloat16, summing in float32.
+    """Let the CPU multiply float32 tensors of bfloat16 numbers in its bfloat16 units, summing in float32.
 
-    The products are exact either way; the processor's bfloat16 units are only faster. The setting is restored.
+    The products are exact either way; bfloat16 units are only faster. The setting is restored on exit.
     """
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # a class torch's own stubs leave out
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # missing from torch's type hints
     before = settings.fp32_precision
     if dtype is torch.bfloat16:
         settings.fp32_precision = "bf16"

@@ -1,6 +1,6 @@
-"""Weights to the nearest points of their grids, read once and written once.
+"""Rounding weights to the nearest grid points in one pass over memory.
 
-The kernel exists in Numba, parallel over rows, and as a plain PyTorch twin; both give the same bits.
+The kernel exists in Numba, parallel over rows, and as a PyTorch twin; both give the same bits.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,9 @@ def round_to_grid(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (int8) and values ``scale (code - zero_point)`` (float32) of ``weight`` ``[rows, in]`` (float32).
 
-    ``scale`` and ``zero_point`` ``[rows, groups]`` float32, groups of equal width; half is rounded to even, after clamping.
-    ``compiled=False`` or tensors on a GPU use the PyTorch twin.
+    ``scale`` and ``zero_point`` are float32 ``[rows, groups]``, for groups of equal width. Codes are clamped to
+    ``qmin ... qmax``, then rounded half to even. The PyTorch twin runs with ``compiled=False`` and for tensors on a
+    GPU.
     """
     if not compiled or weight.device.type != "cpu":
         return _torch_round(weight, scale, zero_point, qmin, qmax)

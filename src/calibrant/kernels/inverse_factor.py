@@ -1,24 +1,25 @@
-"""The upper factor ``U`` of the inverse, ``H^-1 = U^T U``, by one Cholesky factorization (methods.md §5)."""
+"""The upper factor ``U`` of the inverse Hessian, ``H^-1 = U^T U``, by one Cholesky factorization (ours)."""
 
 import torch
 
 _RETRIES = 3
-# Triangles up to this size are inverted directly; larger ones by halves, where matrix products do the work.
+# Triangles up to this size are inverted directly, larger ones by halves, mostly in matrix products.
 _DIRECT_SIZE = 192
 
 
 class NotPositiveDefiniteError(Exception):
-    """The matrix could not be factored at any damping that was tried."""
+    """The matrix cannot be factored at any damping tried."""
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """Factor ``hessian + damping * mean(diag) * I``; both float32 ``[n, n]``.
+    """The factor ``[n, n]`` of ``hessian + damping mean(diag) I`` (``hessian`` ``[n, n]``), and the damping used.
 
-    With ``J`` the reversal, ``J H J = L L^T`` gives ``U = J L^-1 J``. On failure the damping is multiplied by ten,
-    at most three times (ours); the damping that was used is returned beside the factor.
+    With J the reversal permutation, ``J H J = L L^T`` gives ``U = J L^-1 J``; arXiv 2210.17323 takes three steps:
+    Cholesky, inverse, Cholesky. If the factorization fails, the damping is multiplied by ten, at most three times
+    (ours).
 
     Raises:
-        NotPositiveDefiniteError: no damping helped.
+        NotPositiveDefiniteError: the factorization fails at every damping.
     """
     diagonal = hessian.diagonal().flip(0)
     mean = diagonal.mean()

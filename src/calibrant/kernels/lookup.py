@@ -1,4 +1,4 @@
-"""An elementwise function of bfloat16 numbers as a table of its 65,536 values."""
+"""Elementwise functions of bfloat16 numbers as tables of all 65,536 values."""
 
 from collections.abc import Callable
 
@@ -8,17 +8,17 @@ import torch
 
 from calibrant.kernels.bfloat16_words import words
 
-# Numbers that one thread looks up at a time.
+# Numbers per piece of work of a thread.
 _PART = 4096
 
 
 def every_number() -> torch.Tensor:
-    """All bfloat16 numbers by their words, ``[65536]``, infinities and NaN among them."""
+    """All bfloat16 numbers in the order of their words, ``[65536]``, infinities and NaN included."""
     return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
 
 def look_up(inputs: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """``table`` bfloat16 ``[65536]`` at the word of every number of ``inputs`` bfloat16 ``[..]``, both on the CPU."""
+    """The entry of ``table`` ``[65536]`` for every number of ``inputs`` ``[...]``, both bfloat16 on the CPU."""
     numbers = inputs.contiguous()
     output = torch.empty_like(numbers)
     _look_up(words(numbers.view(-1)), words(table), words(output.view(-1)))

@@ -1,4 +1,4 @@
-"""Masks that keep the largest scores, exact in number and stable in order (methods.md §3.4, §3.5)."""
+"""Masks that keep the largest scores: exact counts, stable order (ours; released codes differ in both)."""
 
 import torch
 
@@ -6,12 +6,12 @@ _SHORT_ROW = 8
 
 
 def pruned_count(share: float, total: int) -> int:
-    """``floor(share * total)``, safe against binary rounding just below a whole number."""
+    """``floor(share total)``, also where the binary product is just below an integer."""
     return int(share * total + 1e-9)
 
 
 def keep_largest(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Mask (bool, shape of ``scores``) without the ``floor(share n)`` smallest of all; of equals the earlier goes."""
+    """Mask (bool, shape of ``scores``) without the ``floor(share n)`` smallest of all; ties drop the earlier."""
     flat = scores.flatten()
     kept = torch.ones_like(flat, dtype=torch.bool)
     kept[torch.argsort(flat, stable=True)[: pruned_count(share, flat.numel())]] = False
@@ -19,7 +19,10 @@ def keep_largest(scores: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def largest(values: torch.Tensor, share: float, runs: list[int]) -> torch.Tensor:
-    """Mask (bool, shape of ``values``) of the ``round(share n)`` largest magnitudes of each run of rows."""
+    """Mask (bool, shape of ``values``) of the ``round(share n)`` largest magnitudes of each run of rows.
+
+    ``runs`` are the lengths of the runs; ties keep the earlier.
+    """
     chosen = []
     for run in values.split(runs):
         flat = torch.zeros(run.numel(), dtype=torch.bool, device=run.device)
@@ -30,7 +33,7 @@ def largest(values: torch.Tensor, share: float, runs: list[int]) -> torch.Tensor
 
 
 def keep_largest_by_row(scores: torch.Tensor, dropped: int) -> torch.Tensor:
-    """Mask (bool ``[rows, n]``) without the ``dropped`` smallest of each row; of equal scores the earlier goes."""
+    """Mask (bool ``[rows, n]``) without the ``dropped`` smallest of each row; ties drop the earlier."""
     if scores.shape[1] <= _SHORT_ROW:
         return _rank(scores) >= dropped
     kept = torch.ones_like(scores, dtype=torch.bool)
@@ -38,7 +41,7 @@ def keep_largest_by_row(scores: torch.Tensor, dropped: int) -> torch.Tensor:
 
 
 def _rank(scores: torch.Tensor) -> torch.Tensor:
-    """Place of each score in its row's ascending stable order, by comparing all pairs: faster than sorting few."""
+    """Rank of each score in its row, ascending and stable; comparing all pairs is faster than sorting short rows."""
     columns = [column.contiguous() for column in scores.unbind(1)]
     ranks = []
     for index, column in enumerate(columns):

@@ -1,6 +1,6 @@
-"""Products of a few bfloat16 rows with a weight that is used again and again: the weight is packed once.
+"""A linear in bfloat16 that packs its weight once, for many products with few rows.
 
-Matrix libraries pack a plain weight at every call, which for a few dozen rows takes as long as the product.
+Matrix libraries pack the weight at every call, which for a few dozen rows takes as long as the product.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,10 @@ from calibrant.kernels.bfloat16_words import pairs, rounded, widened, words
 
 
 class PackedLinear(nn.Module):
-    """``y = x W^T + b`` for bfloat16 ``x`` on the CPU; needs ``bfloat16_tile.available()`` and an even input width.
+    """``y = x W^T + b`` for bfloat16 ``x`` ``[..., in]`` on the CPU; needs ``bfloat16_tile.available()`` and an even
+    ``in``.
 
-    A row's result does not depend on the rows beside it.
+    A row's result does not depend on the other rows.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -40,13 +41,15 @@ class PackedLinear(nn.Module):
 
 @numba.njit(error_model="numpy", cache=True)
 def _pack(source: np.ndarray, panels: np.ndarray) -> None:
-    """Panels of rows, pairs along the width; a few dozen rows are packed before threads would have started."""
+    """Pack rows into panels with pairs along the width; on one thread, since a few dozen rows are packed sooner than
+    threads start.
+    """
     for panel in range(panels.shape[0]):
         pack_columns(source, panel * COLUMNS, panels[panel])
 
 
 def _multiply_panels(packed: np.ndarray, panels: np.ndarray, bias: np.ndarray, output: np.ndarray) -> None:
-    """Panel of outputs by panel of outputs; ``packed`` holds the inputs' rows."""
+    """Multiply by panel of outputs in parallel; ``packed`` contains the inputs' rows."""
     rows, width = output.shape
     pair_count = panels.shape[1]
     for panel in numba.prange(panels.shape[0]):

@@ -1,7 +1,7 @@
-"""Which of some ranges for a group of weights costs least in squared output error ``e S e``.
+"""The range, among candidates, with the smallest squared output error ``e H e`` of a group of weights.
 
-The kernel exists in Numba, parallel over tiles of rows, and as a plain PyTorch twin; they sum in different orders, so
-between ranges of equal cost they may choose differently.
+The kernel exists in Numba, parallel over tiles of rows, and as a PyTorch twin. They sum in different orders, so they
+may choose differently between ranges of nearly equal cost.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ def cheapest_range(
     qmax: int,
     compiled: bool = True,
 ) -> torch.Tensor:
-    """The index of the first range of least cost, int64 ``[rows, groups]``.
+    """The index of the cheapest range, int64 ``[rows, groups]``; ties go to the first.
 
     ``weight`` ``[rows, in]``; ``scales`` and ``zero_points`` ``[rows, candidates, groups]``; ``blocks``
-    ``[groups, width, width]`` are the second moments of each group's inputs; all float32. ``compiled=False`` or tensors
-    on a GPU use the PyTorch twin.
+    ``[groups, width, width]`` are the diagonal blocks of the Hessian; all float32. The PyTorch twin runs with
+    ``compiled=False`` and for tensors on a GPU.
     """
     if not compiled or weight.device.type != "cpu":
         return _torch_search(weight, scales, zero_points, blocks, qmin, qmax)
@@ -61,7 +61,7 @@ def _torch_search(
 
 
 def _add_four_columns(product: np.ndarray, shares: np.ndarray, errors: np.ndarray, first: int) -> None:
-    """Four products while the sums are in registers."""
+    """Add four columns' products, so that the sums are loaded once for all of them."""
     s0, s1, s2, s3 = shares[first], shares[first + 1], shares[first + 2], shares[first + 3]
     e0, e1, e2, e3 = errors[first], errors[first + 1], errors[first + 2], errors[first + 3]
     for lane in range(LANES):
@@ -94,7 +94,7 @@ def _search_tiles(
                     value[:] = work[group * width + column]
                     quantize_column(value, kept, scale, zero_point, code, errors[column], qmin, qmax)
                 cost[:] = 0
-                # The block is symmetric: its lower half, doubled, and its diagonal.
+                # e H e / 2, from the lower half and half the diagonal, since the block is symmetric.
                 for column in range(width):
                     error, half = errors[column], np.float32(0.5) * block[column, column]
                     for lane in range(LANES):

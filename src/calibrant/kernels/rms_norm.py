@@ -8,14 +8,14 @@ import torch
 
 from calibrant.kernels.bfloat16_words import rounded, widened, words
 
-_UPPER = 16
+_UPPER_HALF = 16
 
 
 def rms_norm(inputs: torch.Tensor, gain: torch.Tensor, epsilon: float, rounded_first: bool) -> torch.Tensor:
-    """``gain * x / sqrt(mean(x^2) + epsilon)`` over the last axis, computed in float32.
+    """``gain x / sqrt(mean(x^2) + epsilon)`` over the last axis, computed in float32.
 
     ``inputs`` bfloat16 ``[..., width]``, ``gain`` float32 ``[width]``, both on the CPU; returns bfloat16
-    ``[..., width]``. ``rounded_first``: the quotient is rounded to bfloat16 before it meets the gain, as Llama has it.
+    ``[..., width]``. ``rounded_first`` rounds the quotient to bfloat16 before the product with the gain, as Llama does.
     """
     rows = inputs.reshape(-1, inputs.shape[-1]).contiguous()
     output = torch.empty_like(rows)
@@ -41,11 +41,11 @@ def _normalize_rows(
         factor = np.float32(1.0) / np.sqrt(_sum_of_squares(row) / np.float32(width) + epsilon)
         if rounded_first:
             for column in range(width):
-                scaled = np.uint16(rounded(widened(row[column]) * factor) >> np.uint32(_UPPER))
-                target[column] = rounded(widened(scaled) * gain[column]) >> np.uint32(_UPPER)
+                scaled = np.uint16(rounded(widened(row[column]) * factor) >> np.uint32(_UPPER_HALF))
+                target[column] = rounded(widened(scaled) * gain[column]) >> np.uint32(_UPPER_HALF)
         else:
             for column in range(width):
-                target[column] = rounded(widened(row[column]) * factor * gain[column]) >> np.uint32(_UPPER)
+                target[column] = rounded(widened(row[column]) * factor * gain[column]) >> np.uint32(_UPPER_HALF)
 
 
 _normalize: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_normalize_rows)

@@ -1,7 +1,7 @@
-"""Rows in tiles, and what loops over the columns of a tile share.
+"""Rows in tiles, and the steps shared by loops over the columns of a tile.
 
-Rows are independent, so they are laid out in tiles of ``LANES`` rows, ``[tiles, columns, LANES]``: one column of a tile
-is one or two vector registers wide, and a whole tile stays in a core's cache.
+Rows are independent, so they are laid out in tiles of ``LANES`` rows, ``[tiles, columns, LANES]``: a column of a tile
+is a few vector registers wide, and a whole tile stays in a core's cache.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 LANES = 32
-# Errors of this many columns are applied to the rest at once, while the weights they change are in registers.
+# Columns whose errors are applied together, so that each later weight is loaded once for all of them.
 PANEL = 8
 
 
 def tiled(matrix: torch.Tensor, padding: float | bool) -> torch.Tensor:
-    """``[rows, n]`` to ``[tiles, n, LANES]``; missing rows are filled with ``padding``."""
+    """``matrix`` ``[rows, n]`` as ``[tiles, n, LANES]``; missing rows of the last tile are filled with ``padding``."""
     rows, columns = matrix.shape
     missing = -rows % LANES
     if missing:
@@ -25,7 +25,7 @@ def tiled(matrix: torch.Tensor, padding: float | bool) -> torch.Tensor:
 
 
 def untiled(tiles: torch.Tensor, rows: int) -> torch.Tensor:
-    """The first ``rows`` rows of tiles as a matrix ``[rows, n]``."""
+    """``tiles`` ``[tiles, n, LANES]`` as a matrix ``[rows, n]``, without padding."""
     return tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:rows].contiguous()
 
 
@@ -39,7 +39,7 @@ def _quantize_lanes(
     qmin: np.float32,
     qmax: np.float32,
 ) -> None:
-    """Round one column to its grid (masked weights to zero); leaves the difference in ``error``."""
+    """Round one column to its grid in place (masked weights to zero) and write the difference to ``error``."""
     for lane in range(LANES):
         code = np.rint(min(max(work[lane] / scale[lane] + zero_point[lane], qmin), qmax))
         code = code if kept[lane] else zero_point[lane]

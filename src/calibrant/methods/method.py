@@ -25,11 +25,11 @@ class MethodOptions(Strict):
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """One layer to compress, or several that share an input, with what is known of that input and the scheme.
+    """One layer to compress, or several that share an input, with what is known of that input and the target.
 
-    ``weight`` float32 ``[rows, in]`` stacks matrices of ``segments`` rows each. ``spec`` is set for methods that quantize,
-    ``sparsity`` for methods that prune. ``hessian`` float32 ``[in, in]`` and ``hessian_diagonal`` float32 ``[in]`` are set
-    if the method's statistic gives them.
+    ``weight`` float32 ``[rows, in]`` stacks matrices of ``segments`` rows each. ``spec`` is set for methods that
+    quantize, ``sparsity`` for methods that prune. ``hessian`` float32 ``[in, in]`` and ``hessian_diagonal`` float32
+    ``[in]`` are set if the method's statistic gives them.
     """
 
     weight: torch.Tensor
@@ -64,7 +64,7 @@ class LayerProblem:
 
 
 class SchemeWeights(Protocol):
-    """The weights of a scheme, as far as methods restrict them."""
+    """What methods restrict of a scheme's weights."""
 
     @property
     def symmetric(self) -> bool: ...
@@ -74,7 +74,7 @@ class SchemeWeights(Protocol):
 
 
 class SchemeActivations(Protocol):
-    """The activations of a scheme, as far as methods restrict them."""
+    """What methods restrict of a scheme's activations."""
 
     @property
     def dynamic(self) -> bool: ...
@@ -84,7 +84,7 @@ class SchemeActivations(Protocol):
 
 
 class Scheme(Protocol):
-    """A recipe's scheme, as far as methods restrict it; ``sparsity`` is a share ("0.5") or a pattern ("2:4")."""
+    """What methods restrict of a recipe's scheme; ``sparsity`` is a share ("0.5") or a pattern ("2:4")."""
 
     @property
     def weights(self) -> SchemeWeights | None: ...
@@ -128,11 +128,11 @@ def _no_passes(_: Any) -> float:
 class LayerSolver(MethodBase):
     """A method that compresses layer by layer.
 
-    ``solve`` maps the options and a problem to a solution. ``without_data`` solves layers that saw no token; every method
-    has one that uses inputs, in ``solve`` or in a range search. ``symmetric``: the only kind of grid that a method which
-    fits its own ranges supports; None for methods that take any grid. ``stored_dense``: whether, with these options, no
-    quantized format can represent the result. ``passes``: how many passes over all pairs of columns a solve costs, for the
-    time estimate.
+    ``solve`` maps the options and a problem to a solution. ``without_data`` solves layers that saw no token; every
+    method has one that uses inputs, in ``solve`` or in a range search. ``symmetric``: the only kind of grid that a
+    method which fits its own ranges supports; None for methods that take any grid. ``stored_dense``: whether, with
+    these options, no quantized format can represent the result. ``passes``: how many passes over all pairs of columns a
+    solve costs, for the time estimate.
     """
 
     changes_shape = False
@@ -170,11 +170,11 @@ class StructuredPruner(MethodBase):
     statistic: Statistic
 
     def stored_dense(self, _: Any) -> bool:
-        """Never: without quantization there is no format to leave."""
+        """False: the result has no quantized weights."""
         return False
 
     def passes(self, _: Any) -> float:
-        """None: no layer is solved."""
+        """0: no layer is solved."""
         return 0.0
 
     def refusal(self, scheme: Scheme, *, by_layer: bool) -> str | None:
@@ -185,7 +185,6 @@ class StructuredPruner(MethodBase):
         if ":" in scheme.sparsity or by_layer:
             return f"{self.name} prunes whole blocks to a share: it knows no pattern n:m, no ignore and no budget"
         return None
-
 
 
 def _needs_sparsity(name: str) -> str:

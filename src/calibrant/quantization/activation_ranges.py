@@ -1,6 +1,6 @@
-"""Static ranges of a layer's input for int8 activations: what was seen of it, and which part of that to cover.
+"""Static int8 ranges of a layer's input: observing values, then choosing the range to cover.
 
-One range a tensor, asymmetric, fixed before the model is used, as Quadapter and ZSAQ have it (methods.md §19, §20).
+One asymmetric range per tensor, fixed before inference, as in Quadapter (arXiv 2211.16912) and ZSAQ (arXiv 2310.13315).
 """
 
 import math
@@ -28,7 +28,7 @@ class InputGrid:
 
 
 class InputRange:
-    """Minimum, maximum and a histogram of a layer's input over counted tokens; ``finite`` as long as all of it was."""
+    """Minimum, maximum and a histogram of a layer's input over counted tokens; ``finite`` if every value was."""
 
     def __init__(self, device: torch.device) -> None:
         self.low, self.high, self.finite = 0.0, 0.0, True
@@ -36,7 +36,7 @@ class InputRange:
         self._counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Further inputs ``[tokens, in]``."""
+        """Observe further inputs ``[tokens, in]``."""
         low, high = (float(value) for value in torch.aminmax(inputs))
         self.finite = self.finite and math.isfinite(low) and math.isfinite(high)
         largest = max(-low, high)
@@ -50,18 +50,18 @@ class InputRange:
         self._counts += torch.histc(inputs.float(), _BINS, -self._bound, self._bound)
 
     def _widen(self) -> None:
-        """Twice the bound: two bins become one, without a rest."""
+        """Double the bound by merging pairs of bins, which is exact."""
         merged = self._counts.view(-1, 2).sum(1)
         self._counts.zero_()
         self._counts[_BINS // 4 : 3 * _BINS // 4] = merged
         self._bound *= 2
 
     def grid(self, rule: RangeRule, percentile: float, scale_dtype: torch.dtype) -> InputGrid:
-        """The int8 grid of the range that ``rule`` chooses; it always holds 0.
+        """The int8 grid of the range that ``rule`` chooses; the range always includes 0.
 
-        "minmax" covers all that was seen; "percentile" that percent of the values on either side of 0 together, so
-        ``100 - percentile`` percent are cut, half at each end; "mse" the share of the minimum and maximum whose
-        squared rounding and clipping error is least (ours: shares 1, 0.99, ... 0.01, errors from the histogram).
+        "minmax" covers every observed value. "percentile" clips ``100 - percentile`` percent of the values, half at
+        each end. "mse" scales minimum and maximum by the share with the smallest squared error of rounding and clipping
+        (ours: shares 1, 0.99, ... 0.01, errors from the histogram).
         """
         spec = GridSpec(ACTIVATION_BITS, False, None, scale_dtype)
         low, high = torch.tensor([self.low]), torch.tensor([self.high])
@@ -72,19 +72,19 @@ class InputRange:
         scale, zero_point = parameters(low, high, spec)
         if rule == "mse" and self._bound:
             shares = 1 - torch.arange(_SHRINK_STEPS) / _SHRINK_STEPS
-            scales, zeros = parameters(low * shares, high * shares, spec)
-            best = self._error(scales, zeros, spec).argmin()
-            scale, zero_point = scales[best, None], zeros[best, None]
+            scales, zero_points = parameters(low * shares, high * shares, spec)
+            best = self._error(scales, zero_points, spec).argmin()
+            scale, zero_point = scales[best, None], zero_points[best, None]
         return InputGrid(scale.to(scale_dtype), zero_point.to(torch.int8))
 
     def _centers(self) -> torch.Tensor:
         return ((torch.arange(_BINS) + 0.5) / _BINS * 2 - 1) * self._bound
 
     def _quantile(self, share: float) -> torch.Tensor:
-        cumulated = self._counts.cumsum(0).cpu()
-        return self._centers()[torch.searchsorted(cumulated, share * cumulated[-1]).clamp(max=_BINS - 1)][None]
+        cumulative = self._counts.cumsum(0).cpu()
+        return self._centers()[torch.searchsorted(cumulative, share * cumulative[-1]).clamp(max=_BINS - 1)][None]
 
-    def _error(self, scales: torch.Tensor, zeros: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-        centers, scale, zero_point = self._centers(), scales[:, None], zeros[:, None]
+    def _error(self, scales: torch.Tensor, zero_points: torch.Tensor, spec: GridSpec) -> torch.Tensor:
+        centers, scale, zero_point = self._centers(), scales[:, None], zero_points[:, None]
         codes = torch.round(torch.clamp(centers / scale + zero_point, spec.qmin, spec.qmax))
         return (((codes - zero_point) * scale - centers).double().square() * self._counts.cpu()).sum(1)

@@ -1,12 +1,13 @@
-"""Fitting grids to weights: from minimum and maximum, or by trying ranges and measuring what each one costs.
+"""Fitting grids to weights: from minimum and maximum (the plain range), or by a search among candidate ranges.
 
-- "mse": ranges shrunk by whole percents, error ``|e|^2.4`` of the weights (methods.md §4, the GPTQ reference);
-- "importance": scales around the plain one, each refitted by least squares, squared error weighted by second
-  hessian of the inputs (methods.md §17, llama.cpp's importance matrix on our grids);
-- "clip": magnitudes cut at 95 %, 90 %, ... 55 %, the group's squared output error (methods.md §11, AWQ; on the second
-  hessian of all counted tokens instead of a sample of them).
+- "mse": ranges shrunk by whole percents; the cost is ``|e|^2.4`` of the weights (released code of GPTQ, arXiv
+  2210.17323);
+- "importance": scales around the plain one, each refitted by least squares; the cost is the squared error weighted by
+  the Hessian's diagonal (llama.cpp's importance matrix, on our grids);
+- "clip": magnitudes clipped at 95 %, 90 %, ... 55 %; the cost is the group's squared output error (released code of
+  AWQ, arXiv 2306.00978; ours: on the Hessian of all counted tokens instead of a sample of tokens).
 
-A search starts from the plain range, so it never ends above its cost.
+The plain range is the first candidate, so no search ends with a higher cost.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,10 +31,10 @@ Parameters = tuple[torch.Tensor, torch.Tensor]
 
 
 def fit_grid(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None = None) -> Grid:
-    """Fit the grid of every group of ``weight`` ``[rows, in]`` (float32), ``in`` a multiple of the group size.
+    """Fit the grid of every group of ``weight`` ``[rows, in]`` (float32); ``in`` must be a multiple of the group size.
 
-    The range always contains 0, so 0.0 is representable. ``hessian`` are the inputs' second hessian, ``[in, in]`` or
-    for "importance" also their diagonal ``[in]``; without them the searches that need them take the plain range.
+    Ranges always include 0, so 0.0 is representable. ``hessian`` is ``sum x x^T`` of the inputs, float32 ``[in, in]``;
+    for "importance" its diagonal ``[in]`` is enough. Searches that need it keep the plain range if it is None.
     """
     rows, columns = weight.shape
     groups = weight.reshape(rows, -1, spec.group_size or columns).float()
@@ -58,7 +59,7 @@ def fit_grid(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None 
 def _cheapest(
     groups: torch.Tensor, plain: Parameters, candidates: Iterator[Parameters], spec: GridSpec, cost: Cost
 ) -> Parameters:
-    """For every group the first of the cheapest parameters."""
+    """The cheapest parameters of every group; ties go to the first."""
 
     def cost_of(scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
         codes = encode_groups(groups, scale[..., None], zero_point[..., None], spec)
@@ -94,7 +95,7 @@ def _clipped(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[
 def _best_clipped(
     groups: torch.Tensor, candidates: list[Parameters], hessian: torch.Tensor, spec: GridSpec
 ) -> Parameters:
-    """For every group the first of least ``e S_g e``, with the block of ``hessian`` that belongs to the group."""
+    """The parameters with the smallest ``e H_g e`` of every group, H_g the group's block of ``hessian``."""
     count, width = groups.shape[1:]
     blocks = torch.stack([hessian[i : i + width, i : i + width] for i in range(0, count * width, width)])
     scales, zero_points = (torch.stack(values, 1) for values in zip(*candidates, strict=True))
@@ -103,7 +104,7 @@ def _best_clipped(
 
 
 def _importance(groups: torch.Tensor, weight: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-    """``m_j sqrt(sigma^2 + w_j^2)`` with the row's mean square, shaped like ``groups``."""
+    """``H_jj sqrt(sigma^2 + w_j^2)``, sigma^2 the row's mean square, shaped like ``groups`` (llama.cpp)."""
     spread = weight.square().mean(1)[:, None, None]
     return diagonal.reshape(groups.shape[1:]) * (spread + groups.square()).sqrt()
 

@@ -1,20 +1,20 @@
-"""Uniform quantizer grids: signed codes, ``w = scale * (code - zero_point)`` (methods.md §4, the compressed-tensors grid)."""
+"""Uniform quantizer grids as in compressed-tensors: signed codes, ``w = scale (code - zero_point)``."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-# How a group's range is chosen: minimum and maximum, or by a search (grid_fitting.py).
+# "none" is minimum to maximum; grid_fitting.py has the searches.
 RangeSearch = Literal["none", "mse", "importance", "clip"]
 
 
 @dataclass(frozen=True)
 class GridSpec:
-    """Which grid: ``group_size`` input columns share a scale, None means one scale a row.
+    """A grid's kind: ``group_size`` input columns of a row share a scale, None means one scale per row.
 
-    ``scale_dtype`` is what scales are stored in; they are rounded to it before anything is solved (methods.md §3.7).
-    ``range_search`` names how ranges are chosen.
+    ``scale_dtype`` is the storage dtype of scales, to which they are rounded before anything is solved (ours), so that
+    the stored model is the solved one. ``range_search`` names how ranges are chosen.
     """
 
     bits: int
@@ -36,7 +36,7 @@ class GridSpec:
 
 @dataclass(frozen=True)
 class Grid:
-    """Fitted parameters: ``scale`` and ``zero_point``, both ``[rows, groups]`` float32; the zero points are whole numbers."""
+    """Fitted parameters: ``scale`` and ``zero_point``, both float32 ``[rows, groups]``; zero points are integers."""
 
     spec: GridSpec
     scale: torch.Tensor
@@ -49,7 +49,7 @@ class Grid:
 
 
 def parameters(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of ranges that hold 0; a range of nothing gets scale 1 and zero point 0 (ours)."""
+    """Scale and zero point of ranges that include 0; the range 0 to 0 gets scale 1 and zero point 0 (ours)."""
     scale = stored_scale((high - low) / (spec.qmax - spec.qmin), spec)
     if spec.symmetric:
         return scale, torch.zeros_like(scale)
@@ -58,18 +58,18 @@ def parameters(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> tuple[t
 
 
 def stored_scale(scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    """``scale`` as its storage dtype holds it; what would be stored as 0, and divide by it, becomes 1."""
+    """``scale`` rounded to its storage dtype, float32; a scale that rounds to 0 becomes 1, since it is a divisor."""
     stored = scale.to(spec.scale_dtype).float()
     return torch.where(stored > 0, stored, 1.0)
 
 
 def encode_groups(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    """Codes, as float32, of ``groups`` with ``scale`` and ``zero_point`` that broadcast to them."""
+    """Codes, as float32, of ``groups``; ``scale`` and ``zero_point`` broadcast to them."""
     return torch.round(torch.clamp(groups / scale + zero_point, spec.qmin, spec.qmax))
 
 
 def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes (int8 ``[rows, in]``) of ``weight``: round half to even, after clamping."""
+    """Codes (int8 ``[rows, in]``) of ``weight`` ``[rows, in]``, clamped, then rounded half to even."""
     rows, columns = weight.shape
     groups = weight.reshape(rows, grid.scale.shape[1], -1).float()
     codes = encode_groups(groups, grid.scale[..., None], grid.zero_point[..., None], grid.spec)
@@ -77,7 +77,7 @@ def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Weights (float32 ``[rows, in]``) of codes."""
+    """Weights (float32 ``[rows, in]``) of ``codes`` ``[rows, in]``."""
     rows, columns = codes.shape
     groups = codes.reshape(rows, grid.scale.shape[1], -1).float()
     return ((groups - grid.zero_point[..., None]) * grid.scale[..., None]).reshape(rows, columns)

@@ -1,4 +1,7 @@
-"""What solvers need to know of a layer's input, accumulated over counted tokens only; ``tokens`` counts them."""
+"""Statistics of a layer's input that methods need, accumulated over counted tokens; ``tokens`` is their number.
+
+Every ``add`` takes inputs ``[tokens, in]`` of any floating dtype.
+"""
 
 import torch
 
@@ -9,7 +12,7 @@ _CHUNK_ROWS = 256
 
 
 class Hessian:
-    """``S = sum x x^T`` in float32, unscaled (methods.md §5); only the lower triangle is built until it is read."""
+    """``H = sum x x^T``, float32 and not divided by the token count (ours); ``matrix`` gives it in full."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
@@ -26,20 +29,20 @@ class Hessian:
 
 
 class PairedHessian(Hessian):
-    """A Hessian with ``drift = sum (y - x) x^T``, float32 ``[in, in]``; y is the original model's input."""
+    """A Hessian with ``drift = sum (y - x) x^T``, float32 ``[in, in]``; y is the input in the original model."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
         self.drift = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
     def add_pair(self, inputs: torch.Tensor, originals: torch.Tensor) -> None:
-        """Further tokens, as the compressed and as the original model has them."""
+        """Add the same tokens' inputs in the compressed model and in the original model."""
         self.add(inputs)
         add_product(self.drift, originals - inputs, inputs)
 
 
 class HessianDiagonal:
-    """``sum x_j^2`` of every input channel, float32 ``[in]``: the diagonal of the Hessian (methods.md §9)."""
+    """``sum x_j^2`` per input channel, ``values`` float32 ``[in]``: the diagonal of the Hessian (arXiv 2306.11695)."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
@@ -56,7 +59,7 @@ class HessianDiagonal:
 
 
 class Magnitude:
-    """Mean and largest ``|x_j|`` of every input channel, float32 ``[in]`` (methods.md §11, §12)."""
+    """Mean and largest ``|x_j|`` per input channel, float32 ``[in]``, for AWQ and SmoothQuant."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
@@ -77,5 +80,5 @@ class Magnitude:
 
     @property
     def mean(self) -> torch.Tensor:
-        """The mean over all tokens; zeros before any."""
+        """The mean of ``|x_j|`` over all tokens; zeros before the first."""
         return self._sum / max(self.tokens, 1)

@@ -1,4 +1,4 @@
-"""AdpQ: a share of the largest weights on grids of their own, no data (arXiv 2405.13358; methods.md §15)."""
+"""AdpQ: the largest weights and the rest of each group on separate grids, without data (arXiv 2405.13358)."""
 
 from typing import Literal
 
@@ -12,10 +12,11 @@ from calibrant.quantization.grids import GridSpec, encode_groups, stored_scale
 
 
 def adpq(weight: torch.Tensor, spec: GridSpec, *, share: float = 0.06, segments: tuple[int, ...] = ()) -> Solution:
-    """Quantize ``weight`` ``[rows, in]`` (float32): outliers and the rest of each group, each on its symmetric grid.
+    """Quantize ``weight`` ``[rows, in]`` (float32): in each group, outliers and the rest have separate symmetric grids.
 
-    The paper's threshold on the shrunk weights selects by magnitude, so the ``round(share n)`` largest of each of
-    ``segments`` (runs of rows) are taken directly (ours). Scales are ``max / (2^(bits-1) - 1)``; the result is dense.
+    The paper's threshold on the shrunk weights selects by magnitude, so the outliers are the ``round(share n)`` largest
+    of the n weights of each matrix (ours); ``segments`` are the row counts of matrices stacked by rows (empty: one
+    matrix). Scales are ``max|w| / (2^(bits-1) - 1)``. The result is dense.
     """
     outlier = largest(weight, share, list(segments or (len(weight),)))
     groups = weight.reshape(len(weight), -1, spec.group_size or weight.shape[1]).float()
@@ -30,7 +31,7 @@ def _rounded(groups: torch.Tensor, spec: GridSpec) -> torch.Tensor:
 
 
 class Adpq(MethodOptions):
-    """AdpQ, stored dense; no data. The ``share`` of largest weights gets grids of its own."""
+    """AdpQ, stored dense; no data. The ``share`` of largest weights has separate grids."""
 
     name: Literal["adpq"] = "adpq"
     share: float = Field(default=0.06, gt=0, lt=1)

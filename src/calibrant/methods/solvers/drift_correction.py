@@ -12,8 +12,8 @@ def drift_corrected_target(
 ) -> torch.Tensor | None:
     """``W + share W D H^-1``, float32 ``[rows, in]``: the matrix to compress instead of ``weight`` W ``[rows, in]``.
 
-    x is the layer's input in the compressed model, y its input in the original model; ``hessian`` H is ``sum x x^T`` and
-    ``drift`` D is ``sum (y - x) x^T``, both float32 ``[in, in]``. ``sum |W y - V x|^2`` and
+    x is the layer's input in the compressed model, y its input in the original model; ``hessian`` H is ``sum x x^T``
+    and ``drift`` D is ``sum (y - x) x^T``, both float32 ``[in, in]``. ``sum |W y - V x|^2`` and
     ``sum |(W + W D H^-1) x - V x|^2`` differ by a constant independent of V, so any solver for the second objective
     solves the first (ours; the paper corrects column by column). D is estimated from finitely many tokens, so a
     ``share`` below 1 can generalize better (ours). H is damped as in GPTQ. None if H cannot be factored.

@@ -28,10 +28,10 @@ def gptq(
     """Quantize ``weight`` ``[rows, in]`` on the inputs' ``hessian`` ``sum x x^T`` ``[in, in]`` (both float32).
 
     Groups are static: every grid is fitted to the original weight, so ``act_order``, which solves columns by descending
-    Hessian diagonal, keeps groups contiguous. ``refine_sweeps`` sweeps of coordinate descent (arXiv 2309.01885) follow on
-    the damped Hessian; none of them raises the error on it. A row with a larger error on ``hessian`` than round-to-nearest
-    on the same grid is rounded to nearest instead (ours); the record counts such rows. If the Hessian cannot be factored
-    at any damping, the whole layer is rounded to nearest and the record says so.
+    Hessian diagonal, keeps groups contiguous. ``refine_sweeps`` sweeps of coordinate descent (arXiv 2309.01885) follow
+    on the damped Hessian; none of them raises the error on it. A row with a larger error on ``hessian`` than
+    round-to-nearest on the same grid is rounded to nearest instead (ours); the record counts such rows. If the Hessian
+    cannot be factored at any damping, the whole layer is rounded to nearest and the record says so.
     """
     rounded = rtn(weight, spec, hessian)
     grid = rounded.grid
@@ -51,7 +51,7 @@ def gptq(
 
 
 def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> ColumnProblem:
-    """The column problem of quantizing to ``grid``: each column, in solving ``order``, has the grid of its original group.
+    """The column problem of quantizing to ``grid``; each column has the grid of its group in the original order.
 
     ``weight`` ``[rows, in]`` and the upper ``factor`` ``[in, in]`` are float32 with columns already in ``order``.
     """
@@ -69,7 +69,8 @@ def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torc
 class Gptq(MethodOptions):
     """GPTQ.
 
-    ``damping`` is relative to the mean of the Hessian's diagonal; ``refine_sweeps`` sweeps of coordinate descent follow.
+    ``damping`` is relative to the mean of the Hessian's diagonal; ``refine_sweeps`` sweeps of coordinate descent
+    follow.
     """
 
     name: Literal["gptq"] = "gptq"

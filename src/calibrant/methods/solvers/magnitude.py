@@ -1,4 +1,4 @@
-"""Magnitude pruning: the data-free control (methods.md §10)."""
+"""Magnitude pruning, the control without data (docs/methods.md "magnitude")."""
 
 from typing import Literal
 
@@ -11,9 +11,10 @@ from calibrant.methods.solvers.sparsity import Sparsity
 
 
 def magnitude(weight: torch.Tensor, sparsity: Sparsity, segments: tuple[int, ...] = ()) -> Solution:
-    """Drop exactly ``floor(p n)`` smallest ``|w|`` of the whole matrix, or of every n:m group.
+    """Zero the smallest ``|w|`` of ``weight`` ``[rows, in]``: exactly ``floor(p n)`` per matrix of n, or by n:m group.
 
-    ``segments`` are lengths of consecutive runs of rows, each a matrix of its own; none means one matrix.
+    ``segments`` are the row counts of matrices stacked by rows; empty means one matrix. The released code of Wanda
+    (locuslab/wanda) also prunes ties and one more.
     """
     scores = weight.abs()
     if sparsity.semi_structured:
@@ -31,7 +32,7 @@ class Magnitude(MethodOptions):
 
 
 def drop_smallest(problem: LayerProblem) -> Solution:
-    """Magnitude pruning of a problem's weights."""
+    """Magnitude pruning of a problem's weight, for layers that saw no token."""
     return magnitude(problem.weight, problem.pattern, problem.segments)
 
 

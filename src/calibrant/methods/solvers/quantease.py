@@ -16,7 +16,7 @@ from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import Grid, GridSpec, decode, encode
 from calibrant.quantization.statistics import Hessian
 
-# Every third sweep may leave the grid, but not late and not last (the released code).
+# As in the released code, every third sweep may leave the grid, except late sweeps and the last.
 _RELAXED_EVERY = 3
 _RELAXED_UNTIL = 25
 
@@ -24,11 +24,12 @@ _RELAXED_UNTIL = 25
 def quantease(
     weight: torch.Tensor, hessian: torch.Tensor, spec: GridSpec, *, sweeps: int = 30, damping: float = 0.0
 ) -> Solution:
-    """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
+    """Quantize ``weight`` ``[rows, in]`` on the inputs' ``hessian`` ``sum x x^T`` ``[in, in]`` (both float32).
 
-    Starts from the weights themselves, with the relaxed sweeps of the released code, on grids fitted to the weights.
-    ``damping`` as in GPTQ keeps weights near their own values where inputs say little (ours; the paper has none).
-    A row that ends above round-to-nearest's error keeps round-to-nearest (ours), counted in the record.
+    The descent starts from the unrounded weights and has the relaxed sweeps of the released code; grids are fitted to
+    the weights. ``damping``, as in GPTQ, keeps weights near their original values where inputs carry little (ours; the
+    paper has none). A row with a larger error than round-to-nearest's is rounded to nearest instead (ours); the record
+    counts such rows.
     """
     rounded = rtn(weight, spec, hessian)
     assert rounded.grid is not None
@@ -42,10 +43,11 @@ def quantease(
 def descend(
     target: torch.Tensor, start: torch.Tensor, hessian: torch.Tensor, grid: Grid, relaxed: Sequence[bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and codes after one sweep for each of ``relaxed``, largest diagonal first; all tensors ``[rows, in]``.
+    """Values (float32) and codes (int8), both ``[rows, in]``, after one sweep per entry of ``relaxed``.
 
-    From a ``start`` on the grid, sweeps that are not relaxed never raise the error. Columns without input go to the
-    grid point next to their target.
+    ``target`` and ``start`` are ``[rows, in]``; a sweep visits columns by descending diagonal of ``hessian``
+    ``[in, in]``. A relaxed sweep moves columns off the grid. From a ``start`` on the grid, other sweeps never raise the
+    error. Columns without input are rounded to nearest.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
@@ -69,11 +71,12 @@ def quantease_with_outliers(
     share: float = 0.01,
     segments: tuple[int, ...] = (),
 ) -> Solution:
-    """``W = B + O``: B on a grid, O a ``share`` of the entries of each of ``segments`` (runs of rows), kept exactly.
+    """``W = B + O``: B on a grid, O exact with ``round(share n)`` nonzero entries per matrix of n weights.
 
-    From the paper's equations (the released code of this variant does not run as it stands): sweeps for B against
-    ``W - O`` alternate with steps ``G / lambda_max`` for O that keep its largest entries. The result is dense; the
-    grids are fitted to the weights without the first outliers.
+    ``segments`` are the row counts of matrices stacked by rows (empty: one matrix). Follows the paper's equations (the
+    released code of this variant does not run): sweeps for B against ``W - O`` alternate with gradient steps
+    ``G / lambda_max`` for O that keep its largest entries. The grids are fitted to the weights without the initial
+    outliers. The result is dense.
     """
     runs = list(segments or (len(weight),))
     outliers = weight * largest(weight, share, runs)
@@ -91,7 +94,7 @@ def quantease_with_outliers(
 
 
 class QuantEase(MethodOptions):
-    """QuantEase; with ``outliers`` that share of the weights stays exact: stored dense, with a list of them beside."""
+    """QuantEase; ``outliers`` is a share of weights to keep exact: stored dense, with a separate list of them."""
 
     name: Literal["quantease"] = "quantease"
     sweeps: int = Field(default=30, ge=1)
@@ -115,6 +118,6 @@ QUANTEASE = LayerSolver(
     round_layer,
     Hessian,
     stored_dense=lambda options: options.outliers > 0,
-    # With outliers every sweep also has a whole product, a sort and another start.
+    # With outliers every sweep also costs a full matrix product, a sort and a new start of the descent.
     passes=lambda options: options.sweeps * (5 if options.outliers else 1),
 )

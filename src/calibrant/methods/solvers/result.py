@@ -1,4 +1,4 @@
-"""What every solver returns."""
+"""The solution of a layer problem, as every solver returns it."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,11 @@ _COLUMN_BLOCK = 256
 
 @dataclass(frozen=True)
 class SolverRecord:
-    """What happened while solving; fallbacks are data (methods.md §3.10)."""
+    """What happened while solving: raised damping, rounded rows and fallbacks are recorded, not only logged (ours).
+
+    ``damping`` is what was used, relative to the Hessian's mean diagonal. ``fallback`` is a sentence, None if the
+    method itself solved the layer.
+    """
 
     damping: float | None = None
     damping_raised: bool = False
@@ -25,9 +29,9 @@ class SolverRecord:
 class Solution:
     """``weight`` float32 ``[rows, in]``; ``codes`` int8 and their ``grid`` if quantized; ``kept`` bool if pruned.
 
-    ``errors`` float32 ``[rows]``: ``layer_errors`` of the result, where the solver computed them anyway.
-    ``outliers`` bool ``[rows, in]``: weights that lie on no grid, of methods that keep some.
-    ``rounded`` bool ``[rows]``: rows for which a better-than-nearest rounding was tried and round-to-nearest kept.
+    ``errors`` float32 ``[rows]``: ``layer_errors`` of the result, if the solver computed them anyway.
+    ``outliers`` bool ``[rows, in]``: weights on no grid, from methods that keep some exactly.
+    ``rounded`` bool ``[rows]``: rows rounded to nearest because the method's own result had a larger error.
     """
 
     weight: torch.Tensor
@@ -41,10 +45,10 @@ class Solution:
 
 
 def layer_errors(weight: torch.Tensor, solved: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """``diag((W - Q) S (W - Q)^T)`` of every row, float32 ``[rows]``: the layer's squared output error by row."""
+    """Squared output error per row, float32 ``[rows]``: ``diag((W - Q) H (W - Q)^T)``, ``hessian`` H ``[in, in]``."""
     difference = weight - solved
     errors = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
-    # S is symmetric: products with its lower blocks, doubled off the diagonal, cost little more than half.
+    # H is symmetric: products with its lower blocks, doubled off the diagonal, cost little more than half.
     for begin in range(0, hessian.shape[0], _COLUMN_BLOCK):
         end = min(begin + _COLUMN_BLOCK, hessian.shape[0])
         here = difference[:, begin:end]
@@ -62,9 +66,10 @@ def keep_rounded_rows(
     hessian: torch.Tensor,
     record: SolverRecord,
 ) -> Solution:
-    """``values`` and ``codes``, but round-to-nearest for every row where those end above its error on ``hessian``.
+    """``values`` and ``codes``, with round-to-nearest in each row where its error on ``hessian`` is smaller (ours).
 
-    Ours: rows are independent, so each may take the better of both; the record counts the rows.
+    Rows are independent, so each takes the better of both. Changes ``values`` and ``codes`` in place; the record counts
+    the rounded rows.
     """
     assert rounded.codes is not None
     errors, rounded_errors = layer_errors(weight, values, hessian), layer_errors(weight, rounded.weight, hessian)

@@ -1,4 +1,4 @@
-"""Round-to-nearest: every group on its own grid (methods.md §6)."""
+"""Round-to-nearest, the control without data (docs/methods.md "round-to-nearest")."""
 
 from typing import Literal
 
@@ -12,20 +12,23 @@ from calibrant.quantization.grids import GridSpec
 
 
 def rtn(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None = None) -> Solution:
-    """Round ``weight`` ``[rows, in]`` (float32); ``hessian`` of the inputs are for range searches that use them."""
+    """Round ``weight`` ``[rows, in]`` (float32) to the nearest grid points.
+
+    ``hessian`` ``[in, in]``, or its diagonal ``[in]``, is for range searches that use it (``fit_grid``).
+    """
     grid = fit_grid(weight, spec, hessian)
     codes, values = round_to_grid(weight, grid.scale, grid.zero_point, spec.qmin, spec.qmax)
     return Solution(values, codes, grid)
 
 
 class Rtn(MethodOptions):
-    """Round-to-nearest; no data but what a range search looks at."""
+    """Round-to-nearest; only a range search uses data."""
 
     name: Literal["rtn"] = "rtn"
 
 
 def round_layer(problem: LayerProblem) -> Solution:
-    """Round-to-nearest of a problem's weights."""
+    """Round-to-nearest of a problem's weight, also for layers that saw no token."""
     return rtn(problem.weight, problem.grid_spec, problem.hessian_or_diagonal)
 
 

@@ -1,4 +1,4 @@
-"""What GPTQ and SparseGPT share: dead columns, solving order, damping and the factor (methods.md §3.6, §5)."""
+"""Preparing second-order solves: dead columns, solving order, damping, the inverse factor (arXiv 2210.17323)."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ from calibrant.kernels.inverse_factor import inverse_factor
 
 @dataclass(frozen=True)
 class Prepared:
-    """``weight`` and ``factor`` with columns in solving ``order`` (int64 ``[in]``).
+    """``weight`` ``[rows, in]`` and upper ``factor`` ``[in, in]`` with columns in solving ``order`` (int64 ``[in]``).
 
-    ``damping`` times the diagonal's mean is what was added to the Hessian's diagonal.
+    ``damping`` times the mean of the Hessian's diagonal was added to the diagonal.
     """
 
     weight: torch.Tensor
@@ -22,10 +22,12 @@ class Prepared:
 
 
 def prepare(weight: torch.Tensor, hessian: torch.Tensor, damping: float, act_order: bool) -> Prepared:
-    """Make dead columns harmless, order by the diagonal if asked (stable, descending), damp and factor.
+    """Zero the weights of dead columns, order columns by descending diagonal with ``act_order``, damp and factor.
+
+    Dead columns (``H_jj = 0``) get ``H_jj = 1`` before damping, as in GPTQ's released code. The sort is stable.
 
     Raises:
-        NotPositiveDefiniteError: the Hessian cannot be factored.
+        NotPositiveDefiniteError: the Hessian cannot be factored at any damping tried.
     """
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
@@ -49,5 +51,5 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def undo(order: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Columns from solving order back to the layer's."""
+    """``columns`` ``[rows, in]`` from solving ``order`` back to the layer's order."""
     return columns.index_select(1, torch.argsort(order))

@@ -30,11 +30,11 @@ def sparsegpt(
 ) -> Solution:
     """Prune ``weight`` ``[rows, in]`` on the inputs' ``hessian`` ``sum x x^T`` ``[in, in]`` (both float32).
 
-    Unstructured sparsity p removes exactly ``floor(p n)`` of the n weights in every block of 128 columns of every matrix;
-    ``segments`` are the row counts of matrices stacked by rows (empty: one matrix). An n:m mask is chosen on the
-    compensated weights at the first column of each group of m. With ``spec`` the kept weights are quantized in the same
-    loop, on grids fitted to the original weight (ours: groups; the released code has one grid per row). If the Hessian
-    cannot be factored at any damping, the layer is pruned by magnitude (and rounded), and the record says so.
+    Unstructured sparsity p removes exactly ``floor(p n)`` of the n weights in every block of 128 columns of every
+    matrix; ``segments`` are the row counts of matrices stacked by rows (empty: one matrix). An n:m mask is chosen on
+    the compensated weights at the first column of each group of m. With ``spec`` the kept weights are quantized in the
+    same loop, on grids fitted to the original weight (ours: groups; the released code has one grid per row). If the
+    Hessian cannot be factored at any damping, the layer is pruned by magnitude (and rounded), and the record says so.
     """
     try:
         prepared = prepare(weight, hessian, damping, act_order=False)

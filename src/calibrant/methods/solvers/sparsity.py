@@ -1,4 +1,4 @@
-"""Sparsity patterns."""
+"""Sparsity targets: a share of zeros, or an n:m pattern."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from calibrant.kernels.masks import keep_largest_by_row, pruned_count
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Either a ``share`` of zeros, or ``pruned`` zeros of every ``of`` consecutive inputs (``2:4`` is 2 of 4)."""
+    """A ``share`` of zeros; if ``of`` is set, ``pruned`` zeros in every ``of`` consecutive inputs."""
 
     share: float
     pruned: int = 0
@@ -17,7 +17,7 @@ class Sparsity:
 
     @classmethod
     def n_of_m(cls, kept: int, of: int) -> "Sparsity":
-        """``kept:of`` as it is written (2:4 keeps 2 of 4)."""
+        """The pattern written ``kept:of``: 2:4 keeps 2 of every 4."""
         return cls((of - kept) / of, of - kept, of)
 
     @property
@@ -26,7 +26,7 @@ class Sparsity:
         return self.of > 0
 
     def mask_rows(self, scores: torch.Tensor) -> torch.Tensor:
-        """Mask (bool ``[rows, in]``) that drops the smallest scores of each row, or of each n:m group."""
+        """Mask (bool ``[rows, in]``) without the smallest scores of each row, or of each n:m group."""
         rows, columns = scores.shape
         if self.semi_structured:
             return keep_largest_by_row(scores.reshape(-1, self.of), self.pruned).reshape(rows, columns)

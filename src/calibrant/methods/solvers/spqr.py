@@ -1,4 +1,4 @@
-"""SpQR: GPTQ that keeps outliers exactly and quantizes its scales and zeros a second time (arXiv 2306.03078)."""
+"""SpQR: GPTQ with exact outliers and quantized scales and zero points (arXiv 2306.03078)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,14 +14,17 @@ from calibrant.methods.solvers.second_order import prepare, undo
 from calibrant.quantization.statistics import Hessian
 
 _BLOCK = 128
-# So many rows share the second-level grid of their scales, and of their zeros.
-_ROWS_TOGETHER = 16
+# Rows that share one second-level grid for scales and one for zero points.
+_SECOND_LEVEL_ROWS = 16
 
 
 @dataclass(frozen=True)
 class SpqrSettings:
-    """``threshold`` is relative to the mean of ``var(W_j) / U_jj^2``; ``statistic_bits`` None keeps scales and zeros
-    as they are; ``integer_zero`` rounds zeros and forces 0 into ranges (ours), as ordinary grids have it.
+    """SpQR's parameters, named as in the released code where it has them.
+
+    ``threshold`` is relative to the mean of ``var(W_j) / U_jj^2``. ``statistic_bits`` are those of scales and zero
+    points; None leaves both unquantized. ``integer_zero`` rounds zero points and includes 0 in ranges, as ordinary
+    grids do (ours).
     """
 
     bits: int = 4
@@ -36,15 +39,14 @@ class SpqrSettings:
 def spqr(
     weight: torch.Tensor, hessian: torch.Tensor, settings: SpqrSettings, segments: tuple[int, ...] = ()
 ) -> Solution:
-    """Quantize ``weight`` ``[rows, in]`` for inputs of second moment ``hessian`` ``[in, in]`` (both float32).
+    """Quantize ``weight`` ``[rows, in]`` on the inputs' ``hessian`` ``sum x x^T`` ``[in, in]`` (both float32).
 
-    Each of ``segments`` (matrices stacked by rows; none means one) has a threshold and second-level grids of its own.
-
-    Grids are fitted to the compensated weights where their group of columns (in solving order) begins, without the
-    weights whose absence would lower the group's error by more than the threshold. Each weight whose error comes out
-    above it stays exact. The result is dense (no common loader has the format); ``outliers`` says which are exact. Dead
-    columns are treated before damping, as everywhere (ours). If no damping makes the Hessian factor, nothing is
-    quantized and the record says so.
+    ``segments`` are the row counts of matrices stacked by rows (empty: one matrix); thresholds and second-level grids
+    are per matrix. A group's grid is fitted to the compensated weights when the loop reaches its first column, without
+    the likely outliers: weights whose removal lowers the group's error by more than the threshold. A weight whose error
+    exceeds the threshold stays exact and is marked in ``outliers``. The result is dense, since no common loader has the
+    format. Dead columns are treated before damping, as in GPTQ (ours). If the Hessian cannot be factored at any
+    damping, nothing is quantized and the record says so.
     """
     try:
         prepared = prepare(weight, hessian, settings.damping, settings.act_order)
@@ -63,7 +65,7 @@ def spqr(
         errors = torch.zeros_like(work[:, begin:end])
         for column in range(begin, end):
             if column % width == 0:
-                # Columns of the group beyond this block have all errors of earlier blocks, not yet those of this one.
+                # The group's columns beyond this block have the errors of earlier blocks, but not yet of this block.
                 ahead = slice(column, min(column + width, columns))
                 group = work[:, ahead].clone()
                 group[:, end - column :] -= errors @ factor[begin:end, end : ahead.stop]
@@ -94,15 +96,15 @@ def _grid(
     parts: tuple[int, ...],
     settings: SpqrSettings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point ``[rows, 1]`` of a group of columns, likely outliers left out; ``threshold`` ``[rows, 1]``."""
+    """Scale and zero point ``[rows, 1]`` of a group of columns without likely outliers; ``threshold`` ``[rows, 1]``."""
     if bool(threshold.isfinite().any()) and group.shape[1] > 1:
-        others = _replaced_by_mean(group, _without_each(group, diagonal, settings) > threshold)
+        others = _replace_by_mean(group, _leave_one_out_gains(group, diagonal, settings) > threshold)
     else:
         others = group
     scale, zero_point = _plain_grid(others, settings)
     if settings.statistic_bits is not None:
-        scale = torch.cat([_second_level(part, settings.statistic_bits) for part in scale.split(parts)])
-        zero_point = torch.cat([_second_level(part, settings.statistic_bits) for part in zero_point.split(parts)])
+        scale = torch.cat([_round_second_level(part, settings.statistic_bits) for part in scale.split(parts)])
+        zero_point = torch.cat([_round_second_level(part, settings.statistic_bits) for part in zero_point.split(parts)])
     scale = torch.where(scale > 0, scale, 1.0)
     return scale, zero_point.round() if settings.integer_zero else zero_point
 
@@ -116,8 +118,8 @@ def _plain_grid(group: torch.Tensor, settings: SpqrSettings) -> tuple[torch.Tens
     return scale, -low / scale
 
 
-def _without_each(group: torch.Tensor, diagonal: torch.Tensor, settings: SpqrSettings) -> torch.Tensor:
-    """How much the group's weighted error falls on the other weights' own grid when one weight is left out."""
+def _leave_one_out_gains(group: torch.Tensor, diagonal: torch.Tensor, settings: SpqrSettings) -> torch.Tensor:
+    """Drop in the group's weighted error when each weight is left out and the grid refitted to the others."""
 
     def costs(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         scale, zero_point = _plain_grid(values, settings)
@@ -132,15 +134,15 @@ def _without_each(group: torch.Tensor, diagonal: torch.Tensor, settings: SpqrSet
     return torch.stack(gains, 1)
 
 
-def _replaced_by_mean(group: torch.Tensor, outlier: torch.Tensor) -> torch.Tensor:
+def _replace_by_mean(group: torch.Tensor, outlier: torch.Tensor) -> torch.Tensor:
     rest = (~outlier).sum(1, keepdim=True).clamp(min=1)
     return torch.where(outlier, (group * ~outlier).sum(1, keepdim=True) / rest, group)
 
 
-def _second_level(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """``values`` ``[rows, 1]`` on an asymmetric grid of ``bits`` for every run of rows."""
-    missing = -len(values) % _ROWS_TOGETHER
-    runs = torch.cat([values, values[-1:].expand(missing, 1)]).view(-1, _ROWS_TOGETHER)
+def _round_second_level(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """``values`` ``[rows, 1]`` rounded to an asymmetric grid of ``bits`` per run of rows."""
+    missing = -len(values) % _SECOND_LEVEL_ROWS
+    runs = torch.cat([values, values[-1:].expand(missing, 1)]).view(-1, _SECOND_LEVEL_ROWS)
     low, high = runs.amin(1, keepdim=True), runs.amax(1, keepdim=True)
     step = (high - low) / (2**bits - 1)
     step = torch.where(step > 0, step, 1.0)
@@ -148,7 +150,10 @@ def _second_level(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 class Spqr(MethodOptions):
-    """SpQR, stored dense, with a list of outliers beside; ``statistic_bits`` of scales and zeros, None to keep them."""
+    """SpQR, stored dense, with a separate list of outliers.
+
+    ``statistic_bits`` are those of scales and zero points; None leaves both unquantized.
+    """
 
     name: Literal["spqr"] = "spqr"
     threshold: float = Field(default=0.2, gt=0)
@@ -164,7 +169,7 @@ def _solve(options: Spqr, problem: LayerProblem) -> Solution:
     return spqr(problem.weight, problem.full_hessian, settings, problem.segments)
 
 
-# Columns one by one outside of a kernel, and every group once without each of its columns.
+# No kernel: columns are solved one by one, and each group's grid is refitted without each of its columns.
 SPQR = LayerSolver(
     Spqr, _solve, round_layer, Hessian, symmetric=False, stored_dense=lambda _: True, passes=lambda _: 15.0
 )

@@ -1,4 +1,4 @@
-"""Wanda: drop the weights of least ``|w| * ||x||`` in each row, change nothing else (arXiv 2306.11695)."""
+"""Wanda: zero the weights with the smallest ``|w| ||x||`` in each row, change no other (arXiv 2306.11695)."""
 
 from typing import Literal
 
@@ -12,16 +12,16 @@ from calibrant.quantization.statistics import HessianDiagonal
 
 
 def wanda(weight: torch.Tensor, hessian_diagonal: torch.Tensor, sparsity: Sparsity) -> Solution:
-    """Prune ``weight`` ``[rows, in]`` by ``|W_ij| sqrt(sum x_j^2)``; ``hessian_diagonal`` ``[in]`` (methods.md §9).
+    """Prune ``weight`` ``[rows, in]`` by ``|W_ij| ||x_j||``; ``hessian_diagonal`` ``[in]`` is ``||x_j||^2``.
 
-    Exactly ``floor(p in)`` zeros a row, or n:m; kept weights are bit-identical.
+    Zeros exactly ``floor(p in)`` weights per row, or by n:m group; kept weights are bit-identical.
     """
     kept = sparsity.mask_rows(weight.abs() * hessian_diagonal.sqrt())
     return Solution(torch.where(kept, weight, 0.0), kept=kept)
 
 
 class Wanda(MethodOptions):
-    """Wanda."""
+    """Wanda; it has no options."""
 
     name: Literal["wanda"] = "wanda"
 
