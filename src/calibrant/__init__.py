@@ -11,6 +11,7 @@ _HOMES = {
     "CalibrantError": "calibrant.errors",
     "CalibrationSet": "calibrant.calibration.calibration_set",
     "Corpus": "calibrant.calibration.corpus",
+    "Document": "calibrant.calibration.document",
     "TemperatureSchedule": "calibrant.calibration.sources.self_calibration",
     "FilterRequest": "calibrant.calibration.selection.request",
     "MixRequest": "calibrant.calibration.selection.request",
@@ -27,6 +28,7 @@ __all__ = [
     "CalibrantError",
     "CalibrationSet",
     "Corpus",
+    "Document",
     "FilterRequest",
     "MixRequest",
     "Recipe",
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from calibrant.api import compress, evaluate, write_importance_matrix
     from calibrant.calibration.calibration_set import CalibrationSet
     from calibrant.calibration.corpus import Corpus
+    from calibrant.calibration.document import Document
     from calibrant.calibration.generate import generate
     from calibrant.calibration.rebuild import rebuild
     from calibrant.calibration.select import select

@@ -1,6 +1,7 @@
 """The calibration set: token ids, their mask and where they came from, saved with a content hash."""
 
 import json
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,10 +12,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 import calibrant
+from calibrant.calibration.token_matrix import token_matrix
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import canonical_json, sha256_bytes
+from calibrant.modeling.hub import model_path
+from calibrant.modeling.tokenizer import Tokenizer
 
 TENSORS_NAME = "tokens.safetensors"
 MANIFEST_NAME = "manifest.json"
@@ -100,9 +105,45 @@ class CalibrationSet:
         """The set's content hash."""
         return self.manifest.set_sha256
 
-    def with_origin(self, model: str, corpora: list[str]) -> "CalibrationSet":
-        """The set with what is needed to make it again: locations of its inputs and versions of the libraries."""
-        locations = {"model": [model], **({"corpora": corpora} if corpora else {})}
+    @classmethod
+    def from_tokens(
+        cls, ids: Any, mask: Any = None, tokenizer: str | Path | Tokenizer | PreTrainedTokenizerBase | None = None
+    ) -> "CalibrationSet":
+        """A set of token ids that you have.
+
+        Args:
+            ids: a tensor, an array or a list of lists of equal length, integers ``[rows, length]``; or a
+                ``DataLoader`` or another iterable of batches. A batch is a tensor, or a dict with "input_ids" and
+                optionally "attention_mask", all ``[rows, length]`` or ``[length]``; "labels" are ignored. Tokens that
+                the attention mask leaves out are dropped, shorter rows are padded at the end, and padding does not
+                count.
+            mask: of the shape of ``ids``; true (or 1) for tokens that count. By default all do. Not for batches.
+            tokenizer: what made the ids, as a model folder or an object. With it, ``compress`` refuses models with
+                another tokenizer; without it, only ids outside the model's vocabulary.
+
+        Raises:
+            CalibrantError: the ids are no integers, negative, or of different length in a list of lists; the mask does
+                not fit; or no token counts.
+        """
+        tokens, counted = token_matrix(ids, mask)
+        known = _opened(tokenizer)
+        has_folder = not isinstance(tokenizer, PreTrainedTokenizerBase)
+        manifest = Manifest(
+            strategy="tokens",
+            parameters={"mask": "all" if bool(counted.all()) else "given"},
+            seed=0,
+            draw=0,
+            samples=tokens.shape[0],
+            length=tokens.shape[1],
+            tokenizer_sha256=known.sha256 if known is not None else "",
+            tokenizer_files_sha256=known.files_sha256 if known is not None and has_folder else None,
+        )
+        folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
+        return cls.build(tokens, counted, manifest).with_origin(folder, [])
+
+    def with_origin(self, model: str | None, corpora: list[str]) -> "CalibrationSet":
+        """The set with the locations of its inputs and the versions of the libraries, to make it again."""
+        locations = {**({"model": [model]} if model else {}), **({"corpora": corpora} if corpora else {})}
         versions = {"calibrant": calibrant.__version__, **{name: version(name) for name in _LIBRARIES}}
         manifest = self.manifest.model_copy(update={"locations": locations, "versions": versions})
         return CalibrationSet(self.tokens, self.mask, manifest)
@@ -149,3 +190,13 @@ class CalibrationSet:
                 f"{folder}: the tokens do not match the hash in {MANIFEST_NAME}; the set was changed, make it again"
             )
         return cls.build(tokens, mask, manifest)
+
+
+def _opened(tokenizer: str | Path | Tokenizer | PreTrainedTokenizerBase | None) -> Tokenizer | None:
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str | Path):
+        return Tokenizer(model_path(tokenizer))
+    with tempfile.TemporaryDirectory(prefix="calibrant-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        return Tokenizer(folder)

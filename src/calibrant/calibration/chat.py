@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from calibrant.calibration.corpus import Document, Message
+from calibrant.calibration.document import Document, Message
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_bytes
 from calibrant.modeling.tokenizer import Tokenizer

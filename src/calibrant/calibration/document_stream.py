@@ -6,7 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from calibrant.calibration.chat import encode_documents
-from calibrant.calibration.corpus import Corpus, Document
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.document import Document
 from calibrant.calibration.filters import Filter
 from calibrant.calibration.windows import TokenizedDocument
 from calibrant.errors import CalibrantError

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 
 
 class Filter(Protocol):

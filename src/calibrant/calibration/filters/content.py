@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 
 # A script is judged by this many letters, spread over the text.
 _LETTERS = 2000

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 
 _DIGEST_BYTES = 16
 # Signatures of 128 values in 16 bands of 8: two documents whose shingles overlap by a share s meet in a band with

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 from calibrant.errors import CalibrantError
 
 # The length of the runs that GPT-3's authors called contamination (arXiv 2005.14165, appendix C).

@@ -25,10 +25,9 @@ from calibrant.randomness import make_rng
 
 @dataclass(frozen=True)
 class PartTask:
-    """One part of the first round; plain values, so that it can travel to another machine."""
+    """One part of the first round, picklable so that it can run on another machine."""
 
-    location: str
-    field: str
+    corpus: Corpus
     model: str
     request: SelectionRequest
     part: int
@@ -52,7 +51,7 @@ def zipcal_in_parts(
     Raises:
         CalibrantError: the parts together have too few candidates.
     """
-    tasks = [PartTask(corpus.location, corpus.field, model, request, part) for part in range(request.parts)]
+    tasks = [PartTask(corpus, model, request, part) for part in range(request.parts)]
     with progress.task(f"selecting in {len(tasks)} parts", 1) as task:
         results = executor.map(select_part, tasks)
         task.advance()
@@ -79,7 +78,7 @@ def select_part(task: PartTask) -> PartResult:
     request = task.request
     tokenizer = Tokenizer(task.model)
     stream = DocumentStream(
-        Corpus(task.location, task.field),
+        task.corpus,
         filters_of(request.filters, request.seed),
         make_rng(request.seed, "part"),
         task.part,

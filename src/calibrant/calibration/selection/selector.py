@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from calibrant.calibration.chat import encode_documents
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 from calibrant.calibration.document_stream import DocumentStream, tokenized
 from calibrant.calibration.windows import Cutting, TokenizedDocument, Window
 from calibrant.errors import CalibrantError
