@@ -43,12 +43,21 @@ class Segment(BaseModel):
 class Manifest(BaseModel):
     """Where a calibration set came from, and its hash.
 
-    ``rows[i]`` lists the segments of row ``i``; sources that read no corpus leave it empty. With several ``corpora`` a
-    segment's document begins with its corpus's number. ``model`` is the one that wrote or scored text, ``evaluations``
-    the texts that were looked for as leakage, ``embedding_sha256`` the sentence encoder's folder. ``locations`` are the
-    model and the corpora as they were named, ``versions`` those of the libraries at work. ``tokenizer_sha256`` is of
-    what the tokenizer does and decides; equal ``tokenizer_files_sha256`` only spare reading it.
-    ``counts`` holds what was read, dropped and used. ``set_sha256`` covers shape, token ids and mask.
+    Attributes:
+        strategy: how the set was made; ``parameters`` are the strategy's options.
+        tokenizer_sha256: hash of the tokenizer's definition, "" if the tokenizer is unknown. Models with another
+            tokenizer are refused.
+        tokenizer_files_sha256: hash of the tokenizer's files; where it is equal, the tokenizer need not be read.
+        corpora: identity of every corpus (``Corpus.describe``) and its number of rows.
+        model: identity of the model that wrote or scored text.
+        evaluations: identity of the texts that were searched for as leakage.
+        embedding_sha256: hash of the sentence encoder's folder.
+        locations: the model and the corpora as the caller named them.
+        versions: versions of the libraries that decide the result.
+        rows: segments of every row; empty if no corpus was read. With several corpora, a segment's document begins with
+            the corpus's number.
+        counts: numbers of documents, candidates and tokens that were read, dropped and used.
+        set_sha256: hash of shape, token ids and mask.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,7 +99,11 @@ class CalibrationSet:
 
     @classmethod
     def build(cls, tokens: torch.Tensor, mask: torch.Tensor, manifest: Manifest) -> "CalibrationSet":
-        """Make a set and fill in the manifest's hash and counts of tokens."""
+        """Make a set and fill in the manifest's hash and counts of tokens.
+
+        Raises:
+            CalibrantError: tokens and mask are not of one shape ``[samples, length]``, or empty.
+        """
         tokens, mask = tokens.to(torch.int32).contiguous(), mask.to(torch.bool).contiguous()
         if tokens.ndim != 2 or tokens.shape != mask.shape or tokens.numel() == 0:
             raise CalibrantError(
@@ -155,7 +168,7 @@ class CalibrationSet:
         save_file(
             {"tokens": self.tokens, "mask": self.mask.to(torch.uint8)},
             folder / TENSORS_NAME,
-            metadata={"calibrant.set_sha256": self.sha256},  # one entry: the writer orders several at random
+            metadata={"calibrant.set_sha256": self.sha256},  # the writer orders several entries at random
         )
         (folder / MANIFEST_NAME).write_text(canonical_json(self.manifest.model_dump()), encoding="utf-8")
 
@@ -164,7 +177,7 @@ class CalibrationSet:
         """Read a saved set and check its hash.
 
         Raises:
-            CalibrantError: a file is missing or unreadable, or the tokens are not those the manifest names.
+            CalibrantError: a file is missing or unreadable, or the tokens do not have the manifest's hash.
         """
         folder = Path(folder)
         for name in (TENSORS_NAME, MANIFEST_NAME):
@@ -172,7 +185,7 @@ class CalibrationSet:
                 raise CalibrantError(f"{folder}: not a calibration set, {name} is missing")
         try:
             manifest = Manifest.model_validate(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")))
-            canonical_json(manifest.model_dump()).encode()  # numbers and texts that could not be written again
+            canonical_json(manifest.model_dump()).encode()  # refuses numbers and texts that cannot be written
         except (ValidationError, ValueError, RecursionError) as error:
             raise CalibrantError(
                 f"{folder / MANIFEST_NAME}: not a calibration manifest ({first_line(error)})"

@@ -223,7 +223,7 @@ def _readable_files(root: Path) -> list[Path]:
         raise CalibrantError(f"{root}: no such corpus file or folder (a hub data set is written hub:owner/name)")
     files = sorted(p for p in root.rglob("*") if p.is_file() and _suffix(p) in _SUFFIXES)
     if not files:
-        raise CalibrantError(f"{root}: the folder holds no .txt, .jsonl or .parquet file (or .gz of these)")
+        raise CalibrantError(f"{root}: the folder contains no .txt, .jsonl or .parquet file (or .gz of these)")
     return files
 
 
@@ -240,7 +240,7 @@ def _file_documents(path: Path, raw: BinaryIO, name: str, field: str, longest: i
 
 
 def _text_pieces(path: Path, stream: BinaryIO, name: str, longest: int) -> Iterator[Document]:
-    """The file as documents of at most ``longest`` characters, cut at line ends where there are any."""
+    """The file as documents of at most ``longest`` characters, cut at line ends where possible."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     number, rest, done = 0, "", False
     while not done:
