@@ -4,7 +4,7 @@ from .api import write_importance_matrix as write_importance_matrix
 from .calibration.calibration_set import CalibrationSet as CalibrationSet
 from .calibration.calibration_set import Manifest as Manifest
 from .calibration.corpus import Corpus as Corpus
-from .calibration.corpus import Document as Document
+from .calibration.document import Document as Document
 from .calibration.generate import generate as generate
 from .calibration.rebuild import Rebuilt as Rebuilt
 from .calibration.rebuild import rebuild as rebuild

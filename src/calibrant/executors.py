@@ -1,4 +1,4 @@
-"""Where independent pieces of work run: here one after the other, or on a Ray cluster."""
+"""Executors of independent work: in this process, one item after the other, or on a Ray cluster."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -12,18 +12,18 @@ _Result = TypeVar("_Result")
 
 
 class Executor(Protocol):
-    """Runs one function on many items."""
+    """Runs a function on many items."""
 
     @property
     def slots(self) -> int:
-        """How many items can run at the same time."""
+        """Number of items that can run at the same time."""
 
     def map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-        """Results in the items' order; the first error ends everything."""
+        """Results in the items' order; the first error ends the run."""
 
 
 class LocalExecutor:
-    """One item after the other in this process; each may use all cores itself."""
+    """Runs one item after the other in this process; each may use all cores."""
 
     slots = 1
 
@@ -33,9 +33,9 @@ class LocalExecutor:
 
 
 class RayExecutor:
-    """Tasks of one processor each on the Ray cluster this process belongs to, or on a new one on this machine.
+    """Runs tasks of one processor each on the Ray cluster of this process, or on a new one on this machine.
 
-    Inputs are read where a task runs: every node must see the files under the same names.
+    Tasks read their inputs where they run, so every node needs the files under the same paths.
 
     Raises:
         CalibrantError: Ray is not installed or cannot be started.
@@ -49,13 +49,13 @@ class RayExecutor:
         if not ray.is_initialized():
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            except Exception as error:  # Ray raises many unrelated classes for "no cluster there"
+            except Exception as error:  # Ray raises many unrelated classes if there is no cluster
                 raise CalibrantError(f"Ray cannot be started or reached ({error})") from error
         self._ray: Any = ray
 
     @property
     def slots(self) -> int:
-        """Processors of the cluster."""
+        """Number of processors in the cluster."""
         resources: dict[str, float] = self._ray.cluster_resources()
         return max(1, int(resources.get("CPU", 1)))
 
@@ -71,10 +71,10 @@ class RayExecutor:
 
 
 def make_executor(name: str) -> Executor:
-    """The executor of that name.
+    """The executor with that name, "local" or "ray".
 
     Raises:
-        CalibrantError: there is none, or it cannot be started.
+        CalibrantError: there is no such executor, or it cannot be started.
     """
     if name == "local":
         return LocalExecutor()

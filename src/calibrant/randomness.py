@@ -1,10 +1,10 @@
-"""Generators made from recorded seeds; the global random state is neither read nor changed."""
+"""Random generators from recorded seeds; the global random state is neither read nor changed."""
 
 import numpy as np
 
 
 def make_rng(seed: int, *path: int | str) -> np.random.Generator:
-    """A generator for one purpose: ``path`` names it (for example ``("row", 3)``), so streams never overlap."""
+    """A generator for one purpose, named by ``path`` (for example ``("row", 3)``), independent of all others."""
     words = [seed]
     for part in path:
         words.append(part if isinstance(part, int) else int.from_bytes(part.encode(), "little"))

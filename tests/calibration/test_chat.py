@@ -91,7 +91,7 @@ def test_what_conversations_need(corpus: Path, llama: Path, chat_model: Path, tm
     (chat_model / "chat_template.jinja").write_text(
         "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(cb.CalibrantError, match="--mask all"):
+    with pytest.raises(cb.CalibrantError, match='use `mask="all"`'):
         cb.select(chat(corpus), tokenizer=chat_model, samples=2, length=20, mask="assistant")
     (chat_model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(cb.CalibrantError, match="roles must alternate"):

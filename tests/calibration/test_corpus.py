@@ -58,7 +58,7 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("c.jsonl", b'{"text": "a"}\nnot json\n', "line 2"),
-    ("c.jsonl", b'{"body": "a"}\n', "--field"),
+    ("c.jsonl", b'{"body": "a"}\n', "name it with `field`"),
     ("c.jsonl", b'{"text": 3}\n', "line 1"),
     ("c.jsonl", b'[1]\n', "line 1"),
     ("c.jsonl", b'{"text": "\xff"}\n', "UTF-8"),

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import calibrant as cb
-from calibrant.calibration.corpus import Corpus, Document
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.document import Document
 from calibrant.calibration.filters.content import LengthBetween, RepetitionBelow, ScriptIs
 from calibrant.calibration.filters.duplicates import ExactDuplicates, NearDuplicates
 from calibrant.calibration.filters.leakage import Leakage

@@ -84,9 +84,17 @@ def test_every_strategy_makes_a_set_that_can_be_made_again(corpus: Path, llama: 
         assert len(starts) == 6
 
 
+@pytest.mark.parametrize(("alias", "strategy"), [("k-center", "k-centre"), ("words_dataset", "unigram")])
+def test_other_names_of_a_strategy_make_the_same_set(corpus: Path, llama: Path, alias, strategy) -> None:
+    common = {"tokenizer": llama, "samples": 4, "length": 30}
+    ours, theirs = (cb.select(corpus, strategy=name, **common) for name in (strategy, alias))
+    assert theirs.manifest == ours.manifest
+    assert theirs.manifest.strategy == strategy
+
+
 @pytest.mark.parametrize("strategy", ["zipcal", "herding"])
 def test_draws_of_a_strategy_without_chance_see_disjoint_parts(corpus: Path, llama: Path, strategy) -> None:
-    with pytest.raises(CalibrantError, match="--shards 2"):
+    with pytest.raises(CalibrantError, match="needs `shards=2`"):
         cb.select(corpus, tokenizer=llama, strategy=strategy, samples=3, length=40, draw=1)
     draws = [
         cb.select(corpus, tokenizer=llama, strategy=strategy, samples=3, length=40, draw=k, shards=3) for k in range(3)
@@ -140,7 +148,7 @@ def test_perplexity_bands_lie_in_order(corpus: Path, llama: Path) -> None:
     assert loss(lowest).max() < loss(middle).min()
     everything = cb.select(corpus, **{**common, "keep": "lowest", "samples": below.manifest.counts["candidates"]})
     assert (loss(below) < np.percentile(loss(everything), 50)).all()
-    with pytest.raises(CalibrantError, match="raise --percentile"):
+    with pytest.raises(CalibrantError, match="raise `percentile`"):
         cb.select(corpus, percentile=1, **common)
 
 
@@ -216,10 +224,10 @@ def test_generated_sets_can_be_made_again(tmp_path: Path, llama: Path, strategy:
     ({"windows": "slices"}, "windows 'slices'"),
     ({"samples": 10_000}, "only 1"),
     ({"strategy": "zipcal", "samples": 10_000}, "10000 are needed"),
-    ({"shards": 2}, "leave --shards out"),
+    ({"shards": 2}, "leave out `shards`"),
     ({"weights": [float("inf")]}, "finite"),
     ({"weights": []}, "finite"),
-    ({"strategy": "zipcal-multi", "weights": [1]}, "leave the weights out"),
+    ({"strategy": "zipcal-multi", "weights": [1]}, "leave out `weights`"),
     ({"strategy": "herding", "embedding": "nowhere"}, "sentence"),
 ])  # fmt: skip
 def test_options_that_do_not_fit(corpus: Path, llama: Path, options, said: str) -> None:
@@ -309,7 +317,7 @@ def test_rebuild_sees_what_was_looked_for_as_leakage(llama: Path, corpus: Path, 
     filters = cb.FilterRequest(leakage=(str(leaked),), leakage_run=5)
     cb.select(corpus, tokenizer=llama, samples=4, length=16, strategy="zipcal", filters=filters).save(tmp_path / "set")
     moved = leaked.rename(tmp_path / "moved.jsonl")
-    with pytest.raises(CalibrantError, match=r"its leakage .* is not there .*--leakage"):
+    with pytest.raises(CalibrantError, match=r"its leakage .* is not there .*`leakage`"):
         cb.rebuild(tmp_path / "set")
     assert cb.rebuild(tmp_path / "set", leakage=[moved]).changes == []
     write_corpus(moved, [*texts])
@@ -331,7 +339,7 @@ def test_options_without_effect_are_refused(llama: Path, corpus: Path) -> None:
     ):
         with pytest.raises(CalibrantError):
             cb.generate(llama, samples=2, length=8, **options)
-    with pytest.raises(CalibrantError, match="--executor ray runs the parts of zipcal; uniform runs here"):
+    with pytest.raises(CalibrantError, match='`executor="ray"` runs the parts of zipcal; uniform runs here'):
         cb.select(corpus, tokenizer=llama, samples=2, length=8, executor="ray")
     with pytest.raises(CalibrantError, match="percentile goes with keep below"):
         cb.select(corpus, tokenizer=llama, samples=2, length=8, strategy="perplexity", keep="lowest", percentile=50)

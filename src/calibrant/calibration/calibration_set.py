@@ -1,6 +1,7 @@
 """The calibration set: token ids, their mask and where they came from, saved with a content hash."""
 
 import json
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,9 +12,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
+from calibrant.calibration.token_matrix import token_matrix
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import canonical_json, sha256_bytes
+from calibrant.modeling.hub import model_path
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.version import __version__
 
 TENSORS_NAME = "tokens.safetensors"
@@ -38,12 +43,21 @@ class Segment(BaseModel):
 class Manifest(BaseModel):
     """Where a calibration set came from, and its hash.
 
-    ``rows[i]`` lists the segments of row ``i``; sources that read no corpus leave it empty. With several ``corpora`` a
-    segment's document begins with its corpus's number. ``model`` is the one that wrote or scored text, ``evaluations``
-    the texts that were looked for as leakage, ``embedding_sha256`` the sentence encoder's folder. ``locations`` are the
-    model and the corpora as they were named, ``versions`` those of the libraries at work. ``tokenizer_sha256`` is of
-    what the tokenizer does and decides; equal ``tokenizer_files_sha256`` only spare reading it.
-    ``counts`` holds what was read, dropped and used. ``set_sha256`` covers shape, token ids and mask.
+    Attributes:
+        strategy: how the set was made; ``parameters`` are the strategy's options.
+        tokenizer_sha256: hash of the tokenizer's definition, "" if the tokenizer is unknown. Models with another
+            tokenizer are refused.
+        tokenizer_files_sha256: hash of the tokenizer's files; where it is equal, the tokenizer need not be read.
+        corpora: identity of every corpus (``Corpus.describe``) and its number of rows.
+        model: identity of the model that wrote or scored text.
+        evaluations: identity of the texts that were searched for as leakage.
+        embedding_sha256: hash of the sentence encoder's folder.
+        locations: the model and the corpora as the caller named them.
+        versions: versions of the libraries that decide the result.
+        rows: segments of every row; empty if no corpus was read. With several corpora, a segment's document begins with
+            the corpus's number.
+        counts: numbers of documents, candidates and tokens that were read, dropped and used.
+        set_sha256: hash of shape, token ids and mask.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,7 +99,11 @@ class CalibrationSet:
 
     @classmethod
     def build(cls, tokens: torch.Tensor, mask: torch.Tensor, manifest: Manifest) -> "CalibrationSet":
-        """Make a set and fill in the manifest's hash and counts of tokens."""
+        """Make a set and fill in the manifest's hash and counts of tokens.
+
+        Raises:
+            CalibrantError: tokens and mask are not of one shape ``[samples, length]``, or empty.
+        """
         tokens, mask = tokens.to(torch.int32).contiguous(), mask.to(torch.bool).contiguous()
         if tokens.ndim != 2 or tokens.shape != mask.shape or tokens.numel() == 0:
             raise CalibrantError(
@@ -100,9 +118,45 @@ class CalibrationSet:
         """The set's content hash."""
         return self.manifest.set_sha256
 
-    def with_origin(self, model: str, corpora: list[str]) -> "CalibrationSet":
-        """The set with what is needed to make it again: locations of its inputs and versions of the libraries."""
-        locations = {"model": [model], **({"corpora": corpora} if corpora else {})}
+    @classmethod
+    def from_tokens(
+        cls, ids: Any, mask: Any = None, tokenizer: str | Path | Tokenizer | PreTrainedTokenizerBase | None = None
+    ) -> "CalibrationSet":
+        """A set of token ids that you have.
+
+        Args:
+            ids: a tensor, an array or a list of lists of equal length, integers ``[rows, length]``; or a
+                ``DataLoader`` or another iterable of batches. A batch is a tensor, or a dict with "input_ids" and
+                optionally "attention_mask", all ``[rows, length]`` or ``[length]``; "labels" are ignored. Tokens that
+                the attention mask leaves out are dropped, shorter rows are padded at the end, and padding does not
+                count.
+            mask: of the shape of ``ids``; true (or 1) for tokens that count. By default all do. Not for batches.
+            tokenizer: what made the ids, as a model folder or an object. With it, ``compress`` refuses models with
+                another tokenizer; without it, only ids outside the model's vocabulary.
+
+        Raises:
+            CalibrantError: the ids are no integers, negative, or of different length in a list of lists; the mask does
+                not fit; or no token counts.
+        """
+        tokens, counted = token_matrix(ids, mask)
+        known = _opened(tokenizer)
+        has_folder = not isinstance(tokenizer, PreTrainedTokenizerBase)
+        manifest = Manifest(
+            strategy="tokens",
+            parameters={"mask": "all" if bool(counted.all()) else "given"},
+            seed=0,
+            draw=0,
+            samples=tokens.shape[0],
+            length=tokens.shape[1],
+            tokenizer_sha256=known.sha256 if known is not None else "",
+            tokenizer_files_sha256=known.files_sha256 if known is not None and has_folder else None,
+        )
+        folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
+        return cls.build(tokens, counted, manifest).with_origin(folder, [])
+
+    def with_origin(self, model: str | None, corpora: list[str]) -> "CalibrationSet":
+        """The set with the locations of its inputs and the versions of the libraries, to make it again."""
+        locations = {**({"model": [model]} if model else {}), **({"corpora": corpora} if corpora else {})}
         versions = {"calibrant": __version__, **{name: version(name) for name in _LIBRARIES}}
         manifest = self.manifest.model_copy(update={"locations": locations, "versions": versions})
         return CalibrationSet(self.tokens, self.mask, manifest)
@@ -114,7 +168,7 @@ class CalibrationSet:
         save_file(
             {"tokens": self.tokens, "mask": self.mask.to(torch.uint8)},
             folder / TENSORS_NAME,
-            metadata={"calibrant.set_sha256": self.sha256},  # one entry: the writer orders several at random
+            metadata={"calibrant.set_sha256": self.sha256},  # the writer orders several entries at random
         )
         (folder / MANIFEST_NAME).write_text(canonical_json(self.manifest.model_dump()), encoding="utf-8")
 
@@ -123,7 +177,7 @@ class CalibrationSet:
         """Read a saved set and check its hash.
 
         Raises:
-            CalibrantError: a file is missing or unreadable, or the tokens are not those the manifest names.
+            CalibrantError: a file is missing or unreadable, or the tokens do not have the manifest's hash.
         """
         folder = Path(folder)
         for name in (TENSORS_NAME, MANIFEST_NAME):
@@ -131,7 +185,7 @@ class CalibrationSet:
                 raise CalibrantError(f"{folder}: not a calibration set, {name} is missing")
         try:
             manifest = Manifest.model_validate(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")))
-            canonical_json(manifest.model_dump()).encode()  # numbers and texts that could not be written again
+            canonical_json(manifest.model_dump()).encode()  # refuses numbers and texts that cannot be written
         except (ValidationError, ValueError, RecursionError) as error:
             raise CalibrantError(
                 f"{folder / MANIFEST_NAME}: not a calibration manifest ({first_line(error)})"
@@ -149,3 +203,13 @@ class CalibrationSet:
                 f"{folder}: the tokens do not match the hash in {MANIFEST_NAME}; the set was changed, make it again"
             )
         return cls.build(tokens, mask, manifest)
+
+
+def _opened(tokenizer: str | Path | Tokenizer | PreTrainedTokenizerBase | None) -> Tokenizer | None:
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str | Path):
+        return Tokenizer(model_path(tokenizer))
+    with tempfile.TemporaryDirectory(prefix="calibrant-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        return Tokenizer(folder)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from calibrant.calibration.corpus import Document, Message
+from calibrant.calibration.document import Document, Message
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_bytes
 from calibrant.modeling.tokenizer import Tokenizer
@@ -25,17 +25,16 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> lis
 
 
 def assistant_mask(document: Document, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
-    """True for the tokens of assistants' messages, what the template puts at their end included; one entry for each of
-    ``ids``, the document's tokens.
+    """Whether each of ``ids``, the document's tokens, belongs to an assistant's message or to the template's end of it.
 
-    An assistant's message is what a conversation up to it has more than the same without it, ended by the template's
-    request for an answer.
+    An assistant's message is the text that the template adds to the conversation before it, followed by the template's
+    generation prompt (ours; docs/methods.md "Ours").
 
     Raises:
-        CalibrantError: the document is no conversation, or the template changes earlier text with later messages.
+        CalibrantError: the document is no conversation, or later messages change how the template writes earlier ones.
     """
     if document.messages is None:
-        raise CalibrantError(f"{document.id}: is text, not a conversation, so no assistant wrote part of it")
+        raise CalibrantError(f"{document.id}: a text, not a conversation, so no assistant wrote part of it")
     mask = [False] * len(ids)
     for number, message in enumerate(document.messages):
         if message["role"] == ASSISTANT:
@@ -43,8 +42,8 @@ def assistant_mask(document: Document, ids: list[int], tokenizer: Tokenizer) -> 
             after = _templated(tokenizer, document.messages[: number + 1], False)
             if after[: len(before)] != before or ids[: len(after)] != after:
                 raise CalibrantError(
-                    f"{document.id}: the chat template writes earlier messages in another way when later ones follow, "
-                    "so the assistant's tokens cannot be told; use --mask all"
+                    f"{document.id}: the chat template writes earlier messages differently when later ones follow, "
+                    'so the assistant\'s tokens cannot be found; use `mask="all"`'
                 )
             mask[len(before) : len(after)] = [True] * (len(after) - len(before))
     return mask
@@ -55,12 +54,12 @@ def template_sha256(tokenizer: Tokenizer) -> str:
     return sha256_bytes(str(tokenizer.hf.chat_template).encode())
 
 
-def _templated(tokenizer: Tokenizer, messages: Sequence[Message], ask: bool) -> list[int]:
+def _templated(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool) -> list[int]:
     if tokenizer.hf.chat_template is None:
-        raise CalibrantError("the corpus holds conversations, but the tokenizer has no chat template for them")
+        raise CalibrantError("the corpus contains conversations, but the tokenizer has no chat template")
     render: Any = tokenizer.hf.apply_chat_template
     try:
-        text = str(render(list(messages), tokenize=False, add_generation_prompt=ask))
-    except Exception as error:  # templates raise whatever their author thought of
-        raise CalibrantError(f"the chat template does not take the conversations ({first_line(error)})") from error
+        text = str(render(list(messages), tokenize=False, add_generation_prompt=generation_prompt))
+    except Exception as error:  # templates raise errors of any class
+        raise CalibrantError(f"the chat template refuses the conversations ({first_line(error)})") from error
     return tokenizer.encode(text)

@@ -1,4 +1,4 @@
-"""The documents of a corpus as selections read them: pass by pass, filtered once, tokenized in batches."""
+"""Passes over a corpus: the filtered documents, chosen ones again, and tokens in batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,22 +6,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from calibrant.calibration.chat import encode_documents
-from calibrant.calibration.corpus import Corpus, Document
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.document import Document
 from calibrant.calibration.filters import Filter
 from calibrant.calibration.windows import TokenizedDocument
 from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
-# Enough text at a time to keep every core busy, little enough not to count as memory.
+# Enough text to keep every core busy, and little enough not to matter for memory.
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 512
 
 
 class DocumentStream:
     """Documents of a corpus that pass every filter and belong to one shard.
 
-    ``shards`` splits the corpus at random into disjoint parts, of which ``shard`` is read. Ordinals number the
-    corpus's non-empty documents from 0, whatever the filters drop.
+    ``shards`` splits the corpus at random into disjoint parts; part ``shard`` is read. Ordinals number the corpus's
+    non-empty documents from 0, whether the filters drop them or not.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class DocumentStream:
         self.has_chat = False
 
     def kept(self, progress: Progress) -> Iterator[tuple[int, Document]]:
-        """One pass over the documents that are candidates; counts what every filter drops.
+        """One pass over the documents that may become candidates; counts what every filter drops.
 
         Raises:
             CalibrantError: no document is left.
@@ -46,8 +47,8 @@ class DocumentStream:
                 read = self.corpus.position
                 self.counts["documents"] += 1
                 self.has_chat |= document.messages is not None
-                mine = self._shards == 1 or int(self._rng.integers(self._shards)) == self._shard
-                if mine and self._passes(document):
+                in_shard = self._shards == 1 or int(self._rng.integers(self._shards)) == self._shard
+                if in_shard and self._passes(document):
                     kept += 1
                     yield ordinal, document
             if self.corpus.size is not None:
@@ -56,7 +57,9 @@ class DocumentStream:
         if not self.counts["documents"]:
             dropped = ", ".join(f"{name} {count}" for name, count in self.corpus.counts.items() if count)
             why = (
-                f"no document of it can be used ({dropped})" if dropped else "the corpus is empty, no document has text"
+                f"none of its documents can be used ({dropped})"
+                if dropped
+                else "the corpus is empty, no document has text"
             )
             raise CalibrantError(f"{self.corpus.location}: {why}")
         if not kept:
@@ -77,7 +80,7 @@ class DocumentStream:
         """The documents with these ordinals, in one pass that ends with the last of them.
 
         Raises:
-            CalibrantError: some are not there any more.
+            CalibrantError: some are missing.
         """
         wanted = set(ordinals)
         found: dict[int, Document] = {}
@@ -92,7 +95,7 @@ class DocumentStream:
 
 
 def tokenized(documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
-    """The documents' tokens, many encoded at a time; the next ones are encoded while these are looked at."""
+    """The documents' tokens, encoded in batches; the next batch is encoded while the caller uses the current one."""
     with ThreadPoolExecutor(max_workers=1) as worker:
         pending: Future[list[TokenizedDocument]] | None = None
         for batch in _batches(documents):

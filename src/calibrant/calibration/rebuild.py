@@ -34,30 +34,36 @@ def rebuild(
     manifest: str | Path,
     *,
     model: str | Path | None = None,
-    corpora: Sequence[str | Path] | None = None,
+    corpora: Sequence[Corpus | str | Path] | None = None,
     leakage: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
 ) -> Rebuilt:
     """Make a calibration set again from its manifest (the file, or the set's folder).
 
     The model, the corpora and the evaluation texts are read from ``model``, ``corpora`` and ``leakage``, by default
-    from the locations in the manifest.
+    from the locations in the manifest. A corpus that was in memory has to be passed with ``corpora``.
 
     Raises:
         CalibrantError: an input is missing, or the tokens come out differently; the message lists what changed.
     """
     wanted = read_manifest(manifest)
+    if wanted.strategy == "tokens":
+        raise CalibrantError(f"{manifest}: the set was made from given token ids, which cannot be made again")
     if not wanted.locations.get("model"):
-        raise CalibrantError(f"{manifest}: says not where its model was; it is from before sets could be rebuilt")
+        raise CalibrantError(f"{manifest}: does not say where its model was; it is from before sets could be rebuilt")
+    if corpora is None and any(described.get("kind") == "memory" for described in wanted.corpora):
+        raise CalibrantError(
+            f"{manifest}: the set was made from a corpus in memory; pass the same texts with `corpora`"
+        )
     place = str(model) if model is not None else wanted.locations["model"][0]
-    places = [str(one) for one in corpora] if corpora is not None else wanted.locations.get("corpora", [])
-    if len(places) != len(wanted.corpora):
-        raise CalibrantError(f"{len(places)} corpora are given, the set was made from {len(wanted.corpora)}")
+    given = list(corpora) if corpora is not None else wanted.locations.get("corpora", [])
+    if len(given) != len(wanted.corpora):
+        raise CalibrantError(f"{len(given)} corpora are given, the set was made from {len(wanted.corpora)}")
     if leakage is not None:
         wanted = _with_leakage_at(wanted, [str(one) for one in leakage])
     for what, option, where in (
         ("model", "model", [place]),
-        ("corpus", "corpora", places),
+        ("corpus", "corpora", [str(one) for one in given if not isinstance(one, Corpus)]),
         ("leakage", "leakage", wanted.parameters.get("filters", {}).get("leakage", [])),
     ):
         for one in where:
@@ -65,8 +71,12 @@ def rebuild(
                 raise CalibrantError(
                     f"{manifest}: its {what} {one} is not there (any more); name its place with `{option}`"
                 )
+    opened = [
+        one if isinstance(one, Corpus) else Corpus(one, described.get("field", "text"))
+        for one, described in zip(given, wanted.corpora, strict=True)
+    ]
     again = _generate_again if wanted.strategy in SOURCES else _select_again
-    made = again(wanted, place, places, progress or NoProgress())
+    made = again(wanted, place, opened, progress or NoProgress())
     changes = _changes(wanted, made.manifest)
     if made.sha256 != wanted.set_sha256:
         what = "; ".join(changes) or "nothing that is recorded: the processor or its number of threads may differ"
@@ -85,20 +95,16 @@ def _with_leakage_at(wanted: Manifest, places: list[str]) -> Manifest:
     return wanted.model_copy(update={"parameters": {**wanted.parameters, "filters": filters}})
 
 
-def _select_again(wanted: Manifest, model: str, places: list[str], progress: Progress) -> CalibrationSet:
+def _select_again(wanted: Manifest, model: str, corpora: list[Corpus], progress: Progress) -> CalibrationSet:
     fields = wanted.model_dump(include={"samples", "length", "seed", "draw", "strategy"})
     request = selection_request(**fields, **wanted.parameters)
-    corpora = [
-        Corpus(location, described.get("field", "text"))
-        for location, described in zip(places, wanted.corpora, strict=True)
-    ]
     scored = wanted.model or {}
     return run_selection(
         corpora, model, request, scored.get("device", "cpu"), scored.get("dtype", "auto"), LocalExecutor(), progress
     )
 
 
-def _generate_again(wanted: Manifest, model: str, places: list[str], progress: Progress) -> CalibrationSet:
+def _generate_again(wanted: Manifest, model: str, corpora: list[Corpus], progress: Progress) -> CalibrationSet:
     given = wanted.parameters
     options: dict[str, Any] = wanted.model_dump(include={"samples", "length", "seed", "draw", "strategy"})
     options |= {name: given[name] for name in ("first_tokens", "percentile", "batch_size", "device") if name in given}
@@ -108,8 +114,8 @@ def _generate_again(wanted: Manifest, model: str, places: list[str], progress: P
         options["temperature"] = TemperatureSchedule(
             given["temperature_initial"], given["temperature_final"], given["temperature_steps"]
         )
-    if places:
-        options["corpus"] = Corpus(places[0], wanted.corpora[0].get("field", "text"))
+    if corpora:
+        options["corpus"] = corpora[0]
     return generate(model, progress=progress, **options)
 
 

@@ -14,7 +14,7 @@ from calibrant.calibration.selection.request import (
     FilterRequest,
     MixRequest,
     SelectionRequest,
-    Strategy,
+    StrategyName,
     selection_request,
 )
 from calibrant.calibration.selection.selecting import WITH_MODEL, select_from
@@ -31,7 +31,7 @@ def select(
     corpus: Corpus | str | Path | Sequence[Corpus | str | Path],
     *,
     tokenizer: str | Path,
-    strategy: Strategy = "uniform",
+    strategy: StrategyName = "uniform",
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
@@ -55,7 +55,9 @@ def select(
     """Select a calibration set from one corpus or several.
 
     ``corpus`` is a ``Corpus``, a location (see ``Corpus``), or a list of these; ``tokenizer`` is a model folder.
-    ``strategy`` and the options that belong to it are described in ``SelectionRequest``.
+    A string is a location, never a text: texts of your own go in as ``Corpus([...])``. ``strategy`` and the options
+    that belong to it are described in ``SelectionRequest``; "k-center" and "words_dataset" are accepted for
+    "k-centre" and "unigram".
 
     Draw k shares no window with draw j: "uniform" cuts all draws from one shuffle, deterministic strategies see
     disjoint parts of the corpus (``shards``). "perplexity" and "cola" run the model in the tokenizer's folder over

@@ -1,4 +1,4 @@
-"""Numbers that describe a calibration set (arXiv 2410.17170 §6.3; methods.md §34), and its odd rows."""
+"""Statistics of a calibration set (arXiv 2410.17170 §6.3), and its outlying rows."""
 
 import math
 import re
@@ -12,15 +12,16 @@ import numpy as np
 from calibrant.calibration.calibration_set import CalibrationSet
 
 _LONGEST_NGRAM = 4
-# A row is odd where one of its numbers lies this far from the set's median, in units of the spread of normal data
-# (Iglewicz and Hoaglin 1993 recommend 3.5).
+# A row is odd if one of its numbers is this many robust standard deviations from the set's median (Iglewicz and Hoaglin
+# 1993 recommend 3.5).
 _ODD_SCORE = 3.5
+# Standard deviation of normal data over their median absolute deviation.
 _NORMAL_SPREAD = 1.4826
 
 
 @dataclass(frozen=True)
 class RowNumbers:
-    """One row: counted tokens, share of repeated ones, share of characters that are no letters, perplexity."""
+    """Numbers of one row: counted tokens, share of repeated tokens, share of non-letter characters, perplexity."""
 
     tokens: int
     repetition: float
@@ -30,7 +31,7 @@ class RowNumbers:
 
 @dataclass(frozen=True)
 class OddRow:
-    """A row to read before trusting the set, and why: phrases."""
+    """A row that differs from the others, and the reasons as phrases."""
 
     row: int
     reasons: list[str]
@@ -38,7 +39,15 @@ class OddRow:
 
 @dataclass(frozen=True)
 class SetStatistics:
-    """A set in numbers. ``numbers`` maps names to values (None: cannot be said), ``rows`` has one entry a row."""
+    """Statistics of a set.
+
+    Attributes:
+        numbers: values by name, None where there is no value.
+        rows: one entry per row.
+        odd: rows that differ from the others, those with the most reasons first.
+        token_frequencies: occurrences of every id in the set in falling order, int64 ``[distinct ids]``.
+        coverage_growth: number of distinct ids after each row, int64 ``[rows]``.
+    """
 
     numbers: dict[str, float | None]
     rows: list[RowNumbers]
@@ -50,19 +59,19 @@ class SetStatistics:
 def describe_set(
     calibration: CalibrationSet, texts: Sequence[str], vocabulary: int, losses: Sequence[float] | None
 ) -> SetStatistics:
-    """Everything about the counted tokens of a set.
+    """Statistics of the counted tokens of a set.
 
     Args:
         calibration: the set.
         texts: the text of every row.
         vocabulary: number of ids the tokenizer knows, special ones included.
-        losses: mean negative log-likelihood of every row under a model, if one was asked.
+        losses: mean negative log-likelihood of every row under a model in nats, None without a model.
 
     Names: ``perplexity`` is the mean of the rows' perplexities; ``repetition`` the share of tokens that occur earlier
     in their row; ``coverage`` distinct ids over ``vocabulary``; ``div_*`` the mean over n = 1 ... 4 of distinct n-grams
     over n-grams; ``zipf_*`` the exponent of frequency against rank by least squares on the logarithms, ``zipf_*_ml`` by
-    maximum likelihood on the ranks there are. ``*_token`` counts ids, ``*_word`` words split at white space. n-grams
-    do not cross rows (ours).
+    maximum likelihood on the observed ranks. ``*_token`` counts ids, ``*_word`` words split at white space. n-grams do
+    not cross rows (ours).
     """
     tokens = [
         row[kept].tolist() for row, kept in zip(calibration.tokens.numpy(), calibration.mask.numpy(), strict=True)
@@ -98,7 +107,7 @@ def describe_set(
 
 
 def ngram_diversity(rows: Sequence[Sequence[Hashable]]) -> float | None:
-    """Mean over n = 1 ... 4 of distinct n-grams over n-grams; None where no row has one item."""
+    """Mean over n = 1 ... 4 of distinct n-grams over n-grams; None if all rows are empty."""
     shares = []
     for n in range(1, _LONGEST_NGRAM + 1):
         grams = [gram for row in rows for gram in zip(*(row[i:] for i in range(n)), strict=False)]
@@ -116,8 +125,8 @@ def zipf_exponent(counts: Counter[Any]) -> float | None:
 
 
 def zipf_likelihood(counts: Counter[Any]) -> float | None:
-    """The exponent ``s`` under which ranks drawn with chance ``r^-s / sum_k k^-s`` are most likely."""
-    from scipy import optimize  # heavy, and only this needs it
+    """Maximum-likelihood exponent ``s`` of ranks with probability ``r^-s / sum_k k^-s``; None for fewer than two."""
+    from scipy import optimize  # imported here, since it is slow to load
 
     if len(counts) < 2:
         return None
@@ -132,7 +141,7 @@ def zipf_likelihood(counts: Counter[Any]) -> float | None:
 
 
 def odd_rows(rows: Sequence[RowNumbers]) -> list[OddRow]:
-    """Rows one of whose numbers is far from the others': robust z-scores by the median absolute deviation."""
+    """Rows with a number far from the median: robust z-scores by the median absolute deviation."""
     measures = {
         "repetition": ([row.repetition for row in rows], 0.01),
         "share of characters that are no letters": ([row.non_letters for row in rows], 0.01),
@@ -146,7 +155,7 @@ def odd_rows(rows: Sequence[RowNumbers]) -> list[OddRow]:
             continue
         median = float(np.nanmedian(known))
         spread = _NORMAL_SPREAD * float(np.nanmedian(np.abs(known - median)))
-        # Where most rows are alike, differences below ``least`` are none.
+        # Where most rows are alike, the deviation is near 0, and every small difference would count.
         scores = (known - median) / max(spread, least)
         for index in np.flatnonzero(np.abs(scores) > _ODD_SCORE):
             reasons.setdefault(int(index), []).append(f"{name} {known[index]:.3g}, median {median:.3g}")
@@ -154,7 +163,7 @@ def odd_rows(rows: Sequence[RowNumbers]) -> list[OddRow]:
 
 
 def overlap(left: CalibrationSet, right: CalibrationSet) -> dict[str, float]:
-    """How much two sets share: ``rows`` that are equal, Jaccard index of distinct ids, of rows' source documents."""
+    """Overlap of two sets: number of equal rows, Jaccard indices of the distinct ids and of the source documents."""
 
     def rows(calibration: CalibrationSet) -> set[bytes]:
         return {row.numpy().tobytes() for row in calibration.tokens}
@@ -186,7 +195,7 @@ def _non_letters(text: str) -> float:
 
 
 def _perplexity(loss: float) -> float | None:
-    """``exp(loss)``, clamped so that a broken model gives a huge number; None where there is no loss."""
+    """``exp(loss)``, clamped so that a broken model gives a huge finite number; None without a loss."""
     return math.exp(min(loss, 700.0)) if not math.isnan(loss) else None
 
 

@@ -1,4 +1,4 @@
-"""From tokenized documents to token windows, each remembering where its tokens came from."""
+"""Token windows cut from tokenized documents, with the origin of their tokens."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class TokenizedDocument:
 class Window:
     """Token ids and the segments they were cut from (separators belong to no segment).
 
-    It begins at token ``begin`` of document ``first`` (at the separator behind it, where ``begin`` is the document's
-    length) and ends in document ``last``; both are ordinals.
+    The window begins at token ``begin`` of document ``first`` and ends in document ``last``; both are ordinals. Where
+    ``begin`` is the document's length, it begins with the separator after the document.
     """
 
     tokens: list[int]
@@ -37,12 +37,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How windows of at most ``length`` tokens are cut (methods.md §21).
+    """How windows of at most ``length`` tokens are cut (ours; docs/methods.md "Ours").
 
-    ``pack`` joins the documents with ``separator`` after each and cuts the stream; ``window`` takes one window at a
-    uniform position of every document of at least ``length`` tokens and counts the shorter ones as dropped in
-    ``counts["documents_too_short"]``; ``document`` takes the first ``length`` tokens of every document that has any,
-    which may be fewer.
+    "pack" puts ``separator`` after every document, joins the documents and cuts the stream. "window" takes one window
+    at a uniform position from every document of at least ``length`` tokens, as the loaders of the GPTQ, SparseGPT and
+    Wanda code do, and counts shorter documents in ``counts["documents_too_short"]``. "document" takes the first
+    ``length`` tokens of every document, or all if there are fewer.
     """
 
     policy: Policy
@@ -52,7 +52,7 @@ class Cutting:
     def windows(
         self, documents: Iterable[TokenizedDocument], rng: np.random.Generator, counts: dict[str, int]
     ) -> Iterator[Window]:
-        """Every window, in the documents' order; ``counts["documents_used"]`` counts what was looked at."""
+        """Every window, in the documents' order; ``counts["documents_used"]`` counts the documents read."""
         used = _counted(documents, counts)
         if self.policy == "pack":
             yield from self._packed(used, 0)
@@ -66,7 +66,7 @@ class Cutting:
                 yield self._slice(document, int(rng.integers(0, len(document.tokens) - self.length + 1)))
 
     def again(self, begin: int, documents: list[TokenizedDocument]) -> Window:
-        """A window that was cut before, from its documents (``first`` to ``last``)."""
+        """A window that was cut before, cut again from its documents (``first`` to ``last``)."""
         if self.policy == "pack":
             return next(self._packed(documents, begin))
         return self._slice(documents[0], begin)

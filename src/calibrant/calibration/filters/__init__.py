@@ -1,16 +1,16 @@
-"""Which documents of a corpus may become candidates at all; filters stack on any selection."""
+"""Filters: which documents of a corpus may become candidates of any selection."""
 
 from typing import Protocol
 
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 
 
 class Filter(Protocol):
-    """One test of documents, in the corpus's order; it may remember what it has seen."""
+    """A test of documents in the corpus's order; it may remember earlier documents."""
 
     @property
     def count_name(self) -> str:
-        """Under which name the manifest counts what was dropped."""
+        """Name under which the manifest counts dropped documents."""
 
     def keeps(self, document: Document) -> bool:
         """Whether the document stays."""

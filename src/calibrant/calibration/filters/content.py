@@ -1,4 +1,4 @@
-"""Tests of one document's text: its length, its repetition, its script."""
+"""Filters by a document's text: length, repetition, script."""
 
 import sys
 import unicodedata
@@ -6,34 +6,34 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 
-# A script is judged by this many letters, spread over the text.
+# Letters that decide a text's script, spread over the text.
 _LETTERS = 2000
 
 
 @dataclass(frozen=True)
 class LengthBetween:
-    """Keeps texts of ``least`` to ``most`` characters."""
+    """Keeps texts of ``least`` to ``most`` characters, both included."""
 
     least: int = 0
     most: int | None = None
     count_name: str = "documents_wrong_length"
 
     def keeps(self, document: Document) -> bool:
-        """Whether the text is that long."""
+        """Whether the length is in the range."""
         return self.least <= len(document.text) and (self.most is None or len(document.text) <= self.most)
 
 
 @dataclass(frozen=True)
 class RepetitionBelow:
-    """Keeps texts of whose words at most a share ``most`` lies in runs of ten that came before in the text (ours)."""
+    """Keeps texts in which at most a share ``most`` of the runs of ten words occur earlier in the text (ours)."""
 
     most: float
     count_name: str = "documents_repetitive"
 
     def keeps(self, document: Document) -> bool:
-        """Whether the text repeats itself that little."""
+        """Whether the repeated share is at most ``most``."""
         return repeated_share(document.text.split()) <= self.most
 
 
@@ -46,18 +46,20 @@ def repeated_share(words: list[str], run: int = 10) -> float:
 
 @dataclass(frozen=True)
 class ScriptIs:
-    """Keeps texts at least half of whose letters belong to ``script``, the first word of their Unicode names: LATIN,
-    CYRILLIC, GREEK, ARABIC, HEBREW, DEVANAGARI, CJK, HIRAGANA, HANGUL, THAI, ...
+    """Keeps texts with at least half of their letters in ``script``.
+
+    A letter's script is the first word of its Unicode name: LATIN, CYRILLIC, GREEK, ARABIC, HEBREW, DEVANAGARI, CJK,
+    HIRAGANA, HANGUL, THAI, ...
     """
 
     script: str
     count_name: str = "documents_other_script"
 
     def keeps(self, document: Document) -> bool:
-        """Whether most letters are of that script."""
+        """Whether at least half of the letters are in the script."""
         letters = [character for character in document.text if character.isalpha()]
-        looked = letters[:: max(1, len(letters) // _LETTERS)]
-        return 2 * sum(script_of(letter) == self.script for letter in looked) >= len(looked) > 0
+        sampled = letters[:: max(1, len(letters) // _LETTERS)]
+        return 2 * sum(script_of(letter) == self.script for letter in sampled) >= len(sampled) > 0
 
 
 @lru_cache(maxsize=1 << 16)
@@ -68,5 +70,5 @@ def script_of(letter: str) -> str:
 
 @lru_cache(maxsize=1)
 def scripts() -> frozenset[str]:
-    """The first words of the names of all letters."""
+    """The scripts of all letters."""
     return frozenset(script_of(chr(code)) for code in range(sys.maxunicode + 1) if chr(code).isalpha())

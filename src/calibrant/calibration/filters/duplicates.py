@@ -1,4 +1,4 @@
-"""Documents that were seen before, exactly or nearly."""
+"""Filters that drop documents equal or nearly equal to an earlier one."""
 
 import hashlib
 import re
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 
 _DIGEST_BYTES = 16
 # Signatures of 128 values in 16 bands of 8: two documents whose shingles overlap by a share s meet in a band with
@@ -18,7 +18,7 @@ _CHUNK = 1024
 
 @dataclass
 class ExactDuplicates:
-    """Drops a document whose text, up to the space around it, came before; 16 bytes are kept for each document."""
+    """Drops a document with the text of an earlier one, apart from space around it; keeps 16 bytes per document."""
 
     count_name: str = "documents_duplicate"
     _seen: set[bytes] = field(default_factory=set)
@@ -32,10 +32,11 @@ class ExactDuplicates:
 
 
 class NearDuplicates:
-    """Drops a document that shares most runs of five words with an earlier one: MinHash with banding.
+    """Drops a document that shares most runs of five words with an earlier one: MinHash (Broder 1997) with banding.
 
-    Words are lower case without punctuation. Any band in common counts (ours): about 80 % overlap and more is found,
-    half and less is not. 16 hashes of 8 bytes are kept for each document.
+    Words are lower case without punctuation. Two documents are near duplicates if they share a band (ours): 95 % of
+    pairs with an overlap of 80 % are found, 6 % of pairs with an overlap of 50 %. Keeps 16 hashes of 8 bytes per
+    document.
     """
 
     count_name = "documents_near_duplicate"

@@ -1,13 +1,13 @@
-"""Overlap of calibration text with evaluation text: runs of words that both hold."""
+"""Overlap of calibration text with evaluation text: runs of words in both."""
 
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
 
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 from calibrant.errors import CalibrantError
 
-# The length of the runs that GPT-3's authors called contamination (arXiv 2005.14165, appendix C).
+# Length of the runs that count as contamination in arXiv 2005.14165, appendix C.
 DEFAULT_RUN = 13
 SHORTEST = 5
 _DIGEST_BYTES = 8
@@ -16,12 +16,12 @@ _DIGEST_BYTES = 8
 class Leakage:
     """Finds documents that share a run of ``run`` words with evaluation texts; drops them if ``remove``.
 
-    Words are lower case without punctuation. Evaluation texts shorter than a run count as one run, those of fewer than
-    ``SHORTEST`` words are not looked for, since they are found everywhere, and counted in ``too_short`` (ours).
-    ``leaked`` counts what was found, removed or not. 8 bytes are kept for each run of the evaluation texts.
+    Words are lower case without punctuation. An evaluation text shorter than a run is one run; texts of fewer than
+    ``SHORTEST`` words would be found everywhere, so they are only counted, in ``too_short`` (ours). ``leaked`` counts
+    the documents found, dropped or not. Keeps 8 bytes per run of the evaluation texts.
 
     Raises:
-        CalibrantError: the evaluation texts hold nothing to look for.
+        CalibrantError: all evaluation texts are too short.
     """
 
     def __init__(self, evaluation: Iterable[Document], run: int = DEFAULT_RUN, remove: bool = True) -> None:
@@ -37,16 +37,16 @@ class Leakage:
                 self._runs.setdefault(length, set()).update(_digests(words, length))
         if not self._runs:
             raise CalibrantError(
-                f"the evaluation texts hold nothing to look for ({self.too_short} are shorter than {SHORTEST} words)"
+                f"the evaluation texts are all too short: {self.too_short} have fewer than {SHORTEST} words"
             )
 
     @property
     def count_name(self) -> str:
-        """Documents that were dropped."""
+        """See ``Filter``."""
         return "documents_leaked"
 
     def keeps(self, document: Document) -> bool:
-        """Whether the document shares no run, or may stay though it does."""
+        """Whether the document shares no run, or leaking documents are kept."""
         words = _words(document.text)
         found = any(not runs.isdisjoint(_digests(words, length)) for length, runs in self._runs.items())
         self.leaked += found

@@ -1,4 +1,4 @@
-"""COLA, stage 3: one text of each cluster of the model's activations (arXiv 2510.10618; methods.md §31)."""
+"""COLA, stage 3: one text from each cluster of the model's activations (arXiv 2510.10618)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +18,10 @@ _STARTS = 10
 class Cola:
     """Clusters candidates by their activations and takes the one closest to each centre.
 
-    A candidate's vector: the mean over its tokens of every block's output (the paper: of the feed-forward part), each
-    block's scaled to length 1, all of them joined and projected to 64 dimensions with ``N(0, 1) / sqrt(64)``. k-means
-    with ten k-means++ starts. Empty clusters are made up for from the largest ones (ours).
+    A candidate's vector is the mean of every block's output over its tokens (the paper: of the feed-forward part's
+    output), scaled to length 1 per block, joined over blocks, and projected to 64 dimensions by a matrix of
+    ``N(0, 1) / sqrt(64)``. k-means has ten k-means++ starts. For every empty cluster the largest one gives another
+    member (ours).
     """
 
     def __init__(self, model: transformers.PreTrainedModel, prefix: list[int], rng: np.random.Generator) -> None:
@@ -48,20 +49,20 @@ class Cola:
         return self._projection
 
     def choose(self, count: int) -> list[int]:
-        """The member closest to each of ``count`` centres, in the order of the clusters."""
+        """The member closest to each of ``count`` centres, in the clusters' order."""
         vectors = np.stack(self._vectors).astype(np.float64)
         chosen, self._clusters = closest_to_centres(vectors, count, self._rng)
         return chosen
 
     def counts(self) -> dict[str, int]:
-        """How many clusters had a member."""
+        """Number of clusters with a member."""
         return {"clusters": self._clusters}
 
 
 def closest_to_centres(vectors: np.ndarray, count: int, rng: np.random.Generator) -> tuple[list[int], int]:
-    """One point of each of ``count`` clusters and how many clusters had any.
+    """One of ``vectors`` ``[points, width]`` from each of ``count`` clusters, and the number of clusters with a point.
 
-    Equal points are one point, so of duplicates none is chosen twice while there are ``count`` different ones.
+    Equal points are clustered as one, so duplicates are only chosen if there are fewer than ``count`` different points.
     """
     different, first = np.unique(vectors, axis=0, return_index=True)
     centres, labels = _k_means(different, min(count, len(different)), rng)
@@ -78,7 +79,7 @@ def closest_to_centres(vectors: np.ndarray, count: int, rng: np.random.Generator
 
 
 def _k_means(points: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.cluster.vq import kmeans2  # heavy, and only this needs it
+    from scipy.cluster.vq import kmeans2  # imported here, since it is slow to load
 
     best: tuple[float, Any, Any] | None = None
     for _ in range(_STARTS):
@@ -92,7 +93,10 @@ def _k_means(points: np.ndarray, count: int, rng: np.random.Generator) -> tuple[
 
 @contextmanager
 def _block_means(model: transformers.PreTrainedModel, skipped: int) -> Iterator[list[torch.Tensor]]:
-    """A list that fills with every block's mean output behind the first ``skipped`` tokens, float32 ``[width]``."""
+    """A list to which forward passes append every block's mean output after the first ``skipped`` tokens.
+
+    Means are float32 ``[width]``.
+    """
     means: list[torch.Tensor] = []
 
     def note(module: torch.nn.Module, args: Any, output: Any) -> None:

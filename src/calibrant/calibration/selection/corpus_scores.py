@@ -1,4 +1,4 @@
-"""COLA, stage 1: how well corpora fit the texts a model is meant for (arXiv 2510.10618; methods.md §31)."""
+"""COLA, stage 1: how well corpora fit the texts that a model will be used on (arXiv 2510.10618)."""
 
 import math
 from collections.abc import Sequence
@@ -20,15 +20,20 @@ from calibrant.randomness import make_rng
 
 SIMILARITY_SHARE = 0.6
 _DOCUMENTS = 100
-# Of a document, this many tokens count (ours): what sentence encoders read.
+# Tokens of a document that count: as many as sentence encoders read (ours).
 _TOKENS = 512
 _SMOOTHING = 1e-10
 
 
 @dataclass(frozen=True)
 class CorpusScore:
-    """A corpus against targets: weighted means of the cosine similarity of its texts with the targets', of the
-    symmetric Kullback-Leibler divergence of the token distributions (nats), and of the score made of both.
+    """A corpus compared with targets; all numbers are weighted means over the targets.
+
+    Attributes:
+        corpus: location of the corpus.
+        similarity: mean cosine similarity of the corpus's texts with a target's.
+        divergence: symmetric Kullback-Leibler divergence of the token distributions, in nats.
+        score: both combined; larger is better.
     """
 
     corpus: str
@@ -47,12 +52,21 @@ def score_corpora(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[CorpusScore]:
-    """Scores of ``corpora`` against ``targets`` (which count by ``weights``, alike without), the best first.
+    """Score ``corpora`` against ``targets``; the best comes first.
 
-    ``0.6 similarity + 0.4 (1 - min(divergence / ln T, 1))`` from 100 random documents of each, or all if there are
-    fewer; ``T`` is the number of different tokens in either. Smoothed with 1e-10 like the released code, the divergence
-    of unlike corpora is often above ``ln T``, and then likeness alone decides. ``tokenizer`` is a model folder,
-    ``embedding`` "lexical" or a sentence-transformers model (the paper: MiniLM).
+    The score is ``0.6 similarity + 0.4 (1 - min(divergence / ln T, 1))`` on 100 random documents of each corpus, or all
+    if there are fewer; ``T`` is the number of different tokens in either corpus (arXiv 2510.10618, stage 1). With the
+    released code's smoothing of 1e-10, the divergence of unlike corpora is often above ``ln T``; then similarity alone
+    decides.
+
+    Args:
+        corpora: corpora or their locations (see ``Corpus``).
+        targets: texts that the model will be used on, as corpora or locations.
+        tokenizer: a model folder.
+        weights: weights of the targets, equal by default.
+        embedding: "lexical", or a sentence-transformers model (the paper: MiniLM).
+        seed: seed of the choice of documents.
+        progress: receives the progress.
 
     Raises:
         CalibrantError: a corpus cannot be read or is empty, or the weights do not fit.
@@ -116,7 +130,7 @@ def _token_counts(sample: list[Window], size: int) -> np.ndarray:
 
 
 def _divergence(left: np.ndarray, right: np.ndarray) -> tuple[float, int]:
-    """Symmetric divergence of two token distributions in nats, and over how many tokens."""
+    """Symmetric divergence of two token distributions in nats, and the number of tokens in either."""
     union = (left > 0) | (right > 0)
     p, q = (counts[union] / counts.sum() + _SMOOTHING for counts in (left, right))
     p, q = p / p.sum(), q / q.sum()

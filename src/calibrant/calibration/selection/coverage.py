@@ -1,4 +1,4 @@
-"""Greedy maximum coverage: pick the sets that together hold the most different members."""
+"""Greedy maximum coverage: pick the sets that together contain the most different members."""
 
 import tempfile
 import weakref
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-# Sets looked at by one thread at a time, and what stands for the gain of a set that was picked.
-_BLOCK, _TAKEN = 4096, -1
+# Sets that one thread evaluates at a time.
+_BLOCK = 4096
+# Gain of a set that was picked already.
+_TAKEN = -1
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Picks:
 
 
 class SetFamily:
-    """Many small sets of integers below ``universe``, kept in a temporary file: memory is 8 bytes a set."""
+    """Many small sets of integers below ``universe``, kept in a temporary file with 8 bytes of memory per set."""
 
     def __init__(self, universe: int) -> None:
         self.universe = universe
@@ -35,7 +37,12 @@ class SetFamily:
         return len(self._bounds) - 1
 
     def append(self, members: np.ndarray, sizes: np.ndarray) -> None:
-        """Add sets: their ``members`` one after the other, ``sizes`` how many each has; members of a set differ."""
+        """Add sets.
+
+        Args:
+            members: the sets' members, one set after the other; those of one set differ.
+            sizes: number of members of every set.
+        """
         members.astype(self._dtype, copy=False).tofile(self._file)
         last = self._bounds[-1]
         self._bounds.extend((last + np.cumsum(sizes, dtype=np.int64)).tolist())
@@ -55,11 +62,11 @@ class SetFamily:
 
 
 def greedy_cover(family: SetFamily, count: int) -> Picks:
-    """Pick ``count`` sets, each time the one that adds most; ties go to the larger set, then to the lower index.
+    """Pick ``count`` sets, each time the one with the largest gain; ties go to the larger set, then to the lower index.
 
-    Lazy evaluation (Minoux 1978): what a set adds only shrinks while others are picked, so an old value is an upper
-    bound, and only sets whose old value beats the best fresh one are looked at again. The result is that of looking at
-    all. Covers at least 1 - 1/e of what the best ``count`` sets cover.
+    Lazy evaluation (Minoux 1978): gains only shrink while other sets are picked, so an old gain is an upper bound, and
+    only sets whose old gain beats the best current one are evaluated again. The result is that of evaluating all sets.
+    It covers at least 1 - 1/e of what the best ``count`` sets cover (Nemhauser et al. 1978).
     """
     bounds, members, sizes = family.bounds, family.members, np.diff(family.bounds)
     covered = np.zeros(family.universe, dtype=np.bool_)
@@ -78,22 +85,22 @@ def greedy_cover(family: SetFamily, count: int) -> Picks:
 
 
 def pooled_cover(family: SetFamily, count: int, pool: int, rng: np.random.Generator) -> Picks:
-    """Like ``greedy_cover``, but every pick looks only at ``pool`` sets drawn without replacement from the rest.
+    """Like ``greedy_cover``, but every pick considers ``pool`` sets, drawn without replacement from those left.
 
-    What the released code of ZipCal does (methods.md §27); with no more than ``pool`` sets left it looks at all.
+    As in the released code of ZipCal (arXiv 2603.16105); with at most ``pool`` sets left, all are considered.
     """
     bounds, members, sizes = family.bounds, family.members, np.diff(family.bounds)
     covered = np.zeros(family.universe, dtype=np.bool_)
     remaining = np.arange(len(family))
     chosen, totals, total = [], [], 0
     for _ in range(min(count, len(family))):
-        looked = np.sort(rng.choice(len(remaining), pool, replace=False)) if len(remaining) > pool else None
-        candidates = remaining if looked is None else remaining[looked]
+        drawn = np.sort(rng.choice(len(remaining), pool, replace=False)) if len(remaining) > pool else None
+        candidates = remaining if drawn is None else remaining[drawn]
         gains = _gains(bounds, members, candidates, covered)
         place = int(np.lexsort((candidates, -sizes[candidates], -gains))[0])
         picked = candidates[place]
         covered[members[bounds[picked] : bounds[picked + 1]]] = True
-        remaining = np.delete(remaining, place if looked is None else looked[place])
+        remaining = np.delete(remaining, place if drawn is None else drawn[place])
         total += int(gains[place])
         chosen.append(picked)
         totals.append(total)
@@ -125,7 +132,7 @@ def _leads(left: int, right: int, gains: np.ndarray, sizes: np.ndarray) -> bool:
 def _best_of_all(
     bounds: np.ndarray, members: np.ndarray, covered: np.ndarray, gains: np.ndarray, sizes: np.ndarray, first: int
 ) -> int:
-    """The set with the largest gain; ``gains`` holds upper bounds, refreshed where they beat that of ``first``."""
+    """The set with the largest gain; ``gains`` are upper bounds, updated where they beat the gain of ``first``."""
     blocks = (len(gains) + _BLOCK - 1) // _BLOCK
     leaders = np.empty(blocks, dtype=np.int64)
     for block in numba.prange(blocks):

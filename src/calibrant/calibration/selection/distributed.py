@@ -1,7 +1,7 @@
-"""ZipCal over parts of a corpus: greedy in every part, then greedy over what the parts chose.
+"""ZipCal in parts of a corpus: greedy in every part, then greedy over the parts' choices.
 
-The two rounds of GreeDi (arXiv 1411.0541) on a random partition; the best single part is kept where it covers more.
-In expectation that covers at least half of what greedy promises, ``(1 - 1/e) / 2`` of the best (arXiv 1502.02606,
+These are the two rounds of GreeDi (arXiv 1411.0541) on a random partition; the best single part's choice is kept if it
+covers more. The expected coverage is at least ``(1 - 1/e) / 2`` of the best, half of greedy's bound (arXiv 1502.02606,
 theorem 1).
 """
 
@@ -25,10 +25,9 @@ from calibrant.randomness import make_rng
 
 @dataclass(frozen=True)
 class PartTask:
-    """One part of the first round; plain values, so that it can travel to another machine."""
+    """One part of the first round, picklable so that it can run on another machine."""
 
-    location: str
-    field: str
+    corpus: Corpus
     model: str
     request: SelectionRequest
     part: int
@@ -36,7 +35,7 @@ class PartTask:
 
 @dataclass(frozen=True)
 class PartResult:
-    """What a part chose, and its counts."""
+    """The windows that a part chose, and its counts."""
 
     windows: list[Window]
     counts: dict[str, int]
@@ -45,19 +44,19 @@ class PartResult:
 def zipcal_in_parts(
     corpus: Corpus, model: str, request: SelectionRequest, executor: Executor, progress: Progress
 ) -> PartResult:
-    """The windows of the second round, in the order they are picked, and the sums of the parts' counts.
+    """The windows of the second round in the order of the picks, and the sums of the parts' counts.
 
-    Filters that remember documents (duplicates) see a part at a time.
+    Filters that remember documents (duplicates) only know those of their own part.
 
     Raises:
         CalibrantError: the parts together have too few candidates.
     """
-    tasks = [PartTask(corpus.location, corpus.field, model, request, part) for part in range(request.parts)]
+    tasks = [PartTask(corpus, model, request, part) for part in range(request.parts)]
     with progress.task(f"selecting in {len(tasks)} parts", 1) as task:
         results = executor.map(select_part, tasks)
         task.advance()
     counts = {name: sum(result.counts.get(name, 0) for result in results) for name in results[0].counts}
-    # Every part reads the whole corpus, but keeps only its own documents.
+    # Every part reads the whole corpus, so these counts do not add up.
     counts |= {name: results[0].counts[name] for name in ("documents", *corpus.counts)}
     windows = [window for result in results for window in result.windows]
     if len(windows) < request.samples:
@@ -75,11 +74,11 @@ def zipcal_in_parts(
 
 
 def select_part(task: PartTask) -> PartResult:
-    """The first round in one part; a part with few candidates gives all it has."""
+    """The first round in one part; a part with too few candidates gives all of them."""
     request = task.request
     tokenizer = Tokenizer(task.model)
     stream = DocumentStream(
-        Corpus(task.location, task.field),
+        task.corpus,
         filters_of(request.filters, request.seed),
         make_rng(request.seed, "part"),
         task.part,

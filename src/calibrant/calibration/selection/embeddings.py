@@ -1,4 +1,4 @@
-"""Vectors of texts for selections that need distances: a lexical one without a model, or a sentence encoder."""
+"""Embeddings of texts for selections by distance: lexical ones without a model, or a sentence encoder's."""
 
 from pathlib import Path
 from typing import Protocol
@@ -14,25 +14,25 @@ from calibrant.hashing import sha256_file, sha256_json
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.randomness import make_rng
 
-# Random projections keep distances of n points to a tenth with about log(n) / 0.01 dimensions at worst, and texts with
-# far fewer (Johnson-Lindenstrauss); this many cost half a kilobyte a candidate.
+# A random projection to about log(n) / 0.01 dimensions keeps distances of n points to a tenth (Johnson-Lindenstrauss);
+# texts need far fewer. 128 dimensions cost half a kilobyte per candidate.
 _WIDTH = 128
 
 
 class Embedding(Protocol):
-    """Sees windows in order and gives a unit vector for each at the end."""
+    """Reads windows in order, and embeds all of them at the end."""
 
     def see(self, windows: list[Window]) -> None:
-        """Take note of the next windows."""
+        """Read the next windows."""
 
     def vectors(self) -> np.ndarray:
-        """float32 ``[windows, width]``, rows of length 1 (0 for a window without any class)."""
+        """Unit vectors, float32 ``[windows, width]``; zeros for a window without any sub-word class."""
 
 
 class LexicalEmbedding:
-    """TF-IDF over normalised sub-words, projected to 128 dimensions by a seeded normal matrix (ours; methods.md §28).
+    """TF-IDF over normalized sub-words, projected to 128 dimensions by a seeded normal matrix (ours).
 
-    ``idf = ln((1 + n) / (1 + df)) + 1`` over the windows seen.
+    ``idf = ln((1 + n) / (1 + df)) + 1``, with ``n`` windows of which ``df`` contain the sub-word.
     """
 
     def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
@@ -42,7 +42,7 @@ class LexicalEmbedding:
         self._bags = SetFamily(self._universe)
 
     def see(self, windows: list[Window]) -> None:
-        """Keep the classes of the windows, with repetition."""
+        """Store the sub-word classes of the windows, with repetition."""
         bags = [self._classes[np.array(window.tokens, dtype=np.int64)] for window in windows]
         bags = [bag[bag >= 0] for bag in bags]
         self._bags.append(np.concatenate(bags), np.array([len(bag) for bag in bags]))
@@ -69,11 +69,12 @@ class SentenceEmbedding:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise CalibrantError(
-                "sentence encoders need the extra: pip install 'calibrant[embeddings]'; --embedding lexical needs none"
+                "sentence encoders need the extra: pip install 'calibrant[embeddings]'; "
+                '`embedding="lexical"` needs none'
             ) from error
         try:
             self._encoder = SentenceTransformer(model)
-        except Exception as error:  # many unrelated classes for a folder that holds no such model
+        except Exception as error:  # many unrelated classes for a folder without such a model
             raise CalibrantError(f"{model}: no sentence encoder can be loaded ({first_line(error)})") from error
         self._tokenizer = tokenizer
         self._parts: list[np.ndarray] = []
@@ -96,7 +97,7 @@ def embedding_of(name: str, tokenizer: Tokenizer, seed: int) -> Embedding:
 
 
 def embedding_sha256(name: str) -> str | None:
-    """A hash of all files in a sentence encoder's folder; None for the lexical embedding and for names."""
+    """Hash of all files in a sentence encoder's folder; None for the lexical embedding and for encoders by name."""
     folder = Path(name)
     if name == LEXICAL or not folder.is_dir():
         return None
@@ -105,7 +106,7 @@ def embedding_sha256(name: str) -> str | None:
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1; rows of zeros stay."""
+    """Rows scaled to length 1; rows of zeros stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     result: np.ndarray = vectors / np.where(lengths > 0, lengths, 1)
     return result

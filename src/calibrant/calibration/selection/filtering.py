@@ -1,4 +1,4 @@
-"""Filters from what a request says of them."""
+"""Filters from a request."""
 
 from itertools import chain
 
@@ -12,7 +12,7 @@ from calibrant.randomness import make_rng
 
 
 def filters_of(request: FilterRequest, seed: int) -> list[Filter]:
-    """New filters, in order of their cost."""
+    """New filters, the cheapest first."""
     filters: list[Filter] = []
     if request.min_characters or request.max_characters is not None:
         filters.append(LengthBetween(request.min_characters, request.max_characters))

@@ -1,4 +1,4 @@
-"""Mixes of scripts or lengths: the groups of documents that share a set's rows (ours)."""
+"""Mixes of scripts or lengths: groups of documents that share a set's rows (ours)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from calibrant.calibration.filters.content import LengthBetween, ScriptIs
 from calibrant.calibration.selection.request import MixRequest
 
 _ELSEWHERE = "documents_of_other_groups"
-# Every group's pass over the corpus counts these alike.
+# Every group's pass reads the whole corpus, so these counts do not add up.
 _OF_THE_CORPUS = ("documents", "documents_empty", "documents_too_long")
 
 
 def groups_of(mix: MixRequest) -> list[tuple[str, Filter]]:
-    """Name and test of every group; none for no mix."""
+    """Name and filter of every group; empty without a mix."""
     if mix.scripts:
         return [(script.lower(), ScriptIs(script.upper(), _ELSEWHERE)) for script in mix.scripts]
     if not mix.lengths:
@@ -28,7 +28,7 @@ def groups_of(mix: MixRequest) -> list[tuple[str, Filter]]:
 
 
 def counts_of_groups(groups: Sequence[tuple[str, int, dict[str, int]]]) -> dict[str, int]:
-    """The counts of a mix, from every group's name, number of rows and counts."""
+    """A mix's counts from every group's name, number of rows and counts."""
     total: Counter[str] = Counter()
     for name, rows, counts in groups:
         total[f"rows_{name}"] = rows

@@ -1,4 +1,4 @@
-"""Choosing by perplexity under a model: the lowest, a middle band, or any below a percentile (methods.md §32)."""
+"""Choice by perplexity under a model: the lowest, a middle band, or any below a percentile (arXiv 2410.17711)."""
 
 import math
 
@@ -14,9 +14,9 @@ from calibrant.modeling.losses import row_losses
 class PerplexitySelector:
     """Scores every candidate with ``model`` and chooses by rank.
 
-    ``keep`` "lowest" takes the smallest perplexities; "middle" those nearest to the median rank; "below" draws
-    uniformly among candidates strictly below ``percentile`` (arXiv 2410.17711 keeps those below the 80th). Windows
-    begin with ``prefix``; without one, the first token has nothing before it and does not count.
+    ``keep`` "lowest" takes the smallest perplexities (released code of ZipCal), "middle" those nearest to the median
+    rank (ours), and "below" draws uniformly among candidates strictly below ``percentile`` (arXiv 2410.17711: 80).
+    Windows get ``prefix`` in front; without one, the first token has no context and does not count.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class PerplexitySelector:
         """The chosen candidates, from low to high perplexity; for "below" in random order.
 
         Raises:
-            CalibrantError: fewer than ``count`` lie below the percentile.
+            CalibrantError: fewer than ``count`` are below the percentile.
         """
         losses = np.array(self._losses)
         order = np.argsort(losses, kind="stable")
@@ -56,11 +56,11 @@ class PerplexitySelector:
         self._left = len(below)
         if len(below) < count:
             raise CalibrantError(
-                f"only {len(below)} of {len(losses)} candidates lie below percentile {self._percentile:g} of the "
-                f"perplexity, {count} are needed; raise --percentile or use fewer samples"
+                f"only {len(below)} of {len(losses)} candidates are below percentile {self._percentile:g} of the "
+                f"perplexity, {count} are needed; raise `percentile` or use fewer samples"
             )
         return [int(index) for index in self._rng.permutation(below)[:count]]
 
     def counts(self) -> dict[str, int]:
-        """How many candidates the percentile left."""
+        """Number of candidates below the percentile."""
         return {"below_percentile": self._left} if self._keep == "below" else {}

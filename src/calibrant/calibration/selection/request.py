@@ -1,4 +1,4 @@
-"""What a selection was asked for: everything that decides its result, as it is recorded and run again."""
+"""Selection requests: everything that decides a selection's result, as manifests record it."""
 
 import difflib
 import math
@@ -12,9 +12,12 @@ from calibrant.calibration.windows import Policy
 from calibrant.errors import CalibrantError
 
 Strategy = Literal["uniform", "zipcal", "zipf", "unigram", "perplexity", "k-centre", "herding", "cola", "zipcal-multi"]
-# The embedding that needs no model: TF-IDF over normalised sub-words, projected at random.
+# Other tools' names for a strategy; manifests record ours.
+STRATEGY_ALIASES: dict[str, Strategy] = {"k-center": "k-centre", "words_dataset": "unigram"}
+StrategyName = Strategy | Literal["k-center", "words_dataset"]
+# The embedding that needs no model: TF-IDF over normalized sub-words, projected at random.
 LEXICAL = "lexical"
-# The others choose by rule: all they can draw is the part of the corpus that they look at.
+# All other strategies are deterministic, so that their draws can only differ in the shard of the corpus.
 WITH_DRAWS = ("uniform", "unigram")
 _USED_BY = {
     "parts": ("zipcal",),
@@ -24,15 +27,22 @@ _USED_BY = {
     "embedding": ("k-centre", "herding", "zipcal-multi"),
 }
 
-
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class FilterRequest(BaseModel):
     """Which documents may become candidates; every filter is off by default.
 
-    ``script`` is the first word of letters' Unicode names ("LATIN"); ``leakage`` lists evaluation corpora, runs of
-    ``leakage_run`` words of which are looked for, ``keep_leaked`` counts such documents only.
+    Attributes:
+        duplicates: "exact" drops documents with the text of an earlier one, "near" also those that share most of it
+            (MinHash, Broder 1997).
+        min_characters, max_characters: shortest and longest text, both included.
+        max_repetition: largest share of runs of ten words that occur earlier in the text.
+        script: script of at least half of the letters: the first word of their Unicode names, for example "latin".
+        leakage: locations of evaluation texts; documents that share a run of words with them are dropped.
+        leakage_field: where the texts are in the rows of ``leakage``.
+        leakage_run: length of the run in words; 13 in arXiv 2005.14165, appendix C.
+        keep_leaked: only count the documents that ``leakage`` finds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,19 +65,21 @@ class FilterRequest(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> "FilterRequest":
         if self.max_characters is not None and self.max_characters < self.min_characters:
-            raise ValueError(f"no text has {self.min_characters} characters or more and {self.max_characters} or fewer")
+            raise ValueError(f"no text has at least {self.min_characters} and at most {self.max_characters} characters")
         if not self.leakage and (self.keep_leaked or self.leakage_run != DEFAULT_RUN or self.leakage_field != "text"):
             raise ValueError(
-                "leakage run, leakage field and keep leaked say how to look for leakage: name its texts too"
+                "leakage run, leakage field and keep leaked say how to find leakage: name its texts with `leakage`"
             )
         return self
 
 
 class MixRequest(BaseModel):
-    """Groups of documents that share the rows by ``weights``, equally without; by default there are none.
+    """Groups of documents that share a set's rows (ours); by default there are none.
 
-    ``scripts`` makes a group of each named script (documents of others are left out), ``lengths`` groups of documents
-    below, between and from these numbers of characters.
+    Attributes:
+        scripts: one group per script (see ``FilterRequest``); documents in other scripts are left out.
+        lengths: bounds in characters, rising: one group below the first, one between each two, one from the last.
+        weights: shares of the groups, equal by default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,7 +110,7 @@ class MixRequest(BaseModel):
 
 
 def check_script(name: str) -> str:
-    """``name``, if it is a script's.
+    """``name``, if it names a script.
 
     Raises:
         ValueError: no letter's Unicode name begins with it.
@@ -116,17 +128,48 @@ def check_script(name: str) -> str:
 
 
 def check_weights(weights: tuple[float, ...]) -> None:
-    """Refuse weights by which nothing can be shared.
+    """Refuse weights that are no shares.
 
     Raises:
         ValueError: one is negative or not finite, or all are 0.
     """
     if not (min(weights, default=-1) >= 0 < sum(weights) < math.inf):
-        raise ValueError("weights must be finite and not negative, and one at least more than 0")
+        raise ValueError("weights must be finite and not negative, and at least one above 0")
 
 
 class SelectionRequest(BaseModel):
-    """One selection; a field that the strategy does not use must keep its default."""
+    """One selection; a field that the strategy does not use must keep its default.
+
+    Attributes:
+        strategy: how candidates are chosen.
+            "uniform": at random, non-overlapping draws from one shuffle.
+            "zipcal": greedy coverage of sub-words (arXiv 2603.16105, algorithm 1).
+            "zipcal-multi": "zipcal" in every corpus, then "k-centre" over its choices (algorithm 2).
+            "zipf": the rarest words (released code of ZipCal).
+            "unigram": random words of all documents; "words_dataset", its name in the released code of ZipCal, is
+            accepted too.
+            "perplexity": by perplexity under the model; see ``keep``.
+            "k-centre": no candidate far from a chosen one (Gonzalez 1985); "k-center" is accepted too.
+            "herding": the mean of the chosen is that of all (released code of ZipCal).
+            "cola": one candidate per cluster of the model's activations (arXiv 2510.10618, stage 3).
+        windows: how candidates are cut; see ``Cutting``.
+        samples: number of rows.
+        length: tokens per row.
+        seed: seed of every random choice.
+        draw: number of the set among the disjoint sets of one seed.
+        shards: number of disjoint random parts of the corpus; draw k of a deterministic strategy sees part k.
+        parts: random parts in which "zipcal" selects before it selects among their choices (arXiv 1411.0541).
+        pool: "zipcal" considers this many random candidates per pick, as its released code does (2,000); all by
+            default.
+        keep: "perplexity" takes the "lowest", the "middle", or draws among those "below" ``percentile``
+            (arXiv 2410.17711).
+        percentile: in (0, 100].
+        embedding: "lexical", or a sentence-transformers model, for "k-centre", "herding" and "zipcal-multi".
+        mask: which tokens count: "all", those an "assistant" wrote, or all but special ones ("no-special").
+        weights: shares of several corpora, equal by default.
+        mix: groups of documents that share the rows.
+        filters: which documents may become candidates.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -147,6 +190,11 @@ class SelectionRequest(BaseModel):
     mix: MixRequest = MixRequest()
     filters: FilterRequest = FilterRequest()
 
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _unaliased(cls, value: Any) -> Any:
+        return STRATEGY_ALIASES.get(value, value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _fits(self) -> "SelectionRequest":
         for name, strategies in _USED_BY.items():
@@ -154,14 +202,14 @@ class SelectionRequest(BaseModel):
             if vars(self)[name] != default and self.strategy not in strategies:
                 raise ValueError(f"{name} is for {' and '.join(strategies)} only, not for {self.strategy}")
         if self.weights is not None and self.strategy == "zipcal-multi":
-            raise ValueError("zipcal-multi chooses from all corpora by distance; leave the weights out")
+            raise ValueError("zipcal-multi chooses from all corpora by distance; leave out `weights`")
         if self.weights is not None:
             check_weights(self.weights)
         if self.mix != MixRequest() and (self.strategy == "zipcal-multi" or self.parts > 1):
             raise ValueError("a mix goes with neither zipcal-multi nor parts")
         if self.strategy not in WITH_DRAWS and self.draw >= self.shards:
             raise ValueError(
-                f"{self.strategy} has no random draws; draw {self.draw} needs --shards {self.draw + 1} or more: "
+                f"{self.strategy} has no random draws; draw {self.draw} needs `shards={self.draw + 1}` or more: "
                 "disjoint random parts of the corpus, of which draw k sees part k"
             )
         if self.percentile != 80.0 and self.keep != "below":
@@ -169,15 +217,15 @@ class SelectionRequest(BaseModel):
         if self.parts > 1 and (self.shards > 1 or self.pool is not None):
             raise ValueError("parts go with neither shards nor a pool")
         if self.strategy in WITH_DRAWS and self.shards != 1:
-            raise ValueError(f"{self.strategy} draws share nothing anyway; leave --shards out")
+            raise ValueError(f"{self.strategy} draws are disjoint anyway; leave out `shards`")
         if self.mask == "assistant" and (self.strategy in ("unigram", "zipcal-multi") or self.parts > 1):
             raise ValueError(f"mask assistant does not go with {self.strategy}" + " in parts" * (self.parts > 1))
         if self.strategy == "unigram" and self.windows != "pack":
-            raise ValueError("unigram draws words, it cuts no windows; leave --windows out")
+            raise ValueError("unigram draws words, it cuts no windows; leave out `windows`")
         return self
 
     def recorded(self) -> dict[str, Any]:
-        """The part of it that a manifest keeps under ``parameters``."""
+        """The fields that a manifest records under ``parameters``."""
         return self.model_dump(mode="json", exclude={"strategy", "samples", "length", "seed", "draw"})
 
 
@@ -185,7 +233,7 @@ def selection_request(**fields: Any) -> SelectionRequest:
     """A request from plain values.
 
     Raises:
-        CalibrantError: an option is unknown, out of range or does not go with the others.
+        CalibrantError: an option is unknown, out of range or does not fit the others.
     """
     return _validated(SelectionRequest, fields)
 
@@ -194,7 +242,7 @@ def mix_request(**fields: Any) -> MixRequest:
     """A mix from plain values.
 
     Raises:
-        CalibrantError: an option is unknown or does not go with the others.
+        CalibrantError: an option is unknown or does not fit the others.
     """
     return _validated(MixRequest, fields)
 

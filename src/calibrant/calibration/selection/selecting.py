@@ -47,10 +47,10 @@ def select_from(
 ) -> CalibrationSet:
     """Run ``request`` on one or several corpora with the tokenizer in ``model``, a folder.
 
-    ``load_model`` is called by strategies that score with a model; ``executor`` runs the parts of one in parts.
+    ``load_model`` is called by strategies that score with a model; ``executor`` runs the parts of "zipcal".
 
-    Several corpora share the samples by ``request.weights``, equally without; their rows follow one another, and the
-    documents' ids begin with the corpus's number.
+    Several corpora share the samples by ``request.weights``, by default equally; their rows follow one another, and the
+    documents' ids in the manifest begin with the corpus's number.
 
     Raises:
         CalibrantError: a corpus cannot be read, is empty or too small.
@@ -69,7 +69,7 @@ def select_from(
             for one in results
         ]
         return assemble(corpora, in_parts, asked, tokenizer)
-    # Filters that remember documents know those of the corpora before.
+    # Shared, so that duplicates are found across corpora.
     filters = filters_of(request.filters, request.seed)
     if request.strategy == "zipcal-multi":
         parts = _multi_domain(corpora, tokenizer, request, filters, load_model, progress)
@@ -104,7 +104,7 @@ def _select_mix(
     load_model: LoadModel,
     progress: Progress,
 ) -> SelectedRows:
-    """The corpus's rows: of all its documents, or by groups, whose rows follow one another."""
+    """Rows from all documents of the corpus, or from one group of its documents after the other."""
     groups = groups_of(request.mix)
     if not groups:
         return _select(corpus, tokenizer, request, filters, load_model, progress)
@@ -150,7 +150,7 @@ def _select(
         windows = uniform_windows(stream, tokenizer, cutting, samples, draw, rng, offsets, progress)
         if request.seed and request.windows == "pack" and stream.counts["documents"] == 1:
             progress.note(
-                f"{corpus.location} is one document, so every seed gives the same rows: take other draws, or a "
+                f"{corpus.location} is one document, so every seed gives the same rows: use other draws, or a "
                 "corpus of many documents (JSON Lines)"
             )
     else:
@@ -167,7 +167,7 @@ def _select(
 
 
 def _assistant_masks(stream: DocumentStream, tokenizer: Tokenizer, windows: list[Window]) -> list[list[bool]]:
-    """Which tokens of the chosen windows an assistant wrote; the documents are read once more."""
+    """Which tokens of the chosen windows an assistant wrote; reads the corpus once more."""
     named = {segment.document for window in windows for segment in window.segments}
     documents = [document for document in stream.corpus if document.id in named]
     tokens = encode_documents(documents, tokenizer)
@@ -213,7 +213,7 @@ def _multi_domain(
     load_model: LoadModel,
     progress: Progress,
 ) -> list[SelectedRows]:
-    """ZipCal in every corpus, then k-centre over the embeddings of what it chose (arXiv 2603.16105, algorithm 2)."""
+    """ZipCal in every corpus, then k-centre over the embeddings of its choices (arXiv 2603.16105, algorithm 2)."""
     single = request.model_copy(update={"strategy": "zipcal"})
     parts = [_select(corpus, tokenizer, single, filters, load_model, progress) for corpus in corpora]
     pooled = [(number, row) for number, part in enumerate(parts) for row in range(len(part.rows))]

@@ -1,4 +1,4 @@
-"""How selections run: one pass that shows every window to a selector, one that reads the chosen ones again."""
+"""Selections in two passes: a selector sees every window, then the chosen windows are read again."""
 
 from array import array
 from bisect import bisect_left, bisect_right
@@ -8,36 +8,36 @@ from typing import Protocol
 import numpy as np
 
 from calibrant.calibration.chat import encode_documents
-from calibrant.calibration.corpus import Document
+from calibrant.calibration.document import Document
 from calibrant.calibration.document_stream import DocumentStream, tokenized
 from calibrant.calibration.windows import Cutting, TokenizedDocument, Window
 from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
-# Windows shown to a selector at a time: a forward pass's worth.
+# Windows that a selector gets at a time: enough for a forward pass.
 _BATCH = 64
 
 
 class Selector(Protocol):
-    """Looks at every candidate once, in order, keeps what it needs of it, and then chooses."""
+    """Sees every candidate once, in order, keeps what the choice needs, and then chooses."""
 
     def see(self, windows: list[Window]) -> None:
-        """Take note of the next candidates."""
+        """Read the next candidates."""
 
     def choose(self, count: int) -> list[int]:
-        """The indices of ``count`` different candidates, in the order they are picked.
+        """The indices of ``count`` different candidates, in the order of the picks.
 
         Raises:
             CalibrantError: fewer can be chosen.
         """
 
     def counts(self) -> dict[str, int]:
-        """What the manifest records of the choice."""
+        """Numbers about the choice for the manifest."""
 
 
 class _Positions:
-    """Where every candidate lies, 24 bytes each, and which documents were kept, 8 bytes each."""
+    """Positions of all candidates, 24 bytes each, and ordinals of the kept documents, 8 bytes each."""
 
     def __init__(self) -> None:
         self.kept = array("q")
@@ -46,7 +46,7 @@ class _Positions:
     def __len__(self) -> int:
         return len(self._first)
 
-    def note_document(self, documents: Iterator[tuple[int, Document]]) -> Iterator[tuple[int, Document]]:
+    def note_documents(self, documents: Iterator[tuple[int, Document]]) -> Iterator[tuple[int, Document]]:
         """Pass documents on and remember their ordinals."""
         for ordinal, document in documents:
             self.kept.append(ordinal)
@@ -58,7 +58,7 @@ class _Positions:
         self._last.append(window.last)
 
     def of(self, candidate: int) -> tuple[int, list[int]]:
-        """First token and documents of a candidate."""
+        """The position of a candidate's first token in its first document, and the ordinals of its documents."""
         begin = bisect_left(self.kept, self._first[candidate])
         end = bisect_right(self.kept, self._last[candidate])
         return self._begin[candidate], list(self.kept[begin:end])
@@ -74,13 +74,15 @@ def select_windows(
     progress: Progress,
     all_if_fewer: bool = False,
 ) -> list[Window]:
-    """The windows that ``selector`` chooses, in its order; with ``all_if_fewer`` all candidates if they are too few.
+    """The windows that ``selector`` chooses, in its order.
+
+    ``all_if_fewer`` takes all candidates if there are fewer than ``samples``.
 
     Raises:
         CalibrantError: the corpus has fewer candidates than ``samples``; the message says how many.
     """
     positions = _Positions()
-    documents = tokenized(positions.note_document(stream.kept(progress)), tokenizer)
+    documents = tokenized(positions.note_documents(stream.kept(progress)), tokenizer)
     batch: list[Window] = []
     for window in cutting.windows(documents, rng, stream.counts):
         positions.note(window)
@@ -112,9 +114,9 @@ def _read_again(
 
 
 def too_few(stream: DocumentStream, cutting: Cutting, found: int, wanted: int) -> CalibrantError:
-    """The error for a corpus that holds fewer windows than are asked for."""
+    """The error for a corpus with fewer windows than wanted."""
     short = stream.counts["documents_too_short"]
-    remedy = "--windows pack, " if cutting.policy == "window" and short else ""
+    remedy = '`windows="pack"`, ' if cutting.policy == "window" and short else ""
     return CalibrantError(
         f"{stream.corpus.location}: only {found} windows of {cutting.length} tokens in "
         f"{stream.counts['documents']} documents"

@@ -1,4 +1,4 @@
-"""Choosing by embeddings: points that leave none far away, or whose mean is the mean of all (methods.md §30)."""
+"""Choice by embeddings: k-centre (Gonzalez 1985) and herding (released code of ZipCal, arXiv 2603.16105)."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,15 @@ from calibrant.calibration.windows import Window
 
 
 def k_centre(vectors: np.ndarray, count: int, first: int) -> tuple[list[int], list[float]]:
-    """Greedy k-centre: each time the point farthest from all chosen ones, squared Euclidean, ties to the lower index.
+    """Greedy k-centre: repeatedly the point farthest from the chosen ones; ties go to the lower index.
 
-    Returns the indices, ``first`` leading, and after each the largest squared distance left (the squared radius). At
-    most twice the best radius (Gonzalez 1985).
+    Args:
+        vectors: points ``[points, width]``.
+        count: number of points to choose.
+        first: index of the first one.
+
+    Returns the indices, beginning with ``first``, and after each choice the squared radius: the largest squared
+    Euclidean distance of a point from its nearest chosen one. The radius is at most twice the best (Gonzalez 1985).
     """
     chosen, radii = [first], []
     nearest = _squared_distances(vectors, vectors[first])
@@ -34,7 +39,7 @@ def _squared_distances(vectors: np.ndarray, point: np.ndarray) -> np.ndarray:
 
 
 def herding(vectors: np.ndarray, count: int) -> list[int]:
-    """Kernel herding: at step ``t`` the unused point closest to ``t * mean - sum of the chosen``; unit vectors."""
+    """Herding of unit vectors: at step ``t`` the unused point closest to ``t * mean - sum of the chosen``."""
     mean = vectors.mean(axis=0, dtype=np.float64)
     rest = np.zeros_like(mean)
     used = np.zeros(len(vectors), dtype=bool)
@@ -50,7 +55,7 @@ def herding(vectors: np.ndarray, count: int) -> list[int]:
 
 
 class EmbeddingSelector:
-    """Shows candidates to an embedding and chooses among its vectors."""
+    """Embeds candidates and chooses among their vectors by ``choice(vectors, count)``."""
 
     def __init__(self, embedding: Embedding, choice: Callable[[np.ndarray, int], list[int]]) -> None:
         self._embedding, self._choice = embedding, choice
@@ -60,9 +65,9 @@ class EmbeddingSelector:
         self._embedding.see(windows)
 
     def choose(self, count: int) -> list[int]:
-        """What ``choice`` picks."""
+        """See ``Selector``."""
         return self._choice(self._embedding.vectors(), count)
 
     def counts(self) -> dict[str, int]:
-        """Nothing to add."""
+        """See ``Selector``."""
         return {}

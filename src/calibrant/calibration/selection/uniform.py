@@ -1,4 +1,4 @@
-"""Uniform selection: non-overlapping sets cut from one shuffle of the corpus (methods.md §21)."""
+"""Uniform selection: non-overlapping sets cut from one shuffle of the corpus (arXiv 2311.09755)."""
 
 from array import array
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ def uniform_windows(
     offsets: np.random.Generator,
     progress: Progress,
 ) -> list[Window]:
-    """Windows ``draw * samples`` to ``(draw + 1) * samples`` of those that one shuffle of the documents gives.
+    """Windows ``draw * samples`` to ``(draw + 1) * samples`` of one shuffle of the documents.
 
-    Two draws share no window and their union does not depend on how many draws are made. The corpus is read once to
-    count it and once for every doubling of the documents needed; only those are held in memory.
+    Draws share no window, and their union does not depend on the number of draws. The corpus is read once to count it
+    and once for every doubling of the documents needed; only those are kept in memory.
 
     Raises:
-        CalibrantError: the corpus is empty or too small for this draw; the message says how much there is.
+        CalibrantError: the corpus is empty or too small for this draw; the message says how many windows it has.
     """
     kept = array("q", (ordinal for ordinal, _ in stream.kept(progress)))
     order = np.asarray(kept)[rng.permutation(len(kept))]
@@ -49,7 +49,7 @@ def uniform_windows(
 def _shuffled(
     stream: DocumentStream, tokenizer: Tokenizer, order: np.ndarray, size: int
 ) -> Iterator[TokenizedDocument]:
-    """The documents in shuffled order, fetched a part at a time, each part twice as large as the one before."""
+    """The documents in shuffled order, fetched in parts, each twice as large as the one before."""
     begin = 0
     while begin < len(order):
         part = [int(ordinal) for ordinal in order[begin : begin + size]]

@@ -1,4 +1,4 @@
-"""Unigram sample: a bag of the corpus's words, which the released ZipCal code calls ``words_dataset`` (methods.md §23).
+"""Unigram sample: random words of the corpus, ``words_dataset`` in the released code of ZipCal (arXiv 2603.16105).
 
 No text is chosen: the words of all documents are pooled with their frequencies and drawn in random order.
 """
@@ -24,8 +24,8 @@ def unigram_rows(
 ) -> list[list[int]]:
     """Rows of exactly ``length`` tokens: words of a seeded permutation of the pool, joined by spaces.
 
-    Words are lower case, split at white space. Draws continue the same permutation, so they share no occurrence of a
-    word. Four bytes are kept for each word of the corpus, and each different word once.
+    Words are lower case, split at white space. All draws are cut from one permutation, so they share no occurrence of a
+    word. Keeps four bytes per word of the corpus, and each different word once.
 
     Raises:
         CalibrantError: the corpus has too few words; the message says how many tokens they give.
@@ -40,7 +40,7 @@ def unigram_rows(
     wanted = (draw + 1) * samples * length
     tokens: list[int] = []
     begin = 0
-    # A word is at least about a token, so the first part is mostly enough.
+    # Most words are at least one token, so the first part is usually enough.
     while len(tokens) < wanted and begin < len(order):
         part = order[begin : begin + wanted]
         tokens += tokenizer.encode((" " if begin else "") + " ".join(words[number] for number in part))

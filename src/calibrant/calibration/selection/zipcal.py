@@ -1,4 +1,4 @@
-"""ZipCal: the texts that cover the most normalised sub-words (arXiv 2603.16105, algorithm 1; methods.md §27)."""
+"""ZipCal: the texts that cover the most normalized sub-words (arXiv 2603.16105, algorithm 1)."""
 
 import numba
 import numpy as np
@@ -13,8 +13,8 @@ _NO_CLASS = -1
 class ZipCal:
     """Picks windows by greedy maximum coverage of sub-word classes.
 
-    ``pool`` looks at that many random windows for every pick, as the released code does (2,000); None looks at all,
-    exactly. ``rng`` is used with a pool only.
+    Every pick considers ``pool`` random windows, as in the released code (2,000), or all if ``pool`` is None. ``rng``
+    is only used with a pool.
     """
 
     def __init__(self, tokenizer: Tokenizer, pool: int | None, rng: np.random.Generator) -> None:
@@ -26,7 +26,7 @@ class ZipCal:
         self.covered = 0
 
     def see(self, windows: list[Window]) -> None:
-        """Note the classes of further candidates."""
+        """Store the classes of further candidates."""
         lengths = np.array([len(window.tokens) for window in windows], dtype=np.int64)
         tokens = np.empty(int(lengths.sum()), dtype=np.int64)
         place = 0
@@ -38,7 +38,7 @@ class ZipCal:
         self._family.append(members, sizes)
 
     def choose(self, count: int) -> list[int]:
-        """Candidates in the order they are picked."""
+        """See ``Selector``."""
         picks: Picks = (
             greedy_cover(self._family, count)
             if self._pool is None
@@ -48,14 +48,14 @@ class ZipCal:
         return [int(index) for index in picks.chosen]
 
     def counts(self) -> dict[str, int]:
-        """What the manifest records of the result."""
+        """Numbers of classes, and of those that the picks cover."""
         return {"classes": self._family.universe, "classes_covered": self.covered}
 
 
 def subword_classes(tokenizer: Tokenizer) -> np.ndarray:
-    """The class of every token id, int64; -1 for special tokens and those that normalise to nothing.
+    """The class of every token id, int64 ``[ids]``; -1 for special tokens and those that normalize to nothing.
 
-    ``norm = decode(id)`` in lower case without spaces and "Ġ", stripped (methods.md §27).
+    A class is an id's text in lower case without spaces and "Ġ", stripped (arXiv 2603.16105 and its released code).
     """
     numbers: dict[str, int] = {}
     classes = np.full(tokenizer.size, _NO_CLASS, dtype=np.int64)
@@ -70,7 +70,10 @@ def subword_classes(tokenizer: Tokenizer) -> np.ndarray:
 def _distinct(
     tokens: np.ndarray, lengths: np.ndarray, classes: np.ndarray, seen: np.ndarray, stamp: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The different classes of each run of tokens, one run after the other; ``seen`` holds the last run's number."""
+    """Each window's different classes, one window after the other, and their numbers.
+
+    ``seen`` ``[classes]`` is the number of the last window with a class, counted from ``stamp + 1``.
+    """
     members, sizes = np.empty(len(tokens), dtype=np.int64), np.zeros(len(lengths), dtype=np.int64)
     used, place = 0, 0
     for row in range(len(lengths)):

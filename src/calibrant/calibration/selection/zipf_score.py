@@ -1,4 +1,4 @@
-"""Zipf score: texts with the rarest words (released code of ZipCal; methods.md §29)."""
+"""Zipf score: texts with the rarest words (released code of ZipCal, arXiv 2603.16105)."""
 
 from collections import Counter
 
@@ -12,10 +12,10 @@ _MOST_WORDS = 1 << 32
 
 
 class ZipfScore:
-    """Picks the windows with the largest ``sum over their different words of 1 / frequency``, ties by order.
+    """Picks the windows with the largest sum of ``1 / frequency`` over their different words, ties by order.
 
-    Words are lower case, split at white space, full stops and commas removed. Favours long texts with words that occur
-    once.
+    Words are lower case, split at white space, without full stops and commas. Long texts with words that occur once
+    score high.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -34,7 +34,7 @@ class ZipfScore:
             self._family.append(members, np.array([len(members)]))
 
     def choose(self, count: int) -> list[int]:
-        """Candidates from the largest score down."""
+        """Candidates in falling order of the score."""
         rarity = np.zeros(len(self._numbers))
         for number, frequency in self._frequencies.items():
             rarity[number] = 1 / frequency
@@ -43,5 +43,5 @@ class ZipfScore:
         return [int(index) for index in np.argsort(-np.array(scores), kind="stable")[:count]]
 
     def counts(self) -> dict[str, int]:
-        """How many different words there are."""
+        """Number of different words in all candidates."""
         return {"different_words": len(self._numbers)}

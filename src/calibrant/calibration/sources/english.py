@@ -1,8 +1,8 @@
-"""Words that English texts begin with, for models that would begin in any language."""
+"""First tokens of English texts, for models that would otherwise begin in any language."""
 
 from calibrant.modeling.tokenizer import Tokenizer
 
-# Function words: a small closed class (ours; the paper names spaCy's list of stop words).
+# Function words, a small closed class (ours; arXiv 2410.17170 uses spaCy's list of stop words).
 _WORDS = """
 a about above across after again against all almost along already also although always among an and another any anyone
 anything are around as at away back be because been before behind being below between both but by can cannot could did
@@ -18,6 +18,6 @@ which while who whole whose why will with within without would yet you your your
 
 
 def english_beginnings(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the first sub-token of every function word: lower case or capitalised, with or without a space before."""
+    """Ids of the first token of every function word, in lower case and capitalized, with and without a space before."""
     forms = [space + form for word in _WORDS.split() for form in (word, word.capitalize()) for space in ("", " ")]
     return sorted({ids[0] for ids in tokenizer.encode_batch(forms) if ids})

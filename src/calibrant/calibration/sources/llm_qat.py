@@ -27,10 +27,11 @@ def generate_llm_qat(
     progress: Progress,
     provenance: dict[str, str],
 ) -> CalibrationSet:
-    """Texts that start from one random token, without BOS (arXiv 2305.17888, released code; methods.md §25).
+    """Let ``model`` write texts from one random token each, without BOS (arXiv 2305.17888 and its released code).
 
-    Starts are drawn from the vocabulary without special tokens; a row's first 3 to 5 tokens are the most likely ones,
-    then follows sampling with top-k 50. Where a text ends, the next one begins in the same row (ours).
+    Starts are drawn without replacement from the vocabulary without special tokens. A row is greedy up to its third,
+    fourth or fifth token, then sampled with top-k 50. Where a text ends, the next one begins in the same row (ours).
+    ``provenance`` is recorded in the manifest.
     """
     eligible = [i for i in sorted(tokenizer.hf.get_vocab().values()) if i not in tokenizer.special_ids]
     starts = make_rng(seed, "llm-qat", draw).permutation(eligible)

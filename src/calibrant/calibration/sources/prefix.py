@@ -33,19 +33,19 @@ def generate_from_prefixes(
     progress: Progress,
     provenance: dict[str, str],
 ) -> CalibrationSet:
-    """Texts that continue the first two tokens of real ones, of which the likeliest are kept (arXiv 2410.17711;
-    methods.md §26).
+    """Let ``model`` continue the first two tokens of real texts, BOS included, and keep the likeliest rows.
 
-    Temperature 0.6, top-p 0.95, top-k 50, repetition penalty 1.2. Of ``samples / percentile`` rows those strictly below
-    the ``percentile`` of perplexity are kept, in order. The perplexity is that of the tokens as they were written, at
-    temperature 1; the released code tokenizes the text again (ours).
+    Temperature 0.6, top-p 0.95, top-k 50, repetition penalty 1.2 (arXiv 2410.17711, released code). About
+    ``100 samples / percentile`` rows are written, and the first ``samples`` strictly below the ``percentile`` of
+    perplexity are kept. The perplexity is that of the tokens as written, at temperature 1 (ours; the released code
+    tokenizes the text again). ``provenance`` is recorded in the manifest.
 
     Raises:
-        CalibrantError: the corpus has fewer documents than rows are written.
+        CalibrantError: the corpus has fewer documents than rows are written, or too few rows are below the percentile.
     """
     rows = math.ceil(samples * 100 / percentile) + 1
-    begins = [tokenizer.hf.bos_token_id] if tokenizer.hf.bos_token_id is not None else []
-    prefixes = _prefixes(corpus, tokenizer, _PREFIX_TOKENS - len(begins))
+    bos = [tokenizer.hf.bos_token_id] if tokenizer.hf.bos_token_id is not None else []
+    prefixes = _prefixes(corpus, tokenizer, _PREFIX_TOKENS - len(bos))
     if len(prefixes) < rows * (draw + 1):
         raise CalibrantError(
             f"{corpus.location}: {len(prefixes)} documents, but draw {draw} of {samples} rows needs "
@@ -55,7 +55,7 @@ def generate_from_prefixes(
     uniforms = np.stack([make_rng(seed, "prefix", draw, row).random(length) for row in range(rows)])
 
     def beginning(row: int, text: int) -> list[int]:
-        return begins + prefixes[order[(draw * rows + row + text * rows) % len(order)]]
+        return bos + prefixes[order[(draw * rows + row + text * rows) % len(order)]]
 
     sampling = Sampling(
         torch.full((length,), _TEMPERATURE, dtype=torch.float64),
@@ -67,7 +67,7 @@ def generate_from_prefixes(
     losses = np.array(written.losses)
     kept = np.flatnonzero(losses < np.percentile(losses, percentile))[:samples]
     if len(kept) < samples:
-        raise CalibrantError(f"only {len(kept)} of {rows} rows lie below percentile {percentile:g}; raise it")
+        raise CalibrantError(f"only {len(kept)} of {rows} rows are below percentile {percentile:g}; raise `percentile`")
     manifest = Manifest(
         strategy="prefix",
         parameters={"percentile": percentile, "batch_size": batch_size, **compute_place(model)},
@@ -86,7 +86,7 @@ def generate_from_prefixes(
 
 
 def _prefixes(corpus: Corpus, tokenizer: Tokenizer, count: int) -> list[list[int]]:
-    """The first tokens of every document that has so many."""
+    """The first ``count`` tokens of every document with at least that many."""
     found = []
     for document in corpus:
         ids = tokenizer.encode(document.text[:200])[:count]

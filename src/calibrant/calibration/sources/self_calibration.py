@@ -1,4 +1,4 @@
-"""Self-calibration: the model writes its own calibration text from BOS alone (arXiv 2410.17170 §3; methods.md §24)."""
+"""Self-calibration: the model writes its own calibration text from BOS alone (arXiv 2410.17170 §3)."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,11 @@ FirstTokens = Literal["any", "english"]
 class TemperatureSchedule:
     """Temperatures of a generation: linear from ``initial`` to ``final`` over ``steps`` steps, then ``final``.
 
-    ``t_i = initial + (i / steps) (final - initial)`` for ``i <= steps`` (paper §3.2); ``steps = 0`` is constant.
+    ``t_i = initial + (i / steps) (final - initial)`` for ``1 <= i <= steps`` (arXiv 2410.17170 §3.2); with
+    ``steps = 0`` all are ``final``. Temperatures below 1e-4 take the most likely token (ours).
+
+    Raises:
+        CalibrantError: a number is negative or not finite.
     """
 
     initial: float = 1.0
@@ -32,7 +36,7 @@ class TemperatureSchedule:
 
     def __post_init__(self) -> None:
         if not (0 <= self.initial < math.inf and 0 <= self.final < math.inf and self.steps >= 0):
-            raise CalibrantError("temperatures must be finite, and like temperature steps not negative")
+            raise CalibrantError("temperatures must be finite and not negative, like temperature steps")
 
     def table(self, length: int) -> torch.Tensor:
         """Temperatures of steps 1 ... ``length`` as float64 ``[length]``."""
@@ -57,10 +61,10 @@ def generate_self_calibration(
 ) -> CalibrationSet:
     """Let ``model`` write ``samples`` rows of exactly ``length`` tokens.
 
-    A row starts with BOS; when the model writes EOS a new, independent generation begins with BOS in the same row
-    (EOS and BOS stay in the row and count), until the row is full. No top-k, top-p or penalty. ``first_tokens``
-    "english" restricts the first token of every generation to beginnings of English function words, as the paper does
-    for multilingual models (with another list of words). ``provenance`` is recorded in the manifest.
+    A row starts with BOS. After EOS a new, independent text begins with BOS in the same row, until the row is full; EOS
+    and BOS stay in the row and count (ours). There is no top-k, top-p or penalty. ``first_tokens`` "english" restricts
+    every text's first token to beginnings of English function words, as the paper does for multilingual models with
+    spaCy's stop words. ``provenance`` is recorded in the manifest.
     """
     uniforms = np.stack([make_rng(seed, "self", draw, row).random(length) for row in range(samples)])
     first_ids = torch.tensor(english_beginnings(tokenizer)) if first_tokens == "english" else None

@@ -1,4 +1,4 @@
-"""Rows of text that a model writes, many at a time, each row from its own random numbers."""
+"""Rows of text that a model writes in batches, each row from its own random numbers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from calibrant.modeling.decoding import Decoder, prepare_decoding
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
-# Below this a division would overflow the logits, and the distribution is a point mass anyway (ours).
+# Below this, the division would overflow the logits, and the distribution is a point mass anyway (ours).
 _ARGMAX_BELOW = 1e-4
 _BLOCK = 64
 
@@ -22,9 +22,13 @@ _BLOCK = 64
 class Sampling:
     """How the next token is drawn.
 
-    ``temperatures`` float64: entry ``i`` for the token at position ``i + 1`` of a text, 0 is the most likely token;
-    either ``[length]`` for all rows or ``[rows, length]``. ``first_ids`` are the only ids that may follow a text's
-    given beginning. ``top_k``, ``top_p`` and ``repetition_penalty`` as in transformers.
+    Attributes:
+        temperatures: float64, ``[length]`` for all rows or ``[rows, length]``. Entry ``i`` is for the token at position
+            ``i + 1`` of a text; 0 takes the most likely token.
+        first_ids: int64, the only ids that may follow a text's given beginning; None allows all.
+        top_k: as in transformers; None is off.
+        top_p: as in transformers; 1 is off.
+        repetition_penalty: as in transformers, over the row's current text; 1 is off.
     """
 
     temperatures: torch.Tensor
@@ -36,8 +40,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Written:
-    """``tokens`` int32 ``[rows, length]``; ``losses``: each row's mean negative log-likelihood (nats, temperature 1) of
-    the sampled tokens; ``generations`` that were begun.
+    """Rows that a model wrote.
+
+    Attributes:
+        tokens: int32 ``[rows, length]``.
+        losses: mean negative log-likelihood of each row's sampled tokens, in nats, at temperature 1.
+        generations: number of texts that were begun.
     """
 
     tokens: torch.Tensor
@@ -54,11 +62,20 @@ def write_rows(
     batch_size: int,
     progress: Progress,
 ) -> Written:
-    """Let ``model`` fill rows with texts: when one ends, the next begins in the same row and sees nothing of it.
+    """Let ``model`` fill rows with texts: where one ends, the next begins in the same row without seeing it.
 
-    ``uniforms`` ``[rows, length]`` in [0, 1) decide every draw, so a row does not depend on the batch it is written in,
-    up to the floating-point differences of matrix products of different size. ``beginning(row, n)`` gives the first
-    tokens (at least one) of the ``n``-th text of a row. ``model`` is for decoding only afterwards.
+    Args:
+        model: the writer; afterwards it can only decode.
+        tokenizer: names the ids that end a text, together with the model's generation settings.
+        uniforms: float64 ``[rows, length]`` in [0, 1). They decide every draw, so a row does not depend on its batch,
+            up to the floating-point differences of matrix products of different size.
+        beginning: ``beginning(row, n)`` gives the first tokens, at least one, of text ``n`` of a row.
+        sampling: how the other tokens are drawn.
+        batch_size: rows that are written at a time.
+        progress: receives the progress.
+
+    Raises:
+        CalibrantError: the model's logits are not finite, or its generation settings are unusable.
     """
     rows, length = uniforms.shape
     ends = torch.tensor(sorted(end_ids(model, tokenizer)), device=model.device)
@@ -102,8 +119,8 @@ class _Batch:
         self.texts = [0] * rows
         self.pending: dict[int, list[int]] = {}
         table = self.sampling.temperatures
-        mine = table[self.first_row : self.first_row + rows] if table.ndim == 2 else table.expand(rows, -1)
-        self.temperatures = mine.to(device)
+        own = table[self.first_row : self.first_row + rows] if table.ndim == 2 else table.expand(rows, -1)
+        self.temperatures = own.to(device)
         for row in range(rows):
             self._begin(row, 0)
 
@@ -154,7 +171,7 @@ class _Batch:
         return logits
 
     def _penalized(self, logits: torch.Tensor, column: int) -> torch.Tensor:
-        """Scores of the tokens of a row's present text divided by the penalty (multiplied where negative)."""
+        """Divide the logits of tokens in a row's current text by the penalty; multiply negative ones."""
         own = torch.arange(column, device=logits.device) >= (column - 1 - self.position)[:, None]
         seen = self.tokens[:, :column]
         scores = logits.gather(1, seen)
@@ -164,7 +181,7 @@ class _Batch:
 
 
 def _nucleus(logits: torch.Tensor, share: float, temperature: torch.Tensor) -> torch.Tensor:
-    """Only the most likely tokens that together reach ``share``."""
+    """Logits of the most likely tokens that together reach ``share``; all others are minus infinity."""
     order = logits.argsort(dim=-1, descending=True, stable=True)
     chances = torch.softmax(logits / temperature.clamp(min=_ARGMAX_BELOW).float(), -1).gather(1, order)
     beyond = chances.double().cumsum(-1) - chances >= share
@@ -175,31 +192,34 @@ def end_ids(model: transformers.PreTrainedModel, tokenizer: Tokenizer) -> set[in
     """Every id that ends a text: the tokenizer's EOS and those of the model's generation settings.
 
     Raises:
-        CalibrantError: the settings name something else than ids.
+        CalibrantError: an end in the settings is no id.
     """
     ends = {int(tokenizer.hf.eos_token_id)} if tokenizer.hf.eos_token_id is not None else set()
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
     if not all(isinstance(end, int) for end in listed):
-        raise CalibrantError(f"the model's generation settings name {configured!r} as eos_token_id, which is no id")
+        raise CalibrantError(f"the model's generation settings have {configured!r} as eos_token_id, which is no id")
     return ends | set(listed)
 
 
 def sample(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """One id a row by inverse distribution function.
+    """Draw one id per row by the inverse distribution function; int64 ``[rows]``.
 
-    ``logits`` float32 ``[rows, vocabulary]``; ``temperature`` and ``uniform`` float64 ``[rows]``.
+    ``logits`` are float32 ``[rows, vocabulary]``, ``temperature`` and ``uniform`` float64 ``[rows]``.
+
+    Raises:
+        CalibrantError: the logits are not finite.
     """
     greedy = temperature < _ARGMAX_BELOW
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].float()
-    # The sum runs over blocks first, then inside the one that is hit: a sixtieth of the additions in float64.
+    # Summing blocks first, then inside the block that is hit, saves all but a sixtieth of the float64 additions.
     shares = torch.softmax(scaled, dim=-1)
     if shares.shape[-1] % _BLOCK:
         shares = torch.nn.functional.pad(shares, (0, -shares.shape[-1] % _BLOCK))
     shares = shares.view(len(logits), -1, _BLOCK)
     blocks = shares.sum(-1).double().cumsum(-1)
     if not bool(torch.isfinite(blocks[:, -1]).all()):
-        raise CalibrantError("the model gives numbers that are not finite; compute in float32 or check its weights")
+        raise CalibrantError('the model\'s logits are not finite; use `dtype="float32"` or check its weights')
     threshold = (uniform * blocks[:, -1])[:, None]
     block = torch.searchsorted(blocks, threshold, right=True).clamp(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)

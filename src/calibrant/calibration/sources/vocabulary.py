@@ -1,4 +1,4 @@
-"""The vocabulary source: token ids drawn uniformly from the vocabulary (arXiv 2410.17170; methods.md §22)."""
+"""The vocabulary source: token ids drawn uniformly from the vocabulary (arXiv 2410.17170)."""
 
 import numpy as np
 import torch
