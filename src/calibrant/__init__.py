@@ -1,13 +1,13 @@
 """Calibration data and post-training compression for language models.
 
-``import calibrant as cb`` gives the whole public API; heavy libraries load when a function is first used.
+``import calibrant as cb`` gives the whole public API. Heavy libraries are imported when a function is first used.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from calibrant.version import __version__
 
-_HOMES = {
+_MODULES = {
     "CalibrantError": "calibrant.errors",
     "CalibrationSet": "calibrant.calibration.calibration_set",
     "Corpus": "calibrant.calibration.corpus",
@@ -56,6 +56,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'calibrant' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
