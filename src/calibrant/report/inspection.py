@@ -18,7 +18,7 @@ from calibrant.modeling.row_losses import row_losses
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress, Progress
-from calibrant.report.inspection_page import PAGE_MARK, InspectedSet, inspection_page
+from calibrant.report.inspection_page import PAGE_MARK, InspectedSet, check_chart_libraries, inspection_page
 
 # The page mark is within this many bytes from the start of a page.
 _PAGE_HEAD_BYTES = 500
@@ -104,11 +104,13 @@ def inspect_sets(
 
 
 def check_page(path: Path) -> None:
-    """Check that an inspection page may be written to ``path``.
+    """Check that an inspection page can be made and may be written to ``path``.
 
     Raises:
-        CalibrantError: the path is a folder or a file other than an inspection page, or its parent folder is missing.
+        CalibrantError: the extra ``report`` is not installed, the path is a folder or a file other than an inspection
+            page, or its parent folder is missing.
     """
+    check_chart_libraries()
     if path.is_dir() or (path.exists() and PAGE_MARK.encode() not in path.read_bytes()[:_PAGE_HEAD_BYTES]):
         raise CalibrantError(f"{path}: exists and is not an inspection page; choose another file")
     if not path.absolute().parent.is_dir():

@@ -8,6 +8,7 @@ import jinja2
 import numpy as np
 
 from calibrant.calibration.text_statistics import RowNumbers, SetStatistics
+from calibrant.errors import CalibrantError
 
 _SAMPLES = 5
 _SAMPLE_CHARACTERS = 1500
@@ -40,6 +41,7 @@ def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) ->
     Raises:
         CalibrantError: the extra ``report`` is not installed.
     """
+    check_chart_libraries()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("calibrant.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -55,9 +57,22 @@ def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) ->
     )
 
 
+def check_chart_libraries() -> None:
+    """Check that the libraries that draw charts are installed.
+
+    Raises:
+        CalibrantError: the extra ``report`` is not installed.
+    """
+    try:
+        import altair  # noqa: F401
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise CalibrantError("the inspection page needs the extra: pip install 'calibrant[report]'") from error
+
+
 def _charts(sets: list[InspectedSet]) -> dict[str, str]:
     """Charts as SVG, by name."""
-    import altair as alt  # heavy, and only pages need it
+    import altair as alt  # slow to import, and only pages need it
 
     curves = {
         "rank": (_rank_rows(sets), "rank", "frequency", alt.Scale(type="log")),
