@@ -47,7 +47,7 @@ def test_blocks_and_groups_are_found_and_blocks_replay(model_folder, architectur
             structures.append([described(stage) for stage in kept.stages])
             assert structure.unseen == ()
             batches[0].hidden = call_block(block, index, batches[0])
-    # Falcon's parallel attention and some others reach an equal tensor in another order; the groups are what counts.
+    # Only the groups count: parallel attention (Falcon and others) reads equal tensors in another order.
     assert structures == [EXPECTED[architecture]] * 2
 
     whole = type(ARCHITECTURES[architecture]()).from_pretrained(folder.path).eval()
@@ -59,7 +59,7 @@ def test_blocks_and_groups_are_found_and_blocks_replay(model_folder, architectur
     torch.testing.assert_close(batches[0].hidden, last, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_of_the_blocks_is_loaded_before_it_is_needed(model_folder) -> None:
+def test_weights_of_blocks_are_loaded_only_when_needed(model_folder) -> None:
     model = LazyModel(ModelFolder(model_folder("llama")), torch.float32, torch.device("cpu"))
     assert all(parameter.device.type == "meta" for parameter in model.module.parameters())
     with model.loaded("model.layers.1") as block:

@@ -53,7 +53,7 @@ def _verify(path: Path, sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> No
         for name, (total, tokens) in sums.items()
     )
     if not same:
-        raise CalibrantError(f"{path}: is not what was measured; the disk may be failing")
+        raise CalibrantError(f"{path}: differs from what was measured; the disk may be failing")
 
 
 def gguf_names(model_type: str, blocks: int, modules: list[str]) -> dict[str, list[str]]:

@@ -212,7 +212,7 @@ def _tensor_table(path: Path) -> dict[str, TensorInfo]:
         except (OSError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CalibrantError(f"{file}: not a readable safetensors file ({first_line(error)})") from error
     if not table:
-        raise CalibrantError(f"{path}: its safetensors hold no tensor")
+        raise CalibrantError(f"{path}: its safetensors files contain no tensor")
     if set(weight_map) - set(table):
         missing = sorted(set(weight_map) - set(table))[0]
         raise CalibrantError(f"{index}: names tensor {missing}, which is in no shard")

@@ -105,7 +105,7 @@ class LazyModel:
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
-            weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]  # transformers declares a list type of its own
+            weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]  # typed for one subclass of rules
         )
         with quietly():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, settings)

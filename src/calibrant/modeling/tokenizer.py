@@ -34,7 +34,7 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         self._folder = folder = Path(folder)
         if not folder.is_dir():
-            raise CalibrantError(f"{folder}: no such folder, name the folder that holds the model's tokenizer")
+            raise CalibrantError(f"{folder}: no such folder, name the folder that contains the model's tokenizer")
         try:
             self.hf: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
