@@ -39,7 +39,7 @@ class Gptq:
             "quant_method": "gptq",
             "bits": layout.stored_bits,
             "group_size": layout.group_size or -1,
-            "desc_act": False,  # columns stay in order, even if the solver visited them in another
+            "desc_act": False,  # columns stay in order, even if the solver used another order
             "sym": layout.symmetric,
             "lm_head": False,
             "checkpoint_format": "gptq",
