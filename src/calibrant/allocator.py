@@ -1,21 +1,21 @@
-"""Keeping the C library's heap from holding on to memory that long runs of large tensors free.
+"""glibc's heap, tuned so that long runs of large tensors do not accumulate freed memory.
 
-On glibc, blocks under a threshold that grows with use come from one heap, where a freed activation leaves a hole that
-the next, slightly larger one cannot use, and peak memory ends far above what is in use. A mapping of its
-own for every large block would cost a page fault for each 4 KiB; so blocks stay on the heap up to the largest threshold
-there is, and the run returns what was freed where it waits anyway. Elsewhere these functions do nothing.
+glibc allocates blocks below a threshold that grows with use from one heap. A freed activation leaves a hole there that
+the next, slightly larger one cannot use, and peak memory ends far above the memory in use. A separate mapping for every
+large block would cost a page fault per 4 KiB, so blocks stay on the heap up to glibc's largest threshold, and the run
+returns freed memory at points where it waits anyway. Without glibc these functions do nothing.
 """
 
 import ctypes
 import platform
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's parameter numbers
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # parameter numbers of mallopt
 _LARGE_BYTES, _KEPT_BYTES = 32 << 20, 64 << 20
 _GLIBC = platform.libc_ver()[0] == "glibc"
 
 
 def map_large_blocks() -> None:
-    """From now on give each block of 32 MiB or more its own mapping, which is returned when it is freed."""
+    """Give each later block of 32 MiB or more a separate mapping, which returns to the system when it is freed."""
     if _GLIBC:
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
@@ -23,6 +23,6 @@ def map_large_blocks() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give freed pages of the heap back to the system."""
+    """Return freed pages of the heap to the system."""
     if _GLIBC:
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Timing of the stages of a run."""
 
 import time
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds by stage; a stage entered inside another is taken out of the outer one."""
+    """Seconds per stage; the time of a nested stage does not count for the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -15,7 +15,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time inside the context as ``name``."""
+        """Count the time spent in the context for stage ``name``."""
         self._charge()
         self._running.append(name)
         try:

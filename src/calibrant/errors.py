@@ -1,15 +1,16 @@
-"""The one exception a user is meant to see."""
+"""The only exception that users should see."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library said, or the name of its error where it said nothing."""
+    """First line of an error's message, or the name of its class if the message is empty."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 class CalibrantError(Exception):
-    """A problem the user can mend.
+    """A problem that the user can fix.
 
-    The message is one sentence that names the file, line or option, what was expected and what to do.
-    The command line prints it and exits with status 2.
+    The message is one sentence: the file, line or parameter, the problem, and the fix. Messages name parameters of the
+    Python API in single backticks, for example "`overwrite=True` replaces it", and never options of the command line.
+    The command line translates parameters in backticks into its options, prints the message and exits with status 2.
     """

@@ -1,4 +1,4 @@
-"""Content hashes and canonical JSON: the identity of everything that is recorded."""
+"""Content hashes and canonical JSON, which identify everything that is recorded."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Output folders and files that appear whole or not at all."""
+"""Output folders and files that appear complete or not at all."""
 
 import errno
 import os
@@ -11,15 +11,17 @@ from safetensors import SafetensorError
 
 from calibrant.errors import CalibrantError
 
-# A file that every finished output holds: a compressed model's, a calibration set's.
-_MARKS = ("calibrant.json", "manifest.json")
+# Every finished output contains one of these: a compressed model the first, a calibration set the second.
+_OUTPUT_MARKERS = ("calibrant.json", "manifest.json")
 
 
 def check_output(target: str | Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> Path:
-    """The output path, if something may be written there; ``inputs`` are what is read and must survive.
+    """Return ``target`` as a path if an output may be written there.
+
+    ``inputs`` are the paths that the run reads; the output must not replace them.
 
     Raises:
-        CalibrantError: it exists (and is not to be replaced), holds an input, or its parent is not a folder.
+        CalibrantError: the target exists and must not be replaced, contains an input, or cannot be created.
     """
     path = Path(target)
     for place in inputs:
@@ -42,20 +44,20 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise CalibrantError(f"{path}: exists and is not empty; choose another output or pass --overwrite")
-    if not any((path / mark).is_file() for mark in _MARKS):
+        raise CalibrantError(f"{path}: exists and is not empty; choose another output, or `overwrite=True` replaces it")
+    if not any((path / marker).is_file() for marker in _OUTPUT_MARKERS):
         raise CalibrantError(f"{path}: is no earlier output of Calibrant, so it is not replaced; choose another output")
 
 
 @contextmanager
 def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside ``target`` to write into; renamed to ``target`` at the end, removed on any failure.
+    """Yield a temporary folder next to ``target``; rename it to ``target`` at the end, remove it on any failure.
 
-    What lies at ``target`` by then is replaced only with ``overwrite`` and only if it is an earlier output; it is moved
-    aside first, so that there is a whole folder at every moment.
+    A folder that exists at ``target`` by then is replaced only with ``overwrite`` and only if it is an earlier output.
+    It is moved aside first, so that a complete folder exists at every moment.
 
     Raises:
-        CalibrantError: the disk is full, the place cannot be written or may not be replaced.
+        CalibrantError: the disk is full, or the target cannot be written or must not be replaced.
     """
     staging = target.absolute().parent / f".{target.absolute().name}.{os.getpid()}.partial"
     try:
@@ -77,10 +79,10 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A file beside ``target`` to write to, put in its place at the end and removed on any failure.
+    """Yield a temporary path next to ``target``; rename it to ``target`` at the end, remove it on any failure.
 
     Raises:
-        CalibrantError: the disk is full or the place cannot be written.
+        CalibrantError: the disk is full or the target cannot be written.
     """
     staging = target.absolute().parent / f".{target.absolute().name}.{os.getpid()}.partial"
     try:

@@ -1,4 +1,4 @@
-"""How long work reports where it is, without knowing who listens."""
+"""Progress reports of long operations, independent of how they are shown."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -6,20 +6,20 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One running piece of work."""
+    """One running operation."""
 
     def advance(self, steps: int = 1) -> None:
-        """Count ``steps`` more as done."""
+        """Mark ``steps`` further steps as done."""
 
 
 class Progress(Protocol):
-    """Receiver of progress; the command line draws bars, a library call may pass nothing."""
+    """Receiver of progress reports; the command line draws bars."""
 
     def task(self, label: str, total: int | None) -> AbstractContextManager[Task]:
-        """Open a task of ``total`` steps, or None where nobody knows how many; used as a context manager."""
+        """Context manager around a task of ``total`` steps, None if the number is unknown."""
 
     def note(self, text: str) -> None:
-        """Say one line that the user should see."""
+        """Show one line to the user."""
 
 
 class _NoTask:
@@ -28,7 +28,7 @@ class _NoTask:
 
 
 class NoProgress:
-    """Progress that goes nowhere."""
+    """Discards all progress reports."""
 
     @contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:

@@ -1,4 +1,4 @@
-"""What every part of a recipe is: read from a file that people write, and refused rather than guessed at."""
+"""Base class of all parts of a recipe, which rejects invalid values instead of converting them."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Strict(BaseModel):
-    """A part of a recipe: no key that it does not know, no true or false as a number, nothing that changes."""
+    """Immutable model that rejects unknown keys, infinite numbers and booleans in place of numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _no_truth_as_number(cls, values: Any) -> Any:
+    def _reject_booleans_as_numbers(cls, values: Any) -> Any:
         fields = cls.model_fields
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, bool) and name in fields and fields[name].annotation is not bool:

@@ -402,7 +402,7 @@ def test_a_folder_that_appears_during_the_run_is_kept(tmp_path: Path) -> None:
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "precious.txt").write_text("")
 
-    with pytest.raises(CalibrantError, match="--overwrite"):
+    with pytest.raises(CalibrantError, match="`overwrite=True` replaces it"):
         interrupted()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious.txt"]
 

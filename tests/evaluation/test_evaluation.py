@@ -48,7 +48,7 @@ def test_a_model_does_not_diverge_from_itself(llama: Path, text: Path) -> None:
 
 
 def test_divergence_equals_its_definition(model_folder, llama: Path, text: Path) -> None:
-    """Against a model with scaled logits, in float64."""
+    """Computed in float64, for two different models."""
     original = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
     other = transformers.AutoModelForCausalLM.from_pretrained(model_folder("mistral")).eval()
     text_windows = evaluation_windows(Corpus(text), Tokenizer(llama), 32, 5)

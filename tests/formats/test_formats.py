@@ -64,7 +64,7 @@ def parts() -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(("limit", "files"), [(1 << 30, 1), (24, 3), (1, 4)])
-def test_parts_become_files_that_hold_the_same(tmp_path: Path, limit: int, files: int) -> None:
+def test_parts_become_files_with_the_same_tensors(tmp_path: Path, limit: int, files: int) -> None:
     writer = ShardWriter(tmp_path, {"format": "pt"}, limit)
     for part in parts():
         writer.write_part(part)

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints: the words that other readers expect, and whole models written and opened again."""
+"""GPTQ and AWQ checkpoints: the packed words that other readers expect, and round trips of complete models."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def random_codes(bits: int, symmetric: bool, rows: int = 16, columns: int = 32, 
 
 
 def test_awq_words_are_the_documented_ones() -> None:
-    """A word whose columns hold their own index, and the zeros of a symmetric model."""
+    """A word whose columns contain their index, and the zero points of a symmetric model."""
     codes = (torch.arange(8, dtype=torch.int8) - 8)[:, None].expand(8, 8).contiguous()
     written = format_for(Layout(4, True, 8, None, "awq")).write(
         Codes(codes, torch.ones(8, 1).half(), torch.zeros(8, 1, dtype=torch.int8)), Layout(4, True, 8, None, "awq")
@@ -47,7 +47,7 @@ def test_awq_words_are_the_documented_ones() -> None:
     assert written["qweight"].shape == (8, 1)
 
 
-def test_gptq_zeros_of_a_symmetric_model_are_stored_less_one() -> None:
+def test_gptq_stores_zero_points_minus_one() -> None:
     layout = Layout(4, True, 8, None, "gptq")
     written = format_for(layout).write(random_codes(4, True), layout)
     assert hexadecimal(written["qzeros"]) == {"0x77777777"}
@@ -58,7 +58,7 @@ def test_gptq_zeros_of_a_symmetric_model_are_stored_less_one() -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gptq_is_unpacked_as_its_reference_does(bits: int) -> None:
-    """Shifts of every word along the inputs, zeros along the outputs plus one, in plain numpy."""
+    """The reference in numpy: weights packed along the inputs, zero points minus one along the outputs."""
     layout = Layout(bits, True, 8, None, "gptq")
     codes = random_codes(bits, True)
     written = {name: tensor.numpy() for name, tensor in format_for(layout).write(codes, layout).items()}
@@ -97,7 +97,7 @@ def recipe(bits: int, symmetric: bool, **fields: object) -> Recipe:
 def test_a_whole_model_is_the_same_in_every_format(
     tmp_path: Path, checkpoint_format, bits: int, symmetric: bool
 ) -> None:
-    """A float16 model has scales of one dtype in all formats, so the weights must be equal, and the logits."""
+    """Scales of a float16 model have the same dtype in all formats, so weights and logits must be equal."""
     model = write_model(tmp_path / "model", "llama", torch.float16)
     chosen, made = recipe(bits, symmetric, ignore=["layers.1.mlp.up_proj"]), random_set(model)
     for name in ("compressed-tensors", checkpoint_format):
@@ -125,7 +125,7 @@ def test_a_whole_model_is_the_same_in_every_format(
 
 
 def test_gptq_of_version_two_is_read(tmp_path: Path) -> None:
-    """Version 2 stores the zeros as they are."""
+    """Version 2 stores zero points as they are."""
     codes, layout = random_codes(4, True), Layout(4, True, 8, None, "gptq")
     tensors = {f"layer.{name}": value for name, value in format_for(layout).write(codes, layout).items()}
     one = dense_weights(tensors, tensors.__getitem__, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"})
@@ -139,7 +139,7 @@ def test_gptq_of_version_two_is_read(tmp_path: Path) -> None:
 
 
 def test_gptq_of_three_bits_is_read() -> None:
-    """Of 32 values ten, one across, ten, one across and ten lie in three words."""
+    """Three words contain 32 values: ten, one across the border, ten, one across the border, ten."""
     generator = torch.Generator().manual_seed(3)
 
     def packed(values: list[int]) -> list[int]:
@@ -167,7 +167,7 @@ def test_gptq_of_three_bits_is_read() -> None:
 
 
 def stored(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """One linear in that format, and the settings in its config."""
+    """A linear in the format ``kind``, and its settings in ``config.json``."""
     codes, layout = random_codes(4, True), Layout(4, True, 8, None, kind)
     tensors = {f"layer.{name}": value for name, value in format_for(layout).write(codes, layout).items()}
     return tensors, {"quant_method": kind, "bits": 4}
@@ -220,7 +220,7 @@ def test_weights_that_float16_scales_cannot_hold_are_refused(
     with pytest.raises(CalibrantError, match=f"{name}: its weights are {said}"):
         cb.compress(model, output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    cb.compress(model, output=tmp_path / "out", recipe=options["recipe"])  # float32 scales hold them
+    cb.compress(model, output=tmp_path / "out", recipe=options["recipe"])  # float32 scales can represent them
 
 
 @pytest.mark.parametrize(("checkpoint_format", "chosen", "said"), [

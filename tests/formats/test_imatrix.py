@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrix: the sums are those of the original model's inputs, the file is as its readers want."""
+"""llama.cpp's importance matrix: sums of the original model's squared inputs, in the layout that readers expect."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     return fields, {tensor.name: tensor.data for tensor in reader.tensors}
 
 
-def test_it_holds_the_sums_of_squared_inputs(llama: Path, tmp_path: Path) -> None:
+def test_the_file_contains_the_sums_of_squared_inputs(llama: Path, tmp_path: Path) -> None:
     calibration = random_set(llama)
     layers = cb.write_importance_matrix(llama, calibration=calibration, output=tmp_path / "i.gguf", dtype="float32")
     fields, tensors = read(tmp_path / "i.gguf")
@@ -61,7 +61,7 @@ def test_the_same_command_gives_the_same_bytes_and_replaces_only_when_asked(llam
     assert [path.name for path in tmp_path.iterdir()] == ["i.gguf"]
 
 
-def test_a_file_that_does_not_hold_what_was_measured_is_refused(
+def test_a_file_that_differs_from_the_measurement_is_refused(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong(gguf.GGUFReader):
@@ -70,12 +70,12 @@ def test_a_file_that_does_not_hold_what_was_measured_is_refused(
             self.tensors[0].data[:] += 1
 
     monkeypatch.setattr(gguf, "GGUFReader", Wrong)
-    with pytest.raises(CalibrantError, match="is not what was measured"):
+    with pytest.raises(CalibrantError, match="differs from what was measured"):
         cb.write_importance_matrix(llama, calibration=random_set(llama), output=tmp_path / "i.gguf")
     assert not list(tmp_path.iterdir())
 
 
-def test_names_of_kinds_that_the_two_spell_differently() -> None:
+def test_names_of_model_types_that_llama_cpp_spells_differently() -> None:
     module = "gpt_neox.layers.0.mlp.dense_h_to_4h"
     assert gguf_names("gpt_neox", 1, [module])[module] == ["blk.0.ffn_up.weight"]
 
@@ -107,7 +107,7 @@ def test_experts_have_the_sums_of_the_tokens_sent_to_them(model_folder, tmp_path
             assert tensors[f"blk.1.ffn_{name}_exps.weight.counts"][expert].tolist() == [len(mine)]
 
 
-def test_experts_of_a_kind_whose_gates_and_ups_stay_together_have_one_name() -> None:
+def test_experts_whose_gates_and_ups_stay_fused_have_one_name() -> None:
     module = "model.layers.0.experts.gate_up_proj"
     assert gguf_names("gemma4", 1, [module])[module] == ["blk.0.ffn_gate_up_exps.weight"]
 

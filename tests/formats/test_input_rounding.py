@@ -1,4 +1,4 @@
-"""Int8 inputs of models whose layers no quantized format holds: stored beside dense weights and computed with."""
+"""Int8 inputs of models whose layers no quantized format supports: stored beside dense weights, applied on loading."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.conftest import random_set
 
 STATIC = {"bits": 8, "dynamic": False}
 DYNAMIC = {"bits": 8}
-# Descriptions that no run wrote, and what is said of them.
+# Damaged files, and the message about each.
 OTHERS = (
     ('{"bits": 8, "linears": []}', "damaged"),
     ('{"bits": 4, "linears": {}}', "bits are 4"),
@@ -40,7 +40,7 @@ def w8a8(activations: dict[str, Any], **others: Any) -> Recipe:
 
 
 def by_hand(inputs: torch.Tensor, grid: tuple[float, int] | None) -> torch.Tensor:
-    """What integer inputs stand for, in float64."""
+    """The inputs rounded to their grid, in float64."""
     exact = inputs.double()
     if grid is None:
         scale, zero_point = exact.abs().amax(-1, keepdim=True) / 127.5, 0
@@ -66,7 +66,7 @@ def test_inputs_are_rounded_as_described(
     given: dict[str, torch.Tensor] = {}
     read: dict[str, torch.Tensor] = {}
     for name in grids:
-        # Before the rounding, and what came of it.
+        # Inputs before and after rounding.
         module = ours.get_submodule(name)
         module.register_forward_pre_hook(lambda _, args, n=name: given.update({n: args[0]}), prepend=True)
         module.register_forward_hook(lambda _, args, __, n=name: read.update({n: args[0]}))
@@ -74,7 +74,7 @@ def test_inputs_are_rounded_as_described(
         rounded, unrounded = ours(input_ids=ids).logits, plain(input_ids=ids).logits
     for name, grid in grids.items():
         apart = (read[name].double() - by_hand(given[name], grid)).abs()
-        # Halves may be rounded otherwise in float32: a step at most, and few of them.
+        # float32 may round a few values near one half by one step the other way.
         assert float((apart > 1e-5).double().mean()) < 0.01
         assert float((apart / given[name].abs().amax()).max()) < 1 / 32
         assert not torch.equal(read[name], given[name])
@@ -99,7 +99,7 @@ def test_evaluation_sees_what_training_saw(
     assert divergence == pytest.approx(found["held_out"][str(found["best"])], rel=1e-3)
 
 
-def test_such_a_model_is_no_start_and_its_description_is_checked(model_folder, tmp_path: Path) -> None:
+def test_such_a_model_is_not_compressed_again_and_its_file_is_checked(model_folder, tmp_path: Path) -> None:
     gpt2, output = model_folder("gpt2"), tmp_path / "out"
     cb.compress(gpt2, output=output, recipe=w8a8(DYNAMIC), calibration=random_set(gpt2))
     with pytest.raises(CalibrantError, match="quantized already"):
@@ -119,7 +119,7 @@ def test_fused_experts_do_not_go_with_int8_inputs(model_folder, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("wrong", [{"transformer.h.0.attn.c_attn": None}, {}])
-def test_a_description_that_was_not_written_as_solved_fails_the_run(
+def test_a_file_that_differs_from_the_solution_fails_the_run(
     model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, None]
 ) -> None:
     def damaged(folder: Path, grids: object) -> None:
@@ -132,7 +132,7 @@ def test_a_description_that_was_not_written_as_solved_fails_the_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_ignored_layers_read_what_they_are_given(model_folder, tmp_path: Path) -> None:
+def test_inputs_of_ignored_layers_are_not_rounded(model_folder, tmp_path: Path) -> None:
     gpt2, output = model_folder("gpt2"), tmp_path / "out"
     chosen = w8a8(DYNAMIC, ignore=["c_fc"])
     cb.compress(gpt2, output=output, recipe=chosen, calibration=random_set(gpt2))

@@ -1,4 +1,4 @@
-"""Decoding step by step: what a decoder gives is what a forward over the whole row gives, on every path."""
+"""Decoding step by step gives the logits of a forward pass over the whole row, on every path."""
 
 from itertools import pairwise
 
@@ -38,7 +38,7 @@ def model_of(architecture: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def steps(decoder, tokens: torch.Tensor, restarts: dict[int, int]) -> torch.Tensor:
-    """Logits of every step; row ``r`` starts over at step ``restarts[r]``."""
+    """Logits of every step; row ``r`` restarts at step ``restarts[r]``."""
     positions = torch.zeros(len(tokens), dtype=torch.long)
     logits = []
     for step in range(tokens.shape[1]):
@@ -54,7 +54,7 @@ def steps(decoder, tokens: torch.Tensor, restarts: dict[int, int]) -> torch.Tens
 @torch.inference_mode()
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_every_step_gives_what_a_whole_forward_gives(architecture: str) -> None:
-    """With rows that start over at different steps; sliding windows (Gemma 3) are shorter than the text."""
+    """Rows restart at different steps; the sliding window of Gemma 3 is shorter than the text."""
     tokens = torch.randint(4, 100, (ROWS, STEPS), generator=torch.Generator().manual_seed(0))
     restarts = {1: 7, 3: 22}
     model = model_of(architecture, torch.bfloat16)
@@ -97,7 +97,7 @@ def test_a_model_that_the_fast_path_does_not_fit_is_left_as_it_was() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sampled_tokens_follow_the_models_distribution(dtype: torch.dtype) -> None:
-    """Thousands of short texts against as many that plain forwards and torch's own sampling give: chi-square."""
+    """Chi-square test of thousands of short texts against as many from plain forward passes and torch.multinomial."""
     rows, length = 4000, 4
     plain = model_of("llama", dtype)
     reference = torch.ones(rows, 1, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Scales move only where they leave the block's function alone."""
+"""Scales move only where the block's function stays the same."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Recorded calls on fewer rows."""
+"""Recorded module calls, repeated on fewer rows."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from calibrant.modeling.module_call import ModuleCall
 
 
 class _Mixed(nn.Module):
-    """Adds a tensor of the batch's rows, and with ``mixing`` every row's mean over the batch."""
+    """Scales and shifts each row; with ``mixing`` also subtracts the mean over the batch."""
 
     def __init__(self, mixing: bool) -> None:
         super().__init__()

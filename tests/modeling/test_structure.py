@@ -1,15 +1,11 @@
 import pytest
 import torch
 
-from calibrant.clock import Clock
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.entry import enter_blocks
+from calibrant.modeling.entry import cast, enter_blocks
 from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import Experts, InputGroup, find_blocks
-from calibrant.pipeline.record import Settings
-from calibrant.pipeline.run import _opened
-from calibrant.recipes.make_plan import make_plan
+from calibrant.modeling.structure import Experts, InputGroup, find_blocks, probe_block
 from calibrant.recipes.recipe import load_recipe
 from tests.conftest import ARCHITECTURES, random_set
 
@@ -41,18 +37,17 @@ def test_blocks_and_groups_are_found_and_blocks_replay(model_folder, architectur
     model = LazyModel(folder, torch.float32, torch.device("cpu"))
     blocks = find_blocks(model.module)
     assert len(blocks) == 2
-    plan = make_plan(model, blocks, load_recipe("wanda-2:4"))
-    settings = Settings(torch.float32, torch.device("cpu"))
-    probe, batches = enter_blocks(
-        model, plan.blocks, random_set(), settings.dtype, settings.device, settings.micro_batch_tokens
-    )
-    structures = []
-    for index in range(2):
-        with _opened(model, plan, index, probe, batches, settings, Clock(), []) as (solver, structure, _):
-            structures.append([described(stage) for stage in structure.stages])
+    probe, batches = enter_blocks(model, blocks, random_set(), torch.float32, torch.device("cpu"), 2048)
+    recipe, structures = load_recipe("wanda-2:4"), []
+    for index, name in enumerate(blocks):
+        with model.loaded(name) as block, torch.inference_mode():
+            cast(block, torch.float32, copy=True)
+            structure = probe_block(block, index, probe)
+            kept = structure.without(lambda linear, block=name: recipe.ignores(f"{block}.{linear}"))
+            structures.append([described(stage) for stage in kept.stages])
             assert structure.unseen == ()
-            batches[0].hidden = call_block(solver.block, index, batches[0])
-    # Falcon's parallel attention and some others reach an equal tensor in another order; the groups are what counts.
+            batches[0].hidden = call_block(block, index, batches[0])
+    # Only the groups count: parallel attention (Falcon and others) reads equal tensors in another order.
     assert structures == [EXPECTED[architecture]] * 2
 
     whole = type(ARCHITECTURES[architecture]()).from_pretrained(folder.path).eval()
@@ -64,7 +59,7 @@ def test_blocks_and_groups_are_found_and_blocks_replay(model_folder, architectur
     torch.testing.assert_close(batches[0].hidden, last, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_of_the_blocks_is_loaded_before_it_is_needed(model_folder) -> None:
+def test_weights_of_blocks_are_loaded_only_when_needed(model_folder) -> None:
     model = LazyModel(ModelFolder(model_folder("llama")), torch.float32, torch.device("cpu"))
     assert all(parameter.device.type == "meta" for parameter in model.module.parameters())
     with model.loaded("model.layers.1") as block:

@@ -1,4 +1,4 @@
-"""Perplexity, and how far a model's next-token distributions are from the original's on the same tokens."""
+"""Perplexity of a model and divergence of its next-token distributions from the original model's."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,17 @@ import transformers
 from calibrant.evaluation.text import EvaluationText
 from calibrant.progress import Progress
 
-# Positions whose distributions are held at a time: vocabulary x positions x 8 bytes, twice.
-_POSITIONS = 128
+# Positions compared at a time; their distributions need 2 x 8 bytes x vocabulary x positions.
+_POSITIONS_AT_ONCE = 128
 _PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``exp`` of the mean negative log-likelihood; a 95 % interval over windows (Student's t), None for one window."""
+    """``exp`` of the mean negative log-likelihood in nats, with a 95 % interval over windows (Student's t).
+
+    The interval is None for a single window.
+    """
 
     value: float
     low: float | None
@@ -26,12 +29,12 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The compressed model against the original, over all predicted tokens.
+    """Divergence of the compressed model from the original over all predicted tokens (llama.cpp's measures).
 
-    ``kl_mean`` is the mean of ``KL(original || compressed)`` in nats and ``kl_standard_error`` its standard error over
-    windows, since tokens of one window are not independent (ours). ``same_top`` is the share of tokens with the same
-    most likely next token. ``log_ratio`` is ``log(ppl compressed / ppl original)``, paired by window, with its 95 %
-    interval. What needs two windows is None for one.
+    ``kl_mean`` is the mean of ``KL(original || compressed)`` in nats. Standard errors are over windows, since tokens of
+    one window are not independent (ours). ``same_top`` is the share of positions where both models have the same most
+    likely next token. ``log_ratio`` is ``log(ppl compressed / ppl original)``, paired by window, with a 95 % interval.
+    Standard errors and intervals are None for a single window.
     """
 
     kl_mean: float
@@ -49,8 +52,8 @@ class Divergence:
 class Evaluation:
     """Results of one model.
 
-    ``tokens_dropped`` of the text fell into no window that was used; ``original`` and ``divergence`` are None if the
-    model was compared with nothing.
+    ``tokens`` is the number of predicted tokens, ``tokens_dropped`` that of the text's tokens outside the windows used.
+    ``original`` and ``divergence`` are None if there was no original to compare with.
     """
 
     windows: int
@@ -68,7 +71,7 @@ def evaluate_models(
     text: EvaluationText,
     progress: Progress,
 ) -> Evaluation:
-    """Run both models over the windows of ``text``, one at a time, in float32 statistics."""
+    """Run both models over the windows of ``text``, one window at a time; statistics are float32."""
     windows = text.windows
     losses, original_losses, divergences, agreements = [], [], [], []
     with progress.task("evaluating", len(windows)) as task, torch.inference_mode():
@@ -97,11 +100,14 @@ def evaluate_models(
 def _compare(
     logits: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor
 ) -> tuple[float, float, np.ndarray, np.ndarray]:
-    """Mean losses of one window, and KL and top agreement of every position."""
+    """Mean loss of both models over one window; KL and top-token agreement of each position, ``[1, positions]``.
+
+    ``logits`` and ``reference`` are ``[positions, vocabulary]``, ``targets`` int64 ``[positions]``.
+    """
     loss = reference_loss = 0.0
     divergences, agreements = [], []
-    for begin in range(0, len(targets), _POSITIONS):
-        part = slice(begin, begin + _POSITIONS)
+    for begin in range(0, len(targets), _POSITIONS_AT_ONCE):
+        part = slice(begin, begin + _POSITIONS_AT_ONCE)
         target = targets[part, None]
         log_q = torch.log_softmax(logits[part].float(), dim=-1)
         loss -= float(log_q.gather(1, target).double().sum())
@@ -117,8 +123,8 @@ def _compare(
 
 
 def _half_width(values: np.ndarray) -> float | None:
-    """Half the 95 % interval of the mean of one value a window."""
-    from scipy import stats  # heavy, and only evaluation needs it
+    """Half the width of the 95 % interval of the mean; ``values`` has one element per window."""
+    from scipy import stats  # slow to import, and only evaluation needs it
 
     error = _standard_error(values)
     return None if error is None else float(stats.t.ppf(0.975, len(values) - 1)) * error
@@ -136,7 +142,7 @@ def _perplexity(losses: np.ndarray) -> Perplexity:
 
 
 def _exp(value: float) -> float:
-    """Clamped, so that a broken model gives a huge number and not an overflow."""
+    """Exponential with a clamped argument, so that a broken model gives a huge number instead of an overflow."""
     return math.exp(min(value, 700.0))
 
 

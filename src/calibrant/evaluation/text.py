@@ -1,4 +1,4 @@
-"""Fixed token windows of a text, the same for every model that shares the tokenizer."""
+"""Fixed token windows of a text, the same for all models with the same tokenizer."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from calibrant.modeling.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """``windows`` int64 ``[n, length]``, and what of the text was left out."""
+    """``windows`` int64 ``[n, length]``, and the numbers of tokens in the text and outside the windows."""
 
     windows: torch.Tensor
     tokens_found: int
@@ -19,9 +19,10 @@ class EvaluationText:
 
 
 def evaluation_windows(corpus: Corpus, tokenizer: Tokenizer, length: int, limit: int | None) -> EvaluationText:
-    """Join the documents with blank lines, tokenize once, cut windows without overlap; the rest is dropped and counted.
+    """Join the documents with blank lines, tokenize them once and cut windows of ``length`` tokens without overlap.
 
-    A tokenizer that begins texts with BOS gets one at the start of every window, in the place of a text token's slot.
+    At most ``limit`` windows are used. Where the tokenizer begins texts with BOS, every window begins with BOS and
+    contains one text token less.
 
     Raises:
         CalibrantError: the text is shorter than one window.
@@ -33,7 +34,7 @@ def evaluation_windows(corpus: Corpus, tokenizer: Tokenizer, length: int, limit:
     if count == 0:
         raise CalibrantError(
             f"{corpus.location}: {len(ids)} tokens of text, fewer than one window of {length}; "
-            "give more text or a shorter --length"
+            "give more text or a shorter `length`"
         )
     used = min(count, limit) if limit else count
     windows = [prefix + ids[i * body : (i + 1) * body] for i in range(used)]

@@ -1,4 +1,4 @@
-"""AWQ checkpoints, the GEMM layout (formats.md §6)."""
+"""AWQ checkpoints in the GEMM layout of AutoAWQ (``awq/modules/linear/gemm.py``)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,12 @@ from calibrant.formats.packing import pack, unpack
 from calibrant.formats.quantized import Codes, Layout
 
 _BITS = 4
-# Nibble i of a word holds output channel 8 word + _ORDER[i].
-_ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+# Nibble i of word w encodes output channel 8 w + _NIBBLE_ORDER[i] (AutoAWQ, ``awq/utils/packing_utils.py``).
+_NIBBLE_ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
 
 class Awq:
-    """4-bit codes and zeros packed along the outputs in an order of its own, scales float16."""
+    """4-bit codes and zero points packed along the outputs in AWQ's nibble order, float16 scales."""
 
     name = "awq"
 
@@ -25,15 +25,15 @@ class Awq:
 
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         return {
-            "qweight": pack(_in_words(codes.codes.T, _ORDER), _BITS),
-            "qzeros": pack(_in_words(codes.zero_point.T, _ORDER), _BITS),
+            "qweight": pack(_reordered(codes.codes.T, _NIBBLE_ORDER), _BITS),
+            "qzeros": pack(_reordered(codes.zero_point.T, _NIBBLE_ORDER), _BITS),
             "scales": codes.scale.T.contiguous(),
         }
 
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         scales = tensors["scales"]
         words = (unpack(tensors[name], _BITS, scales.shape[1]) for name in ("qweight", "qzeros"))
-        codes, zero_point = (_in_words(values, _ORDER.argsort()).T for values in words)
+        codes, zero_point = (_reordered(values, _NIBBLE_ORDER.argsort()).T for values in words)
         return Codes(codes.contiguous(), scales.T.contiguous(), zero_point.contiguous())
 
     def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Awq:
         }
 
 
-def _in_words(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Of every eight columns those of ``order``."""
+def _reordered(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Permute every eight columns of ``values`` ``[rows, columns]`` by ``order``."""
     rows, columns = values.shape
     return values.reshape(rows, columns // 8, 8)[:, :, order].reshape(rows, columns)

@@ -1,4 +1,7 @@
-"""The two quantized layouts of compressed-tensors, ``pack-quantized`` and ``int-quantized`` (formats.md §3)."""
+"""The compressed-tensors formats ``pack-quantized`` and ``int-quantized``.
+
+Source: vllm-project/compressed-tensors, ``compressors/pack_quantized`` and ``compressors/naive_quantized``.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +13,7 @@ from calibrant.formats.quantized import Codes, Layout
 
 
 class PackQuantized:
-    """Weight-only: codes packed into int32 words."""
+    """Weight-only quantization; codes are packed into int32 words."""
 
     name = "pack-quantized"
 
@@ -41,7 +44,7 @@ class PackQuantized:
 
 
 class IntQuantized:
-    """8-bit weights as int8 tensors, for integer products with activations quantized at run time."""
+    """Weights as int8 tensors, for integer products with int8 activations."""
 
     name = "int-quantized"
 

@@ -1,4 +1,4 @@
-"""Dense weights out of quantized checkpoints that no loader on a plain machine opens: GPTQ (1 and 2) and AWQ."""
+"""Dequantization of GPTQ (versions 1 and 2) and AWQ checkpoints, whose own loaders need further packages."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,28 +17,29 @@ _PARTS = (_SUFFIX, "qzeros", "scales", "g_idx")
 def dense_weights(
     names: Iterable[str], read: Callable[[str], torch.Tensor], settings: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, quantized linears as ``weight`` ``[out, in]`` in the dtype of their scales.
+    """All tensors of a checkpoint; quantized linears become ``weight`` ``[out, in]`` in the dtype of their scales.
 
-    ``settings`` is the ``quantization_config`` of its ``config.json``.
+    ``names`` lists the stored tensors, ``read`` loads one of them; ``settings`` is the ``quantization_config`` of
+    ``config.json``.
 
     Raises:
-        CalibrantError: the checkpoint is of a kind that is not read here.
+        CalibrantError: the layout or bit width is not supported, or a linear's tensors are missing or do not fit.
     """
-    _check_kind(settings)
+    _check_layout(settings)
     known = set(names)
     dense = {}
     for name in sorted(known):
         base, _, suffix = name.rpartition(".")
         if suffix == _SUFFIX:
             parts = {part: read(f"{base}.{part}") for part in _PARTS if f"{base}.{part}" in known}
-            dense[f"{base}.weight"] = _decoded(_codes(base, parts, settings))
+            dense[f"{base}.weight"] = _dequantized(_read_codes(base, parts, settings))
         elif f"{base}.{_SUFFIX}" not in known or suffix not in _PARTS:
             dense[name] = read(name)
     return dense
 
 
-def _check_kind(settings: dict[str, Any]) -> None:
-    """Refuse other layouts under the same names."""
+def _check_layout(settings: dict[str, Any]) -> None:
+    """Refuse unsupported layouts that use the same tensor names."""
     if settings["quant_method"] == "awq":
         version, bits = str(settings.get("version", "gemm")).lower(), settings.get("bits", 4)
         if version != "gemm" or bits != 4:
@@ -52,8 +53,8 @@ def _check_kind(settings: dict[str, Any]) -> None:
         )
 
 
-def _check_parts(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-    """Refuse a linear that lacks a tensor, or whose tensors do not fit each other."""
+def _check_tensors(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+    """Refuse a linear with a missing tensor or with tensors whose shapes do not match."""
     missing = [part for part in _PARTS[:3] if part not in parts]
     if missing:
         raise CalibrantError(f"{base}: its files lack {base}.{missing[0]}; copy or download the checkpoint again")
@@ -72,8 +73,8 @@ def _check_parts(base: str, parts: dict[str, torch.Tensor], settings: dict[str, 
         )
 
 
-def _codes(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> Codes:
-    _check_parts(base, parts, settings)
+def _read_codes(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> Codes:
+    _check_tensors(base, parts, settings)
     bits = int(settings.get("bits", 4))
     if settings["quant_method"] == "awq":
         return Awq().read(parts, Layout(bits, False, None, None, "awq"))
@@ -84,8 +85,8 @@ def _codes(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) 
     return codes
 
 
-def _decoded(codes: Codes) -> torch.Tensor:
+def _dequantized(codes: Codes) -> torch.Tensor:
     width = codes.codes.shape[1] // codes.scale.shape[1]
     scale, zero_point = (values.repeat_interleave(width, dim=1) for values in (codes.scale, codes.zero_point))
-    # The difference of two int8 may need nine bits.
+    # The difference of two int8 values can need nine bits.
     return ((codes.codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale).contiguous()

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints: version 1 is written, versions 1 and 2 are read (formats.md §5)."""
+"""GPTQ checkpoints: writes version 1, reads versions 1 and 2 (GPTQModel, ``nn_modules/qlinear/__init__.py``)."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from calibrant.formats.quantized import Codes, Layout
 
 
 class Gptq:
-    """Codes packed along the inputs, zeros along the outputs, scales float16; version 1 stores zeros less one."""
+    """Codes packed along the inputs, zero points minus one packed along the outputs, float16 scales (version 1)."""
 
     name = "gptq"
 
@@ -39,7 +39,7 @@ class Gptq:
             "quant_method": "gptq",
             "bits": layout.stored_bits,
             "group_size": layout.group_size or -1,
-            "desc_act": False,  # columns stay in order; act-order only guided the solve
+            "desc_act": False,  # columns stay in order, even if the solver used another order
             "sym": layout.symmetric,
             "lm_head": False,
             "checkpoint_format": "gptq",
@@ -53,7 +53,10 @@ class Gptq:
 
 
 def read_gptq(tensors: dict[str, torch.Tensor], bits: int, version: int) -> Codes:
-    """Codes from ``qweight``, ``qzeros`` and ``scales`` of checkpoints whose groups lie in order."""
+    """Codes from ``qweight``, ``qzeros`` and ``scales``, for groups of consecutive columns.
+
+    Version 1 stores zero points minus one, version 2 as they are.
+    """
     scales = tensors["scales"]
     rows, columns = scales.shape[1], tensors["qweight"].shape[0] * 32 // bits
     codes = unpack(tensors["qweight"].T.contiguous(), bits, columns)

@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrix as a GGUF file (formats.md §7)."""
+"""llama.cpp's importance matrix as a GGUF file (ggml-org/llama.cpp, ``tools/imatrix/imatrix.cpp``)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,15 +8,25 @@ import numpy as np
 
 from calibrant.errors import CalibrantError
 
-_BOTH = ".gate_up_proj"
+_GATE_AND_UP = ".gate_up_proj"
 
 
 def write_imatrix(
     path: Path, sums: Mapping[str, tuple[np.ndarray, np.ndarray]], datasets: list[str], chunks: int, chunk_size: int
 ) -> None:
-    """Write sums of squared inputs ``[matrices, in]`` and numbers of tokens ``[matrices, 1]`` by GGUF tensor name.
+    """Write the sums of squared inputs ``[matrices, in]`` and token counts ``[matrices, 1]`` of each GGUF tensor name.
 
-    A tensor of merged experts has a matrix for each, others one. Equal input gives equal bytes.
+    Tensors of fused experts have one matrix per expert, other tensors one matrix. Equal input gives equal bytes.
+
+    Args:
+        path: the file to write.
+        sums: both arrays by GGUF tensor name.
+        datasets: names of the calibration texts.
+        chunks: number of sequences.
+        chunk_size: tokens per sequence.
+
+    Raises:
+        CalibrantError: the extra ``gguf`` is not installed, or the written file differs from ``sums``.
     """
     writer = _gguf().GGUFWriter(path, arch="")  # llama.cpp writes no architecture into such files
     writer.add_type("imatrix")
@@ -35,11 +45,7 @@ def write_imatrix(
 
 
 def _verify(path: Path, sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Read the file again.
-
-    Raises:
-        CalibrantError: it does not hold ``sums``.
-    """
+    """Read the file again and compare it with ``sums``."""
     found = {tensor.name: np.asarray(tensor.data) for tensor in _gguf().GGUFReader(path).tensors}
     same = len(found) == 2 * len(sums) and all(
         np.array_equal(found[f"{name}.in_sum2"], total.astype(np.float32))
@@ -47,17 +53,18 @@ def _verify(path: Path, sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> No
         for name, (total, tokens) in sums.items()
     )
     if not same:
-        raise CalibrantError(f"{path}: is not what was measured; the disk may be failing")
+        raise CalibrantError(f"{path}: differs from what was measured; the disk may be failing")
 
 
 def gguf_names(model_type: str, blocks: int, modules: list[str]) -> dict[str, list[str]]:
-    """What llama.cpp calls the weights of ``modules``, or of fused experts, of a model with so many blocks.
+    """llama.cpp's names for the weights of ``modules`` (linears or fused experts) in a model with ``blocks`` blocks.
 
-    Kinds that llama.cpp has no name of its own for are converted as Llama, as it does with Mistral and Mixtral. Of
-    most kinds it keeps gates and ups of experts apart that are one parameter in transformers: these have two names.
+    Model types unknown to llama.cpp get Llama's names, as llama.cpp does for Mistral and Mixtral. For most types
+    llama.cpp stores gates and ups of experts as two tensors where transformers has one parameter, which then gets two
+    names.
 
     Raises:
-        CalibrantError: a module has no name there.
+        CalibrantError: llama.cpp has no name for a module, or the extra ``gguf`` is not installed.
     """
     gguf = _gguf()
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -65,18 +72,18 @@ def gguf_names(model_type: str, blocks: int, modules: list[str]) -> dict[str, li
     arch = known.get(plain) or known.get(plain.replace("_", "")) or gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(arch, blocks)
 
-    def of(*spellings: str) -> list[str | None]:
-        return [names.get_name(f"{one}.weight", try_suffixes=(".weight",)) for one in spellings]
+    def gguf_tensors(*modules: str) -> list[str | None]:
+        return [names.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in modules]
 
     found: dict[str, list[str]] = {}
     for module in modules:
-        called = of(module)
-        if None in called and module.endswith(_BOTH):
-            base = module.removesuffix(_BOTH)
-            called = of(f"{base}.gate_proj", f"{base}.up_proj")
-        if None in called:
+        tensors = gguf_tensors(module)
+        if None in tensors and module.endswith(_GATE_AND_UP):
+            base = module.removesuffix(_GATE_AND_UP)
+            tensors = gguf_tensors(f"{base}.gate_proj", f"{base}.up_proj")
+        if None in tensors:
             raise CalibrantError(f"{module}: llama.cpp has no name for this layer of {model_type} models")
-        found[module] = [str(name) for name in called]
+        found[module] = [str(name) for name in tensors]
     return found
 
 

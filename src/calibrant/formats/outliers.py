@@ -1,16 +1,16 @@
-"""Weights that a method keeps exactly, listed beside a model that is stored dense: compressed sparse rows."""
+"""Outlier weights that a method keeps exact, in compressed sparse rows beside a model that is stored dense."""
 
 import torch
 
-# The folder of that file, in a model's.
+# The subfolder of a model folder that contains the outliers.
 OUTLIERS = "outliers"
 
 
 def sparse_part(layer: str, weight: torch.Tensor, exact: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The ``exact`` entries (bool) of ``weight`` (float32, both ``[out, in]``) under the names of ``layer``.
+    """Entries of ``weight`` (float32) selected by ``exact`` (bool), both ``[out, in]``, as tensors of ``layer``.
 
-    ``row_offsets`` int64 ``[out + 1]``: those of row r lie from ``row_offsets[r]`` to before ``row_offsets[r + 1]``;
-    ``columns`` int32 and ``values`` float32 ``[count]``, columns ascending in a row.
+    ``row_offsets`` int64 ``[out + 1]``: row r has the entries from ``row_offsets[r]`` up to, not including,
+    ``row_offsets[r + 1]``. ``columns`` int32 and ``values`` float32 ``[entries]``; columns ascend within a row.
     """
     counts = exact.sum(1)
     return {

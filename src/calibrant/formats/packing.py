@@ -1,4 +1,7 @@
-"""Bit packing: values of 2, 4 or 8 bits into int32 words, lowest bits first (formats.md §3.1); 3 bits are read too."""
+"""Bit packing of 2, 4 and 8-bit codes into int32 words, lowest bits first; 3-bit codes can be unpacked too.
+
+Source: vllm-project/compressed-tensors, ``compressors/pack_quantized/helpers.py``.
+"""
 
 import numpy as np
 import torch
@@ -7,7 +10,7 @@ _WORD_BITS = 32
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Signed codes int8 ``[rows, n]`` to int32 ``[rows, ceil(n bits / 32)]``; each is offset to unsigned."""
+    """Pack signed int8 codes ``[rows, n]``, offset to unsigned, into int32 ``[rows, ceil(n bits / 32)]``."""
     per_word = _WORD_BITS // bits
     unsigned = (values.numpy().astype(np.int16) + (1 << (bits - 1))).astype(np.uint32)
     padding = -unsigned.shape[1] % per_word
@@ -19,21 +22,21 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Inverse of ``pack``: int8 codes ``[rows, columns]``; values of 3 bits lie across words (formats.md §5)."""
+    """Inverse of ``pack``: int8 codes ``[rows, columns]``; 3-bit codes cross word boundaries, as in GPTQ files."""
     raw = words.numpy().view(np.uint32)
-    unsigned = _straddling(raw, bits) if _WORD_BITS % bits else _aligned(raw, bits)
+    unsigned = _unpack_stream(raw, bits) if _WORD_BITS % bits else _unpack_lanes(raw, bits)
     unsigned = unsigned[:, :columns]
     return torch.from_numpy((unsigned.astype(np.int16) - (1 << (bits - 1))).astype(np.int8))
 
 
-def _aligned(words: np.ndarray, bits: int) -> np.ndarray:
+def _unpack_lanes(words: np.ndarray, bits: int) -> np.ndarray:
     mask = np.uint32((1 << bits) - 1)
     lanes = [(words >> np.uint32(lane * bits)) & mask for lane in range(_WORD_BITS // bits)]
     return np.stack(lanes, axis=-1).reshape(words.shape[0], -1)
 
 
-def _straddling(words: np.ndarray, bits: int) -> np.ndarray:
-    """One stream of bits a row, lowest first."""
+def _unpack_stream(words: np.ndarray, bits: int) -> np.ndarray:
+    """Unpack one continuous bit stream per row, lowest bits first."""
     little_endian = np.ascontiguousarray(words, dtype="<u4").view(np.uint8)
     stream = np.unpackbits(little_endian, axis=1, bitorder="little")
     whole = stream[:, : stream.shape[1] // bits * bits].reshape(words.shape[0], -1, bits)

@@ -1,4 +1,4 @@
-"""Finished integers and how a format for them looks; a format never quantizes."""
+"""Codes of quantized linears and the interface of checkpoint formats; a format never quantizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,17 +7,18 @@ from typing import Any, Literal, Protocol
 import torch
 
 FormatName = Literal["compressed-tensors", "gptq", "awq"]
-# Widths whose packed layout is the same in every version of the format; others are stored in the next one.
+# Bit widths that every version of compressed-tensors packs the same way; other widths use the next larger one.
 STORED_WIDTHS = (2, 4, 8)
-# What others store GPTQ in.
+# Bit widths of GPTQ files from other tools.
 READ_WIDTHS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Finished integers: ``codes`` int8 ``[out, in]``; ``[out, groups]`` ``scale`` (storage dtype), ``zero_point`` int8.
+    """A quantized linear: ``weight = scale * (codes - zero_point)``.
 
-    ``input_scale`` and ``input_zero_point`` ``[1]``, of those dtypes, are the grid of the layer's input if that is static.
+    ``codes`` is int8 ``[out, in]``; ``scale`` (storage dtype) and ``zero_point`` (int8) are ``[out, groups]``.
+    ``input_scale`` and ``input_zero_point``, ``[1]`` with the same dtypes, define the grid of static int8 activations.
     """
 
     codes: torch.Tensor
@@ -29,9 +30,11 @@ class Codes:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the weights of a model are stored: ``bits`` as solved, ``group_size`` None for one scale a channel.
+    """How a linear is stored.
 
-    ``activations``: None, or whether the ranges of int8 activations are found at run time or stored.
+    ``bits`` is the width of the solved codes. ``group_size`` is None for one scale per output channel. ``activations``
+    says whether the ranges of int8 activations are found at run time ("dynamic") or stored ("static"); None without
+    int8 activations.
     """
 
     bits: int
@@ -42,20 +45,20 @@ class Layout:
 
     @property
     def stored_bits(self) -> int:
-        """The width in the file: 3 bits go into 4, 5 to 7 into 8 (ours: packed odd widths differ between versions)."""
+        """Bit width in the file: 3 bits become 4, and 5 to 7 become 8 (ours: versions pack odd widths differently)."""
         return next(width for width in STORED_WIDTHS if width >= self.bits)
 
 
 class WeightFormat(Protocol):
-    """A checkpoint format for quantized linears."""
+    """Checkpoint format for quantized linears."""
 
     name: str
 
     def refusal(self, layout: Layout) -> str | None:
-        """Why the format cannot hold such weights, or None."""
+        """Why the format cannot store weights of this layout, or None."""
 
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
-        """Tensors by suffix (``weight_packed`` and so on)."""
+        """Tensors of the linear by suffix, such as ``weight_packed``."""
 
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         """Inverse of ``write``."""
@@ -63,5 +66,5 @@ class WeightFormat(Protocol):
     def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
         """The ``quantization_config`` block of ``config.json``.
 
-        ``layouts`` lists the linears of each layout, ``ignored`` those stored unquantized.
+        ``layouts`` lists the linears of each layout, ``ignored`` the unquantized linears.
         """

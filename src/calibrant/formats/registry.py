@@ -1,4 +1,4 @@
-"""Every quantized format, by what a layout asks for."""
+"""The quantized checkpoint format of each layout."""
 
 from calibrant.formats.awq import Awq
 from calibrant.formats.compressed_tensors import IntQuantized, PackQuantized
@@ -9,7 +9,7 @@ FORMATS: tuple[FormatName, ...] = ("compressed-tensors", "gptq", "awq")
 
 
 def format_for(layout: Layout) -> WeightFormat:
-    """The format of a layout; models with integer activations keep int8 tensors."""
+    """The format that stores ``layout``; int8 activations need int8 weight tensors."""
     if layout.format == "gptq":
         return Gptq()
     if layout.format == "awq":

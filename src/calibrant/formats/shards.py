@@ -1,4 +1,4 @@
-"""Safetensors written part by part as they are finished, then joined into the usual file or shards without loading."""
+"""Safetensors written part by part, then joined into one file or shards without being loaded again."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-# The limit that save_pretrained of transformers 5 uses for a shard.
+# The default shard size of save_pretrained in transformers 5.
 SHARD_BYTES = 50 * 10**9
 _COPY_BYTES = 16 << 20
 _ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -28,12 +28,12 @@ class _Stored:
 
 
 class ShardWriter:
-    """Collects parts in ``folder``; ``finish`` joins them.
+    """Writes parts to ``folder``; ``finish`` joins them.
 
     Args:
-        folder: where parts and the result are written.
+        folder: the folder of the parts and of the result.
         metadata: strings for the header of every resulting file.
-        shard_bytes: no file holds more tensor bytes than this, unless one tensor does.
+        shard_bytes: limit of tensor bytes per file; only a file of one larger tensor exceeds it.
     """
 
     def __init__(self, folder: Path, metadata: dict[str, str], shard_bytes: int = SHARD_BYTES) -> None:
@@ -41,7 +41,7 @@ class ShardWriter:
         self._stored: dict[str, _Stored] = {}
 
     def write_part(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write finished tensors to disk now."""
+        """Write ``tensors`` to disk as one part."""
         self._folder.mkdir(exist_ok=True)
         part = self._folder / f"part-{len({s.part for s in self._stored.values()}):05d}.safetensors"
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
@@ -54,9 +54,9 @@ class ShardWriter:
             self._stored[name] = _Stored(part, entry["dtype"], entry["shape"], 8 + length + begin, end - begin)
 
     def finish(self) -> list[Path]:
-        """Join the parts in name order into ``model.safetensors``, or shards with an index; parts are removed.
+        """Join the parts into ``model.safetensors``, or shards with an index, and remove the parts.
 
-        Nothing is written where nothing was.
+        Tensors are distributed in the order of their names. Returns the written files, none if there is no part.
         """
         if not self._stored:
             return []
@@ -95,7 +95,7 @@ class ShardWriter:
     def _join(self, target: Path, names: list[str]) -> None:
         header: dict[str, Any] = {"__metadata__": self._metadata}
         position = 0
-        # Wider types first keep every tensor aligned, as the format's own writer does.
+        # Wider types first keep every tensor aligned, as in files of the safetensors library.
         order = sorted(names, key=lambda name: (-_width(self._stored[name].dtype), name))
         for name in order:
             stored = self._stored[name]
@@ -128,7 +128,7 @@ def _copy(stored: _Stored, output: Any) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy the small files of a model folder that are not weights: tokenizer, generation settings, licence."""
+    """Copy the files of a model folder other than weights: tokenizer, generation settings, licence."""
     for path in sorted(source.iterdir()):
         kept = path.suffix in {".json", ".jinja", ".model", ".txt"} or path.name.upper().startswith("LICENSE")
         if path.is_file() and kept and not path.name.endswith(".index.json") and path.name not in _OUR_FILES:

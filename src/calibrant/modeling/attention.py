@@ -1,4 +1,4 @@
-"""A faster attention for models that transformers would run with ``sdpa`` in bfloat16 on a CPU that multiplies it."""
+"""Faster bfloat16 causal attention for models that use ``sdpa``, on CPUs with bfloat16 instructions."""
 
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ _NAME = "calibrant_causal"
 
 
 def use_fast_attention(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Route causal attention of ``model``, over all or a window, through our kernel; the rest stays with ``sdpa``."""
+    """Run causal attention of ``model``, full or sliding-window, on our kernel; other attention stays with ``sdpa``."""
     if dtype is not torch.bfloat16 or device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return
     if not bfloat16_tile.available():
@@ -53,12 +53,12 @@ def _forward(
 
 
 def _window(mask: torch.Tensor, length: int) -> int | None:
-    """How many last positions each one sees by ``mask`` ``[.., length, length]``; None if it is of another kind."""
+    """Width of the sliding window in ``mask`` ``[.., length, length]``; None if the mask has any other form."""
     if mask.dtype is not torch.bool or mask.shape[-2:] != (length, length):
         return None
     window = int(mask[..., -1, :].sum(-1).flatten()[0])
     band = _band(length, window)
-    return window if all(torch.equal(one, band) for one in mask.reshape(-1, length, length)) else None
+    return window if all(torch.equal(item, band) for item in mask.reshape(-1, length, length)) else None
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""A model folder on disk: its configuration and its safetensors, checked before anything is loaded."""
+"""Model folders on disk: configuration and safetensors files, checked before any weight is loaded."""
 
 import json
 import struct
@@ -23,7 +23,7 @@ _LARGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is."""
+    """File, dtype (as spelled in safetensors headers) and shape of a stored tensor."""
 
     file: Path
     dtype: str
@@ -31,16 +31,15 @@ class TensorInfo:
 
 
 class ModelFolder:
-    """A Hugging Face model folder with safetensors weights, opened without loading a weight.
+    """A Hugging Face model folder with safetensors weights; opening it loads no weight.
 
     Args:
         path: the folder.
-        allow_encoder: also accept architectures that are not causal language models (BERT classifiers).
-        allow_quantized: also accept a model that is quantized already.
+        allow_encoder: also accept architectures other than causal language models, such as BERT classifiers.
+        allow_quantized: also accept quantized models.
 
     Raises:
-        CalibrantError: the folder, its configuration or one of its shards is missing, damaged or of a kind that
-            cannot be compressed.
+        CalibrantError: the folder, its configuration or a shard is missing, damaged or not supported.
     """
 
     def __init__(self, path: str | Path, allow_encoder: bool = False, allow_quantized: bool = False) -> None:
@@ -61,7 +60,7 @@ class ModelFolder:
 
     @property
     def name(self) -> str:
-        """The folder's name, or for a snapshot from the hub its repository and revision."""
+        """The folder's name; for a snapshot from the hub ``owner/name@revision``."""
         path = self.path.resolve()
         if path.parent.name == "snapshots":
             return path.parent.parent.name.removeprefix("models--").replace("--", "/") + "@" + path.name
@@ -69,16 +68,20 @@ class ModelFolder:
 
     @property
     def causal(self) -> bool:
-        """Whether it is a causal language model, which can write text."""
+        """Whether the model is a causal language model, which can generate text."""
         return self.architecture in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids the embedding holds."""
+        """Number of token ids in the embedding."""
         return int(self.config.get_text_config().vocab_size)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor as it is stored."""
+        """The tensor as stored.
+
+        Raises:
+            CalibrantError: the file cannot be read.
+        """
         try:
             with safe_open(self.tensors[name].file, framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(name)
@@ -88,7 +91,11 @@ class ModelFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype most of the stored elements have: what scales and dense weights are written in."""
+        """The dtype of most stored elements, in which scales and dense weights are written.
+
+        Raises:
+            CalibrantError: that dtype is not float32, bfloat16 or float16.
+        """
         sizes: dict[str, int] = {}
         for info in self.tensors.values():
             sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
@@ -100,13 +107,13 @@ class ModelFolder:
 
     @property
     def context_length(self) -> int | None:
-        """The longest sequence the configuration promises, or None where it names none."""
+        """The longest sequence that the configuration allows, in tokens; None if it sets no limit."""
         text = self.config.get_text_config()
         length = vars(text).get("max_position_embeddings", vars(text).get("n_positions"))
         return int(length) if isinstance(length, int) else None
 
     def identity(self) -> dict[str, str]:
-        """Hashes of configuration and weights for manifests and reports; no paths."""
+        """Architecture and SHA-256 hashes of configuration and weights, for manifests and reports."""
         files = sorted({info.file for info in self.tensors.values()})
         weights = sha256_json({file.name: sha256_file(file) for file in files})
         return {
@@ -139,7 +146,7 @@ def _read_config(path: Path) -> transformers.PretrainedConfig:
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # wrong values raise whatever the configuration class happens to stumble over
+    except Exception as error:  # invalid values raise any exception in the configuration classes
         raise CalibrantError(f"{path / 'config.json'}: {first_line(error)}") from error
     return config
 
@@ -159,7 +166,7 @@ def _architecture(path: Path, config: dict[str, Any], allow_encoder: bool) -> st
 
 
 def _tensor_table(path: Path) -> dict[str, TensorInfo]:
-    """Names to places, from the index or the single file; every shard's size is checked against its header."""
+    """Stored tensors by name, from the index or the single file; each file's size must match its header."""
     index = path / INDEX_FILE
     weight_map: dict[str, str] = {}
     if index.is_file():
@@ -184,7 +191,7 @@ def _tensor_table(path: Path) -> dict[str, TensorInfo]:
         except (OSError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CalibrantError(f"{file}: not a readable safetensors file ({first_line(error)})") from error
     if not table:
-        raise CalibrantError(f"{path}: its safetensors hold no tensor")
+        raise CalibrantError(f"{path}: its safetensors files contain no tensor")
     if set(weight_map) - set(table):
         missing = sorted(set(weight_map) - set(table))[0]
         raise CalibrantError(f"{index}: names tensor {missing}, which is in no shard")
@@ -192,7 +199,7 @@ def _tensor_table(path: Path) -> dict[str, TensorInfo]:
 
 
 def _is_tensor_entry(entry: object) -> bool:
-    """Whether a header's entry says dtype, shape and place."""
+    """Whether an entry of a safetensors header has a dtype, a shape and offsets."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -225,7 +232,7 @@ def _shard_table(file: Path) -> dict[str, TensorInfo]:
 
 
 def model_class(architecture: str) -> type[transformers.PreTrainedModel]:
-    """The class of transformers that ``config.json`` names."""
+    """The class of transformers with the name ``architecture``."""
     found: type[transformers.PreTrainedModel] = vars(transformers).get(architecture) or getattr(
         transformers, architecture
     )

@@ -1,4 +1,4 @@
-"""Running a model one token a row at a time, where rows may start over on their own."""
+"""Decoding step by step, one token per row, where each row can restart independently."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,32 +18,33 @@ from calibrant.modeling.activations import use_fast_activations
 from calibrant.modeling.norms import use_fast_norms
 
 _NAME = "calibrant_decode"
-# What attention may be called with and still be plain attention.
-_HARMLESS = {"position_ids", "use_cache", "past_key_values", "cache_position", "is_causal", "output_attentions"} | {
-    "output_router_logits"
-}
+# Arguments that do not change what attention computes.
+_IGNORED_ARGUMENTS = {
+    "position_ids", "use_cache", "past_key_values", "cache_position", "is_causal", "output_attentions",
+    "output_router_logits",
+}  # fmt: skip
 _PROBE_ROWS, _PROBE_STEPS = 3, 6
-# bfloat16 rounds differently in another order: mean deviation of logits, as a share of their standard deviation.
+# Limit of the mean deviation of logits, relative to their standard deviation: another order of sums rounds differently.
 _TOLERANCE = 0.05
 
 
 class Decoder(Protocol):
-    """A model with the tokens it was shown so far, one sequence a row."""
+    """A model together with the tokens it has read so far, one sequence per row."""
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits float32 ``[rows, vocabulary]`` after one more token a row.
+        """Read one more token per row and return float32 logits ``[rows, vocabulary]``.
 
-        ``tokens`` and ``positions`` int64 ``[rows]``; at position 0 a row starts over and sees nothing of what came
-        before.
+        ``tokens`` and ``positions`` are int64 ``[rows]``. A row at position 0 restarts and no longer attends to earlier
+        tokens.
         """
 
 
 def prepare_decoding(model: transformers.PreTrainedModel) -> Callable[[int, int], Decoder]:
-    """What makes a decoder for a number of rows and of steps.
+    """Return a function that makes a decoder from a number of rows and a number of steps.
 
-    bfloat16 models on CPUs with AVX512-BF16 get packed weights and our attention, if both then compute what the model
-    computed before, seen on a few tokens; all others run as transformers runs them. Either way ``model`` may be changed
-    and is for decoding only afterwards.
+    bfloat16 models on CPUs with AVX512-BF16 get packed weights and our attention, provided that a probe of a few tokens
+    gives the same logits as before; all other models run as in transformers. ``model`` may be modified and must only be
+    used for decoding afterwards.
     """
 
     def plain(rows: int, length: int) -> Decoder:
@@ -61,13 +62,13 @@ def prepare_decoding(model: transformers.PreTrainedModel) -> Callable[[int, int]
         try:
             found = _probe(fast, model.config.get_text_config().vocab_size)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
-            return plain  # its attention or its linears are used in another way than ours can be
+            return plain  # the model uses its attention or linears in a way that ours do not support
         parts.keep = bool((found - expected).abs().mean() < _TOLERANCE * expected.std())
         return fast if parts.keep else plain
 
 
 def _probe(make: Callable[[int, int], Decoder], vocabulary: int) -> torch.Tensor:
-    """Logits of a few steps, one of the rows starting over."""
+    """Logits of a few steps, during which one row restarts."""
     decoder = make(_PROBE_ROWS, _PROBE_STEPS)
     positions = torch.zeros(_PROBE_ROWS, dtype=torch.long)
     logits = []
@@ -81,7 +82,7 @@ def _probe(make: Callable[[int, int], Decoder], vocabulary: int) -> torch.Tensor
 
 
 class PlainDecoder:
-    """transformers' own forward with a static cache."""
+    """Decodes with the forward of transformers and a static cache."""
 
     def __init__(self, model: transformers.PreTrainedModel, rows: int, length: int) -> None:
         self._model = model
@@ -98,12 +99,12 @@ class PlainDecoder:
 
 
 class FastDecoder:
-    """The model's modules over a cache of our own layout, with ``decode_attention`` and no mask."""
+    """Decodes with ``decode_attention`` over a cache laid out for it, without a mask."""
 
     def __init__(self, model: transformers.PreTrainedModel, rows: int, length: int) -> None:
         self._model = model
         self._first = torch.zeros(rows, dtype=torch.long)
-        self._layers = [_Layer(length) for _ in range(model.config.get_text_config().num_hidden_layers)]
+        self._layers = [_CacheLayer(length) for _ in range(model.config.get_text_config().num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
         self._count = 0
 
@@ -126,7 +127,7 @@ class FastDecoder:
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        unknown = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
+        unknown = [name for name, value in kwargs.items() if value is not None and name not in _IGNORED_ARGUMENTS]
         if unknown or attention_mask is not None or query.shape[2] != 1:
             raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask'}")
         first = self._first
@@ -136,8 +137,8 @@ class FastDecoder:
         return decode_attention(query, key, value, first, self._count, scale), None
 
 
-class _Layer(CacheLayerMixin):
-    """Keys ``[rows, heads, width, length]`` and values ``[rows, heads, length, width]``, filled step by step."""
+class _CacheLayer(CacheLayerMixin):
+    """Cache of keys ``[rows, heads, width, length]`` and values ``[rows, heads, length, width]``, filled by steps."""
 
     is_sliding = False
 
@@ -191,22 +192,22 @@ def _last_logits(
 
 
 @dataclass
-class _Parts:
-    """Whether the changed parts stay."""
+class _FastParts:
+    """Whether the fast parts stay in the model."""
 
     keep: bool = False
 
 
 @contextmanager
-def _fast_parts(model: transformers.PreTrainedModel) -> Iterator[_Parts]:
-    """The model with packed linears and our attention; put back on leaving unless they are to be kept."""
+def _fast_parts(model: transformers.PreTrainedModel) -> Iterator[_FastParts]:
+    """Give the model packed linears and our attention; restore it on exit unless ``keep`` is set."""
     linears = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module.in_features % 2 == 0
     }
-    attention, parts = model.config._attn_implementation, _Parts()
-    AttentionInterface.register(_NAME, _no_decoder)
+    attention, parts = model.config._attn_implementation, _FastParts()
+    AttentionInterface.register(_NAME, _refuse_attention)
     use_fast_norms(model, torch.bfloat16, torch.device("cpu"))
     use_fast_activations(model, torch.bfloat16, torch.device("cpu"))
     try:
@@ -221,5 +222,5 @@ def _fast_parts(model: transformers.PreTrainedModel) -> Iterator[_Parts]:
             model.set_attn_implementation(attention)
 
 
-def _no_decoder(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def _refuse_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     raise RuntimeError("this model was prepared for decoding and cannot run otherwise")

@@ -1,4 +1,4 @@
-"""Models by hub id: resolved to a revision first, then fetched at that revision."""
+"""Models from the Hugging Face hub: the id is resolved to a revision first, which is then downloaded."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
 
 
 def model_path(name: str | Path) -> Path:
-    """A local folder: ``name`` itself, or for ``hub:owner/name`` the cached snapshot of its current revision.
+    """Local folder of a model: ``name``, or for ``hub:owner/name`` the cached snapshot of its current revision.
 
     Raises:
         CalibrantError: the hub cannot be reached or has no such model.
@@ -22,5 +22,5 @@ def model_path(name: str | Path) -> Path:
     try:
         revision = huggingface_hub.HfApi().model_info(repository).sha
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_WANTED))
-    except Exception as error:  # the hub client raises many unrelated classes for "not reachable" and "not there"
+    except Exception as error:  # the hub client raises many unrelated classes for unreachable hubs and missing models
         raise CalibrantError(f"{name}: cannot be fetched from the hub ({first_line(error)})") from error

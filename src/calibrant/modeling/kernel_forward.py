@@ -1,4 +1,4 @@
-"""Modules whose forward a kernel computes, and their own forward again."""
+"""Modules whose forward is replaced by a kernel, and how to restore the original forward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +7,16 @@ from torch import nn
 
 
 def has_kernel(module: nn.Module) -> bool:
-    """Whether the module's own forward is replaced."""
+    """Whether the module's forward is replaced by a kernel."""
     return "forward" in vars(module)
 
 
 @contextmanager
 def plain_modules(model: nn.Module) -> Iterator[None]:
-    """Modules that have a kernel compute as they say meanwhile: kernels know no gradients and no float32."""
-    fast = {module: vars(module).pop("forward") for module in model.modules() if has_kernel(module)}
+    """Restore the original forwards inside the context, since kernels support neither gradients nor float32."""
+    kernels = {module: vars(module).pop("forward") for module in model.modules() if has_kernel(module)}
     try:
         yield
     finally:
-        for module, forward in fast.items():
+        for module, forward in kernels.items():
             module.forward = forward

@@ -1,4 +1,4 @@
-"""A model whose weights are on disk: a skeleton without storage, filled and emptied one part at a time."""
+"""A model whose weights stay on disk: parameters are on the meta device, and parts are loaded and dropped as needed."""
 
 import contextlib
 import re
@@ -26,13 +26,16 @@ from calibrant.modeling.quietly import quietly
 class LazyModel:
     """The module tree of a model folder with parameters on the meta device.
 
-    Checkpoint names become module names through transformers' own conversion rules, so checkpoints whose layout
-    differs from the modules' (experts stored one by one, legacy names) load and save like any other.
+    transformers' conversion rules map checkpoint names to parameter names. Checkpoints whose layout differs from the
+    modules (experts stored separately, legacy names) thus load and save like others.
 
     Args:
         folder: the model.
-        dtype: what parameters are loaded as for computing.
-        device: where they are loaded to.
+        dtype: dtype of loaded parameters.
+        device: device of loaded parameters.
+
+    Raises:
+        CalibrantError: the configuration makes no model, or the checkpoint lacks weights of a parameter.
     """
 
     def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> None:
@@ -48,7 +51,7 @@ class LazyModel:
         self._sources = self._sources_by_parameter()
 
     def _sources_by_parameter(self) -> dict[str, list[str]]:
-        """Parameter name to the checkpoint tensors it is made of."""
+        """Names of the checkpoint tensors that each parameter is made of, by parameter name."""
         renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         known = self.module.state_dict()
@@ -62,29 +65,29 @@ class LazyModel:
             sources.setdefault(target, []).append(name)
         tied = set(self.module.all_tied_weights_keys)
         missing = [name for name, _ in self.module.named_parameters() if name not in sources and name not in tied]
-        # A converter that makes several parameters lists its sources under the first of them only.
-        made = [converter.target_patterns for converter in converters if len(converter.target_patterns) > 1]
-        missing = [name for name in missing if not any(re.search(one, name) for several in made for one in several)]
+        # transformers lists the sources of a converter with several targets under the first target only.
+        split = [pattern for rule in converters if len(rule.target_patterns) > 1 for pattern in rule.target_patterns]
+        missing = [name for name in missing if not any(re.search(pattern, name) for pattern in split)]
         if missing:
             raise CalibrantError(f"{self.folder.path}: the checkpoint has no weights for {missing[0]}")
         return sources
 
     def is_stored_alone(self, parameter: str) -> bool:
-        """Whether the checkpoint holds this parameter as one tensor of its own, shaped as the module has it."""
+        """Whether the checkpoint stores this parameter as a single tensor of the same shape."""
         return len(self._sources.get(parameter, ())) == 1 and parameter not in self._converted
 
     def stored_name(self, parameter: str) -> str:
-        """The checkpoint's name of a parameter that ``is_stored_alone``."""
+        """Name in the checkpoint of a parameter that ``is_stored_alone``."""
         return self._sources[parameter][0]
 
     def checkpoint_names(self, prefix: str) -> list[str]:
-        """Names of the checkpoint tensors that fill the module at ``prefix``, in the checkpoint's spelling."""
+        """Names in the checkpoint of the tensors that fill the module at ``prefix``."""
         dotted = prefix + "."
         return [name for target, names in self._sources.items() if target.startswith(dotted) for name in names]
 
     @contextlib.contextmanager
     def loaded(self, prefix: str) -> Iterator[nn.Module]:
-        """The module at ``prefix`` with its weights in memory; they are dropped again on leaving."""
+        """Load the weights of the module at ``prefix``, yield the module, and drop the weights on exit."""
         self.load(self.checkpoint_names(prefix))
         module = self.module.get_submodule(prefix)
         try:
@@ -93,12 +96,16 @@ class LazyModel:
             self.drop(module)
 
     def load(self, names: list[str]) -> None:
-        """Read checkpoint tensors into the parameters they belong to."""
+        """Read the checkpoint tensors ``names`` into their parameters.
+
+        Raises:
+            CalibrantError: a tensor cannot be read or does not fit the configuration.
+        """
         state = {name: self.folder.read(name) for name in names}
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
-            weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]  # its own list type
+            weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]  # typed for one subclass of rules
         )
         with quietly():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, settings)
@@ -107,12 +114,12 @@ class LazyModel:
             raise CalibrantError(f"{self.folder.path}: weights do not fit the configuration ({problems[0]})")
 
     def names_outside(self, prefixes: list[str]) -> list[str]:
-        """Checkpoint tensors of nothing below one of ``prefixes``: embeddings, final norm, head."""
+        """Names of the checkpoint tensors outside the modules at ``prefixes``: embeddings, final norm, head."""
         inside = tuple(prefix + "." for prefix in prefixes)
         return [n for target, names in self._sources.items() if not target.startswith(inside) for n in names]
 
     def load_outside(self, prefixes: list[str]) -> None:
-        """Read what the base model has outside ``prefixes`` (module names of the blocks): embeddings, final norm."""
+        """Load the base model's weights outside the blocks at ``prefixes``: embeddings, final norm."""
         inside = tuple(prefix + "." for prefix in prefixes)
         base = self.module.base_model_prefix + "."
         wanted = [target for target in self._sources if not target.startswith(inside)]
@@ -122,30 +129,30 @@ class LazyModel:
             self.module.tie_weights()
 
     def drop(self, module: nn.Module) -> None:
-        """Give the memory of a module's parameters back; whatever they were cast to, they are read as stored again."""
+        """Free the module's parameters and reset their dtypes, so that casts do not affect the next load."""
         for child in module.modules():
             for name, parameter in list(child.named_parameters(recurse=False)):
                 empty = parameter.to("meta", self._dtypes[child, name])
                 child.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def to_checkpoint(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Module parameters as checkpoint tensors: the inverse of loading, for the parameters loaded last."""
+        """Convert parameters to checkpoint tensors: the inverse of ``load``, for the parameters loaded last."""
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.module, parameters)
         return reverted
 
 
 def _skeleton(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
-    """Modules with parameters on meta but real buffers, which are computed, not stored."""
+    """The model with parameters on the meta device; buffers are computed rather than stored, so they are real."""
     wanted = model_class(folder.architecture)
     try:
         with init_empty_weights(include_buffers=False), quietly():
             model: transformers.PreTrainedModel = wanted._from_config(folder.config, dtype=dtype)
-    except Exception as error:  # a config can fail in as many ways as transformers has models
+    except Exception as error:  # invalid configurations raise any exception in the model classes
         raise CalibrantError(
             f"{folder.path}: no model can be made from its config.json ({first_line(error)})"
         ) from error
     if model._can_set_experts_implementation():
-        # The plain loop over experts is the one whose products can be seen one expert at a time.
+        # Only the eager loop computes one product per expert, which statistics per expert need.
         model.set_experts_implementation("eager")
     model.requires_grad_(False).eval()
     for name, buffer in list(model.named_buffers()):

@@ -1,4 +1,4 @@
-"""A faster root-mean-square norm for modules that compute just that, in bfloat16 on a CPU."""
+"""Faster bfloat16 root-mean-square norms on CPUs (arXiv 1910.07467, equation 4)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,19 +10,20 @@ from torch.func import functional_call
 from calibrant.kernels.rms_norm import rms_norm
 from calibrant.modeling.kernel_forward import has_kernel
 
-# Inputs this small make epsilon count, so that the right one among a module's numbers is found.
+# Inputs of this scale make epsilon matter, so that the probe finds it among the numbers that a module has.
 _PROBE_ROWS, _PROBE_SCALE = 4, 1e-3
-# What is added to the weight, and whether the product's first factor is rounded.
+# Offset of the gain, and whether the normalized input is rounded before it is multiplied with the gain.
 _FORMS = ((0.0, True), (0.0, False), (1.0, False))
-# One rounding of bfloat16; forms differ by a second one.
-_SAME = 2**-7
+# Relative error of one bfloat16 rounding; different forms differ by a second rounding.
+_TOLERANCE = 2**-7
 
 
 @dataclass(frozen=True)
 class _Norm:
-    """An RMS norm whose gain is ``offset`` plus its weight.
+    """RMS norm with the gain ``offset + weight``.
 
-    ``rounded_first``: before the product with the gain, as Llama has it; OLMo 2 and Gemma round once, behind it.
+    ``rounded_first``: the normalized input is rounded before it is multiplied with the gain (Llama); OLMo 2 and Gemma
+    round only the product.
     """
 
     epsilon: float
@@ -34,10 +35,11 @@ class _Norm:
 
 
 def use_fast_norms(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every module that computes an RMS norm with its one weight the kernel; anything else stays as it is.
+    """Replace the forward of every RMS norm of ``model`` by our kernel.
 
-    A module is known by what it computes, not by its name: it is run on random numbers with a random weight, and must
-    give the kernel's result for one of the numbers it holds as epsilon.
+    Modules are recognized by what they compute, not by name: on random inputs with a random weight the module must give
+    the kernel's result, with one of the module's float attributes as epsilon. Does nothing for other dtypes than
+    bfloat16 and devices other than the CPU.
     """
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return
@@ -57,7 +59,7 @@ def _forward(module: nn.Module, norm: _Norm) -> Callable[[torch.Tensor], torch.T
 
 
 def _norm_of(module: nn.Module) -> _Norm | None:
-    """Which RMS norm ``module`` is; None if it is something else."""
+    """The RMS norm that ``module`` computes; None if it computes anything else."""
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     if list(shapes) != ["weight"] or len(shapes["weight"]) != 1 or next(module.children(), None) is not None:
         return None
@@ -66,16 +68,20 @@ def _norm_of(module: nn.Module) -> _Norm | None:
     inputs = (_PROBE_SCALE * torch.randn(_PROBE_ROWS, len(weight), generator=generator)).bfloat16()
     try:
         expected = functional_call(module, {"weight": weight}, (inputs,))
-    except (RuntimeError, TypeError, ValueError):  # it takes something else than one tensor
+    except (RuntimeError, TypeError, ValueError):  # it expects other arguments than one tensor
         return None
     if not isinstance(expected, torch.Tensor) or expected.shape != inputs.shape or expected.dtype is not inputs.dtype:
         return None
     numbers = [value for value in vars(module).values() if isinstance(value, float) and value > 0]
     norms = [_Norm(number, *form) for number in numbers for form in _FORMS]
-    closest = min(norms, key=lambda norm: _distance(norm.apply(inputs, weight), expected), default=None)
-    return closest if closest is not None and _distance(closest.apply(inputs, weight), expected) <= _SAME else None
+    closest = min(norms, key=lambda norm: _relative_difference(norm.apply(inputs, weight), expected), default=None)
+    return (
+        closest
+        if closest is not None and _relative_difference(closest.apply(inputs, weight), expected) <= _TOLERANCE
+        else None
+    )
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest relative difference."""
+def _relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest relative difference of any element."""
     return float(((found.float() - expected.float()).abs() / expected.float().abs().clamp(min=1e-30)).max())

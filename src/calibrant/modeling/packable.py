@@ -1,4 +1,4 @@
-"""Whether transformers opens a module whose linears are packed, found by trying."""
+"""Trial initialization of modules with packed linears, which transformers cannot load for every architecture."""
 
 import copy
 from collections.abc import Iterable
@@ -9,22 +9,22 @@ from transformers import PreTrainedModel
 
 
 def first_not_packable(model: PreTrainedModel, linears: Iterable[str]) -> str | None:
-    """The first of ``linears`` around which a module is initialized with its ``weight``, which packed ones lack.
+    """First linear whose parent's initialization needs a ``weight``, which packed linears do not have, or None.
 
-    transformers initializes modules of which the checkpoint lacks a tensor, packed weights among them (Mamba). Modules
-    are tried on the meta device, one of each class.
+    transformers initializes modules with tensors that the checkpoint lacks, and counts packed weights as lacking; the
+    initialization of some modules (Mamba) then fails. One module per class is tried, on the meta device.
     """
-    tried: dict[type[nn.Module], bool] = {}
+    packable: dict[type[nn.Module], bool] = {}
     for name in linears:
         parent = model.get_submodule(name.rpartition(".")[0])
-        if type(parent) not in tried:
-            tried[type(parent)] = _initializes(model, parent, packed=True) or not _initializes(model, parent)
-        if not tried[type(parent)]:
+        if type(parent) not in packable:
+            packable[type(parent)] = _can_initialize(model, parent, packed=True) or not _can_initialize(model, parent)
+        if not packable[type(parent)]:
             return name
     return None
 
 
-def _initializes(model: PreTrainedModel, module: nn.Module, packed: bool = False) -> bool:
+def _can_initialize(model: PreTrainedModel, module: nn.Module, packed: bool = False) -> bool:
     trial = copy.deepcopy(module)
     if packed:
         for child in trial.children():

@@ -1,4 +1,4 @@
-"""Other libraries kept quiet while they load a model."""
+"""Suppression of the output of other libraries while they load a model."""
 
 import io
 import warnings
@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stderr
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the bars and remarks of the libraries below, which have no one switch for them; errors are raised."""
+    """Suppress progress bars and remarks on standard error, which no single switch turns off; errors still raise."""
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         yield

@@ -1,4 +1,4 @@
-"""A model loaded whole by transformers, for writing text and for scoring it."""
+"""Models loaded completely by transformers, to generate and to score text."""
 
 import copy
 from typing import Any
@@ -13,15 +13,15 @@ from calibrant.modeling.checkpoint import ModelFolder, model_class
 from calibrant.modeling.input_rounding import apply_input_rounding
 from calibrant.modeling.quietly import quietly
 
-# Processor features that multiply bfloat16 faster than float32 (x86 twice, Arm).
+# Processor features whose bfloat16 products are faster than float32 (two of x86, one of Arm).
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of that name.
+    """The device called ``name``: "cpu", "cuda" or "cuda:N".
 
     Raises:
-        CalibrantError: there is none here.
+        CalibrantError: the machine has no such device.
     """
     try:
         device = torch.device(name)
@@ -30,15 +30,15 @@ def torch_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise CalibrantError(f"{name}: no such device; there are cpu and cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise CalibrantError(f"{name}: this machine has no CUDA device that torch can use; use --device cpu")
+        raise CalibrantError(f"{name}: this machine has no CUDA device that torch can use; choose cpu with `device`")
     return device
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 where the device multiplies it fast.
+    """The dtype called ``name``; "auto" is bfloat16 where ``device`` multiplies it faster than float32, else float32.
 
     Raises:
-        CalibrantError: no such dtype to compute in.
+        CalibrantError: the name is not "auto", "bfloat16" or "float32".
     """
     if name == "auto":
         units = torch.cpu.get_capabilities()
@@ -50,10 +50,11 @@ def torch_dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def _unpacking(folder: ModelFolder) -> dict[str, Any]:
-    """Packed weights are unpacked: transformers 5.23 fails to load asymmetric ones otherwise.
+def _unpacking_options(folder: ModelFolder) -> dict[str, Any]:
+    """Options that make transformers unpack packed weights while loading: asymmetric ones fail to load otherwise.
 
-    Of mixed widths it unpacks none right; those are symmetric and load as they are.
+    Checkpoints of mixed widths are loaded packed: they are symmetric, and transformers unpacks them wrongly (as of
+    5.23).
     """
     settings = folder.config_dict.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("format") != "pack-quantized":
@@ -66,7 +67,7 @@ def _unpacking(folder: ModelFolder) -> dict[str, Any]:
 def _load_dequantized(
     folder: ModelFolder, settings: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> transformers.PreTrainedModel:
-    """The model with its weights unpacked here: transformers' own loaders of these formats need further packages."""
+    """Load a GPTQ or AWQ model by dequantizing it here; the loaders of transformers need further packages."""
     state = dense_weights(folder.tensors, folder.read, settings)
     config = copy.deepcopy(folder.config)
     del config.quantization_config
@@ -77,16 +78,18 @@ def _load_dequantized(
 
 
 def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.PreTrainedModel:
-    """The model in ``folder``, in evaluation mode.
+    """Load the model in ``folder`` in evaluation mode; rounding of inputs in ``input_rounding.json`` is applied.
+
+    ``device`` and ``dtype`` are names as in ``torch_device`` and ``torch_dtype``.
 
     Raises:
-        CalibrantError: it cannot be loaded, or its files lack weights.
+        CalibrantError: the model cannot be loaded, its files lack weights, or the device or dtype is unknown.
     """
     place = torch_device(device)
     settings = folder.config_dict.get("quantization_config")
     if isinstance(settings, dict) and settings.get("quant_method") in ("gptq", "awq"):
         return _load_dequantized(folder, settings, place, torch_dtype(dtype, place))
-    load: Any = model_class(folder.architecture).from_pretrained  # typed by transformers for the model alone
+    load: Any = model_class(folder.architecture).from_pretrained  # transformers' types ignore output_loading_info
     try:
         with quietly():
             model, found = load(
@@ -96,18 +99,18 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **_unpacking(folder),
+                **_unpacking_options(folder),
             )
-    except Exception as error:  # a config can fail in as many ways as transformers has models
+    except Exception as error:  # invalid configurations raise any exception in the model classes
         raise CalibrantError(f"{folder.path}: transformers cannot load it ({first_line(error)})") from error
     if found["missing_keys"]:
-        # transformers fills them with random numbers.
+        # transformers initializes missing weights randomly.
         missing = min(found["missing_keys"])
         raise CalibrantError(f"{folder.path}: its files lack {missing}; copy or download it again")
     loaded: transformers.PreTrainedModel = model.to(device=place).eval()
     if settings is not None:
         with quietly(), torch.inference_mode():
-            # Such a model unpacks itself in its first forward pass, and draws bars.
+            # Quantized models decompress in their first forward pass, with progress bars: do it now, quietly.
             loaded(input_ids=torch.zeros(1, 1, dtype=torch.long, device=place))
     apply_input_rounding(loaded, read_input_rounding(folder.path))
     return loaded

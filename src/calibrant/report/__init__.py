@@ -1,1 +1,1 @@
-"""Pages for people: model cards."""
+"""Model cards and inspection pages."""

@@ -1,4 +1,4 @@
-"""Looking at calibration sets: read them, put them into words and numbers, compare them."""
+"""Inspection of calibration sets: statistics, unusual rows and pairwise overlap."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,25 +18,29 @@ from calibrant.modeling.losses import row_losses
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress, Progress
-from calibrant.report.inspection_page import PAGE_MARK, InspectedSet, inspection_page
+from calibrant.report.inspection_page import PAGE_MARK, InspectedSet, check_chart_libraries, inspection_page
 
-# A page says near its beginning what made it.
-_PAGE_HEAD = 500
+# The page mark is within this many bytes from the start of a page.
+_PAGE_HEAD_BYTES = 500
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Sets in numbers, and for each pair how much it shares."""
+    """Statistics of calibration sets, and the overlap of each pair."""
 
     sets: list[InspectedSet]
     overlaps: list[dict[str, Any]]
 
     def page(self) -> str:
-        """One self-contained HTML page."""
+        """Self-contained HTML page.
+
+        Raises:
+            CalibrantError: the extra ``report`` is not installed.
+        """
         return inspection_page(self.sets, self.overlaps)
 
     def as_json(self) -> dict[str, Any]:
-        """Numbers, odd rows and overlaps for programs."""
+        """Numbers, unusual rows and overlaps as JSON values."""
         return {
             "sets": [
                 {
@@ -60,13 +64,18 @@ def inspect_sets(
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Inspection:
-    """Read saved sets and describe them.
+    """Read saved calibration sets and describe them.
 
-    ``model`` is a folder whose tokenizer made them; left out, it is looked for where each manifest says.
-    ``perplexity`` runs the model over every row.
+    Args:
+        folders: folders of the sets.
+        model: model whose tokenizer made the sets; None takes the location in each manifest.
+        perplexity: also run the model over every row.
+        device: where the model runs.
+        dtype: what the model computes in.
+        progress: receives progress reports.
 
     Raises:
-        CalibrantError: a set cannot be read, or its tokenizer is another one or not there.
+        CalibrantError: a set cannot be read, or its tokenizer is missing or a different one.
     """
     if not folders:
         raise CalibrantError("no calibration set is named")
@@ -74,11 +83,11 @@ def inspect_sets(
     names = _names([Path(folder) for folder in folders])
     sets = []
     for folder, name, calibration in zip(folders, names, loaded, strict=True):
-        path = _model_of(folder, calibration, model)
+        path = _model_folder(folder, calibration, model)
         tokenizer = Tokenizer(path)
         if tokenizer.sha256 != calibration.manifest.tokenizer_sha256:
             raise CalibrantError(
-                f"{folder}: was made with another tokenizer than {path}'s; name its model with --model"
+                f"{folder}: was made with another tokenizer than {path}'s; name its model with `model`"
             )
         texts = [
             _readable(tokenizer, row[kept].tolist())
@@ -95,31 +104,33 @@ def inspect_sets(
 
 
 def check_page(path: Path) -> None:
-    """Refuse a place for a page that is taken by anything but an earlier page, or that cannot be written.
+    """Check that an inspection page can be made and may be written to ``path``.
 
     Raises:
-        CalibrantError: it is a folder, another file, or its parent is no folder.
+        CalibrantError: the extra ``report`` is not installed, the path is a folder or a file other than an inspection
+            page, or its parent folder is missing.
     """
-    if path.is_dir() or (path.exists() and PAGE_MARK.encode() not in path.read_bytes()[:_PAGE_HEAD]):
-        raise CalibrantError(f"{path}: exists and is no page of calibrant data inspect; choose another --html")
+    check_chart_libraries()
+    if path.is_dir() or (path.exists() and PAGE_MARK.encode() not in path.read_bytes()[:_PAGE_HEAD_BYTES]):
+        raise CalibrantError(f"{path}: exists and is not an inspection page; choose another file")
     if not path.absolute().parent.is_dir():
         raise CalibrantError(f"{path.parent}: no such folder to write the page to")
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """Folder names, or whole paths where names are equal."""
+    """Names of the folders, or their paths if two folders have the same name."""
     short = [folder.resolve().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
-def _model_of(folder: str | Path, calibration: CalibrationSet, model: str | Path | None) -> Path:
+def _model_folder(folder: str | Path, calibration: CalibrationSet, model: str | Path | None) -> Path:
     named = [str(model)] if model is not None else calibration.manifest.locations.get("model", [])
     if not named:
-        raise CalibrantError(f"{folder}: its manifest does not say where its model was; name it with --model")
+        raise CalibrantError(f"{folder}: its manifest does not say where its model was; name it with `model`")
     try:
         return Path(model_path(named[0]))
     except CalibrantError as error:
-        raise CalibrantError(f"{error}; name the model with --model") from error
+        raise CalibrantError(f"{error}; name the model with `model`") from error
 
 
 def _losses(path: Path, calibration: CalibrationSet, device: str, dtype: str, progress: Progress) -> list[float]:
@@ -128,7 +139,7 @@ def _losses(path: Path, calibration: CalibrationSet, device: str, dtype: str, pr
     losses = []
     with progress.task("running the model", len(calibration.tokens)) as task:
         for row, kept in zip(calibration.tokens, calibration.mask, strict=True):
-            # A row that begins unlike the model's texts is judged behind what they begin with.
+            # The model expects texts to begin with its prefix (BOS): rows without it get it as uncounted context.
             begin = row.new_tensor([] if row[: len(prefix)].tolist() == prefix else prefix)
             counted = torch.cat([torch.zeros_like(begin, dtype=torch.bool), kept])
             losses += row_losses(model, torch.cat([begin, row])[None], counted[None])
@@ -144,7 +155,7 @@ def _facts(calibration: CalibrationSet) -> dict[str, str]:
         "corpora": sources,
         "size": f"{manifest.samples} rows of {manifest.length} tokens",
         "seed and draw": f"{manifest.seed}, {manifest.draw}",
-        "parameters": _options(manifest.parameters, SelectionRequest().recorded()),
+        "parameters": _changed_parameters(manifest.parameters, SelectionRequest().recorded()),
         "counts": ", ".join(f"{name} {value:,}" for name, value in manifest.counts.items()),
         "SHA-256": manifest.set_sha256,
     }
@@ -152,18 +163,18 @@ def _facts(calibration: CalibrationSet) -> dict[str, str]:
 
 
 def _readable(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Text of a row; a model's embedding may hold more ids than its tokenizer knows."""
+    """Text of a row; ids beyond the tokenizer's vocabulary, which embeddings may have, are only counted."""
     known = [index for index in ids if 0 <= index < tokenizer.size]
     unknown = len(ids) - len(known)
     return tokenizer.decode(known) + (f"\n({unknown} ids that the tokenizer does not know)" if unknown else "")
 
 
-def _options(parameters: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """What was asked for beyond the ``usual`` values, in words."""
+def _changed_parameters(parameters: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """Parameters that differ from their ``usual`` values, as text."""
     said = []
     for name, value in parameters.items():
         if isinstance(value, Mapping):
-            inner = _options(value, usual.get(name, {}))
+            inner = _changed_parameters(value, usual.get(name, {}))
             said += [f"{name}: {inner}"] if inner else []
         elif name not in usual or value != usual[name]:
             said.append(f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}")

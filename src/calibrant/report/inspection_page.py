@@ -1,4 +1,4 @@
-"""One HTML page about calibration sets: it holds everything it shows and opens from disk without a network."""
+"""Self-contained HTML page about calibration sets, which opens from disk without a network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import jinja2
 import numpy as np
 
 from calibrant.calibration.text_statistics import RowNumbers, SetStatistics
+from calibrant.errors import CalibrantError
 
 _SAMPLES = 5
 _SAMPLE_CHARACTERS = 1500
@@ -20,14 +21,13 @@ _TITLES = {
     "perplexities": "Perplexity of a row",
 }
 
-
-# Stands in the template too; a file that has it may be replaced by a newer page.
+# The template contains the same line. A file with this line may be replaced by a newer page.
 PAGE_MARK = '<meta name="generator" content="calibrant data inspect">'
 
 
 @dataclass(frozen=True)
 class InspectedSet:
-    """A set as the page shows it: a name, what the manifest says, numbers, and the rows' texts."""
+    """A calibration set as the page shows it: name, facts of the manifest, statistics and the text of each row."""
 
     name: str
     facts: dict[str, str]
@@ -36,7 +36,12 @@ class InspectedSet:
 
 
 def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) -> str:
-    """The page as HTML text; ``overlaps`` are rows of a table: two names and shares."""
+    """The page as HTML; each of ``overlaps`` has the names of two sets and the shares that they have in common.
+
+    Raises:
+        CalibrantError: the extra ``report`` is not installed.
+    """
+    check_chart_libraries()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("calibrant.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -52,9 +57,22 @@ def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) ->
     )
 
 
+def check_chart_libraries() -> None:
+    """Check that the libraries that draw charts are installed.
+
+    Raises:
+        CalibrantError: the extra ``report`` is not installed.
+    """
+    try:
+        import altair  # noqa: F401
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise CalibrantError("the inspection page needs the extra: pip install 'calibrant[report]'") from error
+
+
 def _charts(sets: list[InspectedSet]) -> dict[str, str]:
-    """Pictures as SVG text, by name."""
-    import altair as alt  # heavy, and only pages need it
+    """Charts as SVG, by name."""
+    import altair as alt  # slow to import, and only pages need it
 
     curves = {
         "rank": (_rank_rows(sets), "rank", "frequency", alt.Scale(type="log")),
@@ -65,7 +83,7 @@ def _charts(sets: list[InspectedSet]) -> dict[str, str]:
             alt.Chart(alt.InlineData(values=rows))
             .mark_line()
             .encode(
-                x=alt.X(f"{x}:Q", scale=scale, axis=alt.Axis(tickMinStep=1, format=",")),  # ranks and rows are whole
+                x=alt.X(f"{x}:Q", scale=scale, axis=alt.Axis(tickMinStep=1, format=",")),  # ranks and rows are integers
                 y=alt.Y(f"{y}:Q", scale=scale),
                 color=alt.Color("set:N", title=None),
             )
@@ -118,7 +136,7 @@ def _growth_rows(sets: list[InspectedSet]) -> list[dict[str, Any]]:
 def _histogram_rows(
     sets: list[InspectedSet], measure: Callable[[RowNumbers], float | None], axis: str, logarithmic: bool
 ) -> list[dict[str, Any]]:
-    """Counts in bins that all sets share; empty where no row has the number."""
+    """Histogram of each set on common bins; empty if no row has a measurement."""
     values = {one.name: [value for row in one.statistics.rows if (value := measure(row)) is not None] for one in sets}
     everything = [value for found in values.values() for value in found]
     if not everything:

@@ -1,4 +1,4 @@
-"""The model card of a compressed model."""
+"""Model card of a compressed model."""
 
 from typing import Any
 

@@ -3,12 +3,13 @@
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tensorboardX import SummaryWriter
 
 from calibrant.errors import CalibrantError
 from calibrant.methods.training import TrainingOptions
@@ -85,7 +86,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
         progress.note(f"training goes on after step {now.done}, from {journal.folder}")
     written, wait = time.monotonic(), _JOURNAL_SECONDS
     with (
-        SummaryWriter(str(journal.opened() / CURVES), purge_step=now.done + 1 if now.done else None) as curves,
+        _curves(journal.opened() / CURVES, now.done, progress) as write_scalar,
         progress.task("training", options.steps) as task,
     ):
         if now.done:
@@ -102,7 +103,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
                     now.best, now.kept = now.done, _copy(student.learned)
                 now.ended = now.done == options.steps or now.done - now.best >= options.patience * options.eval_steps
             for name, value in numbers.items():
-                curves.add_scalar(name, value, now.done)
+                write_scalar(name, value, now.done)
             begin = time.monotonic()
             if now.ended or begin - written > wait:
                 journal.write(_NAME, {**vars(now), "train_step": train_step.state()})
@@ -114,6 +115,24 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
     trained = Trained(now.looks, now.best, now.done, sum(now.losses) / len(now.losses), student.sharpness())
     progress.note(trained.sentence())
     return trained
+
+
+@contextmanager
+def _curves(folder: Path, steps_done: int, progress: Progress) -> Iterator[Callable[[str, float, int], None]]:
+    """Yield a function that writes a scalar (name, value, step) for TensorBoard to ``folder``.
+
+    TensorBoard hides scalars after ``steps_done`` from an interrupted run. Without tensorboardX nothing is written.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        SummaryWriter = None  # noqa: N806  # the name of a class
+    if SummaryWriter is None:
+        progress.note("no training curves are written; they need the extra: pip install 'calibrant[training]'")
+        yield lambda name, value, step: None
+        return
+    with SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None) as writer:
+        yield writer.add_scalar
 
 
 @dataclass
