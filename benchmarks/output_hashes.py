@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tests.conftest import ARCHITECTURES, random_set, write_model
 
 import calibrant as cb
 from calibrant.hashing import sha256_file
-from tests.conftest import ARCHITECTURES, random_set, write_model
 
 _RECORDS = ("calibrant.json", "README.md")
 _VOLATILE = ("report.json",)
@@ -46,7 +46,9 @@ def main() -> None:
     names = arguments.recipes or list(cb.builtin_recipes())
     with tempfile.TemporaryDirectory() as scratch:
         for architecture in arguments.architectures:
-            model = write_model(Path(scratch) / architecture, architecture, torch.bfloat16 if architecture == "qwen3" else torch.float32)
+            model = write_model(
+                Path(scratch) / architecture, architecture, torch.bfloat16 if architecture == "qwen3" else torch.float32
+            )
             data = random_set(model, masked=3)
             for recipe in names:
                 for dtype in arguments.dtypes:
@@ -55,11 +57,21 @@ def main() -> None:
                         continue
                     target = Path(scratch) / "output" / recipe.replace(":", "-")
                     try:
-                        cb.compress(model, output=target, recipe=recipe, calibration=data, dtype=dtype, overwrite=True,
-                                    allow_encoder=True)
+                        cb.compress(
+                            model,
+                            output=target,
+                            recipe=recipe,
+                            calibration=data,
+                            dtype=dtype,
+                            overwrite=True,
+                            allow_encoder=True,
+                        )
                         found[key] = hashes_of(target)
                     except Exception as error:
-                        found[key] = {"refused": {"refused": type(error).__name__}, "records": {"message": str(error).replace(scratch, "")}}
+                        found[key] = {
+                            "refused": {"refused": type(error).__name__},
+                            "records": {"message": str(error).replace(scratch, "")},
+                        }
                     print(key, flush=True)
             arguments.output.write_text(json.dumps(found, indent=1, sort_keys=True))
     if arguments.against is not None:
@@ -68,12 +80,18 @@ def main() -> None:
 
 def compare(before: dict, after: dict) -> None:
     shared = sorted(before.keys() & after.keys())
-    different = [key for key in shared if {k: v for k, v in before[key].items() if k != "records"}
-                 != {k: v for k, v in after[key].items() if k != "records"}]
+    different = [
+        key
+        for key in shared
+        if {k: v for k, v in before[key].items() if k != "records"}
+        != {k: v for k, v in after[key].items() if k != "records"}
+    ]
     records = [key for key in shared if before[key]["records"] != after[key]["records"]]
     refused = sum("refused" in before[key] for key in shared)
-    print(f"{len(shared)} outputs compared ({refused} refusals): {len(different)} differ, "
-          f"records of {len(records)} differ; {len(before.keys() - after.keys())} missing")
+    print(
+        f"{len(shared)} outputs compared ({refused} refusals): {len(different)} differ, "
+        f"records of {len(records)} differ; {len(before.keys() - after.keys())} missing"
+    )
     for key in different:
         print("differs:", key)
     raise SystemExit(1 if different else 0)

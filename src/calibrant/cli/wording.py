@@ -12,17 +12,19 @@ _SPELLED_OTHERWISE = {
     "lengths": "--mix-lengths",
     "tokenizer": "--model",
 }
-_SAME = """
-    batch_size bits calibration corpus device draw dtype embedding executor field first_tokens group_size keep leakage
-    length limit mask model order output overwrite parts percentile pool recipe samples seed shards strategy temperature
-    text weights windows duplicates keep_leaked leakage_field leakage_run
-""".split()
-PARAMETERS = {name: "--" + name.replace("_", "-") for name in _SAME} | _SPELLED_OTHERWISE
+_SPELLED_ALIKE = (
+    *("batch_size", "bits", "calibration", "corpus", "device", "draw", "dtype", "duplicates", "embedding", "executor"),
+    *("field", "first_tokens", "group_size", "html", "keep", "keep_leaked", "leakage", "leakage_field", "leakage_run"),
+    *("length", "limit", "mask", "max_characters", "max_repetition", "min_characters", "model", "order", "output"),
+    *("overwrite", "parts", "percentile", "pool", "recipe", "samples", "script", "seed", "shards", "strategy"),
+    *("temperature", "text", "weights", "windows"),
+)
+PARAMETERS = {name: "--" + name.replace("_", "-") for name in _SPELLED_ALIKE} | _SPELLED_OTHERWISE
 _MENTION = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]+))?`")
 
 
 def as_options(message: str) -> str:
-    """``message`` with `` `overwrite=True` `` as ``--overwrite`` and `` `order="two-pass"` `` as ``--order two-pass``."""
+    """``message`` with `` `overwrite=True` `` as ``--overwrite``, `` `order="two-pass"` `` as ``--order two-pass``."""
 
     def option(found: re.Match[str]) -> str:
         name, value = found["name"], found["value"]

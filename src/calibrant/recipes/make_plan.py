@@ -231,8 +231,8 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
         return [f"{recipe.method.name} fits no quantized format: its values are stored dense"]
     if layers.unpackable:
         dense = (
-            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers {transformers.__version__} loads no "
-            "quantized format with one: the quantized values are stored dense, so the files do not get smaller"
+            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers {transformers.__version__} loads "
+            "no quantized format with one: the quantized values are stored dense, so the files do not get smaller"
         )
         inputs = (
             f"its int8 inputs are described in {INPUT_ROUNDING}, which calibrant evaluate computes with; "
@@ -241,8 +241,8 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
         return [dense, inputs] if layout.activations else [dense]
     if not layout.symmetric and not layout.activations and layout.format == "compressed-tensors":
         return [
-            f"transformers {transformers.__version__} loads asymmetric packed weights only unpacked: pass from_pretrained "
-            "quantization_config=CompressedTensorsConfig(dequantize=True)"
+            f"transformers {transformers.__version__} loads asymmetric packed weights only unpacked: pass "
+            "from_pretrained quantization_config=CompressedTensorsConfig(dequantize=True)"
         ]
     if layout.activations and layout.bits < 8:
         return [

@@ -57,8 +57,8 @@ class Trained:
         """For people."""
         if self.best == 0:
             return (
-                f"training did not help in {self.steps} steps: the held-out loss is {self.held_out[0]:.4g} before it and "
-                "no lower after, so the untrained values were kept"
+                f"training did not help in {self.steps} steps: the held-out loss is {self.held_out[0]:.4g} before it "
+                "and no lower after, so the untrained values were kept"
             )
         return (
             f"trained for {self.steps} steps: held-out loss {self.held_out[0]:.4g} before, "
