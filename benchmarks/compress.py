@@ -56,7 +56,7 @@ def comparisons(bits: int, group_size: int) -> dict[str, Comparison]:
     """By method."""
     grouped = {"weights": {"bits": bits, "group_size": group_size}}
     clipped = {"weights": {**grouped["weights"], "range_search": "clip"}}
-    int8 = {"weights": {"bits": 8}, "activations": {"bits": 8}}
+    int8 = {"weights": {"bits": 8}, "activations": {"dynamic": True}}
     rtn, gptq = {"name": "rtn"}, {"name": "gptq"}
     smooth, awq = [{"name": "smoothquant", "alpha": 0.8}], [{"name": "awq"}]
     best = load_recipe("best-w3a16" if bits == 3 else "best-w4a16").model_dump()

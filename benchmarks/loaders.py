@@ -69,7 +69,7 @@ CASES: dict[str, tuple[dict[str, Any], str, Any]] = {
         {},
     ),
     "int-quantized, fixed ranges": (
-        {"method": RTN, "scheme": {"weights": INT8, "activations": {"bits": 8, "dynamic": False}}},
+        {"method": RTN, "scheme": {"weights": INT8, "activations": {"dynamic": False}}},
         "compressed-tensors",
         {},
     ),

@@ -65,7 +65,7 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "sparsegpt, asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 1.0},
     "sparsegpt, a quarter asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 0.25},
 }
-DYNAMIC, MINMAX = {"bits": 8}, {"bits": 8, "dynamic": False}
+DYNAMIC, MINMAX = {"dynamic": True}, {"dynamic": False}
 # By label: what the recipe says beyond the scheme, and its activations.
 INT8: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rtn": ({"method": {"name": "rtn"}}, DYNAMIC),

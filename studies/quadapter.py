@@ -51,7 +51,7 @@ def recipe(method: str, options: argparse.Namespace, seed: int) -> Recipe:
         cell["transforms"] = [{**cell["transforms"][0], "steps": options.block_steps}]
     if method == "QAT":
         cell["training"]["learning_rate"] = options.learning_rate
-    scheme = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    scheme = {"weights": {"bits": 8}, "activations": {"dynamic": False}}
     return Recipe.model_validate({**cell, "scheme": scheme})
 
 

@@ -73,7 +73,7 @@ def measure(
     model: Path, transforms: list[dict[str, Any]], data: cb.CalibrationSet, options: argparse.Namespace, output: Path
 ) -> dict[str, Any]:
     """Quantize ``model`` and compare it with itself."""
-    scheme = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    scheme = {"weights": {"bits": 8}, "activations": {"dynamic": False}}
     said = {"name": "study", "description": "study", "transforms": transforms, "scheme": scheme}
     recipe = Recipe.model_validate({**said, "method": {"name": "rtn"}})
     report = cb.compress(model, output=output, recipe=recipe, calibration=data, overwrite=True)

@@ -28,9 +28,9 @@ from cells import measured, on_texts, over_seeds, spread
 
 HERE = Path(__file__).parent
 SCHEMES: dict[str, dict[str, Any]] = {
-    "W8A8": {"weights": {"bits": 8}, "activations": {"bits": 8}},
-    "W4A8": {"weights": {"bits": 4, "range_search": "mse"}, "activations": {"bits": 8}},
-    "W2A8": {"weights": {"bits": 2, "group_size": "auto", "range_search": "mse"}, "activations": {"bits": 8}},
+    "W8A8": {"weights": {"bits": 8}, "activations": {"dynamic": True}},
+    "W4A8": {"weights": {"bits": 4, "range_search": "mse"}, "activations": {"dynamic": True}},
+    "W2A8": {"weights": {"bits": 2, "group_size": "auto", "range_search": "mse"}, "activations": {"dynamic": True}},
 }
 ARMS: dict[str, dict[str, Any] | None] = {
     "round to nearest": None,

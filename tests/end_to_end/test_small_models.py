@@ -18,7 +18,7 @@ CHANNELS, FACTOR = 4, 128.0
 
 
 def w8a8(transforms: list[dict[str, Any]]) -> Recipe:
-    scheme = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    scheme = {"weights": {"bits": 8}, "activations": {"dynamic": False}}
     said = {"name": "r", "description": "d", "transforms": transforms, "scheme": scheme}
     return Recipe.model_validate({**said, "method": {"name": "rtn"}})
 
@@ -84,7 +84,7 @@ def test_the_classifier_can_be_trained_without_data_by_the_language_model(tmp_pa
         "length": 64,
         "learning_rate": 3e-4,
     }
-    scheme = {"weights": {"bits": 2, "group_size": 32, "range_search": "mse"}, "activations": {"bits": 8}}
+    scheme = {"weights": {"bits": 2, "group_size": 32, "range_search": "mse"}, "activations": {"dynamic": True}}
     answers = {"original": _answers(BERT, read)}
     for name, training in {"rounded": None, "zsaq": generated}.items():
         said = {"name": "r", "description": "d", "training": training, "method": {"name": "rtn"}, "scheme": scheme}

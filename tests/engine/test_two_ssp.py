@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 import calibrant as cb
-from calibrant.api import prepare
+from calibrant import prepare
 from calibrant.engine.two_stage_pruning import removals
 from calibrant.errors import CalibrantError
 from calibrant.recipes.recipe import Recipe

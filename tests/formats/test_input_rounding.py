@@ -18,8 +18,8 @@ from calibrant.recipes.recipe import Recipe
 from tests.checkpoints import loaded_divergence
 from tests.conftest import random_set
 
-STATIC = {"bits": 8, "dynamic": False}
-DYNAMIC = {"bits": 8}
+STATIC = {"dynamic": False}
+DYNAMIC = {"dynamic": True}
 # Damaged files, and the message about each.
 OTHERS = (
     ('{"bits": 8, "linears": []}', "damaged"),

@@ -111,7 +111,7 @@ def test_inputs_of_nothing_but_zeros_have_a_grid() -> None:
 
 
 def recipe(**activations: object) -> Recipe:
-    scheme = {"weights": {"bits": 8}, "activations": {"bits": 8, **activations}}
+    scheme = {"weights": {"bits": 8}, "activations": activations}
     return Recipe.model_validate({"name": "r", "description": "d", "method": {"name": "rtn"}, "scheme": scheme})
 
 

@@ -95,6 +95,6 @@ def test_the_example_of_the_page_is_a_recipe() -> None:
 
 
 def test_a_percentile_is_for_ranges_of_that_kind() -> None:
-    scheme = {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False, "percentile": 99}}
+    scheme = {"weights": {"bits": 8}, "activations": {"dynamic": False, "percentile": 99}}
     with pytest.raises(ValidationError, match="percentile is for range: percentile"):
         Recipe.model_validate({**SAID, "scheme": scheme})

@@ -42,7 +42,7 @@ BEHIND |= {"post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"]}
 
 
 def recipe(*transforms: dict[str, object], training: dict[str, object] | None = None, **scheme: object) -> Recipe:
-    wanted = scheme or {"weights": {"bits": 8}, "activations": {"bits": 8, "dynamic": False}}
+    wanted = scheme or {"weights": {"bits": 8}, "activations": {"dynamic": False}}
     return Recipe.model_validate(
         {
             "name": "r",
@@ -125,7 +125,7 @@ def test_architectures_learn_scales_for_weights_too(
 
 
 def test_dynamic_activations_and_one_row_are_enough(planted: Path, tmp_path: Path) -> None:
-    dynamic = {"weights": {"bits": 8}, "activations": {"bits": 8}}
+    dynamic = {"weights": {"bits": 8}, "activations": {"dynamic": True}}
     data = random_set(planted, samples=1)
     for name, transforms in {"rtn": [], "quadapter": [{"name": "quadapter"}]}.items():
         cb.compress(planted, output=tmp_path / name, recipe=recipe(*transforms, **dynamic), calibration=data)
@@ -161,7 +161,7 @@ def test_a_model_that_is_not_finite_is_refused(llama: Path, tmp_path: Path, name
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][3] = float("nan")
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    chosen = recipe({"name": name}, weights={"bits": 8}, activations={"bits": 8})
+    chosen = recipe({"name": name}, weights={"bits": 8}, activations={"dynamic": True})
     with pytest.raises(CalibrantError, match=r"model\.layers\.1: .*not finite"):
         cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=random_set(model))
 
@@ -210,7 +210,7 @@ def test_the_scaled_model_computes_what_is_stored(
 ) -> None:
     """The divergence that the second phase ended with, from the files by another library."""
     model = with_other_norms(write_model(tmp_path / "model", architecture, stored))
-    static = {"weights": {"bits": 4}, "activations": {"bits": 8, "dynamic": False}}
+    static = {"weights": {"bits": 4}, "activations": {"dynamic": False}}
     training = {**SECOND, "objective": "teacher"}
     data = random_set(model, samples=8, length=16)
     chosen = recipe({"name": "quadapter", "steps": 20}, training=training, **static)

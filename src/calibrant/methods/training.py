@@ -15,7 +15,7 @@ from calibrant.methods.solvers.rtn import round_layer
 # Evaluating the held-out loss should cost little beside the steps between two evaluations (ours).
 HELD_OUT_TOKENS = 4096
 # Bytes of logits in memory at a time (ours).
-_LOGIT_BYTES = 2**28
+LOGIT_BYTES = 2**28
 
 
 class TrainingOptions(MethodOptions):
@@ -41,7 +41,7 @@ class TrainingOptions(MethodOptions):
 
     def micro_batch(self, length: int, vocabulary: int) -> int:
         """Rows of ``length`` tokens that run at a time, where there are as many."""
-        return self.micro_batch_size or max(1, _LOGIT_BYTES // (4 * length * vocabulary))
+        return self.micro_batch_size or max(1, LOGIT_BYTES // (4 * length * vocabulary))
 
     def flops(self, parameters: int, generator_parameters: int) -> float:
         """Work of the whole training; a backward pass costs two forward passes."""

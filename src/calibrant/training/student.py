@@ -43,7 +43,7 @@ class Student:
         dtype: torch.dtype,
         causal: bool,
     ) -> None:
-        self._learner, self._teacher, self._options, self._watched = learner, teacher, options, watched
+        self.learner, self._teacher, self._options, self._watched = learner, teacher, options, watched
         self._dtype, self._causal = dtype, causal
         self._on_text = isinstance(options, OnText) and options.objective == "text"
         groups = [
@@ -56,11 +56,11 @@ class Student:
     @property
     def learned(self) -> list[torch.Tensor]:
         """What is trained."""
-        return [parameter for parameters, _ in self._learner.groups for parameter in parameters]
+        return [parameter for parameters, _ in self.learner.groups for parameter in parameters]
 
     def answer(self, inputs: Inputs) -> torch.Tensor:
         """The student's logits."""
-        return self._logits(self._learner.model, inputs)
+        return self._logits(self.learner.model, inputs)
 
     def target(self, inputs: Inputs) -> torch.Tensor:
         """The teacher's logits."""
@@ -85,7 +85,7 @@ class Student:
         self._optimizer.zero_grad()
         numbers = {"loss": loss()}
         if self._options.sam_rho:
-            with at_worst_nearby(self._learner.weights, self._options.sam_rho):
+            with at_worst_nearby(self.learner.weights, self._options.sam_rho):
                 self._optimizer.zero_grad()
                 numbers["sharpness"] = loss() - numbers["loss"]
         numbers["gradient"] = float(gradient_norm(self.learned))
@@ -127,7 +127,7 @@ class Student:
 
     def sharpness(self) -> float | None:
         """How much larger the loss of the first of what is watched is a fixed distance away in the weights."""
-        if not self._learner.weights:
+        if not self.learner.weights:
             return None
         ids, counted = self._watched
         part = next(self.parts(*ids.shape))
@@ -136,7 +136,7 @@ class Student:
         here = self.losses(rows)
         positions = self.positions(here, rows[1])
         (here.sum() / positions).backward()
-        with at_worst_nearby(self._learner.weights, _MEASURED_RADIUS), torch.no_grad():
+        with at_worst_nearby(self.learner.weights, _MEASURED_RADIUS), torch.no_grad():
             there = self.losses(rows).sum()
         self._optimizer.zero_grad()
         return float(there - here.detach().sum()) / positions

@@ -52,7 +52,7 @@ def train_model(
     with torch.inference_mode(False), torch.enable_grad():
         teacher = load_whole(folder, str(device), "float32").requires_grad_(False)
         teacher.config.use_cache = False
-        watched, rest = _rows(given, options, folder.causal, device)
+        watched, rest = split_held_out(given, options, folder.causal, device)
         activations, seen = plan.recipe.scheme.activations, None
         if activations is not None and not activations.dynamic:
             split = (values.split(options.batch_size) for values in rest)
@@ -78,7 +78,7 @@ def train_model(
         student = Student(learner, teacher, options, watched, dtype, folder.causal)
         step: TrainStep
         if isinstance(options, Zsaq):
-            step = _zsaq(folder, student, teacher, options, device)
+            step = zsaq_step(folder, student, teacher, options, device)
         else:
             assert isinstance(options, OnText)
             step = TextStep(student, options, rest)
@@ -124,7 +124,7 @@ def _generator_folder(folder: ModelFolder, options: Zsaq) -> ModelFolder:
     return folder if options.generator is None else ModelFolder(model_path(options.generator))
 
 
-def _rows(
+def split_held_out(
     given: TokenRows, options: TrainingOptions, causal: bool, device: torch.device
 ) -> tuple[TokenRows, TokenRows]:
     """What is held out and what is trained on, in pieces of the training's length; for ZSAQ all is held out."""
@@ -155,7 +155,7 @@ def _cut(rows: TokenRows, length: int, text: bool) -> TokenRows:
     return TokenRows(tokens[some], counted[some])
 
 
-def _zsaq(
+def zsaq_step(
     folder: ModelFolder, student: Student, teacher: transformers.PreTrainedModel, options: Zsaq, device: torch.device
 ) -> ZsaqStep:
     tokenizer = Tokenizer(folder.path)

@@ -56,7 +56,7 @@ class ZsaqStep:
     """
 
     def __init__(self, student: Student, options: Zsaq, eligible: torch.Tensor, generator: Generator | None) -> None:
-        self.student, self._options, self._eligible, self._generator = student, options, eligible, generator
+        self.student, self._options, self.eligible, self.generator = student, options, eligible, generator
         self._ascent: torch.optim.Adam | None = None
         if generator is not None and options.generator_learning_rate:
             generator.requires_grad_(True)
@@ -67,7 +67,7 @@ class ZsaqStep:
         """The generator's step, then the student's, each on rows drawn for it."""
         numbers = {}
         if self._ascent is not None:
-            numbers["generator"] = self._ascend(self._rows(number, "generator"), self._draw(number, "generator"))
+            numbers["generator"] = self.ascend(self._rows(number, "generator"), self._draw(number, "generator"))
         inputs = self._inputs(self._rows(number, "student"), self._draw(number, "student"))
         targets = [self._target(part) for part in self._split(inputs)]
         return numbers | self.student.descend(rate, lambda: self._loss(inputs, targets))
@@ -90,28 +90,28 @@ class ZsaqStep:
             self._ascent.load_state_dict(state["ascent"])
 
     def _learning(self) -> list[nn.Parameter]:
-        assert self._generator is not None
-        return list(self._generator.parameters())
+        assert self.generator is not None
+        return list(self.generator.parameters())
 
     def _rows(self, number: int, purpose: str) -> torch.Tensor:
         draw = make_rng(self._options.seed, "zsaq", purpose, number)
         shape = (self._options.batch_size, self._options.length)
-        return self._eligible[torch.from_numpy(draw.integers(0, len(self._eligible), shape)).to(self._eligible.device)]
+        return self.eligible[torch.from_numpy(draw.integers(0, len(self.eligible), shape)).to(self.eligible.device)]
 
     def _draw(self, number: int, purpose: str) -> torch.Generator:
         seed = int(make_rng(self._options.seed, "zsaq", "draw", purpose, number).integers(2**63))
-        return torch.Generator(self._eligible.device).manual_seed(seed)
+        return torch.Generator(self.eligible.device).manual_seed(seed)
 
     @torch.no_grad()
     def _inputs(self, ids: torch.Tensor, draw: torch.Generator) -> Inputs:
-        if self._generator is None:
+        if self.generator is None:
             return {"input_ids": ids}
         return {"inputs_embeds": torch.cat([self._generated(ids[part], draw) for part in self._parts()])}
 
     def _generated(self, ids: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        assert self._generator is not None
+        assert self.generator is not None
         with self.student.computing():
-            vectors: torch.Tensor = self._generator(ids, draw)
+            vectors: torch.Tensor = self.generator(ids, draw)
         return vectors.float()
 
     def _parts(self) -> list[slice]:
@@ -132,7 +132,7 @@ class ZsaqStep:
             total += float(loss.detach())
         return total
 
-    def _ascend(self, ids: torch.Tensor, draw: torch.Generator) -> float:
+    def ascend(self, ids: torch.Tensor, draw: torch.Generator) -> float:
         """One step of the generator towards where student and teacher differ most."""
         assert self._ascent is not None
         learning, total = self._learning(), 0.0

@@ -19,8 +19,8 @@ from calibrant.training.student import Student
 
 # The journal is written this often, or so that writing takes a twentieth of the time: it holds weights and moments of
 # every parameter (ours).
-_JOURNAL_SECONDS = 30.0
-_JOURNAL_SHARE = 20
+JOURNAL_SECONDS = 30.0
+JOURNAL_SHARE = 20
 _NAME = "steps"
 
 
@@ -84,7 +84,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
         train_step.load(found.pop("train_step"))
         now = _Now(**found)
         progress.note(f"training goes on after step {now.done}, from {journal.folder}")
-    written, wait = time.monotonic(), _JOURNAL_SECONDS
+    written, wait = time.monotonic(), JOURNAL_SECONDS
     with (
         _curves(journal.opened() / CURVES, now.done, progress) as write_scalar,
         progress.task("training", options.steps) as task,
@@ -108,7 +108,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
             if now.ended or begin - written > wait:
                 journal.write(_NAME, {**vars(now), "train_step": train_step.state()})
                 written = time.monotonic()
-                wait = max(_JOURNAL_SECONDS, _JOURNAL_SHARE * (written - begin))
+                wait = max(JOURNAL_SECONDS, JOURNAL_SHARE * (written - begin))
     with torch.no_grad():
         for parameter, best_value in zip(student.learned, now.kept, strict=True):
             parameter.copy_(best_value)

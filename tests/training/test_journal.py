@@ -1,0 +1,139 @@
+"""Trainings that are killed and go on, and damaged journals."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import calibrant as cb
+from calibrant import prepare
+from calibrant.errors import CalibrantError
+from calibrant.progress import NoProgress
+from calibrant.training import training_loop
+from calibrant.training.journal import Journal
+from tests.conftest import random_set
+from tests.training.common import recipe
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def _journal_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_loop, "JOURNAL_SECONDS", -1.0)
+    monkeypatch.setattr(training_loop, "JOURNAL_SHARE", -1)
+
+
+class _StopsAfter(NoProgress):
+    def __init__(self, steps: int) -> None:
+        self.left, self.notes = steps, list[str]()
+
+    @contextmanager
+    def task(self, label: str, total: int | None) -> Iterator[Any]:
+        outer = self
+
+        class Handle:
+            def advance(self, steps: int = 1) -> None:
+                if label == "training":
+                    if not outer.left:
+                        raise _StoppedError
+                    outer.left -= 1
+
+        yield Handle()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("training", [{"name": "qat"}, {"name": "zsaq", "generator_learning_rate": 1e-3}])
+def test_a_killed_training_goes_on_to_the_same_bytes(
+    llama: Path, tmp_path: Path, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _journal_every_step(monkeypatch)
+    chosen, data = recipe({**training, "steps": 8}), random_set(llama)
+    cb.compress(llama, output=tmp_path / "whole", recipe=chosen, calibration=data)
+    for steps in (3, 2):
+        stopping = _StopsAfter(steps)
+        with pytest.raises(_StoppedError):
+            cb.compress(llama, output=tmp_path / "parts", recipe=chosen, calibration=data, progress=stopping)
+        assert not (tmp_path / "parts").exists()
+    ends = _StopsAfter(99)
+    cb.compress(llama, output=tmp_path / "parts", recipe=chosen, calibration=data, progress=ends)
+    assert any("goes on after step 4" in note for note in ends.notes)
+    for name in ("model.safetensors", "calibrant.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_another_training_begins_anew_and_a_damaged_journal_says_what_to_do(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _journal_every_step(monkeypatch)
+    data = random_set(llama)
+
+    def run(steps: int, stops: int, overwrite: bool = True) -> _StopsAfter:
+        listener = _StopsAfter(stops)
+        chosen = recipe({"name": "qat", "steps": steps})
+        cb.compress(
+            llama, output=tmp_path / "out", recipe=chosen, calibration=data, progress=listener, overwrite=overwrite
+        )
+        return listener
+
+    with pytest.raises(_StoppedError):
+        run(8, 3)
+    with pytest.raises(CalibrantError, match="holds an unfinished training with other settings"):
+        run(5, 99, overwrite=False)
+    other = recipe({"name": "qat", "steps": 5})
+    for known in (data, None):
+        with pytest.raises(CalibrantError, match="holds an unfinished training with other settings"):
+            prepare(llama, output=tmp_path / "out", recipe=other, calibration=known)
+        prepare(llama, output=tmp_path / "out", recipe=recipe({"name": "qat", "steps": 8}), calibration=known)
+    assert not any("goes on" in note for note in run(5, 99).notes)
+    with pytest.raises(_StoppedError):
+        run(8, 3)
+    state = tmp_path / "out.training" / "steps.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CalibrantError, match=r"steps\.safetensors: damaged .* begin the training anew"):
+        run(8, 99)
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "out.training"
+    folder.mkdir()
+    for name in (".steps.safetensors.17.partial", ".tmpAb3"):
+        (folder / name).write_text("half")
+    journal = Journal(tmp_path / "out", {"a": 1}, overwrite=False)
+    state = {"learned": [torch.ones(2)], "number": 3, "moments": {0: {"step": torch.tensor(4.0)}}, "none": None}
+    journal.write("steps", state)
+    assert sorted(path.name for path in folder.iterdir()) == ["steps.safetensors", "training.json"]
+    found = journal.read("steps")
+    assert found is not None
+    assert torch.equal(found["learned"][0], state["learned"][0])
+    assert (found["number"], float(found["moments"][0]["step"]), found["none"]) == (3, 4.0, None)
+
+
+def test_an_early_stop_is_the_same_after_a_break(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _journal_every_step(monkeypatch)
+    worse = recipe({"name": "qat", "steps": 30, "eval_steps": 1, "patience": 4, "learning_rate": 0.5})
+    data = random_set(llama)
+    cb.compress(llama, output=tmp_path / "whole", recipe=worse, calibration=data)
+    with pytest.raises(_StoppedError):
+        cb.compress(llama, output=tmp_path / "parts", recipe=worse, calibration=data, progress=_StopsAfter(2))
+    cb.compress(llama, output=tmp_path / "parts", recipe=worse, calibration=data)
+    first, second = ((tmp_path / name / "calibrant.json").read_bytes() for name in ("whole", "parts"))
+    assert first == second
+    training = json.loads(first)["training"]
+    assert training["steps"] == training["best"] + 4 < 30
+
+
+def test_a_damaged_description_of_a_training_says_what_to_do(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out.training"
+    folder.mkdir()
+    (folder / "training.json").write_text('{"recipe": ')
+    save_file({"a": torch.zeros(1)}, folder / "steps.safetensors")
+    with pytest.raises(CalibrantError, match=r"training\.json: damaged; delete"):
+        prepare(llama, output=tmp_path / "out", recipe=recipe({"name": "zsaq"}))
