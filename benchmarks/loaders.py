@@ -117,7 +117,7 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
             layout = Layout(weights["num_bits"], weights["symmetric"], weights.get("group_size"))
             own = {key.removeprefix(f"{base}."): value for key, value in tensors.items() if key.startswith(f"{base}.")}
             codes = reader.read(own, layout)
-            values = codes.codes.view(*codes.scale.shape, -1).float() - codes.zero.float()[..., None]
+            values = codes.codes.view(*codes.scale.shape, -1).float() - codes.zero_point.float()[..., None]
             found[f"{base}.weight"] = (values * codes.scale.float()[..., None]).flatten(1)
     return found
 

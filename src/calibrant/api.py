@@ -16,7 +16,6 @@ from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import find_blocks
-from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
 from calibrant.output_folder import whole_file
@@ -110,7 +109,7 @@ def write_importance_matrix(
     place = torch_device(device)
     lazy = LazyModel(folder, torch_dtype(dtype, place), place)
     blocks = find_blocks(lazy.module)
-    sums = input_squares(lazy, blocks, TokenRows(given.tokens, given.mask), progress or NoProgress())
+    sums = input_squares(lazy, blocks, given.rows, progress or NoProgress())
     names = gguf_names(folder.config.get_text_config().model_type, len(blocks), list(sums))
     named = {name: both for module, both in sums.items() for name in names[module]}
     rows, length = given.tokens.shape

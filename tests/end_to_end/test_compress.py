@@ -205,7 +205,7 @@ def test_one_suspended_pass_is_true_sequential_order(llama: Path, tmp_path: Path
 
 
 def test_two_passes_and_no_propagation_are_other_methods(llama: Path, tmp_path: Path) -> None:
-    for name, options in {"a": {}, "b": {"sequential": False}, "c": {"propagate": False}}.items():
+    for name, options in {"a": {}, "b": {"order": "two-pass"}, "c": {"order": "independent"}}.items():
         run(llama, tmp_path / name, "gptq-w4a16-g32", **options)
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     first, last = "model.layers.0.self_attn.q_proj.weight_packed", "model.layers.1.mlp.down_proj.weight_packed"

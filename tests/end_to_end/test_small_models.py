@@ -86,8 +86,8 @@ def test_the_classifier_can_be_trained_without_data_by_the_language_model(tmp_pa
     }
     scheme = {"weights": {"bits": 2, "group_size": 32, "range_search": "mse"}, "activations": {"dynamic": True}}
     answers = {"original": _answers(BERT, read)}
-    for name, training in {"rounded": None, "zsaq": generated}.items():
-        said = {"name": "r", "description": "d", "training": training, "method": {"name": "rtn"}, "scheme": scheme}
+    for name, method in {"rounded": {"name": "rtn"}, "zsaq": generated}.items():
+        said = {"name": "r", "description": "d", "method": method, "scheme": scheme}
         recipe = Recipe.model_validate(said)
         cb.compress(BERT, output=tmp_path / name, recipe=recipe, allow_encoder=True)
         answers[name] = _answers(tmp_path / name, read)

@@ -24,6 +24,7 @@ from calibrant.methods.solvers.rtn import rtn
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import find_blocks
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import NoProgress
 from calibrant.quantization.grids import GridSpec
 from calibrant.recipes.recipe import Recipe
@@ -65,7 +66,7 @@ def test_sensitivities_are_divergences_of_whole_models(llama: Path, masked: int)
         return rtn(weight, spec).weight
 
     measured = measure_sensitivities(
-        model, blocks, lambda _: False, [2], rounded, calibration, torch.float32, NoProgress()
+        model, blocks, lambda _: False, [2], rounded, calibration.rows, torch.float32, NoProgress()
     )
     assert [len(one.layers) for one in measured] == [3, 1, 2, 1] * 2
     row = calibration.mask.any(1).nonzero()[0]
@@ -205,10 +206,10 @@ def test_a_budget_that_changes_nothing_leaves_every_byte(tmp_path: Path, stored:
 def test_a_budget_looks_where_most_tokens_count(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: dict, row: int, begin: int
 ) -> None:
-    monkeypatch.setattr(sensitivity, "_TOKENS", 16)
-    entered: list[CalibrationSet] = []
-    enter = sensitivity.enter_blocks
-    monkeypatch.setattr(sensitivity, "enter_blocks", lambda *args: (entered.append(args[2]), enter(*args))[1])
+    monkeypatch.setattr(sensitivity, "WINDOW_TOKENS", 16)
+    walked: list[TokenRows] = []
+    walk = sensitivity.BlockWalk
+    monkeypatch.setattr(sensitivity, "BlockWalk", lambda *args: (walked.append(args[2]), walk(*args))[1])
     whole = random_set(llama)
     mask = torch.zeros_like(whole.mask)
     for number, places in counted.items():
@@ -216,8 +217,8 @@ def test_a_budget_looks_where_most_tokens_count(
     late = CalibrationSet.build(whole.tokens, mask, whole.manifest)
     cb.compress(llama, output=tmp_path / "out", recipe=recipe(**QUANTIZE), calibration=late, dtype="float32")
     here = slice(begin, begin + 16)
-    assert torch.equal(entered[0].tokens, whole.tokens[row : row + 1, here])
-    assert torch.equal(entered[0].mask, mask[row : row + 1, here])
+    assert torch.equal(walked[0].ids, whole.tokens[row : row + 1, here])
+    assert torch.equal(walked[0].counted, mask[row : row + 1, here])
 
 
 def test_a_budget_needs_a_token_that_counts(llama: Path, tmp_path: Path) -> None:

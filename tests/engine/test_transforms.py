@@ -320,13 +320,13 @@ def test_transforms_need_weights_to_quantize() -> None:
 
 def test_smoothquant_before_plain_rounding_looks_at_the_original_model(llama: Path, tmp_path: Path) -> None:
     """In one pass over each block: what compressed blocks give is never asked for."""
-    for name, propagate in {"default": True, "original": False}.items():
+    for name, order in {"default": "sequential", "original": "independent"}.items():
         cb.compress(
             llama,
             output=tmp_path / name,
             recipe="smoothquant-w8a8",
             calibration=random_set(llama),
-            propagate=propagate,
+            order=order,
             dtype="float32",
         )
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("default", "original"))

@@ -153,8 +153,8 @@ def test_the_drift_is_between_the_compressed_and_the_original_path(
 
 def test_what_asymmetric_recipes_need(llama: Path, model_folder, tmp_path: Path) -> None:
     options = {"calibration": random_set(llama), "output": tmp_path / "out"}
-    with pytest.raises(CalibrantError, match="needs the single pass"):
-        cb.compress(llama, recipe=recipe(1.0), sequential=False, **options)
+    with pytest.raises(CalibrantError, match="corrects drift, which needs"):
+        cb.compress(llama, recipe=recipe(1.0), order="two-pass", **options)
     with pytest.raises(CalibrantError, match="fused experts, beside which the original model cannot run"):
         cb.compress(model_folder("mixtral"), recipe=recipe(1.0), **options)
     with pytest.raises(ValueError, match="which rtn does not gather"):

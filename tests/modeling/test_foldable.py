@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.entry import cast, enter_blocks
 from calibrant.modeling.foldable import FoldablePair, find_foldable
-from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import find_blocks, probe_block
+from calibrant.modeling.structure import find_blocks
 
 LLAMA = [
     "input_layernorm -> q_proj k_proj v_proj",
@@ -46,26 +45,23 @@ def described(pair: FoldablePair) -> str:
 def test_the_pairs_of_known_architectures(model_folder, architecture: str, dtype: torch.dtype) -> None:
     model = LazyModel(ModelFolder(model_folder(architecture)), dtype, torch.device("cpu"))
     blocks = find_blocks(model.module)
-    with torch.inference_mode():
-        probe, _ = enter_blocks(model, blocks, None, dtype, torch.device("cpu"), 64)
-        with model.loaded(blocks[0]) as block:
-            cast(block, dtype, copy=True)
-            # Random norms: with gains of one, different forms of a norm look alike.
-            generator = torch.Generator().manual_seed(0)
-            for parameter in block.parameters():
-                if parameter.ndim == 1:
-                    parameter.data.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * 0.2)
-            before = {name: value.clone() for name, value in block.state_dict().items()}
-            structure = probe_block(block, 0, probe)
-            output = call_block(block, 0, probe)
-            pairs = find_foldable(block, 0, structure, probe)
-            assert [described(pair) for pair in pairs] == EXPECTED[architecture]
-            assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
-            for pair in pairs:
-                scale = torch.rand(pair.group.linears[0].in_features, generator=generator) * 3 + 0.3
-                pair.fold({name: parameter.data for name, parameter in block.named_parameters()}, scale)
-            after = call_block(block, 0, probe)
-            limit = 1e-5 if dtype is torch.float32 else 3e-2
-            assert (after.float() - output.float()).norm() <= limit * output.float().norm()
-            folded = block.state_dict()
-            assert all(not torch.equal(before[name], folded[name]) for pair in pairs for name in pair.changed())
+    with torch.inference_mode(), BlockWalk(model, blocks, None, dtype).opened(0) as opened:
+        block = opened.module
+        # Random norms: with gains of one, different forms of a norm look alike.
+        generator = torch.Generator().manual_seed(0)
+        for parameter in block.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * 0.2)
+        before = {name: value.clone() for name, value in block.state_dict().items()}
+        output = opened.run(opened.probe)
+        pairs = find_foldable(opened)
+        assert [described(pair) for pair in pairs] == EXPECTED[architecture]
+        assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
+        for pair in pairs:
+            scale = torch.rand(pair.group.linears[0].in_features, generator=generator) * 3 + 0.3
+            pair.fold({name: parameter.data for name, parameter in block.named_parameters()}, scale)
+        after = opened.run(opened.probe)
+        limit = 1e-5 if dtype is torch.float32 else 3e-2
+        assert (after.float() - output.float()).norm() <= limit * output.float().norm()
+        folded = block.state_dict()
+        assert all(not torch.equal(before[name], folded[name]) for pair in pairs for name in pair.changed())

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.entry import cast, enter_blocks
-from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import Experts, InputGroup, find_blocks, probe_block
+from calibrant.modeling.structure import Experts, InputGroup, find_blocks
+from calibrant.modeling.token_rows import TokenRows
+from calibrant.progress import NoProgress
 from calibrant.recipes.recipe import load_recipe
 from tests.conftest import ARCHITECTURES, random_set
 
@@ -37,16 +38,15 @@ def test_blocks_and_groups_are_found_and_blocks_replay(model_folder, architectur
     model = LazyModel(folder, torch.float32, torch.device("cpu"))
     blocks = find_blocks(model.module)
     assert len(blocks) == 2
-    probe, batches = enter_blocks(model, blocks, random_set(), torch.float32, torch.device("cpu"), 2048)
+    given = random_set()
     recipe, structures = load_recipe("wanda-2:4"), []
-    for index, name in enumerate(blocks):
-        with model.loaded(name) as block, torch.inference_mode():
-            cast(block, torch.float32, copy=True)
-            structure = probe_block(block, index, probe)
-            kept = structure.without(lambda linear, block=name: recipe.ignores(f"{block}.{linear}"))
+    with torch.inference_mode():
+        walk = BlockWalk(model, blocks, TokenRows(given.tokens, given.mask), torch.float32)
+        for block in walk.visit("walking", NoProgress()):
+            kept = block.structure.without(lambda linear, block=block: recipe.ignores(f"{block.name}.{linear}"))
             structures.append([described(stage) for stage in kept.stages])
-            assert structure.unseen == ()
-            batches[0].hidden = call_block(block, index, batches[0])
+            assert block.structure.unseen == ()
+            block.advance()
     # Only the groups count: parallel attention (Falcon and others) reads equal tensors in another order.
     assert structures == [EXPECTED[architecture]] * 2
 
@@ -56,7 +56,7 @@ def test_blocks_and_groups_are_found_and_blocks_replay(model_folder, architectur
     with torch.no_grad():
         whole(input_ids=random_set().tokens.long())
     last = captured[0][0] if isinstance(captured[0], tuple) else captured[0]
-    torch.testing.assert_close(batches[0].hidden, last, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(walk.batches[0].hidden, last, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_of_blocks_are_loaded_only_when_needed(model_folder) -> None:

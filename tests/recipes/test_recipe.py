@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from calibrant.methods.method import MethodOptions
 from calibrant.methods.registry import METHODS
+from calibrant.methods.training import Trainer, TrainingOptions
 from calibrant.recipes import parts as parts
 from calibrant.recipes.recipe import Recipe
 
@@ -27,7 +28,7 @@ SAID: dict[str, Any] = {
         ({"method": {"name": "gptq", "damping": True}}, "damping"),
         ({"method": {"name": "gptq", "refine_sweeps": False}}, "refine_sweeps"),
         ({"scheme": {"weights": {"bits": 4, "group_size": True}}}, "group_size"),
-        ({"drift_correction": True}, "asymmetric"),
+        ({"drift_correction": True}, "drift_correction"),
     ],
 )
 def test_true_and_false_are_no_numbers(part: dict[str, Any], name: str) -> None:
@@ -75,15 +76,13 @@ def test_the_page_of_recipes_has_every_key_with_its_default() -> None:
     assert found.pop("scheme.activations") == keys(parts.Activations)
     assert found.pop("budget") == keys(parts.Budget)
     for name, method in METHODS.items():
-        assert found.pop(f"method {name}") == keys(method.options, MethodOptions)
+        trained = isinstance(method, Trainer)
+        own = keys(method.options, TrainingOptions if trained else MethodOptions)
+        assert found.pop(f"{'training methods' if trained else 'method'} {name}") == own
     for transform in (parts.SmoothQuant, parts.Awq, parts.Quadapter):
         name = typing.get_args(transform.model_fields["name"].annotation)[0]
         assert found.pop(f"transforms {name}") == keys(transform, MethodOptions)
-    assert found.pop("training all") == keys(parts.Training)
-    for training in (parts.Qat, parts.EndToEnd, parts.Zsaq):
-        name = typing.get_args(training.model_fields["name"].annotation)[0]
-        own = {key: default for key, default in keys(training, parts.Training).items() if key != "name"}
-        assert found.pop(f"training {name}") == own
+    assert found.pop("training methods all") == keys(TrainingOptions, MethodOptions)
     assert not found
 
 

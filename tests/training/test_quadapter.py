@@ -27,7 +27,7 @@ from calibrant.recipes.make_plan import make_plan
 from calibrant.recipes.recipe import Recipe
 from calibrant.training import quadapter
 from calibrant.training.journal import Journal
-from calibrant.training.quadapter import learn_scales
+from calibrant.training.quadapter import ScaleFit, learn_scales
 from calibrant.training.scaled_model import PlacedPair, ScaledModel
 from calibrant.training.trainable_block import TrainableBlock
 from tests.checkpoints import loaded_divergence
@@ -48,8 +48,7 @@ def recipe(*transforms: dict[str, object], training: dict[str, object] | None = 
             "name": "r",
             "description": "d",
             "transforms": list(transforms),
-            "training": training,
-            "method": {"name": "rtn"},
+            "method": training or {"name": "rtn"},
             "scheme": wanted,
         }
     )
@@ -272,9 +271,8 @@ def scaled(folder: Path, learning_rate: float) -> tuple[ScaledModel, list[Placed
         lazy,
         plan,
         chosen.transforms[0],
-        random_set(folder),
+        random_set(folder).rows,
         torch.float32,
-        1024,
         journal,
         NoProgress(),  # type: ignore[arg-type]
     )
@@ -297,13 +295,13 @@ def test_rows_that_scales_are_judged_on_are_not_learned_from(
     planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[bool, set[int]] = {True: set(), False: set()}
-    loss = quadapter._Fit._loss
+    loss = ScaleFit.loss
 
-    def noted(self: quadapter._Fit, logs: list[torch.Tensor], call: ModuleCall, target: torch.Tensor) -> torch.Tensor:
+    def noted(self: ScaleFit, logs: list[torch.Tensor], call: ModuleCall, target: torch.Tensor) -> torch.Tensor:
         seen[torch.is_grad_enabled()].add(hash(tuple(target.flatten().tolist())))
         return loss(self, logs, call, target)
 
-    monkeypatch.setattr(quadapter._Fit, "_loss", noted)
+    monkeypatch.setattr(ScaleFit, "loss", noted)
     chosen = recipe({"name": "quadapter", "steps": 20})
     cb.compress(planted, output=tmp_path / "out", recipe=chosen, calibration=random_set(planted, samples=16))
     # Of sixteen rows, in each of two blocks.

@@ -18,6 +18,7 @@ from calibrant.calibration.token_matrix import token_matrix
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import canonical_json, sha256_bytes
 from calibrant.modeling.hub import model_path
+from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.version import __version__
 
@@ -112,6 +113,11 @@ class CalibrationSet:
             )
         counts = {**manifest.counts, "tokens": tokens.numel(), "masked_tokens": int((~mask).sum())}
         return cls(tokens, mask, manifest.model_copy(update={"counts": counts, "set_sha256": set_hash(tokens, mask)}))
+
+    @property
+    def rows(self) -> TokenRows:
+        """Token ids and mask as the blocks of a model take them."""
+        return TokenRows(self.tokens, self.mask)
 
     @property
     def sha256(self) -> str:

@@ -21,7 +21,7 @@ from calibrant.progress import Progress
 from calibrant.quantization.statistics import HessianDiagonal
 
 # Tokens of the set that are run, and every how many of them are compared (ours).
-_TOKENS = 512
+WINDOW_TOKENS = 512
 _STRIDE = 4
 
 Compress = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -80,11 +80,11 @@ def measure_sensitivities(
 def _one_window(given: TokenRows) -> TokenRows:
     """The window with most counted tokens, of windows that overlap by half; of equal ones the first."""
     length = given.counted.shape[1]
-    last = max(0, length - _TOKENS)
-    begins = [*range(0, last, _TOKENS // 2), last]
-    counted = torch.stack([given.counted[:, begin : begin + _TOKENS].sum(1) for begin in begins])
+    last = max(0, length - WINDOW_TOKENS)
+    begins = [*range(0, last, WINDOW_TOKENS // 2), last]
+    counted = torch.stack([given.counted[:, begin : begin + WINDOW_TOKENS].sum(1) for begin in begins])
     window, row = divmod(int((counted == counted.max()).flatten().nonzero()[0]), len(given.counted))
-    rows, here = slice(row, row + 1), slice(begins[window], begins[window] + _TOKENS)
+    rows, here = slice(row, row + 1), slice(begins[window], begins[window] + WINDOW_TOKENS)
     return TokenRows(given.ids[rows, here], given.counted[rows, here])
 
 

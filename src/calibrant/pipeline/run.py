@@ -113,7 +113,7 @@ class _Run:
     @property
     def rows(self) -> TokenRows | None:
         """The calibration set's tokens and mask."""
-        return _rows(self.calibration)
+        return self.calibration.rows if self.calibration is not None else None
 
     def spend_budget(self) -> None:
         """Give every layer its bits or zeros, if the recipe has a budget."""
@@ -125,8 +125,8 @@ class _Run:
 
     def learn(self, journal: Journal) -> None:
         """Learn Quadapter's scales, and train the whole model, as the recipe wants."""
-        rows = _rows(self.given)
-        assert rows is not None
+        assert self.given is not None
+        rows = self.given.rows
         places: list[PlacedPair] = []
         recipe, settings = self.plan.recipe, self.settings
         with self.clock.stage("learn"), journal.left_if_worth_it():
@@ -210,10 +210,6 @@ class _Run:
         )
         (self.folder / "report.json").write_text(canonical_json(report.as_dict()), encoding="utf-8")
         return report
-
-
-def _rows(calibration: CalibrationSet | None) -> TokenRows | None:
-    return TokenRows(calibration.tokens, calibration.mask) if calibration is not None else None
 
 
 def _write_config(model: LazyModel, plan: Plan, config: dict[str, Any], solved: set[str], folder: Path) -> None:

@@ -231,8 +231,8 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
         return [f"{recipe.method.name} fits no quantized format: its values are stored dense"]
     if layers.unpackable:
         dense = (
-            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers {transformers.__version__} loads "
-            "no quantized format with one: the quantized values are stored dense, so the files do not get smaller"
+            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers {transformers.__version__} "
+            "loads no quantized format with one: the quantized values are stored dense, so the files do not get smaller"
         )
         inputs = (
             f"its int8 inputs are described in {INPUT_ROUNDING}, which calibrant evaluate computes with; "

@@ -80,10 +80,10 @@ def _learn_block(
     linears = [linear for group in groups for linear in group.linears]
     with trainable(block.module, linears, block.state) as student:
         calls = student.calls(block.index, block.batches)
-        return _Fit(student, block.name, pairs, stored, plan).learn(calls, options)
+        return ScaleFit(student, block.name, pairs, stored, plan).learn(calls, options)
 
 
-class _Fit:
+class ScaleFit:
     """One block on its way to its scales."""
 
     def __init__(
@@ -118,7 +118,7 @@ class _Fit:
         for step in range(options.steps):
             number = rest[step % len(rest)]
             optimizer.zero_grad()
-            self._loss(logs, calls[number], targets[number]).backward()
+            self.loss(logs, calls[number], targets[number]).backward()
             optimizer.step()
             schedule.step()
             if (step + 1) % _LOOK == 0 or step + 1 == options.steps:
@@ -147,10 +147,10 @@ class _Fit:
 
     @torch.no_grad()
     def _held_out_loss(self, logs: list[torch.Tensor], calls: list[ModuleCall], targets: list[torch.Tensor]) -> float:
-        losses = [float(self._loss(logs, call, target)) for call, target in zip(calls, targets, strict=True)]
+        losses = [float(self.loss(logs, call, target)) for call, target in zip(calls, targets, strict=True)]
         return sum(losses) / len(losses)
 
-    def _loss(self, logs: list[torch.Tensor], call: ModuleCall, target: torch.Tensor) -> torch.Tensor:
+    def loss(self, logs: list[torch.Tensor], call: ModuleCall, target: torch.Tensor) -> torch.Tensor:
         """Squared difference of the rounded block's output from ``target``, as a share of what the target holds."""
         tensors, scales = dict(self._fixed), []
         for pair, log in zip(self._pairs, logs, strict=True):
