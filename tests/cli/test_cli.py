@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.cli import main as cli
 from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.errors import CalibrantError
@@ -464,7 +465,6 @@ def test_one_window_has_no_interval(run, llama: Path) -> None:
 
 
 def test_brackets_in_text_are_shown_as_they_are(run, llama: Path, tmp_path: Path) -> None:
-    from calibrant.calibration.calibration_set import CalibrationSet
     from calibrant.modeling.tokenizer import Tokenizer
 
     made = random_set(llama, samples=1, length=10)
