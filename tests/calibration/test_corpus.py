@@ -79,7 +79,7 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, name: str, content: bytes, 
 def test_missing_and_empty_places(tmp_path: Path) -> None:
     with pytest.raises(CalibrantError, match="no such"):
         Corpus(tmp_path / "nowhere")
-    with pytest.raises(CalibrantError, match="holds no"):
+    with pytest.raises(CalibrantError, match="contains no"):
         Corpus(tmp_path)
     with pytest.raises(CalibrantError, match="owner/name"):
         Corpus("hub:name?colour=red")

@@ -123,5 +123,5 @@ def test_texts_that_are_found_everywhere_are_not_looked_for() -> None:
     assert found.too_short == 1
     assert found.keeps(Document("c", "the cat"))
     assert not found.keeps(Document("d", "zero one two three four five six seven"))
-    with pytest.raises(CalibrantError, match="hold nothing to look for"):
+    with pytest.raises(CalibrantError, match="contain nothing to search for"):
         Leakage([Document("a", "the")])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.cli import main as cli
 from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.errors import CalibrantError
@@ -295,7 +296,9 @@ def test_bad_options(run, llama: Path, tmp_path: Path, monkeypatch, options: lis
     write_tokenizer(tmp_path / "tokenizer")
     random_set(llama, length=60).save(tmp_path / "short")
     random_set(llama, length=70).save(tmp_path / "long")
-    random_set(None).save(tmp_path / "foreign")
+    made = random_set(None)
+    foreign = made.manifest.model_copy(update={"tokenizer_sha256": "0" * 64})
+    CalibrationSet(made.tokens, made.mask, foreign).save(tmp_path / "foreign")
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
@@ -462,7 +465,6 @@ def test_one_window_has_no_interval(run, llama: Path) -> None:
 
 
 def test_brackets_in_text_are_shown_as_they_are(run, llama: Path, tmp_path: Path) -> None:
-    from calibrant.calibration.calibration_set import CalibrationSet
     from calibrant.modeling.tokenizer import Tokenizer
 
     made = random_set(llama, samples=1, length=10)

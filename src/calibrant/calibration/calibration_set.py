@@ -128,7 +128,7 @@ class CalibrationSet:
     def from_tokens(
         cls, ids: Any, mask: Any = None, tokenizer: str | Path | Tokenizer | PreTrainedTokenizerBase | None = None
     ) -> "CalibrationSet":
-        """A set of token ids that you have.
+        """Make a set of given token ids.
 
         Args:
             ids: a tensor, an array or a list of lists of equal length, integers ``[rows, length]``; or a
@@ -137,12 +137,12 @@ class CalibrationSet:
                 the attention mask leaves out are dropped, shorter rows are padded at the end, and padding does not
                 count.
             mask: of the shape of ``ids``; true (or 1) for tokens that count. By default all do. Not for batches.
-            tokenizer: what made the ids, as a model folder or an object. With it, ``compress`` refuses models with
+            tokenizer: the tokenizer of the ids: a model folder or an object. With it, ``compress`` refuses models with
                 another tokenizer; without it, only ids outside the model's vocabulary.
 
         Raises:
-            CalibrantError: the ids are no integers, negative, or of different length in a list of lists; the mask does
-                not fit; or no token counts.
+            CalibrantError: ids are no integers or negative, the rows of a list have different lengths, the mask has
+                another shape, or no token counts.
         """
         tokens, counted = token_matrix(ids, mask)
         known = _opened(tokenizer)

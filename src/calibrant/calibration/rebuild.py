@@ -69,7 +69,7 @@ def rebuild(
         for one in where:
             if one != BUILTIN and not one.startswith("hub:") and not Path(one).exists():
                 raise CalibrantError(
-                    f"{manifest}: its {what} {one} is not there (any more); name its place with `{option}`"
+                    f"{manifest}: its {what} {one} is not there (any more); give its location with `{option}`"
                 )
     opened = [
         one if isinstance(one, Corpus) else Corpus(one, described.get("field", "text"))
@@ -123,7 +123,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """The manifest at ``path``, a file or a set's folder.
 
     Raises:
-        CalibrantError: there is none, or it is not one.
+        CalibrantError: there is no readable manifest.
     """
     file = Path(path) / MANIFEST_NAME if Path(path).is_dir() else Path(path)
     try:
@@ -134,7 +134,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _changes(wanted: Manifest, made: Manifest) -> list[str]:
-    """What of the inputs differs, a phrase each."""
+    """A phrase for every input and library that differs."""
     changes = []
     if wanted.tokenizer_sha256 != made.tokenizer_sha256:
         changes.append("the tokenizer")

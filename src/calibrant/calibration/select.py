@@ -59,8 +59,8 @@ def select(
     that belong to it are described in ``SelectionRequest``; "k-center" and "words_dataset" are accepted for
     "k-centre" and "unigram".
 
-    Draw k shares no window with draw j: "uniform" cuts all draws from one shuffle, deterministic strategies see
-    disjoint parts of the corpus (``shards``). "perplexity" and "cola" run the model in the tokenizer's folder over
+    Draw k shares no window with draw j: "uniform" cuts all draws from one shuffle, and draws of most other strategies
+    see disjoint parts of the corpus (``shards``). "perplexity" and "cola" run the model in the tokenizer's folder over
     every candidate, on ``device`` in ``dtype``. Conversations go through the tokenizer's chat template; ``mask`` says
     which tokens count: "all", those an "assistant" wrote, or all but special ones ("no-special"). Several corpora share
     the samples by ``weights``, groups of a corpus's documents (scripts or lengths) by ``mix``. ``parts`` splits the

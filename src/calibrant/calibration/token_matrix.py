@@ -1,4 +1,4 @@
-"""Token ids and masks of the forms that users have them in, as tensors."""
+"""Token ids and masks as tensors, from the forms in which users have them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

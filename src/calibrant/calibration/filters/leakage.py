@@ -37,7 +37,7 @@ class Leakage:
                 self._runs.setdefault(length, set()).update(_digests(words, length))
         if not self._runs:
             raise CalibrantError(
-                f"the evaluation texts are all too short: {self.too_short} have fewer than {SHORTEST} words"
+                f"the evaluation texts contain nothing to search for: {self.too_short} have fewer than {SHORTEST} words"
             )
 
     @property

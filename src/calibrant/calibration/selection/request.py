@@ -17,7 +17,7 @@ STRATEGY_ALIASES: dict[str, Strategy] = {"k-center": "k-centre", "words_dataset"
 StrategyName = Strategy | Literal["k-center", "words_dataset"]
 # The embedding that needs no model: TF-IDF over normalized sub-words, projected at random.
 LEXICAL = "lexical"
-# All other strategies are deterministic, so that their draws can only differ in the shard of the corpus.
+# Draws of these are cut from one permutation; draws of all others see disjoint shards of the corpus.
 WITH_DRAWS = ("uniform", "unigram")
 _USED_BY = {
     "parts": ("zipcal",),
@@ -157,7 +157,8 @@ class SelectionRequest(BaseModel):
         length: tokens per row.
         seed: seed of every random choice.
         draw: number of the set among the disjoint sets of one seed.
-        shards: number of disjoint random parts of the corpus; draw k of a deterministic strategy sees part k.
+        shards: number of disjoint random parts of the corpus, of which draw k sees part k; not for "uniform" and
+            "unigram", whose draws are disjoint anyway.
         parts: random parts in which "zipcal" selects before it selects among their choices (arXiv 1411.0541).
         pool: "zipcal" considers this many random candidates per pick, as its released code does (2,000); all by
             default.
