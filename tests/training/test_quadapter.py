@@ -25,7 +25,6 @@ from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress
 from calibrant.recipes.make_plan import make_plan
 from calibrant.recipes.recipe import Recipe
-from calibrant.training import quadapter
 from calibrant.training.journal import Journal
 from calibrant.training.quadapter import ScaleFit, learn_scales
 from calibrant.training.scaled_model import PlacedPair, ScaledModel
