@@ -226,3 +226,11 @@ def test_a_budget_needs_a_token_that_counts(llama: Path, tmp_path: Path) -> None
     none = CalibrationSet.build(whole.tokens, torch.zeros_like(whole.mask), whole.manifest)
     with pytest.raises(CalibrantError, match="counts no token"):
         cb.compress(llama, output=tmp_path / "out", recipe=recipe(**QUANTIZE), calibration=none)
+
+
+def test_a_model_with_a_bias_in_its_head_can_have_a_budget(model_folder, tmp_path: Path) -> None:
+    """Tying it replaces the bias's data, which failed in inference mode."""
+    model = model_folder("bert_mlm")
+    chosen, data = recipe(**QUANTIZE), random_set(model)
+    cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=data, dtype="float32", allow_encoder=True)
+    assert json.loads((tmp_path / "out" / "calibrant.json").read_text())["budget"]["sensitivities"]

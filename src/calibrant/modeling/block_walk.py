@@ -91,9 +91,11 @@ class BlockWalk:
     @contextmanager
     def outside_loaded(self) -> Iterator[None]:
         """Everything outside the blocks in memory (embeddings, final norm, head), in the walk's dtype."""
-        self.model.load(self.model.names_outside(self.blocks))
-        self.model.module.tie_weights()
-        cast(self.model.module, self.dtype)
+        # Tying may replace the data of a parameter (BERT's output bias), which tensors of inference mode refuse.
+        with torch.inference_mode(False), torch.no_grad():
+            self.model.load(self.model.names_outside(self.blocks))
+            self.model.module.tie_weights()
+            cast(self.model.module, self.dtype)
         try:
             yield
         finally:
