@@ -1,4 +1,4 @@
-"""The kernels beside what they replace: ratios of the best of several runs, in one session.
+"""Times kernels and the code they replace: ratios of the best of several runs, in one session.
 
 python benchmarks/kernel_speed.py
 """
@@ -30,7 +30,7 @@ REPEATS = 9
 
 
 def best(work: Callable[[], object]) -> float:
-    """Least seconds of several runs, after one that is not counted."""
+    """Least seconds of several runs, after a warm-up run."""
     work()
     seconds = []
     for _ in range(REPEATS):
@@ -41,13 +41,13 @@ def best(work: Callable[[], object]) -> float:
 
 
 def gram(width: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Symmetric accumulation against a full float32 product."""
+    """Symmetric accumulation versus a full float32 product."""
     inputs, sums = torch.randn(2048, width).to(dtype), torch.zeros(width, width)
     return best(lambda: add_gram(sums, inputs)), best(lambda: sums.addmm_(inputs.float().T, inputs.float()))
 
 
 def attention(length: int) -> tuple[float, float]:
-    """Blocked attention against the fused one of PyTorch, 9 heads that share 3, width 64."""
+    """Blocked attention versus PyTorch's fused attention: 9 query heads, 3 key-value heads, width 64."""
     query = torch.randn(4, length, 9, 64).bfloat16().transpose(1, 2)
     key, value = (torch.randn(4, length, 3, 64).bfloat16().transpose(1, 2) for _ in range(2))
     fused = torch.nn.functional.scaled_dot_product_attention
@@ -58,7 +58,7 @@ def attention(length: int) -> tuple[float, float]:
 
 
 def norm(width: int) -> tuple[float, float]:
-    """One pass over memory against the operations of transformers' modules, 2,048 rows."""
+    """One pass over memory versus the operations of transformers' modules, 2,048 rows."""
     weight, inputs = torch.randn(width).bfloat16(), torch.randn(2048, width).bfloat16()
 
     def operations() -> torch.Tensor:
@@ -69,13 +69,13 @@ def norm(width: int) -> tuple[float, float]:
 
 
 def activation(module: nn.Module, width: int) -> tuple[float, float]:
-    """The table of a function against the function, 2,048 rows."""
+    """A function's table versus the function, 2,048 rows."""
     inputs, table = torch.randn(2048, width).bfloat16(), module(every_number())
     return best(lambda: look_up(inputs, table)), best(lambda: module(inputs))
 
 
 def columns(rows: int, width: int) -> tuple[float, float]:
-    """The compiled column loop against its PyTorch twin."""
+    """The compiled column loop versus its PyTorch twin."""
     weight, inputs = torch.randn(rows, width), torch.randn(2 * width, width)
     factor, _ = inverse_factor(inputs.T @ inputs, 0.01)
     grid = fit_grid(weight, GridSpec(4, True, 64, torch.float32))
@@ -84,7 +84,7 @@ def columns(rows: int, width: int) -> tuple[float, float]:
 
 
 def factor(width: int) -> tuple[float, float]:
-    """One factorization against the three steps of the papers' code."""
+    """One factorization versus the three steps of the papers' released code."""
     inputs = torch.randn(2 * width, width)
     hessian = inputs.T @ inputs + torch.eye(width)
 

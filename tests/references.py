@@ -1,4 +1,4 @@
-"""Short float64 references that solvers are held against."""
+"""Short float64 references for solvers and kernels."""
 
 import torch
 
@@ -18,7 +18,10 @@ def column_loop(
     pruned_of: tuple[int, int] | None = None,
     block_masks=None,
 ) -> torch.Tensor:
-    """One column after the other in float64; ``quantize(column index, values)`` rounds a column."""
+    """The column loop in float64; ``quantize(column index, values)`` rounds a column.
+
+    ``pruned_of = (k, m)`` prunes k of every m columns; ``block_masks = (width, share)`` prunes a share of each block.
+    """
     work = weight.double().clone()
     solved = torch.zeros_like(work)
     kept = torch.ones_like(work, dtype=torch.bool)
@@ -42,10 +45,10 @@ def column_loop(
 
 
 def problem(rows: int, columns: int, seed: int = 0, tokens: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and the second moment of correlated inputs."""
+    """A weight ``[rows, columns]`` and the Hessian ``[columns, columns]`` of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     mix = torch.randn(columns, columns, generator=generator) * 0.3 + torch.eye(columns)
     inputs = torch.randn(tokens, columns, generator=generator) @ mix
-    moment = inputs.T @ inputs
-    return weight, (moment + moment.T) / 2
+    hessian = inputs.T @ inputs
+    return weight, (hessian + hessian.T) / 2

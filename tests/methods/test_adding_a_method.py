@@ -1,4 +1,4 @@
-"""The exercise of docs/adding-a-method.md: a solver in one file and one line of registry is a method like any other."""
+"""The example of docs/adding-a-method.md: a solver in one file with one registry entry is a complete method."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from calibrant.methods.solvers.rtn import round_layer
 from calibrant.quantization.grids import GridSpec
 from calibrant.quantization.statistics import HessianDiagonal
 from calibrant.recipes.recipe import Recipe
+from tests import references
 from tests.conftest import random_set
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
@@ -29,7 +30,7 @@ def block_of_page(language: str) -> str:
 
 
 FILE: dict[str, Any] = {"__name__": "neighbour"}
-exec(compile(block_of_page("python"), "neighbour.py", "exec"), FILE)  # the page is ours
+exec(compile(block_of_page("python"), "neighbour.py", "exec"), FILE)  # our page, not user input
 NEIGHBOUR: LayerSolver = FILE["NEIGHBOUR"]
 
 
@@ -47,7 +48,7 @@ def test_it_runs_in_a_recipe_and_is_recorded(llama: Path, tmp_path: Path, monkey
 
 
 class Diagonal(MethodOptions):
-    """Rounding, after a look at the inputs."""
+    """Round-to-nearest that asks for the Hessian's diagonal."""
 
     name: Literal["diagonal"] = "diagonal"
 
@@ -63,7 +64,7 @@ def test_a_method_gets_its_statistic_also_where_ranges_need_more(
 
     method = LayerSolver(Diagonal, solve, round_layer, HessianDiagonal)
     monkeypatch.setitem(METHODS, method.name, method)
-    sums = {}
+    diagonals = {}
     for search in ("none", "clip"):
         seen.clear()
         scheme = {"weights": {"bits": 4, "group_size": 32, "range_search": search}}
@@ -71,9 +72,9 @@ def test_a_method_gets_its_statistic_also_where_ranges_need_more(
             {"name": "r", "description": "d", "method": {"name": "diagonal"}, "scheme": scheme}
         )
         cb.compress(llama, output=tmp_path / search, recipe=recipe, calibration=random_set(llama), dtype="float32")
-        sums[search] = seen[0]
-    assert sums["none"] is not None
-    torch.testing.assert_close(sums["none"], sums["clip"])
+        diagonals[search] = seen[0]
+    assert diagonals["none"] is not None
+    torch.testing.assert_close(diagonals["none"], diagonals["clip"])
 
 
 def test_its_options_are_checked(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +91,7 @@ def test_its_options_are_checked(llama: Path, tmp_path: Path, monkeypatch: pytes
             cb.compress(llama, output=tmp_path / "out", recipe=file)
 
 
-def test_it_lies_between_rounding_and_gptq() -> None:
-    from tests import references
-
+def test_its_error_is_between_those_of_rounding_and_gptq() -> None:
     weight, hessian = references.problem(64, 48)
     spec = GridSpec(3, True, 16, torch.float32)
     problem = LayerProblem(weight, (64,), spec, None, hessian)

@@ -1,4 +1,4 @@
-"""What the column loops have in common: ``Q = W - E U`` with the errors ``E`` of the compensated values."""
+"""The identity of all column loops: ``Q = W - E U`` with the errors ``E`` of the compensated values."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ COLUMNS, DAMPING = 200, 0.01
 
 
 def compensated(weight: torch.Tensor, solved: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """The values that the loop saw when it came to each column, float64, by what it made of them."""
+    """The compensated value of each column before it was solved, float64, recovered from the solution."""
     factor = references.inverse_factor(hessian, DAMPING)
     change = weight.double() - solved.double()
     errors = torch.linalg.solve_triangular(factor, change, upper=True, left=False)

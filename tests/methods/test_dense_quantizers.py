@@ -1,4 +1,4 @@
-"""AdpQ, HQQ and SpQR, whose results no quantized format holds."""
+"""AdpQ, HQQ and SpQR, whose results fit no quantized format."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_outliers_on_their_own_grid_leave_the_others_finer() -> None:
 
 
 def hqq_reference(group: torch.Tensor, bits: int) -> tuple[torch.Tensor, float, float]:
-    """The published iteration on one group in float64 with unsigned codes; its best values and first and best error."""
+    """The released iteration on one group in float64 with unsigned codes: best values, first error, best error."""
     inverse = (2**bits - 1) / (group.max() - group.min())
     zero_point, beta, best, errors = -group.min() * inverse, 10.0, None, []
     for _ in range(20):
@@ -98,7 +98,7 @@ def test_spqr_without_outliers_is_gptq(act_order: bool, columns: int) -> None:
 def spqr_reference(
     weight: torch.Tensor, hessian: torch.Tensor, width: int, threshold: float, second: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column by column in float64, without an order; outliers are found one by one."""
+    """Column by column in float64, in the order given; outliers are found one by one."""
     factor = references.inverse_factor(hessian, 0.01)
     work, diagonal = weight.double().clone(), factor.diagonal()
     bound = threshold * float((work.var(0) / diagonal.square()).mean())
@@ -112,7 +112,7 @@ def spqr_reference(
         return ((values / scale + zero_point).round().clamp(0, 15) - zero_point) * scale
 
     def coarse(values: list[torch.Tensor]) -> list[torch.Tensor]:
-        """On a grid of their own, 16 rows together."""
+        """Rounded to second-level grids, one per 16 rows."""
         if second is None:
             return values
         found = []
@@ -163,14 +163,14 @@ def test_spqr_equals_the_float64_reference(columns: int, width: int, second: int
     expected, exact = spqr_reference(weight[:, order], hessian[order][:, order], width, 0.05, second)
     assert solved.outliers is not None
     near = (solved.weight[:, order] - expected).abs() < 1e-3
-    # A value between two codes may fall on either side, and moves what follows in its row.
+    # A value halfway between two codes may round to either, which moves the later values of its row.
     assert near.double().mean() >= 0.85
     assert (solved.outliers[:, order] == exact).double().mean() >= 0.97
     assert int(solved.outliers.sum()) == solved.record.outliers > 0
 
 
 def test_spqr_treats_stacked_matrices_as_if_alone() -> None:
-    """One with weights a tenth as large would have no outliers by a common threshold."""
+    """With a common threshold, a matrix with weights a tenth as large would have no outliers."""
     weight, hessian = references.problem(40, 64)
     weight[24:] *= 0.1
     settings = SpqrSettings(bits=3)
@@ -192,7 +192,7 @@ def test_spqr_keeps_more_as_its_threshold_falls_and_errs_less() -> None:
 
 
 def test_spqr_quantizes_its_statistics() -> None:
-    """Sixteen rows share eight possible scales, so without outliers and shifts few step sizes are left."""
+    """Sixteen rows share eight possible scales, so without outliers few step sizes are left."""
     weight, hessian = references.problem(16, 16)
     exact, coarse = (
         spqr(weight, hessian, SpqrSettings(4, 16, 1e9, statistic_bits=bits, damping=0.01)).weight for bits in (None, 3)

@@ -1,6 +1,8 @@
-"""Asymmetric calibration: the target's formula, and a run whose layers follow the original model."""
+"""Drift correction: the target's formula, and runs whose layers follow the original model."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,8 +12,12 @@ from safetensors.torch import load_file
 import calibrant as cb
 from calibrant.engine import block_solver
 from calibrant.errors import CalibrantError
+from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
+from calibrant.methods.registry import METHODS
 from calibrant.methods.solvers.drift_correction import drift_corrected_target
-from calibrant.quantization.statistics import PairedHessian
+from calibrant.methods.solvers.result import Solution
+from calibrant.methods.solvers.rtn import round_layer
+from calibrant.quantization.statistics import Hessian, PairedHessian
 from calibrant.recipes.recipe import Recipe
 from tests.conftest import random_set
 
@@ -40,7 +46,7 @@ def test_the_target_is_the_damped_least_squares_answer() -> None:
     assert error(found) < 0.5 * error(weight)
 
 
-def test_a_share_makes_up_for_that_share() -> None:
+def test_a_share_corrects_that_share_of_the_drift() -> None:
     weight, inputs, originals = pairs()
     hessian, drift = inputs.T @ inputs, (originals - inputs).T @ inputs
     whole, quarter = (drift_corrected_target(weight, hessian, drift, share) - weight for share in (1.0, 0.25))
@@ -61,7 +67,7 @@ def test_columns_without_inputs_keep_their_weights() -> None:
     live = [column for column in range(16) if column not in (2, 9)]
     x, missed = inputs[:, live].double(), (originals - inputs).double() @ weight.double().T
     hessian = x.T @ x
-    # The mean that damping is relative to counts the dead columns' ones.
+    # Damping is relative to the mean diagonal, in which dead columns count as 1.
     hessian += 0.01 * (hessian.diagonal().sum() + 2) / 16 * torch.eye(14, dtype=torch.float64)
     assert torch.equal(found[:, [2, 9]], weight[:, [2, 9]])
     expected = weight[:, live].double() + missed.T @ x @ hessian.inverse()
@@ -69,7 +75,7 @@ def test_columns_without_inputs_keep_their_weights() -> None:
     assert torch.equal(drift_corrected_target(weight, torch.zeros(16, 16), torch.zeros(16, 16)), weight)
 
 
-def test_where_the_moments_do_not_factor_the_record_says_so(
+def test_where_the_hessian_does_not_factor_the_record_says_so(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     indefinite = torch.tensor([[1.0, 1e6], [1e6, 1.0]])
@@ -79,10 +85,10 @@ def test_where_the_moments_do_not_factor_the_record_says_so(
     assert all("drift" in str(layer.record.fallback) for layer in report.layers)
 
 
-def recipe(asymmetric: float, method: str = "gptq") -> Recipe:
+def recipe(share: float, method: str = "gptq") -> Recipe:
     scheme = {"weights": {"bits": 3, "group_size": 32}}
     return Recipe.model_validate(
-        {"name": "r", "description": "d", "method": {"name": method}, "scheme": scheme, "drift_correction": asymmetric}
+        {"name": "r", "description": "d", "method": {"name": method}, "scheme": scheme, "drift_correction": share}
     )
 
 
@@ -100,19 +106,19 @@ def test_a_recipe_s_share_reaches_the_layers(llama: Path, tmp_path: Path) -> Non
 def test_layers_follow_the_original_model(llama: Path, tmp_path: Path, dtype: str) -> None:
     calibration = random_set(llama, samples=32)
     states = {}
-    for asymmetric in (False, True):
-        output = tmp_path / str(asymmetric)
-        cb.compress(llama, output=output, recipe=recipe(float(asymmetric)), calibration=calibration, dtype=dtype)
+    for corrected in (False, True):
+        output = tmp_path / str(corrected)
+        cb.compress(llama, output=output, recipe=recipe(float(corrected)), calibration=calibration, dtype=dtype)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
         with torch.no_grad():
-            states[asymmetric] = loaded(calibration.tokens.long(), output_hidden_states=True).hidden_states[-1]
+            states[corrected] = loaded(calibration.tokens.long(), output_hidden_states=True).hidden_states[-1]
     original = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
     with torch.no_grad():
         expected = original(calibration.tokens.long(), output_hidden_states=True).hidden_states[-1]
     errors = {kind: float((found - expected).square().sum()) for kind, found in states.items()}
     assert errors[True] < 0.97 * errors[False]
     left, right = (load_file(tmp_path / str(kind) / "model.safetensors") for kind in (True, False))
-    # What enters the first layers is the same in both models.
+    # The first layers' inputs are the same in both models.
     for name in ("q_proj", "k_proj", "v_proj"):
         packed = f"model.layers.0.self_attn.{name}.weight_packed"
         assert torch.equal(left[packed], right[packed])
@@ -121,37 +127,47 @@ def test_layers_follow_the_original_model(llama: Path, tmp_path: Path, dtype: st
     )
 
 
+class Observed(MethodOptions):
+    """Round-to-nearest that asks for the Hessian."""
+
+    name: Literal["observed"] = "observed"
+
+
 def test_the_drift_is_between_the_compressed_and_the_original_path(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the second block's q, k, v: ``(Y - X)^T X`` of inputs behind the compressed and the original first block."""
-    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    """The target of the second block's q, k, v, from its inputs behind the compressed and the original first block."""
+    problems: list[LayerProblem] = []
 
-    def noted(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, share: float) -> torch.Tensor:
-        given.append((hessian.clone(), drift.clone()))
-        return drift_corrected_target(weight, hessian, drift, share)
+    def solve(_: Observed, problem: LayerProblem) -> Solution:
+        problems.append(replace(problem, weight=problem.weight.clone()))
+        return round_layer(problem)
 
-    monkeypatch.setattr(block_solver, "drift_corrected_target", noted)
+    monkeypatch.setitem(METHODS, "observed", LayerSolver(Observed, solve, round_layer, Hessian))
     calibration = random_set(llama, masked=5)
-    cb.compress(llama, output=tmp_path / "out", recipe=recipe(1.0), calibration=calibration, dtype="float32")
+    chosen = recipe(1.0, "observed")
+    cb.compress(llama, output=tmp_path / "out", recipe=chosen, calibration=calibration, dtype="float32")
     inputs = []
     for folder in (tmp_path / "out", llama):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         seen: list[torch.Tensor] = []
-        loaded.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0])
-        )
+        attention = loaded.model.layers[1].self_attn
+        attention.q_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
             loaded(calibration.tokens.long())
         inputs.append(seen[0][calibration.mask].double())
     x, y = inputs
-    hessian, drift = given[4]  # four groups of the first block before it
-    torch.testing.assert_close(hessian.double(), x.T @ x, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(drift.double(), (y - x).T @ x, rtol=1e-3, atol=1e-3)
-    assert drift.norm() > 0.01 * hessian.norm()
+    weight = torch.cat([getattr(attention, name).weight.detach().double() for name in ("q_proj", "k_proj", "v_proj")])
+    problem = problems[4]  # the first block has four groups of layers
+    hessian = x.T @ x
+    torch.testing.assert_close(problem.hessian.double(), hessian, rtol=1e-3, atol=1e-3)
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    correction = weight @ ((y - x).T @ x) @ hessian.inverse()
+    torch.testing.assert_close(problem.weight.double(), weight + correction, rtol=1e-3, atol=1e-3)
+    assert correction.norm() > 0.01 * weight.norm()
 
 
-def test_what_asymmetric_recipes_need(llama: Path, model_folder, tmp_path: Path) -> None:
+def test_requirements_of_drift_correction(llama: Path, model_folder, tmp_path: Path) -> None:
     options = {"calibration": random_set(llama), "output": tmp_path / "out"}
     with pytest.raises(CalibrantError, match="corrects drift, which needs"):
         cb.compress(llama, recipe=recipe(1.0), order="two-pass", **options)

@@ -12,7 +12,7 @@ SPEC = GridSpec(4, True, 16, torch.float32)
 
 
 def reference(weight: torch.Tensor, hessian: torch.Tensor, spec: GridSpec, act_order: bool) -> torch.Tensor:
-    """GPTQ with static groups in float64, rows that end worse than rounding replaced by it."""
+    """GPTQ with static groups in float64; rows with a larger error than round-to-nearest are rounded to nearest."""
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
     factor = references.inverse_factor(hessian[order][:, order], 0.01)
     grid = fit_grid(weight, spec)
@@ -41,7 +41,7 @@ def test_equals_the_float64_reference(act_order: bool, symmetric: bool, bits: in
     spec = GridSpec(bits, symmetric, group, torch.float32)
     solved = gptq(weight, hessian, spec, act_order=act_order)
     expected = reference(weight, hessian, spec, act_order)
-    # A value a rounding error away from the middle of two codes may fall on either side; it moves its row a little.
+    # A value halfway between two codes may round to either, which moves the later values of its row.
     same_rows = (solved.weight.double() - expected).abs().amax(1) < 1e-4
     assert same_rows.double().mean() >= 0.95
     assert torch.equal(decode(solved.codes, solved.grid), solved.weight)

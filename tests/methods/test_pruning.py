@@ -56,14 +56,14 @@ def test_shares_are_exact(rows: int, columns: int, share: float, seed: int) -> N
 
 def test_wanda_equals_its_definition_and_keeps_weights_bit_for_bit() -> None:
     weight, hessian = references.problem(40, 96)
-    norms = hessian.diagonal()
+    diagonal = hessian.diagonal()
     for sparsity in (TWO_OF_FOUR, Sparsity(0.5)):
         width = sparsity.of or 96
-        scores = (weight.double().abs() * norms.double().sqrt()).view(-1, width)
+        scores = (weight.double().abs() * diagonal.double().sqrt()).view(-1, width)
         dropped = sparsity.pruned or 48
         expected = torch.ones_like(scores, dtype=torch.bool)
         expected.scatter_(1, torch.argsort(scores, dim=1, stable=True)[:, :dropped], False)
-        solved = wanda(weight, norms, sparsity)
+        solved = wanda(weight, diagonal, sparsity)
         assert torch.equal(solved.kept, expected.view(40, 96))
         assert torch.equal(solved.weight[solved.kept], weight[solved.kept])
 

@@ -1,4 +1,4 @@
-"""Static int8 activations: the ranges, and a whole model that computes what its file says."""
+"""Static int8 activations: the ranges, and a loaded model that rounds its inputs to them."""
 
 import shutil
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_mse_costs_least_and_batches_do_not_matter() -> None:
 
 
 def test_mse_finds_ranges_far_below_the_largest_value() -> None:
-    """Against all shares tried on the values themselves, in float64."""
+    """Compared with all shares, on the values instead of the histogram, in float64."""
     values = torch.randn(400_000, 8, generator=torch.Generator().manual_seed(0))
     values[0, 0] = 30.0
 
@@ -79,12 +79,12 @@ def test_mse_finds_ranges_far_below_the_largest_value() -> None:
 
 @pytest.mark.parametrize("percent", [63, 64])
 def test_mse_tries_every_hundredth_of_the_range(percent: int) -> None:
-    """Values that lie on the very grid of one share, but for one at each end of the range."""
+    """Values on the grid of one share, except one at each end of the range."""
     reach = 30.0 * percent / 100
     codes = torch.randint(0, 256, (500_000, 1), generator=torch.Generator().manual_seed(0))
     values = (codes - 127.5) * (2 * reach / 255)
     values[0], values[1] = -30.0, 30.0
-    # An asymmetric grid holds 0, so its points lie half a step beside values that are symmetric.
+    # An asymmetric grid contains 0, so its points are shifted by half a step from symmetric values.
     values += reach / 255
     scale = float(seen(values).grid("mse", 99.9, torch.float32).scale)
     assert scale * 255 == pytest.approx(2 * reach, rel=1e-3)

@@ -75,18 +75,18 @@ def test_zero_is_on_every_grid_and_a_group_of_zeros_has_scale_one(symmetric: boo
     assert torch.equal(decode(encode(torch.zeros_like(weight), grid), grid), torch.zeros_like(weight))
 
 
-def power_cost(errors: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+def power_cost(errors: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return errors.abs() ** 2.4
 
 
-def importance_cost(errors: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+def importance_cost(errors: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     spread = weight.double().square().mean(1, keepdim=True)
-    return moments.diagonal() * (spread + weight.double().square()).sqrt() * errors.square()
+    return hessian.diagonal() * (spread + weight.double().square()).sqrt() * errors.square()
 
 
-def output_cost(errors: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+def output_cost(errors: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     block = torch.arange(16) // 8
-    return (errors @ (moments * (block[:, None] == block))) * errors
+    return (errors @ (hessian * (block[:, None] == block))) * errors
 
 
 COSTS = {"mse": power_cost, "importance": importance_cost, "clip": output_cost}
@@ -98,17 +98,17 @@ COSTS = {"mse": power_cost, "importance": importance_cost, "clip": output_cost}
 def test_a_search_never_increases_its_own_cost(search: str, bits: int, symmetric: bool, seed: int) -> None:
     weight = weights(seed)
     inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(seed + 1)) @ torch.rand(16, 16)
-    moments = (inputs.T @ inputs).double()
+    hessian = (inputs.T @ inputs).double()
     costs = []
     for kind in ("none", search):
-        grid = fit_grid(weight, GridSpec(bits, symmetric, 8, torch.float32, kind), moments.float())
+        grid = fit_grid(weight, GridSpec(bits, symmetric, 8, torch.float32, kind), hessian.float())
         errors = (decode(encode(weight, grid), grid) - weight).double()
-        costs.append(COSTS[search](errors, weight, moments).view(5, 2, 8).sum(-1))
+        costs.append(COSTS[search](errors, weight, hessian).view(5, 2, 8).sum(-1))
     assert (costs[1] <= costs[0] * (1 + 1e-4)).all()
 
 
-def ranges(search: str, group: torch.Tensor, bits: int, importance: torch.Tensor) -> list[float]:
-    """The scales that a search of symmetric ranges may choose from, in float64, for one group."""
+def candidate_scales(search: str, group: torch.Tensor, bits: int, importance: torch.Tensor) -> list[float]:
+    """The candidate scales of a search of symmetric ranges for one group, in float64."""
     levels = 2**bits - 1
     largest = float(group.abs().max())
     plain = 2 * largest / levels
@@ -127,44 +127,44 @@ def ranges(search: str, group: torch.Tensor, bits: int, importance: torch.Tensor
 @pytest.mark.parametrize("search", COSTS)
 @pytest.mark.parametrize("bits", [2, 3])
 def test_a_search_finds_the_least_of_its_candidates(search: str, bits: int) -> None:
-    """Against all of them tried in float64, on weights whose ranges outliers stretch."""
+    """Compared with all candidates in float64, on weights with outliers."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(40, 16, generator=generator)
     weight[:, 3] *= torch.rand(40, generator=generator) * 8
     inputs = torch.randn(64, 16, generator=generator) @ torch.rand(16, 16, generator=generator)
-    moments = inputs.T @ inputs
-    grid = fit_grid(weight, GridSpec(bits, True, 8, torch.float32, search), moments)
+    hessian = inputs.T @ inputs
+    grid = fit_grid(weight, GridSpec(bits, True, 8, torch.float32, search), hessian)
     spread = weight.double().square().mean(1, keepdim=True)
-    importance = moments.double().diagonal() * (spread + weight.double().square()).sqrt()
+    importance = hessian.double().diagonal() * (spread + weight.double().square()).sqrt()
 
     def cost(row: int, group: int, scale: float) -> float:
         columns = slice(8 * group, 8 * group + 8)
         values = weight[row, columns].double()
-        # In float32, since the least value of a plain range lies half way between two codes.
+        # In float32, since the least value of a plain range is halfway between two codes.
         codes = (values.float() / torch.tensor(scale)).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round().double()
         errors = codes * scale - values
         if search == "mse":
             return float((errors.abs() ** 2.4).sum())
         if search == "importance":
             return float((importance[row, columns] * errors.square()).sum())
-        return float(errors @ moments[columns, columns].double() @ errors)
+        return float(errors @ hessian[columns, columns].double() @ errors)
 
     for row in range(40):
         for group in range(2):
             columns = slice(8 * group, 8 * group + 8)
-            tried = ranges(search, weight[row, columns].double(), bits, importance[row, columns])
+            tried = candidate_scales(search, weight[row, columns].double(), bits, importance[row, columns])
             least = min(cost(row, group, scale) for scale in tried)
             assert cost(row, group, float(grid.scale[row, group])) == pytest.approx(least, rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("search", COSTS)
-def test_a_search_finds_something(search: str) -> None:
-    """At three bits with outliers every search beats the plain range by far."""
+def test_a_search_lowers_its_cost(search: str) -> None:
+    """At three bits with outliers, every search costs far less than the plain range."""
     weight = weights(3).repeat(20, 1) * torch.rand(100, 16, generator=torch.Generator().manual_seed(0)).add(0.1)
-    moments = torch.diag(torch.linspace(0.01, 3, 16))
-    plain, found = (fit_grid(weight, GridSpec(3, True, 8, torch.float32, kind), moments) for kind in ("none", search))
+    hessian = torch.diag(torch.linspace(0.01, 3, 16))
+    plain, found = (fit_grid(weight, GridSpec(3, True, 8, torch.float32, kind), hessian) for kind in ("none", search))
     costs = [
-        COSTS[search]((decode(encode(weight, grid), grid) - weight).double(), weight, moments.double()).sum()
+        COSTS[search]((decode(encode(weight, grid), grid) - weight).double(), weight, hessian.double()).sum()
         for grid in (plain, found)
     ]
     assert costs[1] < 0.9 * costs[0]
