@@ -28,8 +28,8 @@ class LayerReport:
     """What became of one linear.
 
     ``relative_error``: squared output error over squared output, on the whole Hessian (``measure`` "hessian"), on its
-    diagonal ("diagonal"), or of the weights alone where no data was used ("weights"). With asymmetric calibration it is
-    of what the layer is fitted to, so compare it among such runs alone. ``bits`` are the weights', if quantized.
+    diagonal ("diagonal"), or of the weights alone where no data was used ("weights"). With drift
+    correction it is relative to the corrected target, so compare it only among such runs. ``bits`` are the weights', if quantized.
     """
 
     name: str
@@ -133,7 +133,7 @@ class BlockSolver:
             size = "small" if step < _FLOAT16_STEPS[0] else "large"
             raise CalibrantError(
                 f"{self.block.name}.{linear.name}: its weights are too {size} for scales in float16; "
-                "ignore it, or leave out --format"
+                "ignore it, or take the default `checkpoint_format`"
             )
 
     def _add_input_grids(self, unit: Unit) -> None:
@@ -187,7 +187,7 @@ class BlockSolver:
     def _not_finite(self, unit: Unit) -> CalibrantError:
         return CalibrantError(
             f"{self.block.name}.{unit[0].name}: its inputs hold values that are not finite; "
-            "compute in float32 (--dtype float32) or check the model"
+            'compute in float32 (`dtype="float32"`) or check the model'
         )
 
     def _keep(

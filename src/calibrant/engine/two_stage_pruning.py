@@ -1,7 +1,7 @@
 """2SSP: MLPs lose the neurons that carry least, then attention modules go one by one (arXiv 2501.17771).
 
 The result is a smaller dense model with narrower MLPs. No standard model class leaves attention out, so its last
-linear is stored as zeros, which is the same function (methods.md §18).
+linear is stored as zeros, which computes the same function.
 """
 
 from collections.abc import Iterator

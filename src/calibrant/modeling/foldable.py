@@ -1,4 +1,4 @@
-"""Where a scale can move from a layer's weights into what produces its input, found by trying (DESIGN §4).
+"""Where a scale can move from a layer's weights into what produces its input, found by trying (ours).
 
 Candidates come from the data flow of one small pass: a norm whose output is the very tensor that an input group reads,
 or an earlier linear with as many outputs as the group has inputs. A candidate counts only if dividing it by a random

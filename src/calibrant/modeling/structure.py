@@ -127,7 +127,7 @@ def common_module(names: list[str]) -> str:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the blocks: the longest list of modules of one class that lies in no other list (DESIGN §4).
+    """Names of the blocks: the longest list of modules of one class that is in no other list (ours).
 
     Ties go to the list with more parameters.
 

@@ -131,7 +131,7 @@ def _fit_groups(recipe: Recipe, layers: _Layers) -> Recipe:
     raise CalibrantError(
         f"group size {weights.group_size} does not divide the {width} inputs of {name} "
         f"(and {len(wrong) - 1} more layers); "
-        f"sizes that fit every layer: {fits}; --group-size 0 takes one scale a channel"
+        f"sizes that fit every layer: {fits}; `group_size=0` takes one scale per channel"
     )
 
 

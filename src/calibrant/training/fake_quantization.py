@@ -1,7 +1,7 @@
 """Rounding with gradients: the values that stored integers stand for, straight through the rounding.
 
-Gradients are one inside the range and zero where values are clipped. Those of scales and zero points are of what these do to
-the result, so that either end of a range is moved by what is clipped there (methods.md §19).
+The gradient of a value is one inside the range and zero where the value is clipped. Gradients of scales and zero points
+are those of the rounded result, so that clipped values move their end of the range (arXiv 2211.16912).
 """
 
 from typing import Any
@@ -63,8 +63,9 @@ def _rows(
 def fake_quantize(
     values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
 ) -> torch.Tensor:
-    """``scale (code - zero_point)`` of float32 ``values`` ``[.., width]``; ``scale`` and ``zero_point`` are one for all of a row,
-    ``[.., 1]``, or of everything.
+    """``scale (code - zero_point)`` for float32 ``values`` ``[.., width]``.
+
+    ``scale`` and ``zero_point`` are shared by a row, ``[.., 1]``, or by all values.
     """
     rounded: torch.Tensor = _Rounded.apply(values, scale, zero_point, qmin, qmax)  # type: ignore[no-untyped-call]  # torch's own
     return rounded

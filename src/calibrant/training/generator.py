@@ -1,4 +1,4 @@
-"""ZSAQ's generator: a language model whose output is carried into another model's embedding space (methods.md §20).
+"""ZSAQ's generator: a language model whose output enters another model's embedding space (arXiv 2310.13315).
 
 Where the vocabularies are one, the other model reads embeddings of tokens drawn from the generator's distribution, and
 gradients go as if it had read the distribution's mean of them (straight through; ours: means themselves are no

@@ -59,7 +59,7 @@ def check_same_training(output: Path, identity: dict[str, Any]) -> None:
     if {key: found.get(key) for key in wanted} != wanted:
         raise CalibrantError(
             f"{folder}: holds an unfinished training with other settings, model or data; run that again, "
-            "delete the folder, or pass --overwrite"
+            "delete the folder, or pass `overwrite=True`"
         )
 
 

@@ -1,4 +1,4 @@
-"""Quadapter's first phase: channel scales learned block by block (arXiv 2211.16912; methods.md §19).
+"""Quadapter's first phase: channel scales learned block by block (arXiv 2211.16912, section 3).
 
 A norm's gain is multiplied by ``alpha`` and the columns of the linears behind it are divided by it, which changes
 nothing until both are rounded. ``alpha = exp(a)`` stays positive. Every block is fitted alone: the original model's

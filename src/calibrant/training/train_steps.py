@@ -1,4 +1,4 @@
-"""Two ways to train: on a calibration set (QAT, Quadapter), and against a generator (ZSAQ; methods.md §20)."""
+"""Two ways to train: on a calibration set (QAT, Quadapter), and against a generator (ZSAQ, arXiv 2310.13315)."""
 
 from typing import Any
 
