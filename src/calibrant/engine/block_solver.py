@@ -28,8 +28,8 @@ class LayerReport:
     """What became of one linear.
 
     ``relative_error``: squared output error over squared output, on the whole Hessian (``measure`` "hessian"), on its
-    diagonal ("diagonal"), or of the weights alone where no data was used ("weights"). With drift
-    correction it is relative to the corrected target, so compare it only among such runs. ``bits`` are the weights', if quantized.
+    diagonal ("diagonal"), or of the weights alone where no data was used ("weights"). With drift correction it is
+    relative to the corrected target, so compare it only among such runs. ``bits`` are the weights', if quantized.
     """
 
     name: str
