@@ -51,7 +51,7 @@ class Pruned:
         removed = ", ".join(map(str, self.attention_removed)) or "none"
         return (
             f"2ssp: MLPs narrowed from {self.neurons_before} to {self.neurons} neurons; attention left out of blocks "
-            f"{removed} (their last linear is zero_point); {self.share:.1%} of the blocks' parameters gone"
+            f"{removed} (their last linear is zero); {self.share:.1%} of the blocks' parameters gone"
         )
 
 
