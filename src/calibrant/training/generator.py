@@ -73,6 +73,6 @@ def read_embeddings(model: transformers.PreTrainedModel) -> torch.Tensor:
     """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise CalibrantError(f"{type(model).__name__}: its input embedding is none that a generator could write for")
+        raise CalibrantError(f"{type(model).__name__}: a generator needs an nn.Embedding as its input embedding")
     vectors: torch.Tensor = embedding(torch.arange(embedding.num_embeddings, device=model.device))
     return vectors.float()

@@ -69,7 +69,7 @@ def learn_scales(
         for batch in block.batches:
             batch.hidden = block.run(batch)
             if not bool(torch.isfinite(batch.hidden).all()):
-                raise CalibrantError(f"{block.name}: its output holds values that are not finite; check the model")
+                raise CalibrantError(f"{block.name}: its output contains values that are not finite; check the model")
         places += placed
     return replace(plan, learned=replace(plan.learned, scales=scales)), places
 

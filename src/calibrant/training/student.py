@@ -160,7 +160,7 @@ class Student:
             found = model(**inputs)
         if "logits" not in found:
             raise CalibrantError(
-                f"{type(model).__name__}: gives no logits, which training follows; take one with a head"
+                f"{type(model).__name__}: gives no logits, which training needs; take a model with a head"
             )
         logits: torch.Tensor = found.logits
         return logits

@@ -67,7 +67,7 @@ def train_model(
             learner = ScaledModel(copied, plan, places, seen)
             if not any(parameters for parameters, _ in learner.groups):
                 raise CalibrantError(
-                    "quadapter's training has nothing to learn: no scale found a place, no range is static"
+                    "quadapter's training has nothing to learn: no norm takes scales, and no range is static"
                 )
         else:
             learner = RoundedModel(copied, plan, seen)
