@@ -1,6 +1,6 @@
-"""Seconds, memory and disk of a run, estimated before any weight is read.
+"""Estimates the time, memory and disk space of a run before any weight is read.
 
-The factors over the floor and the fixed parts were measured for this engine on a CPU (ours; they are rough).
+The overhead factors and the constant terms were measured for this engine on a CPU (ours; they are rough).
 """
 
 import time
@@ -17,14 +17,14 @@ from calibrant.quantization.statistics import Hessian, PairedHessian
 from calibrant.recipes.parts import Awq, Quadapter
 from calibrant.recipes.plan import Plan
 
-# Ranges that a search by output error compares.
+# Number of ranges that the search by output error (``clip``) compares.
 _CLIP_CANDIDATES = 10
 _PROCESS_BYTES = 600 * 2**20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take: seconds of work, bytes of memory at the peak, bytes on disk while it runs."""
+    """Estimated cost of a run: seconds, peak memory in bytes, disk space in bytes while it runs."""
 
     seconds: float
     memory_bytes: int
@@ -32,7 +32,7 @@ class Estimate:
 
 
 def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> Estimate:
-    """Estimate a run from its FLOPs and a short measurement of this machine's matrix products."""
+    """Estimate a run on ``samples`` rows of ``length`` tokens from its FLOPs and this machine's measured FLOP rate."""
     size = _Size(model, plan, samples, length, dtype)
     parts = [size.blocks()]
     if plan.recipe.quadapter is not None:
@@ -47,7 +47,7 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
 
 
 class _Size:
-    """What the parts of an estimate share; each part is one method."""
+    """Sizes shared by the parts of an estimate; one method per part."""
 
     def __init__(self, model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> None:
         self._model, self._plan, self._dtype = model, plan, dtype
@@ -61,7 +61,7 @@ class _Size:
         self._rate = cache(lambda dtype: measured_rate(dtype, model.device))
 
     def blocks(self) -> Estimate:
-        """Forward passes, statistics, searches and solves of all blocks, and the output's files."""
+        """Forward passes, statistics, searches and solves of all blocks, and the output files."""
         blocks, tokens = len(self._plan.blocks), self._tokens
         hessian = 0.0
         if self._plan.recipe.statistic in (Hessian, PairedHessian):
@@ -75,11 +75,11 @@ class _Size:
         return Estimate(seconds, _PROCESS_BYTES + memory, 2 * stored)
 
     def _solving_flops(self) -> float:
-        """Work of solves and searches, as products at the best rate that take as long (measured on SmolLM2-135M)."""
+        """FLOPs of matrix products that take as long as solves and searches (factors measured on SmolLM2-135M)."""
         recipe, spec, work = self._plan.recipe, self._plan.target.spec, 0.0
         pairs = sum(out * into**2 for out, into in self._plan.linears.values())
         pairs += sum(torch.Size(shape).numel() * max(shape[1:]) for shape in self._plan.fused.values())
-        # Loops over columns reach about a tenth of that rate.
+        # Loops over columns reach about a tenth of the rate of matrix products.
         work += 10 * 2.0 * pairs * recipe.kind.passes(recipe.method)
         if spec is not None and spec.range_search == "clip":
             work += 30 * 2.0 * _CLIP_CANDIDATES * (spec.group_size or 512) * self._parameters
@@ -94,21 +94,22 @@ class _Size:
         passes = options.steps * (3 + self._samples / (8 * 25))
         seconds = 1.5 * 2.0 * self._parameters * self._length * passes / self._rate(torch.float32)
         seconds += 0.02 * options.steps * len(self._plan.blocks)
-        # Float32 inputs and targets of a block; its weights, rounded and on the way there, with their gradients.
+        # Float32 inputs and targets of a block; its weights, the intermediates of their rounding, and the gradients.
         return Estimate(seconds, 2 * 4 * self._tokens * self._hidden + 10 * 4 * self._block, 0)
 
     def training(self, options: TrainingOptions) -> Estimate:
         """Training the whole model."""
         vocabulary = self._model.folder.vocabulary
         whole, generator = self._parameters + self._hidden * vocabulary, self._generator_parameters(options)
-        # Products of a few hundred rows, and the head in float32, are further from the best rate.
+        # Matrix products of a few hundred rows, and the float32 head, are further below the measured rate.
         seconds = 2.5 * options.flops(whole, generator) / self._rate(self._dtype)
         rows = max(options.batch_size, HELD_OUT_TOKENS // options.length)
         rows = min(rows, options.micro_batch(options.length, vocabulary))
         logits = rows * options.length * vocabulary
-        # Teacher, weights, rounded weights, their gradients, two moments, the best so far; a generator with its own.
+        # Teacher, weights, rounded weights, gradients of both, two moments, best weights so far; a generator's weights,
+        # gradients and moments.
         memory = 4 * (8 * whole + 5 * generator + 6 * logits)
-        # Two journals: weights, moments, the best so far; a generator's.
+        # Two copies of the journal: weights, moments and best weights so far; weights and moments of a generator.
         return Estimate(seconds, memory, 2 * 4 * (4 * self._parameters + 3 * generator))
 
     def _generator_parameters(self, options: TrainingOptions) -> int:
@@ -125,7 +126,7 @@ def _stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def measured_rate(dtype: torch.dtype, device: torch.device, size: int = 1536, repeats: int = 3) -> float:
-    """FLOPs a second of ``[size, size]`` matrix products in ``dtype`` on this machine: the best of ``repeats``."""
+    """FLOPs per second of ``[size, size]`` matrix products in ``dtype`` on ``device``: the best of ``repeats``."""
     left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
     best = 0.0
     for _ in range(repeats + 1):

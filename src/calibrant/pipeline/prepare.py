@@ -1,4 +1,4 @@
-"""A compression that is checked before anything is read: it can be estimated, and run."""
+"""Checks a compression before any weight is read; the prepared run can be estimated and run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ _ORDERS = ("sequential", "two-pass", "independent")
 
 @dataclass(frozen=True)
 class SetSize:
-    """The calibration set that the model writes where none is given: its size, its seed and its draw."""
+    """Size, seed and draw of the calibration set that the model generates if none is given."""
 
     samples: int
     length: int
@@ -44,10 +44,10 @@ class SetSize:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A compression that was checked.
+    """A checked compression.
 
-    ``plan.notes`` say what a user may not expect; ``calibration`` is the given set, if the recipe uses one;
-    ``own_set`` is what the model writes otherwise.
+    ``plan.notes`` tell the user what may be unexpected; ``calibration`` is the given set, if the recipe uses one;
+    ``own_set`` describes the set that the model generates otherwise.
     """
 
     model: LazyModel
@@ -65,20 +65,20 @@ class PreparedRun:
 
     @property
     def writes_set(self) -> bool:
-        """Whether the model has to write the calibration set first."""
+        """Whether the model has to generate the calibration set first."""
         return self.calibration is None and self.recipe.needs_data
 
     def estimate(self) -> Estimate:
-        """Seconds, memory and disk of the run, roughly, without the time to write a calibration set."""
+        """Rough time, memory and disk space of the run, without the time to generate a calibration set."""
         given, own = self.calibration, self.own_set
         samples, length = given.tokens.shape if given is not None else (own.samples, own.length)
         return estimate(self.model, self.plan, samples, length, self.settings.dtype)
 
     def run(self, progress: Progress | None = None) -> RunReport:
-        """Compress; make the calibration set first if there is none and the recipe needs one.
+        """Compress; generate the calibration set first if the recipe needs one and none is given.
 
         Raises:
-            CalibrantError: values are not finite, or the output cannot be written; nothing is left behind.
+            CalibrantError: values are not finite, or the output cannot be written; no output is left behind.
         """
         listener: Progress = progress or NoProgress()
         training = self.recipe.training
@@ -91,7 +91,7 @@ class PreparedRun:
         return run_compression(self.model, self.plan, calibration, self.output, self.settings, listener, self.overwrite)
 
     def _held_out(self, length: int, seed: int, progress: Progress) -> CalibrationSet:
-        """What a training without data is evaluated on: text the model writes, or random tokens if it writes none."""
+        """Evaluation set of a training without data: text that the model generates, or random tokens for encoders."""
         folder = self.model.folder
         if not folder.causal:
             return draw_vocabulary(Tokenizer(folder.path), samples=_HELD_OUT_ROWS, length=length, seed=seed, draw=0)
@@ -127,12 +127,12 @@ def prepare(
     overwrite: bool = False,
     allow_encoder: bool = False,
 ) -> PreparedRun:
-    """Check everything a compression needs, without reading a weight (for 2SSP, those of one block).
+    """Check all inputs of a compression without reading weights (2SSP reads the weights of one block).
 
     The arguments are those of ``compress``.
 
     Raises:
-        CalibrantError: model, recipe, set or output do not fit.
+        CalibrantError: the model, recipe, set and output do not fit together.
     """
     inputs = [place for place in (model, calibration, recipe) if isinstance(place, str | Path)]
     target = check_output(output, overwrite, inputs)
@@ -178,18 +178,18 @@ def _check_model(folder: ModelFolder, recipe: Recipe, calibration: CalibrationSe
 
 
 def check_calibration(folder: ModelFolder, calibration: CalibrationSet) -> None:
-    """Refuse a set that is not for the model in ``folder``.
+    """Check that ``calibration`` fits the model in ``folder``.
 
     Raises:
-        CalibrantError: the set's tokenizer, its length or its ids do not fit.
+        CalibrantError: the set's tokenizer, length or token ids do not fit the model.
     """
     check_length(folder, calibration.tokens.shape[1])
     manifest = calibration.manifest
-    # A large tokenizer takes seconds to read.
+    # Loading a large tokenizer takes seconds, so compare file hashes first.
     known = manifest.tokenizer_files_sha256
     if known is None or known != tokenizer_files_sha256(folder.path):
         tokenizer = Tokenizer(folder.path)
-        # Sets of given token ids may not name their tokenizer.
+        # A set made from given token ids may lack the tokenizer's hash.
         if manifest.tokenizer_sha256 not in ("", tokenizer.sha256):
             raise CalibrantError(
                 f"the calibration set was made with another tokenizer than {folder.path}'s "
@@ -197,4 +197,4 @@ def check_calibration(folder: ModelFolder, calibration: CalibrationSet) -> None:
             )
     vocabulary = folder.vocabulary
     if int(calibration.tokens.max()) >= vocabulary or int(calibration.tokens.min()) < 0:
-        raise CalibrantError(f"the calibration set holds token ids outside {folder.path}'s vocabulary of {vocabulary}")
+        raise CalibrantError(f"the calibration set has token ids outside {folder.path}'s vocabulary of {vocabulary}")

@@ -1,4 +1,4 @@
-"""The record of a run: everything that determined its result and what came out, as ``calibrant.json`` stores it."""
+"""The record of a run, stored as ``calibrant.json``: everything that determined the result, and the result itself."""
 
 import importlib.metadata as metadata
 import json
@@ -30,14 +30,14 @@ RECORD_NAME = "calibrant.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run computes: the ``dtype`` of forward passes, the device, and in which ``order`` layers are solved."""
+    """Settings of a run: the ``dtype`` of forward passes, the device, and the ``order`` in which layers are solved."""
 
     dtype: torch.dtype
     device: torch.device
     order: Order = "sequential"
 
     def recorded(self) -> "RecordedSettings":
-        """The same for the record."""
+        """The settings as the record stores them."""
         name = str(self.dtype).removeprefix("torch.")
         return RecordedSettings(compute_dtype=name, device=self.device.type, order=self.order)
 
@@ -47,7 +47,7 @@ class _Recorded(BaseModel):
 
 
 class RecordedSettings(_Recorded):
-    """How a run computed."""
+    """Settings of a run in its record."""
 
     compute_dtype: str
     device: str
@@ -56,7 +56,7 @@ class RecordedSettings(_Recorded):
 
 @dataclass(frozen=True)
 class MadeBy:
-    """The compression that a model folder came out of: its recipe, whether that quantized, and its record's hash."""
+    """The compression that produced a model folder: recipe, whether the recipe quantized, and the record's hash."""
 
     recipe: str
     quantized: bool
@@ -64,10 +64,10 @@ class MadeBy:
 
 
 class RunRecord(_Recorded):
-    """``calibrant.json``. It contains no times and no paths, so that two equal runs write equal bytes.
+    """Contents of ``calibrant.json``, without times and paths, so that equal runs write equal bytes.
 
-    ``format`` is the checkpoint format's name, or "dense"; ``model`` and ``generator`` hold names and hashes;
-    ``calibration`` is the set's manifest without its rows.
+    ``format`` is the checkpoint format's name, or "dense"; ``model`` and ``generator`` contain names and hashes;
+    ``calibration`` is the set's manifest, written without its rows.
     """
 
     format_version: Literal[1] = 1
@@ -96,10 +96,10 @@ class RunRecord(_Recorded):
 
     @classmethod
     def read(cls, folder: str | Path) -> "RunRecord":
-        """The record in an output folder.
+        """Read the record of an output folder.
 
         Raises:
-            CalibrantError: there is none, or this version does not read it.
+            CalibrantError: there is no record, or this version cannot read it.
         """
         file = Path(folder) / RECORD_NAME
         try:
@@ -110,7 +110,7 @@ class RunRecord(_Recorded):
 
 
 def made_by(folder: ModelFolder) -> MadeBy | None:
-    """The compression that ``folder`` came out of; None for models without a record of ours."""
+    """The compression that produced ``folder``; None if the folder has no readable record."""
     try:
         record = RunRecord.read(folder.path)
     except CalibrantError:
@@ -130,7 +130,7 @@ def make_record(
     structure: Pruned | None,
     training: Trained | None,
 ) -> RunRecord:
-    """The record of a run of ``plan`` on ``model``."""
+    """Make the record of a run of ``plan`` on ``model``."""
     return RunRecord(
         calibrant_version=__version__,
         recipe=plan.recipe,
@@ -152,7 +152,7 @@ def make_record(
 def training_identity(
     model: LazyModel, plan: Plan, calibration: CalibrationSet | None, settings: Settings
 ) -> dict[str, Any]:
-    """What a training's outcome depends on; without the set where that is not made yet (None)."""
+    """Everything that determines the result of a training, except the set if it does not exist yet (None)."""
     known = {"calibration": calibration.sha256} if calibration is not None else {}
     spec = plan.target.spec
     return {
@@ -168,19 +168,19 @@ def training_identity(
 
 
 def _generator(model: LazyModel, plan: Plan) -> dict[str, str] | None:
-    """Identity of the other model that a training used."""
+    """Identity of the other model that a training uses as its generator, if any."""
     training = plan.recipe.training
     return generator_identity(model.folder, training) if training is not None else None
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic or formats shape a result."""
+    """Versions of the libraries whose arithmetic or formats affect a result."""
     return {name: metadata.version(name) for name in ("torch", "transformers", "safetensors", "numba", "numpy")}
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did and took. ``seconds`` by stage; ``peak_memory_bytes`` of the process so far; sizes in bytes."""
+    """Result and cost of a run: ``seconds`` by stage, ``peak_memory_bytes`` of the process so far, sizes in bytes."""
 
     output: Path
     recipe: str
@@ -194,9 +194,9 @@ class RunReport:
 
     @property
     def fallbacks(self) -> list[LayerReport]:
-        """Layers that were not solved as asked."""
+        """Layers that the solver could not solve as asked and solved another way."""
         return [layer for layer in self.layers if layer.record.fallback is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values, with the output's name for its path."""
+        """As plain values, with the output's name instead of its path."""
         return {**asdict(self), "output": self.output.name}

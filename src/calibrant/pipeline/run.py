@@ -1,4 +1,4 @@
-"""One compression, from a model folder to a verified output folder."""
+"""Runs one compression, from a model folder to a verified output folder."""
 
 import resource
 import sys
@@ -45,10 +45,10 @@ def run_compression(
     progress: Progress,
     overwrite: bool = False,
 ) -> RunReport:
-    """Compress ``model`` by ``plan`` into ``output``; nothing appears there unless everything succeeded.
+    """Compress ``model`` by ``plan`` into ``output``, which appears only if the whole run succeeds.
 
-    ZSAQ does not train on ``calibration`` but evaluates its held-out loss on it. A training that is broken off leaves
-    its journal beside ``output``, and the same run goes on from it.
+    ZSAQ does not train on ``calibration`` but computes its held-out loss on it. An interrupted training leaves its
+    journal beside ``output``; running the same compression again resumes from the journal.
 
     Raises:
         CalibrantError: the set does not fit the model, values are not finite, or the output cannot be written.
@@ -59,7 +59,7 @@ def run_compression(
         run.spend_budget()
         if journal is not None:
             run.learn(journal)
-        # Only after training, which allocates and frees large blocks all the time.
+        # Only after training, which allocates and frees large blocks constantly.
         map_large_blocks()
         run.compress()
         files = run.write()
@@ -82,13 +82,13 @@ def _journal(
     if not plan.recipe.learns:
         return None
     if calibration is None:
-        raise CalibrantError(f"recipe {plan.recipe.name} learns, and was given no calibration set")
+        raise CalibrantError(f"recipe {plan.recipe.name}: training needs a calibration set, and none was given")
     return Journal(output, training_identity(model, plan, calibration, settings), overwrite)
 
 
 @dataclass
 class _Run:
-    """The phases of a run in order; each leaves what the next ones need."""
+    """The phases of a run, called in order; each stores the results that later phases need."""
 
     model: LazyModel
     plan: Plan
@@ -105,7 +105,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.config: dict[str, Any] = dict(self.model.folder.config_dict)
-        # What a training without data is evaluated on is no calibration set of the result.
+        # A set that only evaluates a training without data is not recorded as the calibration set.
         self.calibration = self.given if self.plan.recipe.needs_data else None
         identity = self.calibration.sha256 if self.calibration is not None else "none"
         self._metadata = {"format": "pt", "calibrant.set_sha256": identity}
@@ -116,7 +116,7 @@ class _Run:
         return self.calibration.rows if self.calibration is not None else None
 
     def spend_budget(self) -> None:
-        """Give every layer its bits or zeros, if the recipe has a budget."""
+        """Choose every layer's bits or share of zeros, if the recipe has a budget."""
         if self.plan.recipe.budget is not None and self.rows is not None:
             with self.clock.stage("sensitivity"):
                 self.plan, self.spent = spend_budget(
@@ -124,7 +124,7 @@ class _Run:
                 )
 
     def learn(self, journal: Journal) -> None:
-        """Learn Quadapter's scales, and train the whole model, as the recipe wants."""
+        """Learn Quadapter's scales and train the whole model, if the recipe says so."""
         assert self.given is not None
         rows = self.given.rows
         places: list[PlacedPair] = []
@@ -167,7 +167,7 @@ class _Run:
             self.notes.append(f"left as they are, since the model does not call them: {', '.join(uncalled)}")
 
     def write(self) -> list[Path]:
-        """Write everything beside the blocks; returns the files of tensors."""
+        """Write everything except the blocks, and return the tensor files."""
         with self.clock.stage("write"):
             record = make_record(
                 self.model,
@@ -193,7 +193,7 @@ class _Run:
         return files
 
     def report(self, output: Path, files: list[Path]) -> RunReport:
-        """Verify the files, and write and return the report."""
+        """Verify the tensor files, then write and return the report."""
         with self.clock.stage("verify"):
             verified = self._writer.verify(files)
         sources = {info.file: info.file.stat().st_size for info in self.model.folder.tensors.values()}
@@ -232,6 +232,6 @@ def _write_config(model: LazyModel, plan: Plan, config: dict[str, Any], solved: 
 
 
 def peak_memory() -> int:
-    """Bytes; macOS counts them, other systems count units of 1,024."""
+    """Peak memory of the process in bytes; ``ru_maxrss`` is in bytes on macOS and in KiB elsewhere."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

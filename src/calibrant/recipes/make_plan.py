@@ -1,4 +1,4 @@
-"""Fitting a recipe to a model, before any weight is read."""
+"""Fits a recipe to a model, before any weight is read."""
 
 import re
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ _PRUNED_DENSE = "pruned weights are stored dense: the zeros are there, the files
 
 @dataclass(frozen=True)
 class _Layers:
-    """What a recipe reaches: linears with ``(out, in)``, fused experts, and which of them no packed format holds."""
+    """Layers that a recipe applies to: linears with ``(out, in)``, fused experts, and what rules out packed formats."""
 
     linears: dict[str, tuple[int, int]]
     fused: dict[str, tuple[int, ...]]
     unpackable: list[str]
 
     def widths(self) -> dict[str, int]:
-        """Input width of each layer; the orientation of fused experts is unknown yet, so both axes are listed."""
+        """Input width of each layer; both axes of fused experts, whose orientation is not known yet."""
         found = {name: shape[1] for name, shape in self.linears.items()}
         for name, shape in self.fused.items():
             found[name] = shape[2]
@@ -41,18 +41,18 @@ class _Layers:
         return found
 
     def planned(self, target: Target) -> dict[str, LayerPlan]:
-        """Every layer with the same target."""
+        """Plans of all layers, each with ``target``."""
         return {name: LayerPlan(shape, target) for name, shape in [*self.linears.items(), *self.fused.items()]}
 
 
 def make_plan(
     model: LazyModel, blocks: list[str], chosen: Recipe, format_name: FormatName = "compressed-tensors"
 ) -> Plan:
-    """Fit the ``chosen`` recipe to ``model``, stored in the format of that name.
+    """Fit the ``chosen`` recipe to ``model``, to be stored in the format ``format_name``.
 
     Raises:
-        CalibrantError: a group or pattern does not divide a layer (with the sizes that do), nothing is left to
-            compress, or the model's layers cannot be stored as the scheme wants.
+        CalibrantError: a group size or pattern does not divide a layer's inputs (the message lists sizes that do),
+            nothing is left to compress, or the format cannot store the scheme or a layer.
     """
     layers = _layers(model, blocks, chosen)
     _check_ignored(model, chosen)
@@ -86,7 +86,7 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
             continue
         if isinstance(module, nn.Linear):
             found.linears[name] = (module.out_features, module.in_features)
-            # Subclasses (FalconLinear) are refused by the loaders of quantized formats.
+            # Loaders of quantized formats refuse subclasses (FalconLinear).
             if type(module) is not nn.Linear or not model.is_stored_alone(f"{name}.weight"):
                 found.unpackable.append(name)
         elif isinstance(module, Conv1D):
@@ -94,7 +94,7 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
             found.unpackable.append(name)
     for name, parameter in fused_parameters(model.module).items():
         if any(name.startswith(block + ".") for block in blocks):
-            # transformers loads no experts that are left alone beside packed layers.
+            # transformers does not load uncompressed fused experts beside packed layers.
             found.unpackable.append(name)
             if not recipe.ignores(name):
                 found.fused[name] = tuple(parameter.shape)
@@ -106,7 +106,7 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
 
 
 def _check_ignored(model: LazyModel, recipe: Recipe) -> None:
-    """Refuse an expression that finds nothing: a slip in it would compress what was to be left alone."""
+    """Refuse an expression without a match: a typo would compress layers that should be left alone."""
     modules = [name for name, _ in model.module.named_modules() if name]
     names = [*modules, *fused_parameters(model.module)]
     for expression in recipe.ignore:
@@ -157,7 +157,7 @@ def _check_pattern(recipe: Recipe, sparsity: Sparsity | None, layers: _Layers) -
 
 
 def _check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
-    """Refuse what cannot be done to fused experts."""
+    """Refuse recipes that do not support fused experts, if the model has any."""
     refusal = None
     if recipe.quadapter is not None:
         refusal = "which quadapter learns no scales for; ignore them"
@@ -188,10 +188,10 @@ def _activations(recipe: Recipe) -> Literal["dynamic", "static"] | None:
 
 
 def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
-    """Refuse what another format than compressed-tensors cannot hold.
+    """Check that a format other than compressed-tensors can store the result.
 
     Raises:
-        CalibrantError: the scheme, the method or a layer does not fit.
+        CalibrantError: the scheme, the method or a layer does not fit the format.
     """
     if layout.format == "compressed-tensors":
         return
@@ -217,7 +217,7 @@ def _check_bits_budget(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
 
 
 def _group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
-    """What ``auto`` came to."""
+    """The group size that ``auto`` resolved to."""
     if chosen.scheme.weights is None or chosen.scheme.weights.group_size != "auto":
         return []
     if spec.group_size:
@@ -226,7 +226,7 @@ def _group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
 
 
 def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]:
-    """What the files hold, where a user may expect something else."""
+    """Notes on how values are stored, where a user may expect something else."""
     if recipe.stored_dense:
         return [f"{recipe.method.name} fits no quantized format: its values are stored dense"]
     if layers.unpackable:

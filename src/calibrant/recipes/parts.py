@@ -1,4 +1,4 @@
-"""The parts of a recipe: its scheme, a budget, transforms."""
+"""The parts of a recipe: scheme, budget, transforms."""
 
 import re
 from typing import Annotated, Literal
@@ -14,8 +14,8 @@ from calibrant.strict import Strict
 class Weights(Strict):
     """Weight quantization.
 
-    ``group_size`` None is one scale an output channel, "auto" the largest of 128, 64, 32 that fits. ``range_search``:
-    "mse" needs no data, "importance" and "clip" look at the layer's inputs.
+    ``group_size``: None is one scale per output channel, "auto" the largest of 128, 64, 32 that divides every layer's
+    inputs. ``range_search``: "none" and "mse" need no data; "importance" and "clip" use statistics of the inputs.
     """
 
     bits: int = Field(ge=2, le=8)
@@ -27,16 +27,16 @@ class Weights(Strict):
     @classmethod
     def _positive(cls, value: int | str | None) -> int | str | None:
         if isinstance(value, int) and value < 1:
-            raise ValueError("group_size must be at least 1 (leave it out for one scale a channel)")
+            raise ValueError("group_size must be at least 1 (leave it out for one scale per channel)")
         return value
 
 
 class Activations(Strict):
     """Activation quantization to int8.
 
-    ``dynamic``: symmetric, one scale a token, found at run time. Static: asymmetric, one range a tensor, chosen by
-    ``range`` from the calibration data: all that was seen ("minmax"), ``percentile`` percent of it, or what costs the
-    least squared error ("mse").
+    ``dynamic``: symmetric, one scale per token, computed at run time. Static: asymmetric, one range per tensor, which
+    ``range`` chooses from the calibration data: minimum to maximum ("minmax"), ``percentile`` percent of the values
+    ("percentile"), or the least squared error ("mse").
     """
 
     dynamic: bool = True
@@ -54,7 +54,7 @@ class Activations(Strict):
 
 
 class Scheme(Strict):
-    """The target; ``sparsity`` is a share ("0.5") or a pattern ("2:4", two of every four kept)."""
+    """Compression target; ``sparsity`` is a share of zeros ("0.5") or a pattern ("2:4": two of every four kept)."""
 
     weights: Weights | None = None
     activations: Activations | None = None
@@ -84,14 +84,14 @@ class Scheme(Strict):
         if self.weights is None:
             raise ValueError("int8 activations go with quantized weights")
         if self.weights.bits == 8 and self.weights.group_size is not None:
-            raise ValueError("int8 activations go with one scale a channel of int8 weights: leave group_size out")
+            raise ValueError("int8 activations need int8 weights with one scale per channel: leave group_size out")
         return self
 
 
 class Budget(Strict):
-    """Bits, or the share of zeros, per group of layers: the ``choices`` that change the model least.
+    """Distribution of bits, or of shares of zeros, over groups of layers: the ``choices`` that change the model least.
 
-    ``average`` over all weights; left out, the scheme's own bits or share.
+    ``average`` is the average over all weights; None is the scheme's bits or share.
     """
 
     choices: list[float] = Field(min_length=2)
@@ -119,14 +119,14 @@ class Budget(Strict):
 
 
 class SmoothQuant(Strict):
-    """SmoothQuant: scales from norms into linears; ``alpha`` 1 moves the activations' whole range."""
+    """SmoothQuant: moves scales from norms into linears; ``alpha`` 1 moves the activations' whole range."""
 
     name: Literal["smoothquant"] = "smoothquant"
     alpha: float = Field(default=0.5, ge=0, le=1)
 
 
 class Awq(Strict):
-    """AWQ's channel scales, searched over ``steps`` powers; ``duo`` also divides by the weights' magnitude."""
+    """AWQ's channel scales, from a search over ``steps`` exponents; ``duo`` also divides by the weights' magnitude."""
 
     name: Literal["awq"] = "awq"
     steps: int = Field(default=20, ge=1)
@@ -134,7 +134,7 @@ class Awq(Strict):
 
 
 class Quadapter(Strict):
-    """Quadapter's channel scales from norms into linears, learned block by block in so many ``steps`` of Adam."""
+    """Quadapter's channel scales, moved from norms into linears; learned block by block in ``steps`` Adam steps."""
 
     name: Literal["quadapter"] = "quadapter"
     steps: int = Field(default=100, ge=1)

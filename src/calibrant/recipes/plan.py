@@ -1,4 +1,4 @@
-"""What a run will do: a recipe fitted to a model."""
+"""A plan: a recipe fitted to a model."""
 
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +13,7 @@ from calibrant.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class Target:
-    """What becomes of a layer: its grid, its sparsity, and how it is stored (None: dense)."""
+    """Target of a layer: its grid, its sparsity, and its storage layout (None: dense)."""
 
     spec: GridSpec | None
     sparsity: Sparsity | None
@@ -21,16 +21,16 @@ class Target:
 
     @property
     def nominal(self) -> float:
-        """The bits, or the share of zeros."""
+        """Bits if there is a grid, otherwise the share of zeros."""
         return self.spec.bits if self.spec is not None else self.sparsity.share if self.sparsity is not None else 0.0
 
     @property
     def value_dtype(self) -> torch.dtype:
-        """Dtype of rounded values: float32 where loaders compute them from codes, else the model's own dtype."""
+        """Dtype of rounded values: float32 if loaders compute them from codes, otherwise the model's dtype."""
         return torch.float32 if self.layout is not None or self.spec is None else self.spec.scale_dtype
 
     def at(self, choice: float) -> "Target":
-        """The same with other bits, or another share of zeros."""
+        """The same target with ``choice`` as its bits, or as its share of zeros."""
         if self.spec is None:
             return replace(self, sparsity=Sparsity(choice))
         layout = replace(self.layout, bits=int(choice)) if self.layout is not None else None
@@ -39,7 +39,7 @@ class Target:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer that is compressed: the shape of its weight, ``(out, in)`` or for fused experts three sizes."""
+    """One layer to compress; ``shape`` of its weight is ``(out, in)``, or three sizes for fused experts."""
 
     shape: tuple[int, ...]
     target: Target
@@ -47,7 +47,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class LearnedLinear:
-    """A linear after training: its weight ``[out, in]`` (float32), to be rounded on ``grid``."""
+    """A trained linear: its unrounded weight ``[out, in]`` (float32) and the ``grid`` to round it on."""
 
     weight: torch.Tensor
     grid: Grid
@@ -55,10 +55,10 @@ class LearnedLinear:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a training found; None for what it did not learn.
+    """Results of a training; None for what was not learned.
 
-    ``scales`` are those of the columns behind a norm, by the first linear's full name; ``weights`` and the
-    ``input_grids`` of static activations stand under the linear's full name.
+    ``scales`` multiply the columns of the linears that read a norm, by the full name of the first of these linears;
+    ``weights`` and ``input_grids`` (static activations) are by the linear's full name.
     """
 
     scales: dict[str, torch.Tensor] | None = None
@@ -70,8 +70,8 @@ class Learned:
 class Plan:
     """A recipe fitted to a model.
 
-    ``target`` is the scheme's; ``layers`` holds every layer that is compressed by its full name (fused experts by their
-    parameter's), each with a target of its own where a budget chose one. ``notes`` are sentences for the user.
+    ``target`` is the scheme's target; ``layers`` contains every layer to compress by full name (fused experts by their
+    parameter's name), with the scheme's target or the one that a budget chose. ``notes`` are sentences for the user.
     """
 
     recipe: Recipe
@@ -88,15 +88,15 @@ class Plan:
 
     @property
     def fused(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters that hold many experts each."""
+        """Shapes of the fused experts' parameters."""
         return {name: layer.shape for name, layer in self.layers.items() if len(layer.shape) > 2}
 
     def target_of(self, name: str) -> Target:
-        """What becomes of the layer with that full name; single experts get the scheme's target."""
+        """Target of the layer with full name ``name``; single experts of a fused parameter get the scheme's target."""
         return self.layers[name].target if name in self.layers else self.target
 
     def with_choices(self, choices: dict[str, float]) -> "Plan":
-        """The plan with a budget's bits or shares of zeros, by full name."""
+        """The plan with a budget's ``choices``: bits or shares of zeros by full layer name."""
         layers = {
             name: replace(layer, target=layer.target.at(choices[name])) if name in choices else layer
             for name, layer in self.layers.items()

@@ -1,4 +1,4 @@
-"""Recipes: which method, onto which scheme, for which layers; validated, named, readable as YAML."""
+"""Recipes: a method, a scheme and the layers to compress; named, validated, read from YAML."""
 
 import re
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from calibrant.recipes.parts import Budget, Quadapter, Scheme, Transform
 from calibrant.strict import Strict
 
 DEFAULT_RECIPE = "gptq-w4a16"
-# Groups tried, largest first, when a recipe leaves the size to the model (ours).
+# Group sizes that ``group_size: auto`` tries, largest first (ours).
 AUTOMATIC_GROUP_SIZES = (128, 64, 32)
 
 
@@ -39,7 +39,7 @@ _WITH_DATA: dict[RangeSearch, Statistic | None] = {
 
 
 def _known_options(value: object) -> object:
-    """The options of the method that ``value`` names, checked by the method."""
+    """Options of the method that ``value`` names, validated by the method's model."""
     if isinstance(value, MethodOptions):
         return value
     if not isinstance(value, dict) or "name" not in value:
@@ -55,12 +55,11 @@ def _known_options(value: object) -> object:
 
 
 class Recipe(Strict):
-    """A named compression: ``transforms`` in order, then ``method``, onto ``scheme``.
+    """A named compression: ``transforms`` in order, then ``method``, with ``scheme`` as the target.
 
-    ``drift_correction``, a share from 0 to 1, fits every layer to what the original model computes from its own inputs
-    instead of to the layer's outputs on the compressed model's inputs. With a ``budget``, the scheme's bits or share
-    hold on average. ``ignore`` lists regular expressions that are searched for in module names; these layers are left
-    alone.
+    ``drift_correction``, from 0 to 1, interpolates every layer's target between the original layer's outputs on the
+    compressed model's inputs (0) and on the original model's inputs (1). With a ``budget``, the scheme's bits or share
+    of zeros are an average. ``ignore`` lists regular expressions; layers whose names contain a match are left alone.
     """
 
     name: str
@@ -84,7 +83,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
-        """What goes together, in one place: the method's own rules, then those about the recipe's other parts."""
+        """Refuse parts that do not fit each other: the method's rules first, then those between other parts."""
         kind, scheme = self.kind, self.scheme
         refusals = (
             kind.refusal(scheme, by_layer=bool(self.ignore or self.budget)),
@@ -120,7 +119,7 @@ class Recipe(Strict):
 
     @property
     def kind(self) -> Method:
-        """The registry's entry of the method."""
+        """The method's entry in the registry."""
         return METHODS[self.method.name]
 
     @property
@@ -130,17 +129,17 @@ class Recipe(Strict):
 
     @property
     def training(self) -> TrainingOptions | None:
-        """The method's options if it trains, else None."""
+        """The method's options if the method trains, otherwise None."""
         return self.method if isinstance(self.method, TrainingOptions) else None
 
     @property
     def quadapter(self) -> Quadapter | None:
-        """The transform whose scales are learned before layers are solved, if the recipe has it."""
+        """The Quadapter transform, if the recipe has it; its scales are learned before layers are solved."""
         return next((transform for transform in self.transforms if isinstance(transform, Quadapter)), None)
 
     @property
     def statistic(self) -> Statistic | None:
-        """What must be gathered of a layer's inputs: the larger of what the method and the range search need."""
+        """Statistic of a layer's inputs to gather: the larger of those that the method and the range search need."""
         if self.drift_correction:
             return PairedHessian
         weights = self.scheme.weights
@@ -149,12 +148,12 @@ class Recipe(Strict):
 
     @property
     def stored_dense(self) -> bool:
-        """Whether the result fits no quantized format, so that its values are stored as they are."""
+        """Whether no quantized format fits the result, so that its values are stored dense."""
         return self.kind.stored_dense(self.method)
 
     @property
     def solves_with_data(self) -> bool:
-        """Whether layers are solved with statistics of their inputs."""
+        """Whether layers are solved with statistics or ranges of their inputs."""
         if self.training is not None:
             return False
         activations = self.scheme.activations
@@ -162,38 +161,38 @@ class Recipe(Strict):
 
     @property
     def learns(self) -> bool:
-        """Whether something is trained before layers are solved."""
+        """Whether the method or a transform is trained before layers are solved."""
         return self.training is not None or self.quadapter is not None
 
     @property
     def gathers(self) -> bool:
-        """Whether the calibration set runs through the blocks while they are compressed."""
+        """Whether the calibration set is run through the blocks during compression."""
         return self.solves_with_data or (bool(self.transforms) and self.quadapter is None)
 
     @property
     def needs_data(self) -> bool:
-        """Whether a calibration set is used."""
+        """Whether the recipe uses a calibration set."""
         trains_on_data = isinstance(self.kind, Trainer) and self.kind.needs_data
         return self.gathers or bool(self.transforms) or self.budget is not None or trains_on_data
 
     def ignores(self, name: str) -> bool:
-        """Whether the layer of that full name is left alone; of a parameter, also by its module's name."""
+        """Whether the layer or parameter with full name ``name`` is ignored, by this name or its parent module's."""
         return any(
             re.search(expression, text) for expression in self.ignore for text in (name, name.rpartition(".")[0])
         )
 
     def as_written(self, exclude_none: bool = False) -> dict[str, Any]:
-        """With all defaults, as a file would have it; without the seed of a training that names none."""
+        """The recipe as a dict with all defaults, except a training's seed that the recipe does not set."""
         found = self.model_dump(exclude_none=exclude_none)
         if self.training is not None and "seed" not in self.training.model_fields_set:
             del found["method"]["seed"]
         return found
 
     def with_seed(self, seed: int) -> "Recipe":
-        """The same recipe with ``seed`` for its training, if it trains and names no seed itself.
+        """The recipe with ``seed`` for its training, if it trains and does not set a seed itself.
 
         Raises:
-            CalibrantError: it is negative.
+            CalibrantError: the seed is negative.
         """
         if self.training is None or "seed" in self.training.model_fields_set:
             return self
@@ -202,7 +201,7 @@ class Recipe(Strict):
         return self.model_copy(update={"method": self.training.model_copy(update={"seed": seed})})
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
-        """The same recipe with other bits or another group size (0: one scale a channel).
+        """The recipe with other ``bits`` or another ``group_size`` (0: one scale per channel; None: unchanged).
 
         Raises:
             CalibrantError: the recipe does not quantize, or the values do not fit it.
@@ -224,7 +223,7 @@ class Recipe(Strict):
 
 
 def builtin_recipes() -> dict[str, Recipe]:
-    """The recipes that come with the package, by name."""
+    """The recipes shipped with the package, by name."""
     folder = resources.files("calibrant.recipes") / "builtin"
     files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
     recipes = [_parse(entry.read_text(encoding="utf-8"), entry.name) for entry in files]
@@ -232,10 +231,11 @@ def builtin_recipes() -> dict[str, Recipe]:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A built-in recipe by name, or a YAML file by path.
+    """Load a built-in recipe by name, or a YAML file by path.
 
     Raises:
-        CalibrantError: there is no such recipe or file, or a key or value in it is wrong; the message names it.
+        CalibrantError: there is no such recipe or file, or a key or value in the file is wrong; the message names the
+            key.
     """
     recipes = builtin_recipes()
     if str(name) in recipes:
@@ -261,7 +261,7 @@ def _validate(value: object, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        # A key that is not known explains one that is missing.
+        # Unknown keys first: a misspelled key also shows up as a missing one.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         place = ".".join(str(part) for part in first["loc"]) or "the recipe"
         said = _said(first)
@@ -271,7 +271,7 @@ def _validate(value: object, origin: str) -> Recipe:
 
 
 def _said(problem: Mapping[str, Any]) -> str:
-    """Pydantic's message of one problem, in our words where they are clearer."""
+    """Pydantic's message for one problem, replaced where ours is clearer."""
     if problem["type"] == "extra_forbidden":
         return "no such key"
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -1,7 +1,7 @@
-"""Rounding with gradients: the values that stored integers stand for, straight through the rounding.
+"""Fake quantization: dequantized values with straight-through gradients (arXiv 2211.16912).
 
-The gradient of a value is one inside the range and zero where the value is clipped. Gradients of scales and zero points
-are those of the rounded result, so that clipped values move their end of the range (arXiv 2211.16912).
+The gradient with respect to a value is one inside the range and zero where the value is clipped. Gradients with respect
+to scales and zero points are those of the rounded result, so clipped values move the bound that clips them.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from calibrant.quantization.token_scales import token_scales
 
 
 class _Rounded(torch.autograd.Function):
-    """The rounding with its gradients in closed form: nothing but the arguments is kept between the two."""
+    """Rounding with closed-form gradients; only the arguments are saved for the backward pass."""
 
     @staticmethod
     def forward(
@@ -55,7 +55,7 @@ def _on_cpu(values: torch.Tensor) -> bool:
 def _rows(
     values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values ``[.., width]`` as ``[rows, width]``, and what is one for all of a row as ``[rows]``."""
+    """Values ``[.., width]`` as ``[rows, width]``; scales and zero points expanded to ``[rows]``."""
     each = (*values.shape[:-1], 1)
     return values.reshape(-1, values.shape[-1]), scale.expand(each).reshape(-1), zero_point.expand(each).reshape(-1)
 
@@ -63,16 +63,16 @@ def _rows(
 def fake_quantize(
     values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
 ) -> torch.Tensor:
-    """``scale (code - zero_point)`` for float32 ``values`` ``[.., width]``.
+    """Quantize and dequantize float32 ``values`` ``[.., width]``: ``scale (code - zero_point)``, differentiable.
 
-    ``scale`` and ``zero_point`` are shared by a row, ``[.., 1]``, or by all values.
+    ``scale`` and ``zero_point`` are per row, ``[.., 1]``, or scalars for all values.
     """
     rounded: torch.Tensor = _Rounded.apply(values, scale, zero_point, qmin, qmax)  # type: ignore[no-untyped-call]  # torch's own
     return rounded
 
 
 def _parameters(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point as they are stored; gradients go straight through their rounding, and reach both ends."""
+    """Scale and zero point as stored; straight-through gradients reach both bounds."""
     stored_scale, stored_zero_point = parameters(low.detach(), high.detach(), spec)
     scale = (high - low) / (spec.qmax - spec.qmin)
     scale = scale + (stored_scale - scale).detach()
@@ -83,9 +83,9 @@ def _parameters(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> tuple[
 
 
 def fake_quantize_weight(weight: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    """``weight`` ``[out, in]`` (float32) on the plain grid of ``spec``: what round-to-nearest stores.
+    """Round ``weight`` ``[out, in]`` (float32) to nearest on the min-max grid of ``spec``.
 
-    Ranges follow the weights, and gradients reach them through the ranges too.
+    The ranges are computed from the weights, and gradients flow through the ranges too.
     """
     groups = weight.reshape(len(weight), -1, spec.group_size or weight.shape[1])
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -97,12 +97,12 @@ def fake_quantize_weight(weight: torch.Tensor, spec: GridSpec) -> torch.Tensor:
 
 
 def fake_quantize_tensor(inputs: torch.Tensor, low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    """Activations on one asymmetric grid from ``low`` to ``high`` (scalars), as static activations are."""
+    """Round activations as static quantization does: one asymmetric grid from ``low`` to ``high`` (scalars)."""
     scale, zero_point = _parameters(low.clamp(max=0), high.clamp(min=0), spec)
     return fake_quantize(inputs, scale, zero_point, spec.qmin, spec.qmax)
 
 
 def fake_quantize_tokens(inputs: torch.Tensor) -> torch.Tensor:
-    """Activations ``[.., in]`` on a symmetric grid of each token's own, as dynamic activations are."""
+    """Round activations ``[.., in]`` as dynamic quantization does: one symmetric grid per token."""
     scale, half = token_scales(inputs, ACTIVATION_BITS), 1 << (ACTIVATION_BITS - 1)
     return fake_quantize(inputs, scale, torch.zeros_like(scale), -half, half - 1)

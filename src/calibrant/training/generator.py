@@ -1,8 +1,8 @@
-"""ZSAQ's generator: a language model whose output enters another model's embedding space (arXiv 2310.13315).
+"""ZSAQ's generator: a language model that writes vectors in another model's embedding space (arXiv 2310.13315).
 
-Where the vocabularies are one, the other model reads embeddings of tokens drawn from the generator's distribution, and
-gradients go as if it had read the distribution's mean of them (straight through; ours: means themselves are no
-embeddings). Else it reads a linear image of the generator's hidden states.
+If the two models share a vocabulary, the reader gets the embeddings of tokens sampled from the generator's
+distribution, with the gradient of the expected embedding (a straight-through estimator; ours, because an expected
+embedding is not the embedding of any token). Otherwise the reader gets a linear map of the generator's hidden states.
 """
 
 import torch
@@ -15,14 +15,16 @@ _TINY = 1e-6
 
 
 class Generator(nn.Module):
-    """Vectors ``[rows, length, width]`` for token ids ``[rows, length]`` (its seeds), differentiable in its weights.
+    """Map seed token ids ``[rows, length]`` to vectors ``[rows, length, width]``, differentiable in the weights.
 
     Args:
         language_model: a causal language model.
-        embeddings: what the reader reads for every id of its vocabulary, ``[vocabulary, width]``.
-        same_vocabulary: draw tokens by the language model's probabilities at ``temperature``; else map its last
-            hidden state linearly (weights drawn from ``seed``), with mean and variance of every channel those of the
-            embeddings (ours: otherwise ascent leaves what embeddings look like).
+        embeddings: the reader's embedding of every token id, ``[vocabulary, width]``.
+        same_vocabulary: sample tokens from the language model's distribution at ``temperature``; otherwise map the
+            last hidden state linearly and match every channel's mean and variance to the embeddings (ours: without
+            the match, ascent leaves the distribution of embeddings).
+        temperature: divides the logits before sampling.
+        seed: initializes the linear map.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Generator(nn.Module):
                 self.adapter.weight.copy_(torch.randn(self.adapter.weight.shape, generator=draw) / width**0.5)
 
     def forward(self, ids: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """``draw`` decides which tokens are drawn."""
+        """Vectors for ``ids``; ``draw`` is the random generator that samples tokens."""
         found = self.language_model(input_ids=ids, use_cache=False, output_hidden_states=self.adapter is not None)
         if self.adapter is None:
             probabilities = torch.softmax(found.logits.float() / self._temperature, -1)
@@ -64,13 +66,13 @@ class Generator(nn.Module):
 
 @torch.no_grad()
 def read_embeddings(model: transformers.PreTrainedModel) -> torch.Tensor:
-    """What ``model`` makes of every token id alone, before its first block: ``[vocabulary, width]`` float32.
+    """Input embedding of every token id: ``[vocabulary, width]`` float32.
 
     Raises:
-        CalibrantError: its input embedding is no module that maps ids to vectors.
+        CalibrantError: the input embedding is not an ``nn.Embedding``.
     """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise CalibrantError(f"{type(model).__name__}: its input embedding is none that a generator could write for")
+        raise CalibrantError(f"{type(model).__name__}: a generator needs an nn.Embedding as its input embedding")
     vectors: torch.Tensor = embedding(torch.arange(embedding.num_embeddings, device=model.device))
     return vectors.float()

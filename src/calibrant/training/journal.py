@@ -1,4 +1,4 @@
-"""An unfinished training beside its output: where it was, so that a killed one can go on, and its curves."""
+"""The journal of a training: saved state from which an interrupted training resumes, and the training curves."""
 
 import json
 import shutil
@@ -22,10 +22,10 @@ CURVES = "curves"
 
 
 def journal_folder(output: Path) -> Path:
-    """Where the journal of a training for ``output`` lies.
+    """Path of the journal of a training that writes to ``output``.
 
     Raises:
-        CalibrantError: something that is no journal lies there.
+        CalibrantError: the path is taken by something other than a journal.
     """
     folder = output.absolute().parent / f"{output.name}.training"
     kept = [path for path in folder.iterdir() if not _left_over(path)] if folder.is_dir() else []
@@ -35,19 +35,19 @@ def journal_folder(output: Path) -> Path:
 
 
 def is_unfinished(output: Path) -> bool:
-    """Whether a training for ``output`` was broken off that can go on.
+    """Whether an interrupted training that writes to ``output`` can be resumed.
 
     Raises:
-        CalibrantError: something that is no journal lies where its journal would.
+        CalibrantError: the journal's path is taken by something other than a journal.
     """
     return _has_state(journal_folder(output))
 
 
 def check_same_training(output: Path, identity: dict[str, Any]) -> None:
-    """Refuse an unfinished training that ``identity``, as far as it is known, is not of.
+    """Check that the journal of ``output`` matches ``identity``, which may lack keys that are not known yet.
 
     Raises:
-        CalibrantError: it is another's, or damaged.
+        CalibrantError: the journal belongs to another training, or is damaged.
     """
     folder = journal_folder(output)
     file = folder / _IDENTITY
@@ -64,15 +64,15 @@ def check_same_training(output: Path, identity: dict[str, Any]) -> None:
 
 
 class Journal:
-    """The folder ``OUTPUT.training``, made when something is written; ``CURVES`` in it is for TensorBoard's files.
+    """The folder ``OUTPUT.training``, created by the first write; its subfolder ``CURVES`` is for TensorBoard's files.
 
     Args:
         output: the run's output folder, which need not exist yet.
         identity: everything that the training depends on.
-        overwrite: begin anew where the journal is of another training.
+        overwrite: start again if the journal belongs to another training.
 
     Raises:
-        CalibrantError: a journal of another training lies there, or something that is none.
+        CalibrantError: the journal belongs to another training, or its path is taken by something else.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], overwrite: bool) -> None:
@@ -85,7 +85,7 @@ class Journal:
             shutil.rmtree(self.folder)
 
     def opened(self) -> Path:
-        """The folder, which exists now, without what a killed run was writing."""
+        """Create the folder if needed, remove partial files of an interrupted run, and return the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if _left_over(path):
@@ -96,10 +96,10 @@ class Journal:
         return self.folder
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The state that was written last under ``name``, or None.
+        """The last state written under ``name``, or None.
 
         Raises:
-            CalibrantError: it is damaged.
+            CalibrantError: the file is damaged.
         """
         file = self.folder / f"{name}{_SUFFIX}"
         if not file.is_file():
@@ -115,10 +115,10 @@ class Journal:
         return state
 
     def write(self, name: str, state: dict[str, Any]) -> None:
-        """Replace the state of ``name`` (tensors, numbers, texts in dicts and lists), whole or not at all.
+        """Atomically replace the state of ``name``: tensors, numbers and strings in dicts and lists.
 
         Raises:
-            CalibrantError: it cannot be written.
+            CalibrantError: the state cannot be written.
         """
         tensors: dict[str, torch.Tensor] = {}
         rest = json.dumps(_apart(state, tensors))
@@ -126,13 +126,13 @@ class Journal:
             save_file(tensors, beside, {_KEY: rest})
 
     def keep_curves(self, target: Path) -> None:
-        """Copy the curves, if there are any, to ``target``."""
+        """Copy the training curves, if any, to ``target``."""
         if (self.folder / CURVES).is_dir():
             shutil.copytree(self.folder / CURVES, target)
 
     @contextmanager
     def left_if_worth_it(self) -> Iterator[None]:
-        """Where learning is broken off before there is a state to go on from, nothing is left behind."""
+        """Remove the journal if the context fails before a state was saved."""
         try:
             yield
         except BaseException:
@@ -141,7 +141,7 @@ class Journal:
             raise
 
     def remove(self) -> None:
-        """The training is over."""
+        """Delete the journal."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -150,12 +150,12 @@ def _has_state(folder: Path) -> bool:
 
 
 def _left_over(path: Path) -> bool:
-    """Whether that is a file that was never finished: ours, or the one that safetensors writes to first."""
+    """Whether ``path`` is a partial file, written by Calibrant or by safetensors."""
     return path.is_file() and (path.name.startswith(".tmp") or (path.name[0] == "." and path.suffix == ".partial"))
 
 
 def _apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """``value`` for JSON; its tensors go to ``tensors``, under a number each. Keys of dicts need not be texts."""
+    """Convert ``value`` for JSON and move its tensors to ``tensors``, numbered. Dict keys may be of any JSON type."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().contiguous()

@@ -1,4 +1,4 @@
-"""Inputs of linears rounded in training: per token, or on one static range that is learned."""
+"""Rounding of linears' inputs in training: per token, or on a learned static range."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -16,16 +16,16 @@ from calibrant.quantization.grids import GridSpec, parameters
 from calibrant.recipes.plan import Plan
 from calibrant.training.fake_quantization import fake_quantize_tensor, fake_quantize_tokens
 
-# Linears that read one tensor are called near each other.
+# Number of recent inputs compared; linears that share an input are called close together.
 _RECENT = 4
 
-# What an input's channels ``[in]`` are divided by.
+# Returns the divisor of each input channel, ``[in]``.
 Divisor = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class SeenInput:
-    """Lowest and highest value of an input's channels ``[in]``; ``leader`` names the first linear that reads it."""
+    """Minimum and maximum of each input channel, ``[in]``; ``leader`` is the first linear that reads the input."""
 
     leader: str
     low: torch.Tensor
@@ -33,9 +33,9 @@ class SeenInput:
 
 
 class LearnedRange(nn.Module):
-    """A static range, learned as a factor of what was seen, channels divided by what ``divisor`` gives, if anything.
+    """A static range: learned factors of the observed range, whose channels are first divided by ``divisor``, if given.
 
-    A range of nothing stays one.
+    An empty range stays empty.
     """
 
     def __init__(self, seen: SeenInput, scale_dtype: torch.dtype, divisor: Divisor | None = None) -> None:
@@ -60,7 +60,7 @@ class LearnedRange(nn.Module):
 
 
 def learned_ranges(plan: Plan, seen: dict[str, SeenInput], divisors: Mapping[str, Divisor]) -> dict[str, LearnedRange]:
-    """Ranges by linear, one for all that read one tensor; none of linears whose input was not ``seen``."""
+    """Ranges by linear name, shared by linears that read the same tensor; linears that were not ``seen`` have none."""
     by_leader: dict[str, LearnedRange] = {}
     for name in plan.linears:
         spec = plan.target_of(name).spec
@@ -70,18 +70,18 @@ def learned_ranges(plan: Plan, seen: dict[str, SeenInput], divisors: Mapping[str
 
 
 def range_parameters(ranges: dict[str, LearnedRange]) -> list[nn.Parameter]:
-    """What the ranges are learned by, each once."""
+    """Parameters of the ranges, without duplicates."""
     return [parameter for learned in dict.fromkeys(ranges.values()) for parameter in (learned.low, learned.high)]
 
 
 def round_inputs(model: nn.Module, plan: Plan, ranges: dict[str, LearnedRange]) -> None:
-    """From now on, the plan's linears in ``model`` read rounded inputs, if the recipe quantizes activations."""
+    """Install hooks that round the inputs of the plan's linears in ``model``, if the recipe quantizes activations."""
     if plan.recipe.scheme.activations is None:
         return
 
     def hook(learned: LearnedRange | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            # float32 even where the products are bfloat16, whose scales would differ from the stored ones.
+            # float32 even under bfloat16 autocast: scales computed in bfloat16 would differ from the stored ones.
             inputs = args[0].float()
             return (learned(inputs) if learned is not None else fake_quantize_tokens(inputs), *args[1:])
 
@@ -93,10 +93,10 @@ def round_inputs(model: nn.Module, plan: Plan, ranges: dict[str, LearnedRange]) 
 
 @torch.no_grad()
 def see_inputs(model: nn.Module, names: list[str], batches: Iterable[TokenRows], causal: bool) -> dict[str, SeenInput]:
-    """What counted tokens bring to the linears of those names; linears that read one tensor have one account.
+    """Observe the inputs of the linears ``names`` over counted tokens; linears that read one tensor share a result.
 
     Raises:
-        CalibrantError: a linear reads something else than one row a token.
+        CalibrantError: a linear's input does not have one row per token.
     """
     found: dict[str, SeenInput] = {}
     leaders: dict[str, str] = {}

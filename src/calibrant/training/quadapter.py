@@ -1,9 +1,10 @@
 """Quadapter's first phase: channel scales learned block by block (arXiv 2211.16912, section 3).
 
-A norm's gain is multiplied by ``alpha`` and the columns of the linears behind it are divided by it, which changes
-nothing until both are rounded. ``alpha = exp(a)`` stays positive. Every block is fitted alone: the original model's
-hidden states go in, and its output is what the rounded block must give. The folded form, as the file will hold it,
-``exp``, the places (norms) and the training's numbers are ours: the paper's are not known to us.
+A norm's gain is multiplied by ``alpha`` and the columns of the linears that read the norm are divided by ``alpha``,
+which changes nothing until weights and inputs are rounded. ``alpha = exp(a)`` stays positive. Every block is fitted
+independently: its input is the original model's hidden states, and the rounded block's target is the original block's
+output. Ours, because the paper's choices are not known to us: training on the folded tensors as they will be stored,
+``exp``, the restriction to norms, and the hyperparameters.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from calibrant.training.journal import Journal
 from calibrant.training.scaled_model import PlacedPair
 from calibrant.training.trainable_block import TrainableBlock, trainable
 
-# One row in so many is held out, and looked at every so many steps (ours).
+# One row in ``_HELD_OUT`` is held out and evaluated every ``_LOOK`` steps (ours).
 _HELD_OUT = 8
 _LOOK = 25
 _NAME = "scales"
@@ -44,12 +45,12 @@ def learn_scales(
     journal: Journal,
     progress: Progress,
 ) -> tuple[Plan, list[PlacedPair]]:
-    """The plan with scales for every norm that linears can be folded into, and these places.
+    """Learn scales for every foldable pair of a norm and linears; return the plan with them, and the pairs.
 
-    Blocks that ``journal`` knows are not learned again.
+    Blocks found in ``journal`` are not learned again.
 
     Raises:
-        CalibrantError: values are not finite, or a linear is given other rows than the tokens.
+        CalibrantError: values are not finite, or a linear's input does not have one row per token.
     """
     walk = BlockWalk(model, plan.blocks, rows, dtype)
     known = journal.read(_NAME) or {"blocks": 0, "scales": {}}
@@ -68,7 +69,7 @@ def learn_scales(
         for batch in block.batches:
             batch.hidden = block.run(batch)
             if not bool(torch.isfinite(batch.hidden).all()):
-                raise CalibrantError(f"{block.name}: its output holds values that are not finite; check the model")
+                raise CalibrantError(f"{block.name}: its output contains values that are not finite; check the model")
         places += placed
     return replace(plan, learned=replace(plan.learned, scales=scales)), places
 
@@ -84,7 +85,7 @@ def _learn_block(
 
 
 class ScaleFit:
-    """One block on its way to its scales."""
+    """Fits the channel scales of one block."""
 
     def __init__(
         self,
@@ -96,15 +97,15 @@ class ScaleFit:
     ) -> None:
         self._student, self._prefix, self._pairs, self._stored, self._plan = student, prefix, pairs, stored, plan
         self._pair_of = {linear: number for number, pair in enumerate(pairs) for linear in pair.group.linears}
-        # Lowest and highest value of every input channel: scaled, their extremes are the tensor's.
+        # Per channel rather than per tensor: the range of the scaled tensor follows from the scaled channel bounds.
         self._low: dict[Linear, torch.Tensor] = {}
         self._high: dict[Linear, torch.Tensor] = {}
-        # Weights that no scale reaches are rounded once.
+        # Weights that no scale affects are rounded only once.
         unscaled = [linear for linear in student.linears if linear not in self._pair_of]
         self._fixed = {linear.parameter: self._rounded(linear, student.tensors) for linear in unscaled}
 
     def learn(self, calls: list[ModuleCall], options: Quadapter) -> list[torch.Tensor]:
-        """What the columns behind each norm are multiplied by: ``1 / alpha`` of least loss on held-out rows."""
+        """Column multipliers ``1 / alpha`` ``[in]`` for each pair, from the step with the least held-out loss."""
         if not self._pairs:
             return []
         targets = [self._target(call) for call in calls]
@@ -129,7 +130,7 @@ class ScaleFit:
 
     @torch.no_grad()
     def _target(self, call: ModuleCall) -> torch.Tensor:
-        """What the block gives as it is; takes note of the ranges of its linears' inputs over counted tokens."""
+        """Output of the original block; also records the ranges of its linears' inputs over counted tokens."""
 
         def note(linear: Linear, inputs: torch.Tensor) -> torch.Tensor:
             if inputs.shape[:-1].numel() != call.mask.numel():
@@ -151,7 +152,7 @@ class ScaleFit:
         return sum(losses) / len(losses)
 
     def loss(self, logs: list[torch.Tensor], call: ModuleCall, target: torch.Tensor) -> torch.Tensor:
-        """Squared difference of the rounded block's output from ``target``, as a share of what the target holds."""
+        """Squared error of the rounded block's output relative to the squared norm of ``target``."""
         tensors, scales = dict(self._fixed), []
         for pair, log in zip(self._pairs, logs, strict=True):
             scale, folded = pair.folded(self._student.tensors, torch.exp(-log), self._stored)
@@ -163,7 +164,7 @@ class ScaleFit:
         return (rounded - target).square().sum() / target.square().sum()
 
     def _rounded(self, linear: Linear, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A linear's parameter as it will be stored."""
+        """The linear's parameter with the values that will be stored."""
         weight, spec = linear.view(tensors[linear.parameter]), self._spec(linear)
         if spec is not None:
             weight = held(fake_quantize_weight(weight, spec), self._plan.target.value_dtype)
@@ -183,6 +184,6 @@ class ScaleFit:
         )
 
     def _spec(self, linear: Linear) -> GridSpec | None:
-        """The grid of a linear's weights; None if it is left alone."""
+        """The grid of the linear's weights; None if the recipe ignores the linear."""
         name = f"{self._prefix}.{linear.name}"
         return None if self._plan.recipe.ignores(name) else self._plan.target_of(name).spec

@@ -1,4 +1,4 @@
-"""A whole model whose linears run on rounded weights and inputs: the student of a training."""
+"""A whole model whose linears compute with rounded weights and inputs: the student of a training."""
 
 from typing import Protocol
 
@@ -16,14 +16,15 @@ from calibrant.recipes.plan import LearnedLinear, Plan
 from calibrant.training.fake_quantization import fake_quantize
 from calibrant.training.learned_range import SeenInput, learned_ranges, range_parameters, round_inputs
 
-# Scales and ranges are learned in their logarithm, where a step of the weights' rate would move next to nothing (ours).
+# Scales and ranges are learned as logarithms, which hardly move at the weights' learning rate (ours).
 _RANGE_RATE = 10.0
 
 
 class Learner(Protocol):
-    """A model with something in it to be trained.
+    """A model with trainable parameters.
 
-    ``weights`` are what sharpness is looked for in; ``groups`` all that is learned, with a factor on the learning rate.
+    ``weights`` are the parameters that sharpness-aware steps perturb; ``groups`` are all trained parameters, each group
+    with its factor on the learning rate.
     """
 
     model: transformers.PreTrainedModel
@@ -36,16 +37,16 @@ class Learner(Protocol):
 
 
 class RoundedModel:
-    """``model`` changed in place: the linears of ``plan`` compute with what would be stored of them.
+    """``model`` changed in place: the linears of ``plan`` compute with the values that would be stored.
 
-    The unrounded ``weights`` (float32) and what their grids and static input ranges are made of can be trained;
-    everything else is frozen. Scales are learned as factors of those that were fitted (learned step sizes, ours in
-    the logarithm), zeros stay.
+    Trainable are the unrounded ``weights`` (float32), the scales of their grids, and static input ranges; everything
+    else is frozen. A scale is learned as a factor of the fitted scale (learned step sizes; the logarithm is ours); zero
+    points stay fixed.
 
     Args:
         model: in float32.
-        plan: with a grid for weights, and perhaps activations.
-        seen: inputs of the linears by full name, where activations are static.
+        plan: has a grid for weights, and optionally one for activations.
+        seen: observed inputs of the linears by full name, if activations are static.
     """
 
     def __init__(
@@ -72,12 +73,12 @@ class RoundedModel:
 
     @property
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Weights; factors of scales and ranges."""
+        """The weights; then the factors of scales and ranges, with a higher learning rate."""
         factors = [rounding.log_factor for rounding in self._weights.values()]
         return [(self.weights, 1.0), (factors + range_parameters(self._inputs), _RANGE_RATE)]
 
     def trained(self) -> dict[str, LearnedLinear]:
-        """Every linear as it is now."""
+        """Current weight and grid of every linear, by full name."""
         found = {}
         for name, rounding in self._weights.items():
             weight = self._original(name).detach()
@@ -85,7 +86,7 @@ class RoundedModel:
         return found
 
     def input_grids(self) -> dict[str, InputGrid] | None:
-        """The grids of static inputs as they are now."""
+        """Current grids of static inputs by linear name; None if there are none."""
         return {name: learned.grid() for name, learned in self._inputs.items()} or None
 
     def _original(self, name: str) -> nn.Parameter:
@@ -94,7 +95,7 @@ class RoundedModel:
 
 
 class _RoundedWeight(nn.Module):
-    """What is stored of a weight, on a grid whose scales are learned."""
+    """Parametrization that rounds a weight on a grid with learned scales."""
 
     def __init__(self, weight: torch.Tensor, spec: GridSpec, transposed: bool, dtype: torch.dtype) -> None:
         super().__init__()

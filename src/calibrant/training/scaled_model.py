@@ -1,6 +1,7 @@
-"""A whole model with channel scales between norms and rounded linears: what Quadapter's second phase trains.
+"""A whole model with channel scales between norms and rounded linears, for Quadapter's second phase.
 
-Everything is computed as it will be stored: gains, and columns before they are put on a grid, in the file's dtype.
+The model computes with the values that will be stored: gains, and scaled columns before rounding, are cast to their
+stored dtype.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from calibrant.training.learned_range import SeenInput, learned_ranges, range_pa
 
 @dataclass(frozen=True)
 class PlacedPair:
-    """A foldable pair of the block at ``prefix``, whose parameters are ``stored`` in these dtypes, by name in it."""
+    """A foldable pair of the block ``prefix``; ``stored`` maps parameter names within the block to stored dtypes."""
 
     prefix: str
     pair: FoldablePair
@@ -29,20 +30,20 @@ class PlacedPair:
 
     @property
     def name(self) -> str:
-        """Full name of the first linear behind the norm."""
+        """Full name of the first linear that reads the norm."""
         return f"{self.prefix}.{self.pair.group.module}"
 
 
 class ScaledModel:
-    """``model`` changed in place: norms multiplied by ``alpha``, columns behind them divided by it and rounded.
+    """``model`` changed in place: norms multiplied by ``alpha``; columns of their linears divided by it and rounded.
 
-    The logarithms of ``alpha`` and static input ranges can be trained, no weight can.
+    Trainable are the logarithms of ``alpha`` and static input ranges; all weights are frozen.
 
     Args:
         model: in float32.
-        plan: with the scales that training begins with (``1 / alpha``).
-        pairs: where they are.
-        seen: inputs of the unscaled linears by full name, where activations are static.
+        plan: contains the initial scales (``1 / alpha``).
+        pairs: the norms and linears that the scales belong to.
+        seen: observed inputs of the unscaled linears by full name, if activations are static.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class ScaledModel:
                 parametrize.register_parametrization(norm, "bias", _ScaledBias(moved, placed.stored[producer.bias]))
             fold_of |= {f"{placed.prefix}.{linear.name}": moved for linear in linears}
             dtype_of |= {f"{placed.prefix}.{linear.name}": placed.stored[linear.parameter] for linear in linears}
-        # Layers that a recipe ignores are scaled, not rounded.
+        # Layers that the recipe ignores are scaled but not rounded.
         for name in plan.linears.keys() | fold_of.keys():
             linear, spec = model.get_submodule(name), plan.target_of(name).spec if name in plan.linears else None
             fold, dtype = fold_of.get(name), dtype_of.get(name, torch.float32)
@@ -81,25 +82,25 @@ class ScaledModel:
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """None of them is trained."""
+        """Empty: no weight is trained."""
         return []
 
     @property
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Scales and ranges."""
+        """One group: scales and ranges."""
         return [([*self._logs.values(), *range_parameters(self._inputs)], 1.0)]
 
     def scales(self) -> dict[str, torch.Tensor]:
-        """What columns are multiplied by, as a plan has them."""
+        """Current column multipliers ``1 / alpha`` by pair name, as in ``Learned.scales``."""
         return {name: torch.exp(-log.detach()) for name, log in self._logs.items()}
 
     def input_grids(self) -> dict[str, InputGrid] | None:
-        """The grids of static inputs as they are now."""
+        """Current grids of static inputs by linear name; None if there are none."""
         return {name: learned.grid() for name, learned in self._inputs.items()} or None
 
 
 class _Fold(nn.Module):
-    """A norm's ``weight`` and the scale of the columns behind it, as they are now."""
+    """Computes a norm's scaled ``weight`` and the scale of the columns that read the norm."""
 
     def __init__(self, log: nn.Parameter, weight: torch.Tensor, offset: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -111,13 +112,13 @@ class _Fold(nn.Module):
         return fold_gain(self._weight, torch.exp(-self._log), self._offset, self._dtype)
 
     def scale(self) -> torch.Tensor:
-        """What columns are multiplied by, and the norm's output is divided by."""
+        """Factor of the columns and divisor of the norm's output, ``[in]``."""
         scale: torch.Tensor = self()[1]
         return scale
 
 
 class _ScaledGain(nn.Module):
-    """A norm's weight."""
+    """Parametrization of a norm's weight: scaled."""
 
     def __init__(self, fold: _Fold) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class _ScaledGain(nn.Module):
 
 
 class _ScaledBias(nn.Module):
-    """A norm's bias."""
+    """Parametrization of a norm's bias: scaled and cast to its stored dtype."""
 
     def __init__(self, fold: _Fold, dtype: torch.dtype) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class _ScaledBias(nn.Module):
 
 
 class _ScaledColumns(nn.Module):
-    """A linear's weight: columns scaled if there is a ``fold``, then on the plain grid of ``spec`` if there is one."""
+    """Parametrization of a linear's weight: scaled by ``fold``, then rounded on the grid of ``spec``, if given."""
 
     def __init__(
         self,

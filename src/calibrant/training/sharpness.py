@@ -1,4 +1,4 @@
-"""Sharpness-aware steps: the gradient where, within a radius, the loss rises most (arXiv 2010.01412, equation 2)."""
+"""Sharpness-aware minimization: gradients at the worst nearby parameters (arXiv 2010.01412, equation 2)."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -11,9 +11,9 @@ _TINY = 1e-12
 
 
 def at_worst_nearby(parameters: Sequence[torch.Tensor], rho: float) -> AbstractContextManager[None]:
-    """Within the context, ``parameters`` are moved by ``rho`` along their gradients, scaled to one global norm of 1.
+    """Within the context, move ``parameters`` by ``rho`` along their gradient, normalized by its global norm.
 
-    To first order, that is where the loss is largest within the radius ``rho``.
+    To first order, the loss is largest there within the radius ``rho``.
     """
     with torch.no_grad():
         length = rho / (gradient_norm(parameters) + _TINY)
@@ -22,6 +22,6 @@ def at_worst_nearby(parameters: Sequence[torch.Tensor], rho: float) -> AbstractC
 
 
 def gradient_norm(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Global norm of all gradients together."""
+    """Global L2 norm of the gradients of ``parameters``."""
     norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
     return torch.stack(norms).norm() if norms else torch.zeros(())

@@ -1,4 +1,4 @@
-"""A rounded model on its way to what its teacher gives, or to a text: losses, sharpness-aware steps, held-out loss."""
+"""Training of a rounded model on its teacher's logits or on text: losses, sharpness-aware steps, held-out loss."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,24 +14,24 @@ from calibrant.modeling.token_rows import TokenRows
 from calibrant.training.rounded_model import Learner
 from calibrant.training.sharpness import at_worst_nearby, gradient_norm
 
-# Global norms of gradients are clipped to this (ours).
+# The gradients' global norm is clipped to this value (ours).
 LARGEST_GRADIENT = 1.0
-# Of sharpness as it is reported, whatever a training looked for (ours).
+# Radius of the reported sharpness; does not depend on the training's ``sam_rho`` (ours).
 _MEASURED_RADIUS = 0.05
 
 Inputs = dict[str, torch.Tensor]
 
 
 class Student:
-    """A rounded model, its teacher and the optimizer of what it learns.
+    """A rounded model, its teacher and the optimizer of its trained parameters.
 
     Args:
         learner: the rounded model.
-        teacher: the model as it was.
-        options: the recipe's.
-        watched: token ids ``[rows, length]`` and which of them count; they are not trained on.
-        dtype: what products are computed in.
-        causal: whether a token sees none behind it; else what lies behind the last counted one is hidden from it.
+        teacher: the original model.
+        options: the recipe's training options.
+        watched: the held-out token ids ``[rows, length]`` and which of them count; never trained on.
+        dtype: dtype of matrix products.
+        causal: whether tokens attend only to earlier ones; if not, tokens after a row's last counted one are masked.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Student:
 
     @property
     def learned(self) -> list[torch.Tensor]:
-        """What is trained."""
+        """All trained parameters."""
         return [parameter for parameters, _ in self.learner.groups for parameter in parameters]
 
     def answer(self, inputs: Inputs) -> torch.Tensor:
@@ -67,18 +67,19 @@ class Student:
         return self._logits(self._teacher, inputs)
 
     def computing(self) -> torch.autocast:
-        """Where products are computed in the run's dtype."""
+        """Autocast context that computes matrix products in the run's dtype."""
         return torch.autocast(self._teacher.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
     def parts(self, rows: int, length: int) -> Iterator[slice]:
-        """Rows to be run at a time."""
+        """Micro-batches of ``rows`` rows of ``length`` tokens, as slices."""
         size = self._options.micro_batch(length, int(self._teacher.config.get_text_config().vocab_size))
         return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
     def descend(self, rate: float, loss: Callable[[], float]) -> dict[str, float]:
-        """One step at ``rate`` of the learning rate; ``loss`` adds its gradients to the parameters' and returns itself.
+        """Take one optimizer step at ``rate`` times the learning rate, and return the numbers for the curves.
 
-        Sharpness is how much larger it is a ``radius`` away, in the direction in which it rises most.
+        ``loss`` accumulates gradients in the parameters and returns the loss. Sharpness is the increase of the loss at
+        distance ``sam_rho`` along the gradient.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = group["rate"] * rate
@@ -94,8 +95,9 @@ class Student:
         return numbers
 
     def losses(self, rows: TokenRows) -> torch.Tensor:
-        """The divergence from the teacher, or minus the log-likelihood of the text: ``[rows, length]``, 0 where nothing
-        counts, or ``[rows]`` where logits are of classes.
+        """Divergence from the teacher, or negative log-likelihood of the text, by position.
+
+        ``[rows, length]`` (text: ``[rows, length - 1]``), 0 at tokens that do not count; ``[rows]`` for classifiers.
         """
         ids, counted = rows
         inputs = rows.model_inputs(self._causal)
@@ -109,14 +111,14 @@ class Student:
         return each * counted if each.ndim == 2 else each
 
     def positions(self, losses: torch.Tensor, counted: torch.Tensor) -> int:
-        """How many of the ``losses`` of rows count, ``counted`` being that of these or of more rows."""
+        """Number of positions to average over in ``counted``, which may cover more rows than ``losses`` does."""
         if losses.ndim == 1:
             return len(counted)
         return int(counted[:, 1:].sum() if self._on_text else counted.sum())
 
     @torch.no_grad()
     def held_out(self) -> float:
-        """Mean loss of what is watched."""
+        """Mean loss of the held-out rows."""
         ids, counted = self._watched
         total, positions = 0.0, 0
         for part in self.parts(*ids.shape):
@@ -126,7 +128,7 @@ class Student:
         return total / positions
 
     def sharpness(self) -> float | None:
-        """How much larger the loss of the first of what is watched is a fixed distance away in the weights."""
+        """Sharpness on the first held-out micro-batch at a fixed radius; None if no weights are trained."""
         if not self.learner.weights:
             return None
         ids, counted = self._watched
@@ -142,13 +144,13 @@ class Student:
         return float(there - here.detach().sum()) / positions
 
     def state(self) -> dict[str, Any]:
-        """Parameters and moments."""
+        """Trained parameters and optimizer state."""
         learned = [parameter.detach() for parameter in self.learned]
         return {"learned": learned, "optimizer": self._optimizer.state_dict()}
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state``."""
+        """Restore a ``state``."""
         for parameter, value in zip(self.learned, state["learned"], strict=True):
             parameter.copy_(value)
         self._optimizer.load_state_dict(state["optimizer"])
@@ -158,14 +160,14 @@ class Student:
             found = model(**inputs)
         if "logits" not in found:
             raise CalibrantError(
-                f"{type(model).__name__}: gives no logits, which training follows; take one with a head"
+                f"{type(model).__name__}: gives no logits, which training needs; take a model with a head"
             )
         logits: torch.Tensor = found.logits
         return logits
 
 
 def _keep_head_in_float32(model: transformers.PreTrainedModel) -> None:
-    """Logits of bfloat16 differ by more than a student of eight bits does."""
+    """Compute the head in float32: rounding logits to bfloat16 costs more than quantizing the student to 8 bits."""
     head = model.get_output_embeddings()
     if head is None:
         return

@@ -1,4 +1,4 @@
-"""From a recipe's training to a plan with what it learned: models, data and journal put together."""
+"""Runs a recipe's training: sets up models, data and journal, and adds the learned values to the plan."""
 
 import copy
 from dataclasses import replace
@@ -26,7 +26,7 @@ from calibrant.training.student import Student
 from calibrant.training.train_steps import TextStep, ZsaqStep
 from calibrant.training.training_loop import Trained, TrainStep, train
 
-# One row in so many of a calibration set is held out (ours).
+# One row in ``_HELD_OUT`` of a calibration set is held out (ours).
 _HELD_OUT = 8
 
 
@@ -40,9 +40,9 @@ def train_model(
     journal: Journal,
     progress: Progress,
 ) -> tuple[Plan, Trained]:
-    """The plan with what training made of its linears, or of its scales at ``places``, and of static ranges.
+    """Train, and return the plan with the learned linears, or scales at ``places``, and static ranges.
 
-    ``given`` is the training data, less a held-out share; for ``Zsaq`` all of it is held out.
+    A share of the calibration set ``given`` is held out and the rest trained on; with ``Zsaq`` all of it is held out.
 
     Raises:
         CalibrantError: the set is too small, a model does not fit, or the training diverged.
@@ -58,7 +58,7 @@ def train_model(
             split = (values.split(options.batch_size) for values in rest)
             batches = (TokenRows(*both) for both in zip(*split, strict=True))
             seen = see_inputs(teacher, list(plan.linears), batches, folder.causal)
-        # What is not changed is shared.
+        # Parameters that training does not change are shared with the teacher.
         changed = {f"{name}.weight" for name in plan.linears if not isinstance(options, QuadapterEndToEnd)}
         shared = {id(value): value for name, value in teacher.named_parameters() if name not in changed}
         copied = copy.deepcopy(teacher, shared)
@@ -67,7 +67,7 @@ def train_model(
             learner = ScaledModel(copied, plan, places, seen)
             if not any(parameters for parameters, _ in learner.groups):
                 raise CalibrantError(
-                    "quadapter's training has nothing to learn: no scale found a place, no range is static"
+                    "quadapter's training has nothing to learn: no norm takes scales, and no range is static"
                 )
         else:
             learner = RoundedModel(copied, plan, seen)
@@ -92,10 +92,10 @@ def train_model(
 
 
 def check_training(folder: ModelFolder, options: TrainingOptions) -> None:
-    """Refuse what cannot be trained so.
+    """Check that the model in ``folder`` can be trained with ``options``.
 
     Raises:
-        CalibrantError: the model, its generator or the length does not fit.
+        CalibrantError: the model, the generator or the training's length does not fit.
     """
     sources = [folder]
     if isinstance(options, OnText) and options.objective == "text" and not folder.causal:
@@ -114,7 +114,7 @@ def check_training(folder: ModelFolder, options: TrainingOptions) -> None:
 
 
 def generator_identity(folder: ModelFolder, options: TrainingOptions) -> dict[str, str] | None:
-    """What another model as the generator is; None where there is none."""
+    """Identity of the generator's folder; None if the generator is the model itself or there is none."""
     if isinstance(options, Zsaq) and options.generator is not None:
         return _generator_folder(folder, options).identity()
     return None
@@ -127,7 +127,11 @@ def _generator_folder(folder: ModelFolder, options: Zsaq) -> ModelFolder:
 def split_held_out(
     given: TokenRows, options: TrainingOptions, causal: bool, device: torch.device
 ) -> tuple[TokenRows, TokenRows]:
-    """What is held out and what is trained on, in pieces of the training's length; for ZSAQ all is held out."""
+    """Held-out and training rows, cut to the training's length; with ZSAQ all rows are held out.
+
+    Raises:
+        CalibrantError: there are fewer than two rows, or no counted tokens in one of the parts.
+    """
     tokens, counted = given.ids.long().to(device), given.counted.to(device)
     last = 0
     if not isinstance(options, Zsaq):
@@ -145,7 +149,7 @@ def split_held_out(
 
 
 def _cut(rows: TokenRows, length: int, text: bool) -> TokenRows:
-    """Rows in pieces of ``length``, a rest left out; only those with something to learn from."""
+    """Cut rows into pieces of ``length`` without the remainder; drop pieces without a token to learn from."""
     tokens, counted = rows
     whole = tokens.shape[1] // length * length
     tokens, counted = tokens[:, :whole].reshape(-1, length), counted[:, :whole].reshape(-1, length)
@@ -178,6 +182,6 @@ def zsaq_step(
         options.seed,
     )
     if not same:
-        # Its seeds are its own ids.
+        # Seeds come from the generator's own vocabulary.
         eligible = torch.arange(generator.vocabulary, device=device)
     return ZsaqStep(student, options, eligible, generator)

@@ -1,4 +1,4 @@
-"""Two ways to train: on a calibration set (QAT, Quadapter), and against a generator (ZSAQ, arXiv 2310.13315)."""
+"""Training steps: on a calibration set (QAT, Quadapter), and against a generator (ZSAQ, arXiv 2310.13315)."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from calibrant.training.student import LARGEST_GRADIENT, Inputs, Student
 
 
 class TextStep:
-    """Rows of a calibration set: follow the teacher, or predict the next token.
+    """Trains on rows of a calibration set, towards the teacher's logits or the next token.
 
     Args:
-        student: what is trained.
-        options: the recipe's.
-        rows: what it is trained on.
+        student: the model to train.
+        options: the recipe's training options.
+        rows: the training rows.
     """
 
     def __init__(self, student: Student, options: OnText, rows: TokenRows) -> None:
@@ -28,7 +28,7 @@ class TextStep:
         self.state, self.load = student.state, student.load
 
     def step(self, number: int, rate: float) -> dict[str, float]:
-        """One update on rows drawn for step ``number``."""
+        """Update the student on rows drawn for step ``number``."""
         draw = make_rng(self._options.seed, "text", number)
         count = min(self._options.batch_size, len(self._tokens))
         chosen = torch.from_numpy(draw.choice(len(self._tokens), count, replace=False))
@@ -46,13 +46,15 @@ class TextStep:
 
 
 class ZsaqStep:
-    """What a generator makes of random tokens: it learns to tell student and teacher apart, the student to follow.
+    """Trains on a generator's output for random tokens.
+
+    The generator ascends the divergence between student and teacher, which the student descends.
 
     Args:
-        student: what is trained.
-        options: the recipe's.
-        eligible: ids that rows are drawn from, int64.
-        generator: None for the random tokens themselves.
+        student: the model to train.
+        options: the recipe's training options.
+        eligible: token ids to draw rows from, int64.
+        generator: None to train on the random tokens themselves.
     """
 
     def __init__(self, student: Student, options: Zsaq, eligible: torch.Tensor, generator: Generator | None) -> None:
@@ -60,11 +62,11 @@ class ZsaqStep:
         self._ascent: torch.optim.Adam | None = None
         if generator is not None and options.generator_learning_rate:
             generator.requires_grad_(True)
-            # Adam, where the paper's analysis has plain ascent: clipped plain steps of these rates move nothing (ours).
+            # Adam instead of the paper's plain gradient ascent, whose clipped steps hardly move the weights (ours).
             self._ascent = torch.optim.Adam(self._learning(), lr=options.generator_learning_rate, maximize=True)
 
     def step(self, number: int, rate: float) -> dict[str, float]:
-        """The generator's step, then the student's, each on rows drawn for it."""
+        """Update the generator, then the student, each on separately drawn rows."""
         numbers = {}
         if self._ascent is not None:
             numbers["generator"] = self.ascend(self._rows(number, "generator"), self._draw(number, "generator"))
@@ -73,7 +75,7 @@ class ZsaqStep:
         return numbers | self.student.descend(rate, lambda: self._loss(inputs, targets))
 
     def state(self) -> dict[str, Any]:
-        """The student's and the generator's."""
+        """State of the student and of the generator."""
         mine = {}
         if self._ascent is not None:
             learned = [parameter.detach() for parameter in self._learning()]
@@ -82,7 +84,7 @@ class ZsaqStep:
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state``."""
+        """Restore a ``state``."""
         self.student.load(state)
         if self._ascent is not None:
             for parameter, value in zip(self._learning(), state["generator"], strict=True):
@@ -133,14 +135,14 @@ class ZsaqStep:
         return total
 
     def ascend(self, ids: torch.Tensor, draw: torch.Generator) -> float:
-        """One step of the generator towards where student and teacher differ most."""
+        """Take one generator step up the divergence between student and teacher; return the divergence."""
         assert self._ascent is not None
         learning, total = self._learning(), 0.0
         sums = [torch.zeros_like(parameter) for parameter in learning]
         for part in self._parts():
             inputs = {"inputs_embeds": self._generated(ids[part], draw)}
             apart = self._share(divergences(self.student.target(inputs), self.student.answer(inputs)))
-            # Asked for by name, so that nothing is computed for the student's weights.
+            # `autograd.grad` of the generator's parameters only: `backward` would also compute the student's gradients.
             for into, gradient in zip(sums, torch.autograd.grad(apart, learning, allow_unused=True), strict=True):
                 if gradient is not None:
                     into += gradient
@@ -153,6 +155,6 @@ class ZsaqStep:
         return total
 
     def _share(self, each: torch.Tensor) -> torch.Tensor:
-        """The part of the mean over all rows that is due to some."""
+        """Contribution of some rows to the mean over the whole batch."""
         positions = self._options.batch_size * (self._options.length if each.ndim == 2 else 1)
         return each.sum() / positions

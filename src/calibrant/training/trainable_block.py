@@ -1,4 +1,4 @@
-"""A block run in float32 with other weights and inputs of its linears, so that gradients reach what they depend on."""
+"""A block run in float32 with replaced weights and linear inputs, through which gradients flow."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ ChangeInput = Callable[[Linear, torch.Tensor], torch.Tensor]
 
 
 class TrainableBlock:
-    """``block`` and its ``linears`` in float32, with the parameters of ``state``; the block itself is not changed.
+    """``block`` in float32 with the parameters of ``state``; the block itself is not changed.
 
-    ``tensors`` are its parameters and buffers by name. Made and used outside of inference mode; ``trainable`` opens
-    one.
+    ``tensors`` contains the parameters and buffers by name. Must be created and used outside inference mode, as
+    ``trainable`` does.
     """
 
     def __init__(self, block: nn.Module, linears: list[Linear], state: Mapping[str, torch.Tensor]) -> None:
@@ -32,7 +32,7 @@ class TrainableBlock:
         self._change_input: ChangeInput = lambda _, inputs: inputs
 
     def calls(self, index: int, batches: list[MicroBatch]) -> list[ModuleCall]:
-        """The block as it is, number ``index``, on every row of the batches' hidden states."""
+        """Calls of the unchanged block, number ``index``, one per row of the batches' hidden states."""
         found = []
         for batch in batches:
             args, kwargs = (batch.hidden, *batch.calls.args[index]), batch.calls.kwargs[index]
@@ -41,7 +41,7 @@ class TrainableBlock:
         return found
 
     def changed(self, tensors: dict[str, torch.Tensor], change_input: ChangeInput) -> Callable[..., Any]:
-        """The block with these parameters, by name, and changed inputs of its linears."""
+        """The block as a function, with parameters replaced by ``tensors`` and linears' inputs by ``change_input``."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.watched(change_input):
@@ -51,7 +51,7 @@ class TrainableBlock:
 
     @contextmanager
     def watched(self, watch: ChangeInput) -> Iterator[None]:
-        """Meanwhile hand the inputs of linears to ``watch``, and on what it returns."""
+        """Within the context, replace the inputs of linears with the values ``watch`` returns for them."""
         before, self._change_input = self._change_input, watch
         try:
             yield
@@ -68,7 +68,7 @@ class TrainableBlock:
 
 @contextmanager
 def trainable(block: nn.Module, linears: list[Linear], state: Mapping[str, torch.Tensor]) -> Iterator[TrainableBlock]:
-    """``block`` made trainable, inside or outside of inference mode."""
+    """Open a ``TrainableBlock``, also from within inference mode."""
     with torch.inference_mode(False), torch.enable_grad(), plain_modules(block):
         made = TrainableBlock(block, linears, state)
         with hooked((block.get_submodule(linear.name), made.hook(linear)) for linear in linears):
@@ -81,7 +81,7 @@ def _tensors(block: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _wide(value: Any) -> Any:
-    """A copy that gradients may need, floating point numbers as float32; anything but a tensor as it is."""
+    """Copy a tensor so that autograd can save it, floating-point tensors as float32; return other values unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     copy = value.detach().clone()

@@ -1,4 +1,4 @@
-"""Steps, looks at what was held out, an early stop, a journal: whatever is trained."""
+"""The training loop of every method: steps, held-out evaluation, early stopping, journal."""
 
 import math
 import shutil
@@ -17,34 +17,37 @@ from calibrant.progress import Progress
 from calibrant.training.journal import CURVES, Journal
 from calibrant.training.student import Student
 
-# The journal is written this often, or so that writing takes a twentieth of the time: it holds weights and moments of
-# every parameter (ours).
+# Least interval between journal writes, and the least ratio of interval to writing time: the journal contains weights
+# and moments of every trained parameter, so writing it can take long (ours).
 JOURNAL_SECONDS = 30.0
 JOURNAL_SHARE = 20
 _NAME = "steps"
 
 
 class TrainStep(Protocol):
-    """Who is trained, and by what."""
+    """A student and the step that trains it."""
 
     student: Student
 
     def step(self, number: int, rate: float) -> dict[str, float]:
-        """One update, at ``rate`` of the learning rate; numbers for the curves. Depends on nothing but the state."""
+        """Update at ``rate`` times the learning rate; return numbers for the curves.
+
+        Depends only on the arguments and the state, so that a resumed training repeats an uninterrupted one.
+        """
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
+        """Everything that later steps depend on."""
 
     def load(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state``."""
+        """Restore a ``state``."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went.
+    """Result of a training.
 
-    ``held_out`` is the held-out loss by step; ``best`` the step whose parameters were taken, ``sharpness`` theirs;
-    ``loss`` the mean training loss of the last ``eval_steps`` steps.
+    ``held_out`` is the held-out loss by step; ``best`` the step whose parameters were kept; ``sharpness`` the sharpness
+    at these parameters; ``loss`` the mean training loss of the last ``eval_steps`` steps.
     """
 
     held_out: dict[int, float]
@@ -54,7 +57,7 @@ class Trained:
     sharpness: float | None
 
     def sentence(self) -> str:
-        """For people."""
+        """One-sentence summary for the user."""
         if self.best == 0:
             return (
                 f"training did not help in {self.steps} steps: the held-out loss is {self.held_out[0]:.4g} before it "
@@ -67,16 +70,17 @@ class Trained:
 
 
 def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, progress: Progress) -> Trained:
-    """Train, and leave the parameters of least held-out loss in the student.
+    """Train, and leave the parameters with the least held-out loss in the student.
 
-    Goes on from ``journal`` and writes to it now and then; the result is that of an uninterrupted training.
+    Resumes from ``journal`` and writes to it periodically; a resumed training gives the same result as an uninterrupted
+    one.
 
     Raises:
-        CalibrantError: the loss is not finite.
+        CalibrantError: the held-out loss is not finite.
     """
     student, found = train_step.student, journal.read(_NAME)
     if found is None:
-        # Curves of a training that left no state.
+        # Curves without a state are left over from an interrupted training, which now starts again.
         shutil.rmtree(journal.opened() / CURVES, ignore_errors=True)
         now = _Now({0: student.held_out()}, _copy(student.learned))
         _check_finite(now, journal)
@@ -137,7 +141,7 @@ def _curves(folder: Path, steps_done: int, progress: Progress) -> Iterator[Calla
 
 @dataclass
 class _Now:
-    """Where a training is: held-out losses by step, the best parameters so far and their step, the last losses."""
+    """Progress of a training: held-out losses by step, best parameters so far and their step, latest losses."""
 
     looks: dict[int, float]
     kept: list[torch.Tensor]
