@@ -127,4 +127,4 @@ def test_the_seed_is_a_trainings_also_of_a_recipe_file_that_was_shown(run, llama
         "compress", llama, "-r", tmp_path / "mine.yaml", "-o", tmp_path / "out", "--seed", 7, "--bits", 2
     )
     assert status == 0, err
-    assert json.loads((tmp_path / "out" / "calibrant.json").read_text())["recipe"]["training"]["seed"] == 7
+    assert json.loads((tmp_path / "out" / "calibrant.json").read_text())["recipe"]["method"]["seed"] == 7

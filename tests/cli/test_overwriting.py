@@ -30,9 +30,9 @@ def test_a_page_replaces_pages_only(run, llama: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert run("data", "inspect", tmp_path / "set", "-m", llama, "--html", page, "-q")[0] == 0
     for place, said in (
-        (other, "is no page"),
+        (other, "is not an inspection page"),
         (tmp_path / "no" / "x.html", "no such folder"),
-        (tmp_path, "is no page"),
+        (tmp_path, "is not an inspection page"),
     ):
         status, _, err = run("data", "inspect", tmp_path / "set", "-m", llama, "--html", place, "-q")
         assert (status, said in err) == (2, True)

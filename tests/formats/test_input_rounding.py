@@ -93,7 +93,7 @@ def test_evaluation_sees_what_training_saw(
     data = random_set(model, samples=8, length=16)
     training = {"name": "qat", "steps": 4, "batch_size": 4, "length": 16, "eval_steps": 2, "learning_rate": 1e-3}
     output = tmp_path / "out"
-    cb.compress(model, output=output, recipe=w8a8(activations, training=training), calibration=data, dtype="float32")
+    cb.compress(model, output=output, recipe=w8a8(activations, method=training), calibration=data, dtype="float32")
     found = json.loads((output / "calibrant.json").read_text())["training"]
     divergence = loaded_divergence(output, model, data.tokens[-1:].long())
     assert divergence == pytest.approx(found["held_out"][str(found["best"])], rel=1e-3)

@@ -55,7 +55,7 @@ def test_dynamic_activations_are_what_compressed_tensors_makes_of_them() -> None
     inputs[0, 0] = 0
     settings_ = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True)
     scale, zero_point = helpers.compute_dynamic_scales_and_zp(inputs, settings_, torch.nn.Identity())
-    torch.testing.assert_close(fake_quantize_tokens(inputs, 8), theirs(inputs, scale, zero_point, settings_))
+    torch.testing.assert_close(fake_quantize_tokens(inputs), theirs(inputs, scale, zero_point, settings_))
 
 
 def test_gradients_go_straight_through_inside_and_stop_outside() -> None:
