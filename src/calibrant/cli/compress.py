@@ -35,31 +35,31 @@ def compress(
     model: ModelArgument,
     output: OutputOption,
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Recipe by name (see `calibrant recipes`) or a YAML file.")
+        str, typer.Option("--recipe", "-r", help="Name of a recipe (see `calibrant recipes`), or a YAML file.")
     ] = "gptq-w4a16",
     calibration: Annotated[
         Path | None,
-        typer.Option("--calibration", "-c", help="Calibration set folder; left out, the model writes its own."),
+        typer.Option("--calibration", "-c", help="Calibration set folder; by default the model generates a set."),
     ] = None,
     samples: SamplesOption = 128,
     length: ModelLengthOption = None,
     seed: SeedOption = 0,
     draw: DrawOption = 0,
-    bits: Annotated[int | None, typer.Option("--bits", help="Weight bits instead of the recipe's.")] = None,
+    bits: Annotated[int | None, typer.Option("--bits", help="Bits per weight; overrides the recipe.")] = None,
     group_size: Annotated[
-        int | None, typer.Option("--group-size", help="Group size instead of the recipe's; 0: one scale a channel.")
+        int | None, typer.Option("--group-size", help="Group size; overrides the recipe. 0: one scale per channel.")
     ] = None,
     order: Annotated[
         str,
         typer.Option(
             "--order",
-            help="sequential (solve each layer on the outputs of the compressed ones before it), two-pass (collect a "
-            "block's statistics, then solve and propagate, as other tools do: twice the forward passes) or independent "
-            "(each block gets the original model's hidden states).",
+            help="sequential (solve each layer on inputs from the compressed layers before it), two-pass (collect a "
+            "block's statistics, solve it, then run it again, as other tools do: twice the forward passes) or "
+            "independent (every block gets the original model's hidden states).",
         ),
     ] = "sequential",
     checkpoint_format: Annotated[
-        str, typer.Option("--format", help="How quantized weights are stored: compressed-tensors, gptq or awq.")
+        str, typer.Option("--format", help="Format of quantized weights: compressed-tensors, gptq or awq.")
     ] = "compressed-tensors",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
@@ -68,15 +68,15 @@ def compress(
     ] = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan and an estimate, stop.")
+        bool, typer.Option("--dry-run", help="Check everything, print an estimate of time, memory and disk, and stop.")
     ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress a model: make or read calibration data, solve block by block, write, verify, report.
+    """Compress a model: generate or read calibration data, solve block by block, write, verify and report.
 
-    --samples, --length, --seed and --draw shape the set that the model writes when no -c is given; --seed also seeds a
-    training whose recipe has no seed.
+    Without -c the model generates the calibration set; --samples, --length, --seed and --draw describe it. --seed is
+    also the seed of training if the recipe has none.
 
     Example: calibrant compress ./SmolLM2-135M -r gptq-w4a16-g64 -o ./SmolLM2-w4
     """
@@ -102,7 +102,7 @@ def compress(
         for note in prepared.plan.notes:
             screen.note(f"note: {note}")
         if calibration is not None and prepared.calibration is None:
-            screen.note(f"note: {prepared.recipe.name} uses no data, the calibration set is left out")
+            screen.note(f"note: {prepared.recipe.name} uses no data, so the calibration set is ignored")
         if dry_run:
             _show_estimate(screen, model, prepared)
             return
@@ -124,13 +124,13 @@ def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> N
     screen.result(
         lines,
         f"{lines['layers']} layers of {model} by {lines['recipe']}: about {lines['seconds']} s"
-        + (" and the time to write the calibration set" if prepared.writes_set else "")
+        + (" and the time to generate the calibration set" if prepared.writes_set else "")
         + f", {size_text(found.memory_bytes)} of memory, {size_text(found.disk_bytes)} of disk",
     )
 
 
 def _tell(screen: "Terminal", notes: list[str]) -> None:
-    """What became clear during the run; the first of many."""
+    """Show the first ``_MOST_NOTES`` notes, then the number of the others."""
     for text in notes[:_MOST_NOTES]:
         screen.note(f"note: {text}")
     if len(notes) > _MOST_NOTES:
@@ -138,6 +138,7 @@ def _tell(screen: "Terminal", notes: list[str]) -> None:
 
 
 def summary(report: "RunReport") -> "list[Table | str]":
+    """Sizes, times and the notable layers of a run as a table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -147,7 +148,7 @@ def summary(report: "RunReport") -> "list[Table | str]":
     table.add_row("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after")
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     table.add_row("time", f"{sum(report.seconds.values()):.1f} s: {stages}")
-    table.add_row("peak memory", f"{size_text(report.peak_memory_bytes)} (of the process so far)")
+    table.add_row("peak memory", f"{size_text(report.peak_memory_bytes)} (of the whole process)")
     if report.layers:
         worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:_WORST_LAYERS]
         lines = "\n".join(f"{layer.name}  relative error {layer.relative_error:.3g}" for layer in worst)
@@ -157,5 +158,5 @@ def summary(report: "RunReport") -> "list[Table | str]":
         raised = [layer for layer in report.layers if layer.record.damping_raised]
         table.add_row("damping raised", f"{len(raised)} layers")
         table.add_row("dead columns", str(sum(layer.record.dead_columns for layer in report.layers)))
-    table.add_row("verified", f"{report.tensors_verified} tensors read back, equal to what was solved")
+    table.add_row("verified", f"{report.tensors_verified} tensors read back, equal to the solved ones")
     return [table]

@@ -1,4 +1,4 @@
-"""What the commands share: options spelled alike, progress, tables, JSON."""
+"""Options, progress bars, tables and JSON output shared by all commands."""
 
 import json
 import sys
@@ -17,45 +17,50 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="Model folder with safetensors, or hub:owner/name.", show_default=False)
+    str, typer.Argument(help="Model folder with safetensors files, or hub:owner/name.", show_default=False)
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
-SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="Rows of the calibration set.")]
-LengthOption = Annotated[int, typer.Option("--length", "-l", help="Tokens of a row or window.")]
+SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="Number of rows in the calibration set.")]
+LengthOption = Annotated[int, typer.Option("--length", "-l", help="Tokens per row or window.")]
 ModelLengthOption = Annotated[
-    int | None, typer.Option("--length", "-l", help="Tokens of a row; 512, or the model's context if that is shorter.")
+    int | None,
+    typer.Option("--length", "-l", help="Tokens per row; by default 512, or the model's context if it is shorter."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
-DrawOption = Annotated[int, typer.Option("--draw", help="Which of the independent sets of a seed: 0, 1, ...")]
+DrawOption = Annotated[
+    int, typer.Option("--draw", help="Number of the set among the independent sets of one seed: 0, 1, ...")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 DtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="Dtype of forward passes: auto (bfloat16 where the processor has units for it), bfloat16 or float32. "
-        "Statistics and solves are float32 either way.",
+        help="Dtype of forward passes: auto (bfloat16 if the processor supports it in hardware), bfloat16 or float32. "
+        "Statistics and solvers always use float32.",
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
-FieldOption = Annotated[str, typer.Option("--field", help="Field or column that holds the text (JSON Lines, Parquet).")]
+FieldOption = Annotated[
+    str, typer.Option("--field", help="Field or column that contains the text (JSON Lines, Parquet).")
+]
 
 
 @dataclass
 class Terminal:
-    """Where a command talks: progress and notes to standard error, results to standard output."""
+    """Output of a command: progress and notes on standard error, results on standard output."""
 
     progress: Progress
     quiet: bool
     json: bool
 
     def note(self, text: str) -> None:
-        """Say one line."""
+        """Show one line."""
         self.progress.note(as_options(text))
 
     def result(self, value: dict[str, Any], *renderables: Any) -> None:
-        """Print the result: as JSON, or as the given tables and lines."""
+        """Print the result: ``value`` as JSON, or the tables and lines ``renderables``."""
         if self.json:
             print(json.dumps(value, indent=2, default=str, allow_nan=False))
         elif not self.quiet:
@@ -68,7 +73,7 @@ class Terminal:
 
 @contextmanager
 def terminal(quiet: bool, as_json: bool) -> Iterator[Terminal]:
-    """A terminal with bars where standard error is one, plain lines in a log, silence with ``--quiet``."""
+    """Progress bars if standard error is a terminal, plain lines otherwise, nothing with ``--quiet``."""
     quiet_libraries()
     if quiet:
         yield Terminal(NoProgress(), quiet, as_json)
@@ -80,7 +85,7 @@ def terminal(quiet: bool, as_json: bool) -> Iterator[Terminal]:
 
 
 def quiet_libraries() -> None:
-    """Keep the model library's own advice and bars out of our output."""
+    """Turn off the warnings and progress bars of transformers."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -117,7 +122,7 @@ class _Bars:
 
 
 class _Lines:
-    """Progress for logs: a line at every tenth of the way, none where the way has no known length."""
+    """Progress for logs: one line per tenth of a task, none if the number of steps is unknown."""
 
     @contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:
@@ -144,7 +149,7 @@ class _Lines:
 
 
 def size_text(count: float) -> str:
-    """Bytes for people."""
+    """``count`` bytes in a decimal unit with one digit after the point."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

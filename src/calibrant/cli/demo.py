@@ -19,14 +19,14 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the compressed models.")] = Path(
         "demo-output"
     ),
-    cache: Annotated[Path, typer.Option("--cache", help="Where the demo model is unpacked once.")] = Path.home()
-    / ".cache"
-    / "calibrant",
+    cache: Annotated[
+        Path, typer.Option("--cache", help="Folder in which the demo model is unpacked, once.")
+    ] = Path.home() / ".cache" / "calibrant",
     seed: SeedOption = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the main job on a real model: SmolLM2-135M writes its calibration set, is compressed twice and compared.
+    """Compress SmolLM2-135M with two recipes, on a calibration set that it generates, and compare the results.
 
     Example: calibrant demo
     """
@@ -43,13 +43,13 @@ def demo(
 
         model = demo_model(cache, screen.progress)
         screen.note(f"model: SmolLM2-135M-Instruct in {model}")
-        screen.note(f"the model writes its own calibration set: {_SAMPLES} rows of {_LENGTH} tokens")
+        screen.note(f"the model generates a calibration set: {_SAMPLES} rows of {_LENGTH} tokens")
         made = cb.generate(model, samples=_SAMPLES, length=_LENGTH, seed=seed, progress=screen.progress)
         evaluations: dict[str, Evaluation] = {}
         samples = {"original": continue_text(model, _PROMPT)}
         for recipe in _RECIPES:
             target = output / recipe.replace(":", "-")
-            screen.note(f"compressing by {recipe} into {target}")
+            screen.note(f"compressing with {recipe} into {target}")
             report = cb.compress(
                 model, output=target, recipe=recipe, calibration=made, overwrite=True, progress=screen.progress
             )

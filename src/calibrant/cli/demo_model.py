@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct from the package index, turned into an ordinary model folder once."""
+"""The demo's model: SmolLM2-135M-Instruct from a PyPI package, converted once to an ordinary model folder."""
 
 import importlib.util
 from pathlib import Path
@@ -18,7 +18,7 @@ _NEW_TOKENS = 48
 
 
 def demo_model(cache: Path, progress: Progress) -> Path:
-    """The model's folder, made on the first call.
+    """Folder of the model; the first call creates it.
 
     Raises:
         CalibrantError: the package is not installed or its file is not the expected one.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: ModelArgument,
     against: Annotated[
-        str | None, typer.Option("--against", help="Original model to measure the divergence from.")
+        str | None, typer.Option("--against", help="Original model; the divergence from it is measured.")
     ] = None,
     text: Annotated[
         str, typer.Option("--text", help="Held-out text: a file, a folder, hub:owner/name or builtin.")
@@ -37,7 +37,7 @@ def evaluate(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity on fixed windows of a text and, with --against, how far the model is from its original.
+    """Measure perplexity on fixed windows of a text and, with --against, the divergence from the original model.
 
     Example: calibrant evaluate ./SmolLM2-w4 --against ./SmolLM2-135M --text wiki.txt
     """
@@ -60,7 +60,7 @@ def evaluate(
 
 
 def evaluation_table(found: "dict[str, Evaluation]") -> "Table":
-    """Evaluations side by side, a row a measure."""
+    """Table of evaluations: one row per measure, one column per model."""
     from rich.table import Table
     from rich.text import Text
 

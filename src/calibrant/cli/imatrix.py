@@ -25,7 +25,7 @@ def imatrix(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write llama.cpp's importance matrix from a calibration set, for its quantizer (llama-quantize --imatrix).
+    """Write an importance matrix for llama.cpp's quantizer (llama-quantize --imatrix) from a calibration set.
 
     Example: calibrant imatrix ./SmolLM2-135M -c ./covering -o imatrix.gguf
     """

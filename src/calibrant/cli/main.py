@@ -15,7 +15,7 @@ from calibrant.cli.wording import as_options
 from calibrant.errors import CalibrantError
 
 _USAGE, _INTERRUPTED = 2, 130
-# What shells add to the number of the signal that ended a command.
+# Shells report a command that a signal ended as 128 plus the signal's number.
 _SIGNALLED = 128
 
 app = typer.Typer(
@@ -44,8 +44,8 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Run the command line; user errors are one sentence and exit status 2."""
-    # A polite kill and a closed terminal unwind like any exit, so that nothing half-written stays.
+    """Run the command line; a user error prints one sentence and exits with status 2."""
+    # SIGTERM and SIGHUP unwind the stack like any exit, so that staged output is removed.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: sys.exit(_SIGNALLED + received))
     try:

@@ -8,10 +8,10 @@ from calibrant.cli.console import JsonOption
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show one recipe whole, ready to copy.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Recipe to print in full, ready to copy.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the built-in recipes, or show one.
+    """List the built-in recipes, or print one.
 
     Example: calibrant recipes wanda-2:4
     """

@@ -1,8 +1,8 @@
-"""The library names parameters of the Python API in backticks; the command line says its options instead."""
+"""Translation of library messages, which name Python parameters in backticks, into command-line options."""
 
 import re
 
-# Options whose spelling differs from their parameter's.
+# Options spelled differently from their parameters.
 _SPELLED_OTHERWISE = {
     "allow_encoder": "--encoder",
     "checkpoint_format": "--format",

@@ -1,4 +1,4 @@
-"""Which choice for each unit, so that measured costs are least and a total is kept: a multiple-choice knapsack."""
+"""Choosing one setting per unit at the least total cost within a budget: a multiple-choice knapsack problem (ours)."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Allocation:
-    """``chosen[u]`` indexes the choices of unit u; ``cost`` is their sum, ``bound`` no allocation's cost is below."""
+    """An allocation and its cost.
+
+    Attributes:
+        chosen: index of the choice for every unit.
+        cost: sum of the chosen costs.
+        bound: lower bound on the cost of every allocation within the budget.
+    """
 
     chosen: list[int]
     cost: float
@@ -15,15 +21,19 @@ class Allocation:
 
 
 def allocate(costs: np.ndarray, sizes: np.ndarray, choices: np.ndarray, average: float, at_most: bool) -> Allocation:
-    """The cheapest choice for every unit whose size-weighted mean is at most (else at least) ``average``.
+    """Choose one setting per unit with the least total cost, by an integer program solved to optimality (HiGHS).
 
-    ``costs`` ``[units, choices]``, ``sizes`` ``[units]`` in weights, ``choices`` in bits or shares of zeros. Solved as
-    an integer program to its end (HiGHS).
+    Args:
+        costs: ``[units, choices]``.
+        sizes: numbers of weights ``[units]``.
+        choices: values of the settings ``[choices]``, in bits or shares of zeros.
+        average: bound on the mean of the chosen values, weighted by ``sizes``.
+        at_most: whether ``average`` is an upper bound; otherwise it is a lower bound.
 
     Raises:
-        ValueError: no allocation keeps the average.
+        ValueError: no allocation satisfies the bound.
     """
-    from scipy import optimize  # heavy, and only budgets need it
+    from scipy import optimize  # slow to import, and only budgets need it
 
     units, count = costs.shape
     one_each = np.kron(np.eye(units), np.ones(count))

@@ -1,8 +1,8 @@
 """Running a block on calibration data while its linears are solved.
 
-``sequential_pass`` runs every micro-batch's forward once: it is suspended where it reaches an input group (a
-greenlet, switched away in a pre-forward hook); when all have arrived, the group is solved; then all go on with the
-compressed weights. ``two_passes`` is the usual collect-then-propagate loop. Both tell a ``Visitor`` what they see.
+``sequential_pass`` runs one forward pass per micro-batch, each in a greenlet. A pre-forward hook suspends a pass at
+every stage. Once all passes have reached the stage, it is solved, and they continue with the compressed weights.
+``two_passes`` is the usual loop: collect all statistics, solve, propagate. Both report inputs to a ``Visitor``.
 """
 
 from collections.abc import Callable
@@ -24,44 +24,45 @@ Unit = tuple[Linear, ...]
 
 
 class Visitor(Protocol):
-    """Receives the inputs of linears solved together, and the moment when all are in."""
+    """Receives the inputs of linears that are solved together, and is told when they are complete."""
 
     def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
-        """Counted input rows ``[tokens, in_features]`` of ``unit``, and what the original model has in their place."""
+        """Add counted input rows ``[tokens, in_features]`` of ``unit``, and the same rows in the original model."""
 
     def solve(self, unit: Unit) -> None:
-        """All inputs have been added: replace the weights in the block."""
+        """Solve ``unit``, whose inputs are complete, and replace its weights in the block."""
 
 
 class _Releasable:
-    """Tensors of one suspended forward whose memory can be given back before Python drops them.
+    """Tensors of one suspended forward pass whose memory is released before Python frees them.
 
-    The callers' frames hold a block's input and each group's input until they return, long after their last use.
+    The frames of the forward pass keep references to the block's input and to every group's input until they return,
+    long after the last use.
     """
 
     def __init__(self, structure: BlockStructure, batch: MicroBatch) -> None:
         self._structure, self._batch = structure, batch
-        # What blocks are called with besides the hidden states is shared by blocks and batches.
+        # Blocks and batches share the arguments other than the hidden states.
         self._shared = {id(leaf) for leaf in tree_leaves((batch.calls.args, batch.calls.kwargs))}
         self._held: list[tuple[int, torch.Tensor]] = [(structure.hidden_last_use, batch.hidden)]
 
     def reached(self, number: int, inputs: torch.Tensor) -> None:
-        """Stage ``number`` was reached with ``inputs``: free what was last used before it."""
+        """Release tensors whose last use was before stage ``number``, which has been reached with ``inputs``."""
         for _, tensor in [held for held in self._held if held[0] <= number and id(held[1]) not in self._shared]:
-            tensor.set_()  # type: ignore[call-overload]  # now empty: a use after all would be an error, not a wrong result
+            tensor.set_()  # type: ignore[call-overload]  # an empty tensor turns a later use into an error, not a wrong result
         self._held = [held for held in self._held if held[0] > number]
         self._held.append((self._structure.last_use[number], inputs))
 
     @property
     def intact(self) -> bool:
-        """Whether the block's input is still there."""
+        """Whether the block's input is still in memory."""
         return self._batch.hidden.numel() > 0
 
 
 class OrderDiffersError(Exception):
-    """Two micro-batches reach the stages in different orders, so one suspended pass cannot serve them.
+    """Micro-batches reach the stages in different orders, so that one suspended pass cannot solve the block.
 
-    ``intact``: the block's inputs are still in memory, so that the block can be solved again in two passes.
+    ``intact``: whether the block's inputs are still in memory, so that two passes can solve it instead.
     """
 
     def __init__(self, where: str, intact: bool) -> None:
@@ -72,20 +73,26 @@ class OrderDiffersError(Exception):
 def sequential_pass(
     block: OpenedBlock, structure: BlockStructure, visitor: Visitor, original: nn.Module | None = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Solve the block's ``structure`` stage by stage in one forward pass; returns the compressed block's outputs.
+    """Solve the block's ``structure`` stage by stage during one forward pass per micro-batch.
 
-    ``original``, a copy of the block's module, runs beside it on the batches' ``original`` states; its outputs come
-    second.
+    Args:
+        block: the block with its micro-batches.
+        structure: the stages to solve.
+        visitor: receives the inputs of every stage and solves it.
+        original: copy of the block's module with the original weights; it runs on the batches' ``original`` states.
+
+    Returns:
+        The outputs ``[rows, length, width]`` of the compressed block per batch, and those of ``original``, if given.
 
     Raises:
-        OrderDiffersError: micro-batches reach the stages in different orders. Nothing was solved out of order, but
-            weights may have changed already; ``intact`` says whether the block's inputs are still there.
+        OrderDiffersError: micro-batches reach the stages in different orders. Nothing has been solved out of order, but
+            weights may have changed.
     """
     batches = block.batches
     main = greenlet.getcurrent()
 
     def suspend(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Replays of experts run in the main greenlet and must not suspend it.
+        # Experts are replayed in the main greenlet, which must not be suspended.
         if greenlet.getcurrent() is not main:
             main.switch((stage, args, kwargs))
 
@@ -100,7 +107,7 @@ def sequential_pass(
     twin_memory = [_Releasable(structure, batch) for batch in beside]
 
     def advance(run: Any, number: int, tensors: _Releasable) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Run on to stage ``number``; returns its arguments."""
+        """Continue ``run`` to stage ``number`` and return the stage's arguments."""
         stage = structure.stages[number]
         arrived = run.switch()
         if run.dead or arrived[0] is not stage:
@@ -139,9 +146,9 @@ def sequential_pass(
 
 
 def two_passes(block: OpenedBlock, structure: BlockStructure, visitor: Visitor, propagate: bool) -> list[torch.Tensor]:
-    """Collect every statistic from the original block, solve everything, then run the compressed block.
+    """Collect all statistics from the unchanged block and solve it; returns the outputs for the next block.
 
-    Without ``propagate`` the next block is fed the original block's outputs and the second run is saved.
+    With ``propagate`` these are the compressed block's outputs, from a second run; otherwise the unchanged block's.
     """
     outputs = []
     for batch in block.batches:
@@ -170,7 +177,7 @@ def _units(stage: Stage) -> list[Unit]:
 def _stage_hooks(
     block: nn.Module, structure: BlockStructure, reached: Callable[[Stage, tuple[Any, ...], dict[str, Any]], None]
 ) -> list[tuple[nn.Module, Hook]]:
-    """Hooks that call ``reached`` with each stage when its module is called."""
+    """Hooks that call ``reached`` when the module of a stage is called."""
 
     def hook_for(stage: Stage) -> Hook:
         return lambda module, args, kwargs: reached(stage, args, kwargs)
@@ -179,7 +186,7 @@ def _stage_hooks(
 
 
 def _counted(inputs: torch.Tensor, mask: torch.Tensor, stage: InputGroup) -> torch.Tensor:
-    """The rows of a linear's input that belong to counted tokens."""
+    """Rows ``[tokens, in_features]`` of a stage's input that belong to counted tokens."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     flat = mask.reshape(-1)
     if rows.shape[0] != flat.shape[0]:
@@ -197,7 +204,7 @@ def _solve_experts(
     batches: list[MicroBatch],
     visitor: Visitor,
 ) -> None:
-    """One replay of the experts for each of their products, so that each sees inputs from compressed earlier ones."""
+    """Replay the experts once per product, so that its inputs come from the compressed products before it."""
     for group in stage.groups:
         for (args, kwargs), batch in zip(arrivals, batches, strict=True):
             _replay_experts(block, stage, args, kwargs, batch, visitor, {group[0].parameter})
@@ -214,7 +221,7 @@ def _replay_experts(
     visitor: Visitor,
     parameters: set[str],
 ) -> None:
-    """Run the experts on counted tokens only and report the inputs of the products with ``parameters``."""
+    """Run the experts on the counted tokens and add the inputs of the products with ``parameters`` to ``visitor``."""
     linears = {(linear.parameter, linear.expert): linear for group in stage.groups for linear in group}
 
     def seen(use: ExpertUse) -> None:
@@ -230,7 +237,7 @@ def _replay_experts(
 
 
 def _counted_rows(values: tuple[Any, ...], flat: torch.Tensor) -> list[Any]:
-    """Tensors with a row a token, cut down to the counted tokens (routing treats every token alone)."""
+    """``values``, with tensors of one row per token cut to counted tokens, which routing treats independently."""
     result = []
     for value in values:
         if isinstance(value, torch.Tensor):

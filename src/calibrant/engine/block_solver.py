@@ -1,4 +1,4 @@
-"""Solving the linears of one block as their inputs come in, and holding the results until they are written."""
+"""Solving the linears of one block when their inputs are complete, and keeping the results until they are written."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -19,17 +19,24 @@ from calibrant.quantization.activation_ranges import InputGrid, InputRange
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
 from calibrant.recipes.plan import LearnedLinear, Plan
 
-# Scales between hold at least six bits: float16 counts in steps of 2^-24 where it is smallest (ours).
+# Between these bounds a float16 scale has at least six significant bits: subnormal steps are 2^-24 (ours).
 _FLOAT16_STEPS = (2.0**-18, 65504.0 / 2)
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one linear.
+    """Result of one linear.
 
-    ``relative_error``: squared output error over squared output, on the whole Hessian (``measure`` "hessian"), on its
-    diagonal ("diagonal"), or of the weights alone where no data was used ("weights"). With drift correction it is
-    relative to the corrected target, so compare it only among such runs. ``bits`` are the weights', if quantized.
+    Attributes:
+        name: full name of the module.
+        relative_error: squared output error over squared output; with drift correction, relative to the corrected
+            target, so comparable only with other runs with drift correction.
+        measure: basis of the error: the full Hessian ("hessian"), its diagonal ("diagonal") or the weights ("weights").
+        tokens: number of counted calibration tokens that reached the linear.
+        zeros: number of zero weights, if it was pruned.
+        elements: number of weights.
+        bits: bits per weight, None if it was not quantized.
+        record: the solver's record.
     """
 
     name: str
@@ -44,10 +51,10 @@ class LayerReport:
 
 @dataclass
 class BlockSolver:
-    """A ``Visitor`` of the block engine.
+    """The ``Visitor`` that gathers statistics and solves linears.
 
-    The block's ``state`` is changed in place to the solved values. ``codes``, ``outliers`` (float32 weights and a mask
-    of the outliers among them) and ``layers`` fill up as linears are solved.
+    It replaces values in the block's ``state`` in place. Every solved linear adds its entries to ``codes``,
+    ``outliers`` (float32 weights and the mask of the outliers among them) and ``layers``.
     """
 
     block: OpenedBlock
@@ -85,7 +92,7 @@ class BlockSolver:
             self._add_input_grids(unit)
 
     def _take(self, linear: Linear, trained: LearnedLinear) -> None:
-        """What training made of a linear."""
+        """Round a trained linear to its learned grid and keep the result."""
         spec = trained.grid.spec
         codes, values = round_to_grid(trained.weight, trained.grid.scale, trained.grid.zero_point, spec.qmin, spec.qmax)
         problem = LayerProblem(trained.weight, (len(trained.weight),), spec, None)
@@ -96,7 +103,7 @@ class BlockSolver:
         weights = [linear.view(self.block.state[linear.parameter]).float() for linear in unit]
         for linear, weight in zip(unit, weights, strict=True):
             if not bool(torch.isfinite(weight).all()):
-                raise CalibrantError(f"{self.block.name}.{linear.name}: its weights hold values that are not finite")
+                raise CalibrantError(f"{self.block.name}.{linear.name}: its weights contain values that are not finite")
             self._check_scales(linear, weight)
         problem = self._problem(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
         share = self.plan.recipe.drift_correction
@@ -123,7 +130,7 @@ class BlockSolver:
             begin += len(weight)
 
     def _check_scales(self, linear: Linear, weight: torch.Tensor) -> None:
-        """Refuse weights whose scales float16 cannot hold, or would hold in a few steps only."""
+        """Raise CalibrantError if float16 scales would overflow or have too few significant bits."""
         spec = self.plan.target_of(f"{self.block.name}.{linear.name}").spec
         largest = float(weight.abs().max())
         if spec is None or spec.scale_dtype is not torch.float16 or largest == 0:
@@ -140,7 +147,7 @@ class BlockSolver:
         inputs = self._input_grid(unit)
         for linear in unit:
             if inputs is not None and linear.name in self.codes:
-                # Of each layer its own: safetensors writes no tensors that share memory.
+                # Every layer gets a copy: safetensors refuses tensors that share memory.
                 self.codes[linear.name] = replace(
                     self.codes[linear.name],
                     input_scale=inputs.scale.clone(),
@@ -148,7 +155,7 @@ class BlockSolver:
                 )
 
     def _input_grid(self, unit: Unit) -> InputGrid | None:
-        """Of static activations."""
+        """Grid of the unit's inputs, None unless activations are static."""
         if self.plan.learned.input_grids is not None:
             name = f"{self.block.name}.{unit[0].name}"
             if name not in self.plan.learned.input_grids:
@@ -172,7 +179,7 @@ class BlockSolver:
             diagonal = hessian.diagonal()
         elif isinstance(statistic, HessianDiagonal):
             diagonal = statistic.values
-        # An input that is not finite shows on the diagonal: |S_ij|^2 <= S_ii S_jj.
+        # The diagonal is enough to find inputs that are not finite: |S_ij|^2 <= S_ii S_jj.
         if diagonal is not None and not bool(torch.isfinite(diagonal).all()):
             raise self._not_finite(unit)
         target = self.plan.target_of(f"{self.block.name}.{unit[0].name}")
@@ -186,7 +193,7 @@ class BlockSolver:
 
     def _not_finite(self, unit: Unit) -> CalibrantError:
         return CalibrantError(
-            f"{self.block.name}.{unit[0].name}: its inputs hold values that are not finite; "
+            f"{self.block.name}.{unit[0].name}: its inputs contain values that are not finite; "
             'compute in float32 (`dtype="float32"`) or check the model'
         )
 
@@ -195,7 +202,7 @@ class BlockSolver:
     ) -> None:
         solved, name = solution.weight[rows], f"{self.block.name}.{linear.name}"
         spec = self.plan.target_of(name).spec
-        # Before the copy: in float32 models ``weight`` is a view of what is overwritten.
+        # Before the copy: in float32 models ``weight`` is a view of the memory that the copy overwrites.
         error, measure = _relative_error(
             weight, solved, solution.errors[rows] if solution.errors is not None else None, problem
         )

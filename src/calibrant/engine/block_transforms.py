@@ -1,4 +1,4 @@
-"""Transforms of one block before it is solved: what its inputs look like, which scales follow, folding them."""
+"""Transforms of a block before it is solved: measure its inputs, choose scales, fold them into the weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,16 +21,22 @@ from calibrant.quantization.statistics import Magnitude
 from calibrant.recipes.parts import Awq, Quadapter, SmoothQuant
 from calibrant.recipes.plan import Plan
 
-# AWQ compares outputs on this many counted tokens, or one micro-batch where a module cannot be run on part of it (ours;
-# the paper's code takes its whole set, 65,536 of them).
+# AWQ compares outputs on this many counted tokens, or on one micro-batch if a module cannot run on part of it (ours;
+# the code of arXiv 2306.00978 uses its whole set of 65,536 tokens).
 _SEARCH_TOKENS = 1024
-# Where few tokens count, so many are gone through for them (ours).
+# AWQ searches at most this many positions for counted tokens (ours).
 _SEARCH_POSITIONS = 4096
 
 
 @dataclass
 class Transformed:
-    """Names of the parameters that changed, a sentence on each transform, and what the block gave on each batch."""
+    """Result of a block's transforms.
+
+    Attributes:
+        changed: names of the parameters that changed.
+        outputs: the block's output per batch before the last transform that measures inputs.
+        notes: one sentence per transform, for the user.
+    """
 
     changed: set[str] = field(default_factory=set)
     outputs: list[torch.Tensor] = field(default_factory=list)
@@ -39,9 +45,10 @@ class Transformed:
 
 @dataclass
 class _Seen:
-    """What a pass over the calibration data showed of one pair: magnitudes, and what to compare outputs with.
+    """Statistics of one pair from a pass over the calibration data, and inputs on which AWQ compares outputs.
 
-    That is the first ``rows`` of a lone linear's input, or ``calls`` of the smallest module around several linears.
+    The inputs are the first ``rows`` of a single linear's input, or ``calls`` of the innermost module that contains all
+    linears of the group.
     """
 
     magnitude: Magnitude
@@ -50,9 +57,10 @@ class _Seen:
 
 
 def transform_block(block: OpenedBlock, plan: Plan) -> Transformed:
-    """Apply the plan's transforms to ``block`` and to its stored parameters, in place.
+    """Apply the plan's transforms to the module and the stored parameters of ``block``, in place.
 
-    Scales are chosen on the block as it is, or were learned before, and are folded together.
+    All scales of a transform are chosen on the block as the previous transform left it, or taken from the plan if they
+    were learned; then all are folded.
     """
     done = Transformed()
     for transform in plan.recipe.transforms:
@@ -67,7 +75,7 @@ def transform_block(block: OpenedBlock, plan: Plan) -> Transformed:
             seen, done.outputs = _run(block, pairs, compare=isinstance(transform, Awq))
             scales = [_scale(transform, pair, one, block, plan) for pair, one in zip(pairs, seen, strict=True)]
         for pair, scale in zip(pairs, scales, strict=True):
-            # The stored values decide; the block computes with them.
+            # Fold the stored values, then copy them, so that the block computes with the rounding of the stored dtype.
             pair.fold(block.state, scale)
             for name in pair.changed():
                 block.module.get_parameter(name).data.copy_(block.state[name])
@@ -80,7 +88,7 @@ def transform_block(block: OpenedBlock, plan: Plan) -> Transformed:
 
 
 def _concerns(pair: FoldablePair, plan: Plan, prefix: str) -> bool:
-    """Whether a linear that is compressed reads the input, and the input's producer is not ignored."""
+    """Whether the recipe compresses a linear of the group and does not ignore the producer."""
     made_by = pair.producer.linear
     return bool(_compressed(pair.group, plan, prefix)) and not (
         made_by is not None and plan.recipe.ignores(f"{prefix}.{made_by.name}")
@@ -94,7 +102,7 @@ def _compressed(group: InputGroup, plan: Plan, prefix: str) -> list[Linear]:
 def _scale(
     transform: SmoothQuant | Awq, pair: FoldablePair, seen: _Seen, block: OpenedBlock, plan: Plan
 ) -> torch.Tensor:
-    """The scale for the linears that are compressed; the others that read the input are scaled along."""
+    """Scale ``[in]`` of a pair, chosen for the compressed linears; the fold scales the group's other linears too."""
     linears = _compressed(pair.group, plan, block.name)
     spec = plan.target_of(f"{block.name}.{linears[0].name}").spec
     assert spec is not None  # recipes with transforms quantize
@@ -104,15 +112,15 @@ def _scale(
     else:
         candidates = awq_candidates(seen.magnitude.mean, weights, transform.steps, transform.duo, spec.group_size)
         scale = best_scale(candidates, _output_loss(linears, weights, block.module, seen, spec))
-    # A gain stored as its difference from 1 has few digits near zero, so no gain is made smaller: a common factor of
-    # all scales is free (ours).
+    # A gain stored as its difference from 1 loses precision near zero, so no gain is reduced; a common factor of all
+    # scales does not matter (ours).
     return scale / scale.max() if pair.producer.offset else scale
 
 
 def _output_loss(
     linears: list[Linear], weights: list[torch.Tensor], block: nn.Module, seen: _Seen, spec: GridSpec
 ) -> Callable[[torch.Tensor], float]:
-    """Squared change of the compared outputs when the linears' weights are scaled, rounded and scaled back."""
+    """Loss of a scale: squared change of the outputs when the weights are scaled, rounded and scaled back."""
     if not seen.calls:
         inputs = torch.cat(seen.rows)
 
@@ -138,7 +146,7 @@ def _output_loss(
 
 
 def _shortened(calls: list[ModuleCall]) -> list[ModuleCall]:
-    """On as many of the first rows as hold no more counted tokens than are compared; on one row at least."""
+    """The calls on their first rows, up to ``_SEARCH_TOKENS`` counted tokens in total; at least one row."""
     kept: list[ModuleCall] = []
     left = _SEARCH_TOKENS
     for call in calls:
@@ -150,14 +158,14 @@ def _shortened(calls: list[ModuleCall]) -> list[ModuleCall]:
 
 
 def _rounded(weight: torch.Tensor, scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    """What rounding makes of ``weight`` on plain ranges of the scaled columns."""
+    """``weight`` after scaling its columns, rounding to nearest without range search, and scaling back."""
     return rtn(weight * scale, replace(spec, range_search="none")).weight / scale
 
 
 def _run(block: OpenedBlock, pairs: list[FoldablePair], compare: bool) -> tuple[list[_Seen], list[torch.Tensor]]:
-    """Run the block over all batches and note what each pair needs, with ``compare`` also what outputs need.
+    """Run the block on all batches; returns the statistics of every pair and the block's outputs.
 
-    Returns the block's outputs too.
+    ``compare`` also keeps the inputs on which outputs are compared.
     """
     device = block.probe.hidden.device
     seen = [_Seen(Magnitude(pair.group.linears[0].in_features, device)) for pair in pairs]
@@ -179,7 +187,7 @@ def _run(block: OpenedBlock, pairs: list[FoldablePair], compare: bool) -> tuple[
 
 
 def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Hook:
-    """Note magnitudes, and keep the first ``kept`` counted rows."""
+    """Hook that adds input magnitudes to ``seen`` and keeps the first ``kept`` counted rows."""
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = args[0].reshape(-1, args[0].shape[-1])[batch.mask.reshape(-1)]
@@ -191,7 +199,7 @@ def _note_inputs(seen: _Seen, batch: MicroBatch, kept: int) -> Hook:
 
 
 def _note_calls(block: OpenedBlock, group: InputGroup, seen: _Seen, batch: MicroBatch) -> list[tuple[nn.Module, Hook]]:
-    """Keep the calls of the smallest module that contains the whole group."""
+    """Record the call of the innermost module that contains the group: at once for the block itself, else by a hook."""
     name = common_module([linear.name for linear in group.linears])
     if not name:
         args, kwargs = (batch.hidden, *batch.calls.args[block.index]), batch.calls.kwargs[block.index]

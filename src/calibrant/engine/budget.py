@@ -1,4 +1,4 @@
-"""A recipe's budget, spent: sensitivities measured, the cheapest choice for every group of layers found, told."""
+"""Distribution of a recipe's budget over groups of layers by their measured sensitivities."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,9 +20,16 @@ from calibrant.recipes.plan import Plan
 
 @dataclass(frozen=True)
 class SpentBudget:
-    """``chosen[i]`` is what ``sensitivities[i]`` gets. ``divergence`` is the sum of their measured divergences and
-    ``bound`` what no choice within the budget could be below; ``uniform`` the sum with the scheme's own value
-    everywhere, if that is among the choices and within the budget.
+    """Distribution of a budget over groups of layers.
+
+    Attributes:
+        choices: available bits or shares of zeros.
+        average: mean of the chosen values, weighted by numbers of weights.
+        chosen: chosen value of each entry of ``sensitivities``.
+        divergence: sum of the measured divergences in nats.
+        bound: lower bound on that sum for every distribution within the budget.
+        uniform: the sum with the scheme's value in all groups; None if that is not a choice or exceeds the budget.
+        sensitivities: measured sensitivities of the groups.
     """
 
     choices: list[float]
@@ -37,13 +44,13 @@ class SpentBudget:
 def spend_budget(
     model: LazyModel, plan: Plan, rows: TokenRows, dtype: torch.dtype, progress: Progress
 ) -> tuple[Plan, SpentBudget]:
-    """The plan with a choice for every layer (methods: "Budgets" in docs/methods.md; ours).
+    """Add a choice for every layer to ``plan`` (docs/methods.md "budgets"; ours).
 
-    Divergences are added up over groups as if they did not touch each other. Bits are tried by rounding on ranges
-    searched with the inputs' second moments, shares of zeros by Wanda.
+    The sum of divergences neglects interactions between groups. Bits are measured with round-to-nearest on ranges
+    weighted by the inputs' second moments, shares of zeros with Wanda.
 
     Raises:
-        CalibrantError: the choices cannot keep the average, or the model's layers cannot be measured.
+        CalibrantError: no choices satisfy the average, or the model's layers cannot be measured.
     """
     budget = plan.recipe.budget
     assert budget is not None

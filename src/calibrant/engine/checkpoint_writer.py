@@ -1,4 +1,4 @@
-"""Writing solved blocks to disk, and proving in the end that what is there is what was solved."""
+"""Writing solved blocks to disk, and verifying the written files against the solved values."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from calibrant.recipes.plan import Plan
 
 
 class CheckpointWriter:
-    """Writes checkpoint tensors as they are finished and knows what must be on disk in the end."""
+    """Writes checkpoint tensors as they are finished and keeps their hashes for ``verify``."""
 
     def __init__(self, model: LazyModel, plan: Plan, folder: Path, metadata: dict[str, str]) -> None:
         self._shards = ShardWriter(folder, metadata)
@@ -26,7 +26,7 @@ class CheckpointWriter:
         self._model, self._plan = model, plan
         self._hashes: dict[str, str] = {}
         self._codes: dict[str, tuple[str, Layout]] = {}
-        # Grids of int8 inputs that no layout holds.
+        # Grids of int8 inputs that no quantized layout stores.
         self._inputs: dict[str, tuple[float, int] | None] = {}
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -38,11 +38,11 @@ class CheckpointWriter:
         shards.write_part(tensors)
 
     def finish(self) -> list[Path]:
-        """Join what was written; the files, the model's own first."""
+        """Finish the shards; returns the files, with the model's shards before those of outliers."""
         return [*self._shards.finish(), *self._outliers.finish()]
 
     def write_block(self, solver: BlockSolver) -> None:
-        """Write a solved block: codes in the quantized layout if the plan has one, everything else dense."""
+        """Write a solved block: codes in the plan's quantized layout, if it has one, and all other tensors dense."""
         prefix = solver.block.name
         packed: dict[str, torch.Tensor] = {}
         dense = {f"{prefix}.{name}": value for name, value in solver.block.state.items()}
@@ -51,7 +51,7 @@ class CheckpointWriter:
         for name in untouched:
             del dense[name]
             stored_name = self._model.stored_name(name)
-            packed[stored_name] = self._model.folder.read(stored_name)  # in its own dtype, bit for bit
+            packed[stored_name] = self._model.folder.read(stored_name)  # keeps the stored dtype and bits
         for name, codes in solver.codes.items():
             layout = self._plan.target_of(f"{prefix}.{name}").layout
             if layout is None:
@@ -69,22 +69,22 @@ class CheckpointWriter:
             self._write(sparse_part(f"{prefix}.{name}", weight, exact), self._outliers)
 
     def write_input_rounding(self, folder: Path) -> None:
-        """Write how inputs are rounded that no quantized format describes, if there are any."""
+        """Write the grids of rounded inputs that no quantized layout stores, if there are any."""
         if self._inputs:
             write_input_rounding(folder, self._inputs)
 
     def verify(self, files: list[Path]) -> int:
-        """Open the written files again and compare them with what was solved; returns the number of tensors.
+        """Read the written files and compare them with the solved values; returns the number of tensors.
 
         Raises:
-            CalibrantError: something on disk differs.
+            CalibrantError: a file differs from the solved values.
         """
         places: dict[str, Path] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 places.update(dict.fromkeys(opened.keys(), file))
         for name, file in places.items():
-            # Opened anew for each tensor: what a mapped file has shown counts as memory until it is closed.
+            # Reopened for each tensor: pages read from a mapped file count as memory until it is closed.
             if self._hashes.get(name) != _tensor_hash(_read(file, name)):
                 raise CalibrantError(f"{file}: tensor {name} is not what was solved; the disk may be failing")
         if set(places) != set(self._hashes):

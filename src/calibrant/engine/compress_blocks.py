@@ -1,4 +1,4 @@
-"""The blocks of a model, compressed one after the other: open, transform, solve, write, move on."""
+"""Compression of a model block by block: load, transform, solve, write."""
 
 import copy
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
 
-# "sequential": solve each input group on what the groups before it give compressed, in one suspended forward pass;
-# "two-pass": collect all statistics of a block, solve, run it again, as other tools do; "independent": every block
+# "sequential": solve each input group on inputs from the compressed groups before it, in one suspended forward pass;
+# "two-pass": collect all statistics of a block, solve it, run it again, as other tools do; "independent": every block
 # gets the original model's hidden states.
 Order = Literal["sequential", "two-pass", "independent"]
 
@@ -39,12 +39,12 @@ def compress_blocks(
     clock: Clock,
     progress: Progress,
 ) -> tuple[list[LayerReport], list[str]]:
-    """Compress and write every block of ``plan``; returns what became of each layer, and notes for the user.
+    """Compress and write every block of ``plan``; returns the layers' reports and notes for the user.
 
-    ``rows`` are used if the recipe gathers statistics; the blocks compute in ``dtype``.
+    ``rows`` are used only if the recipe gathers statistics; blocks compute in ``dtype``.
 
     Raises:
-        CalibrantError: values are not finite, or the model does not fit the recipe.
+        CalibrantError: values are not finite, or the recipe does not support the model.
     """
     with clock.stage("embed"):
         given = rows if plan.recipe.gathers else None
@@ -63,14 +63,14 @@ def compress_blocks(
 
 
 class _Compression:
-    """What the blocks of one run share; ``notes`` are for the user."""
+    """State shared by the blocks of one run; ``notes`` are for the user."""
 
     def __init__(self, walk: BlockWalk, plan: Plan, order: Order, clock: Clock) -> None:
         self._walk, self._plan, self._order, self._clock = walk, plan, order, clock
         self.notes: list[str] = []
 
     def compress(self, index: int) -> BlockSolver:
-        """Solve block ``index`` and move the batches behind it."""
+        """Solve block ``index`` and advance the batches to the next block."""
         try:
             with self._opened(index) as (solver, structure, outputs), self._clock.stage("forward"):
                 self._solve(solver, structure, outputs)
@@ -88,7 +88,7 @@ class _Compression:
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[tuple[BlockSolver, BlockStructure, list[torch.Tensor]]]:
-        """A solver for the block, the structure to solve, and the block's outputs before its transforms."""
+        """A solver for block ``index``, the stages to solve, and the outputs if transforms computed them."""
         plan = self._plan
 
         def ignored(name: str) -> bool:
@@ -124,7 +124,7 @@ class _Compression:
                 solver.solve((linear,))
             if not all(bool(torch.isfinite(output).all()) for output in outputs):
                 raise CalibrantError(
-                    f"{block.name}: its output holds values that are not finite; compute in float32 "
+                    f"{block.name}: its output contains values that are not finite; compute in float32 "
                     '(`dtype="float32"`) or check the model'
                 )
             if outputs:

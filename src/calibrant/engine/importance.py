@@ -1,4 +1,4 @@
-"""Sums of squares of every layer's input in the original model, gathered block by block."""
+"""Sums of squared inputs of every layer in the original model, gathered block by block."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from calibrant.quantization.statistics import HessianDiagonal
 
 
 class _Gathering:
-    """A ``Visitor`` that takes note and changes nothing."""
+    """A ``Visitor`` that sums squared inputs and leaves the weights unchanged."""
 
     def __init__(self, structure: BlockStructure, prefix: str, device: torch.device) -> None:
         self._by_unit: dict[Unit, HessianDiagonal] = {}
@@ -39,9 +39,9 @@ class _Gathering:
 def input_squares(
     model: LazyModel, blocks: list[str], rows: TokenRows, progress: Progress
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By name of every linear in ``blocks``: sums of squared inputs ``[1, in]`` float32 and tokens ``[1, 1]`` int64.
+    """Sums of squared inputs ``[1, in]`` float32 and numbers of tokens ``[1, 1]`` int64, by name of every linear.
 
-    Fused experts stand under their parameter's name, a row for each, with the tokens that were sent to it.
+    Fused experts are listed under their parameter's name, with one row per expert that counts the tokens routed to it.
     """
     found: dict[str, list[HessianDiagonal]] = {}
     for block in BlockWalk(model, blocks, rows, model.dtype).visit("gathering", progress):

@@ -1,7 +1,7 @@
-"""How far each group of layers alone moves the model when it is compressed to each of some strengths.
+"""Divergence of the model when one group of layers alone is compressed, for every group and choice of strength (ours).
 
-Every variant of the model differs in one group. All variants walk through the blocks together, so each block is loaded
-once and a variant costs only the blocks behind its own.
+Every variant of the model differs in one group. All variants pass through the blocks together, so that each block is
+loaded once and a variant runs only the blocks from its group's block on.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.quantization.statistics import HessianDiagonal
 
-# Tokens of the set that are run, and every how many of them are compared (ours).
+# Length of the window in tokens, and the stride of compared tokens (ours).
 WINDOW_TOKENS = 512
 _STRIDE = 4
 
@@ -29,7 +29,13 @@ Compress = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """``divergences[c]``: mean ``KL(original || variant)`` in nats with ``layers`` (full names) alone at choice c."""
+    """Sensitivity of one group of layers.
+
+    Attributes:
+        layers: full names of the linears.
+        elements: number of weights.
+        divergences: mean ``KL(original || variant)`` in nats at each choice, with these layers alone compressed.
+    """
 
     layers: list[str]
     elements: int
@@ -47,13 +53,13 @@ def measure_sensitivities(
     dtype: torch.dtype,
     progress: Progress,
 ) -> list[Sensitivity]:
-    """Of every group of linears that share an input, at each of ``choices``.
+    """Measure every group of linears that share an input at each of ``choices``.
 
-    ``compress`` gets a weight ``[out, in]``, the sums of squared inputs ``[in]`` and the choice. Measured on the window
-    of 512 tokens in which most count; divergences at every fourth that does.
+    ``compress`` maps a weight ``[out, in]``, the sums of squared inputs ``[in]`` and a choice to the compressed weight.
+    The data is the window of 512 tokens with the most counted tokens; every fourth of these is compared.
 
     Raises:
-        CalibrantError: a block holds fused experts, or no token of the set counts.
+        CalibrantError: a block contains fused experts, or the set has no counted token.
     """
     walk = BlockWalk(model, blocks, _one_window(rows), dtype)
     (trunk,) = walk.batches
@@ -78,7 +84,7 @@ def measure_sensitivities(
 
 
 def _one_window(given: TokenRows) -> TokenRows:
-    """The window with most counted tokens, of windows that overlap by half; of equal ones the first."""
+    """The first window with the most counted tokens, among windows that overlap by half."""
     length = given.counted.shape[1]
     last = max(0, length - WINDOW_TOKENS)
     begins = [*range(0, last, WINDOW_TOKENS // 2), last]
@@ -104,7 +110,7 @@ def _named(prefix: str, group: InputGroup) -> tuple[list[str], int]:
 def _diagonals(
     block: OpenedBlock, groups: list[InputGroup], trunk: MicroBatch
 ) -> tuple[list[HessianDiagonal], torch.Tensor]:
-    """The Hessian's diagonal of every group's input in the unchanged block, and the block's output."""
+    """Diagonal of the Hessian of every group's input in the unchanged block, and the block's output."""
 
     def hook(diagonal: HessianDiagonal) -> Hook:
         return lambda _, args, kwargs: diagonal.add(args[0].reshape(-1, args[0].shape[-1])[trunk.mask.flatten()])
@@ -118,7 +124,7 @@ def _diagonals(
 def _compressed(
     block: OpenedBlock, group: InputGroup, diagonal: HessianDiagonal, choice: float, compress: Compress
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The group's parameters, each with its compressed value."""
+    """Pairs of a parameter of the group and its compressed value."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for linear in group.linears:
         parameter = block.module.get_parameter(linear.parameter)

@@ -1,7 +1,7 @@
-"""2SSP: MLPs lose the neurons that carry least, then attention modules go one by one (arXiv 2501.17771).
+"""2SSP: remove the least active neurons of every MLP, then attention modules one by one (arXiv 2501.17771).
 
-The result is a smaller dense model with narrower MLPs. No standard model class leaves attention out, so its last
-linear is stored as zeros, which computes the same function.
+The result is a smaller dense model with narrower MLPs. Standard model classes cannot omit an attention module, so its
+last linear is stored as zeros, which computes the same function.
 """
 
 from collections.abc import Iterator
@@ -24,19 +24,25 @@ from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
 
-# Configurations call the MLP's width one of these.
+# Keys of the MLP's width in configurations.
 _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
 _ATTENTION_EXPONENT = 1.5
-# Positions whose logits are held at a time.
+# Positions whose logits are in memory at a time.
 _POSITIONS = 256
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """``neurons`` of each MLP's ``neurons_before`` were kept; ``attention_removed`` are blocks in order of removal.
+    """Result of 2SSP.
 
-    ``losses`` are mean negative log-likelihoods in nats on ``row`` of the set: before any removal, then after each;
-    empty if no attention goes.
+    Attributes:
+        neurons: neurons kept in each MLP.
+        neurons_before: neurons of each MLP of the original model.
+        attention_removed: indices of the blocks without attention, in order of removal.
+        losses: mean negative log-likelihoods in nats on ``row``, before the first removal and after each; empty if no
+            attention is removed.
+        row: index of the calibration row on which losses are measured.
+        share: removed share of the blocks' parameters.
     """
 
     neurons: int
@@ -47,7 +53,7 @@ class Pruned:
     share: float
 
     def sentence(self) -> str:
-        """What was done, for the user."""
+        """Summary for the user."""
         removed = ", ".join(map(str, self.attention_removed)) or "none"
         return (
             f"2ssp: MLPs narrowed from {self.neurons_before} to {self.neurons} neurons; attention left out of blocks "
@@ -56,13 +62,13 @@ class Pruned:
 
 
 def removals(blocks: int, attention: int, mlp: int, total: int, share: float) -> tuple[int, float]:
-    """How many attention modules go, and which share of every MLP.
+    """Number of attention modules to remove, and share of every MLP to remove.
 
-    ``attention`` and ``mlp`` are one block's parameters, ``total`` all blocks'. The rule is the released code's:
-    ``round(N p^((M/A)/1.5))`` attentions.
+    ``attention`` and ``mlp`` are numbers of parameters of one block (A and M), ``total`` of all ``blocks`` (N), and
+    ``share`` (p) is the part to remove. The released code removes ``round(N p^((M/A)/1.5))`` attention modules.
 
     Raises:
-        ValueError: the share cannot be reached that way.
+        ValueError: this rule cannot reach the share.
     """
     count = round(blocks * share ** ((mlp / attention) / _ATTENTION_EXPONENT))
     left = round(share * total) - count * attention
@@ -76,10 +82,10 @@ def removals(blocks: int, attention: int, mlp: int, total: int, share: float) ->
 
 @torch.inference_mode()
 def check_structure(model: LazyModel, plan: Plan) -> None:
-    """Try the first block, before a calibration set is made for a model that cannot be pruned so.
+    """Check the first block, before a calibration set is generated for a model that 2SSP does not support.
 
     Raises:
-        CalibrantError: the block is not of this kind.
+        CalibrantError: 2SSP does not support the block.
     """
     _text_config(model)
     _find_all_parts(model, plan.blocks, 1)
@@ -94,10 +100,10 @@ def prune_structure(
     writer: CheckpointWriter,
     progress: Progress,
 ) -> tuple[Pruned, dict[str, Any]]:
-    """Prune and write the blocks; returns what was done and the changed ``config.json``.
+    """Prune and write the blocks; returns the result and the changed ``config.json``.
 
     Raises:
-        CalibrantError: the blocks are not of this kind or differ in width, or the share cannot be reached.
+        CalibrantError: 2SSP does not support the blocks, their widths differ, or the share cannot be reached.
     """
     config, width_key = _text_config(model)
     parts, total = _find_all_parts(model, plan.blocks, len(plan.blocks))
@@ -131,11 +137,11 @@ def prune_structure(
 
 
 def _text_config(model: LazyModel) -> tuple[dict[str, Any], str]:
-    """A copy of the part of ``config.json`` that describes the language model, and its key for the MLP's width."""
+    """Copy of the part of ``config.json`` that describes the language model, and its key for the MLP's width."""
     whole = model.folder.config_dict
     config = dict(whole.get("text_config", whole))
     for key in _WIDTH_KEYS:
-        # GPT-2 leaves the key empty for four times the hidden width.
+        # In GPT-2 an empty value means four times the hidden width.
         if key in config and isinstance(config[key], int | None):
             return config, key
     raise CalibrantError(
@@ -150,7 +156,7 @@ def _with_text_config(model: LazyModel, config: dict[str, Any]) -> dict[str, Any
 
 
 def _find_all_parts(model: LazyModel, blocks: list[str], count: int) -> tuple[list[BlockParts], int]:
-    """The parts of the first ``count`` blocks, and these blocks' parameters."""
+    """The parts of the first ``count`` blocks, and the number of parameters of these blocks."""
     walk = BlockWalk(model, blocks, None, torch.float32)
     parts, total = [], 0
     for index, prefix in enumerate(blocks[:count]):
@@ -180,7 +186,7 @@ def _neuron_norms(
     dtype: torch.dtype,
     progress: Progress,
 ) -> list[torch.Tensor]:
-    """For every neuron of every block, the sum over rows of its norm over counted positions."""
+    """Norms ``[neurons]`` per block: the L2 norm of each neuron over a row's counted positions, summed over rows."""
     norms = []
     for block in BlockWalk(model, blocks, rows, dtype).visit("measuring neurons", progress):
         norm = torch.zeros(parts[block.index].neurons, device=model.device)
@@ -202,9 +208,9 @@ def _adder(norm: torch.Tensor, batch: MicroBatch) -> Hook:
 
 
 class _AttentionRemoval:
-    """Stage 2: the attention whose absence costs least on one row goes, again and again.
+    """Stage 2: repeatedly remove the attention module whose removal increases the loss on one row least.
 
-    All candidates of a round walk through the blocks together, so that each block is read once a round.
+    All candidates of a round pass through the blocks together, so that each block is read once per round.
     """
 
     def __init__(
@@ -226,7 +232,7 @@ class _AttentionRemoval:
         self._tokens = rows.ids[self.row, :length].long().to(model.device)
 
     def run(self, count: int) -> tuple[list[int], list[float]]:
-        """Indices of the blocks in order of removal; the loss before any and after each."""
+        """Remove ``count`` modules; returns their blocks in order, and the losses before and after each removal."""
         removed: list[int] = []
         losses: list[float] = []
         if not count:
@@ -243,7 +249,7 @@ class _AttentionRemoval:
         return removed, losses
 
     def _round(self, removed: list[int], advance: Any) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """What the last block gives without the removed attentions, and without one more, by its block."""
+        """The last block's output without the removed modules, and with one more removed, by index of its block."""
         trunk, candidates = self._start.hidden, dict[int, torch.Tensor]()
         for index, part in enumerate(self._parts):
             with self._narrowed(index) as block:
@@ -265,7 +271,7 @@ class _AttentionRemoval:
             yield block
 
     def _losses(self, states: dict[int, torch.Tensor]) -> dict[int, float]:
-        """Mean negative log-likelihood of the row's counted next tokens."""
+        """Mean negative log-likelihood in nats of the row's counted next tokens, for each of ``states``."""
         with self._walk.outside_loaded():
             return {number: self._loss(hidden) for number, hidden in states.items()}
 
@@ -283,7 +289,7 @@ class _AttentionRemoval:
 def _write(
     model: LazyModel, prefix: str, part: BlockParts, kept: torch.Tensor, no_attention: bool, writer: CheckpointWriter
 ) -> int:
-    """Write a block, every kept number bit for bit as it was; returns how many parameters are gone or zero."""
+    """Write a block with its kept values unchanged; returns the number of parameters removed or set to zero."""
     names = [name for name, _ in model.module.get_submodule(prefix).named_parameters()]
     stored = {name: model.stored_name(f"{prefix}.{name}") for name in names}
     parameters = {name: model.folder.read(stored[name]) for name in names}
@@ -293,7 +299,7 @@ def _write(
         changed |= part.without_attention(parameters)
         gone += part.attention_parameters
     written = {stored[name]: changed.get(name, value) for name, value in parameters.items()}
-    # Some checkpoints hold more of a block than its parameters.
+    # Some checkpoints store tensors of a block that are not parameters.
     rest = {name: model.folder.read(name) for name in model.checkpoint_names(prefix) if name not in written}
     writer.write({**rest, **written})
     return gone

@@ -1,4 +1,4 @@
-"""The attention and the MLP of a block, found from its data flow and checked by trying."""
+"""The attention module and the MLP of a block, found from the data flow and verified by a trial."""
 
 import itertools
 from collections.abc import Iterator
@@ -19,9 +19,13 @@ _UNCHANGED = 1e-3
 
 @dataclass(frozen=True)
 class BlockParts:
-    """``into`` give the neurons of the MLP and ``down`` reads them; ``attention_out`` is the last linear of attention.
+    """Parts of a block.
 
-    ``attention_parameters`` and ``mlp_parameters`` count what belongs to each.
+    Attributes:
+        into: linears of the MLP whose outputs form the neurons.
+        down: linear of the MLP that reads the neurons.
+        attention_out: last linear of the attention module.
+        attention_parameters, mlp_parameters: numbers of parameters.
     """
 
     into: tuple[Linear, ...]
@@ -36,7 +40,7 @@ class BlockParts:
         return self.down.in_features
 
     def narrow(self, parameters: dict[str, torch.Tensor], kept: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of ``parameters`` those that have neurons, with the ``kept`` ones alone, in that order."""
+        """Those of ``parameters`` that have a neuron dimension, reduced to the neurons ``kept``, in that order."""
         narrowed = {}
         for linear in self.into:
             narrowed[linear.parameter] = parameters[linear.parameter].index_select(int(linear.transposed), kept)
@@ -48,24 +52,24 @@ class BlockParts:
         return narrowed
 
     def without_attention(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Zeros for what attention adds to the residual."""
+        """Zeros for those of ``parameters`` that produce the attention module's output."""
         names = (self.attention_out.parameter, f"{self.attention_out.name}.bias")
         return {name: torch.zeros_like(parameters[name]) for name in names if name in parameters}
 
 
 def find_parts(block: OpenedBlock) -> BlockParts:
-    """The parts of ``block``, which computes in float32.
+    """Find the parts of ``block``, which computes in float32.
 
-    A pair of stages is the MLP if its neurons can change places without changing the output.
+    Two consecutive stages are the MLP if permuting the neurons between them leaves the block's output unchanged.
 
     Raises:
-        CalibrantError: there is no such pair, or not one linear left that attention ends with.
+        CalibrantError: no two stages are the MLP, or the last linear of attention is ambiguous.
     """
     module = block.module
     stages = block.structure.stages
     groups = [stage for stage in stages if isinstance(stage, InputGroup)]
     if len(groups) < len(stages):
-        groups = []  # fused experts are no MLP to narrow
+        groups = []  # MLPs of fused experts cannot be narrowed
     for first, second in itertools.pairwise(groups):
         into, down = first.linears, second.linears[0]
         if len(second.linears) > 1 or any(linear.out_features != down.in_features for linear in into):
@@ -82,14 +86,14 @@ def find_parts(block: OpenedBlock) -> BlockParts:
 
 
 def _count(block: nn.Module, linears: list[Linear]) -> int:
-    """Parameters of the module around ``linears``, of the linears alone where that is the whole block."""
+    """Number of parameters in the innermost module around ``linears``; if that is the block, in the linears alone."""
     around = common_module([linear.name for linear in linears])
     modules = [block.get_submodule(around)] if around else [block.get_submodule(one.name) for one in linears]
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def _interchangeable(block: OpenedBlock, parts: BlockParts) -> bool:
-    """Whether the neurons can change places without changing the block's output."""
+    """Whether a permutation of the neurons leaves the block's output unchanged."""
     expected = block.run(block.probe)
     order = torch.randperm(parts.neurons, generator=torch.Generator().manual_seed(0)).to(expected.device)
     with narrowed(block.module, parts, order):
@@ -99,11 +103,11 @@ def _interchangeable(block: OpenedBlock, parts: BlockParts) -> bool:
 
 @contextmanager
 def narrowed(block: nn.Module, parts: BlockParts, kept: torch.Tensor) -> Iterator[None]:
-    """The block with the ``kept`` neurons alone."""
+    """Context in which the block's MLP has only the neurons ``kept``, in that order."""
     widths = [module for linear in parts.into if isinstance(module := block.get_submodule(linear.name), Conv1D)]
     try:
         for module in widths:
-            module.nf = len(kept)  # it shapes its output by this number
+            module.nf = len(kept)  # Conv1D reshapes its output to this width
         with swapped(_by_parameter(block, parts.narrow(_parameters(block), kept))):
             yield
     finally:
@@ -113,7 +117,7 @@ def narrowed(block: nn.Module, parts: BlockParts, kept: torch.Tensor) -> Iterato
 
 @contextmanager
 def attention_left_out(block: nn.Module, parts: BlockParts) -> Iterator[None]:
-    """The block with attention adding nothing."""
+    """Context in which the output of the block's attention module is zero."""
     with swapped(_by_parameter(block, parts.without_attention(_parameters(block)))):
         yield
 

@@ -1,8 +1,8 @@
-"""Where a scale can move from a layer's weights into what produces its input, found by trying (ours).
+"""Pairs of a producer and an input group between which a scale can be folded, found by trial (ours).
 
-Candidates come from the data flow of one small pass: a norm whose output is the very tensor that an input group reads,
-or an earlier linear with as many outputs as the group has inputs. A candidate counts only if dividing it by a random
-scale, with the group's columns multiplied by it, leaves the block's output as it was.
+Candidates come from the data flow of one small pass: a norm whose output tensor the input group reads, or an earlier
+linear with as many outputs as the group has inputs. A candidate is accepted if dividing the producer by a random scale
+and multiplying the group's columns by it leaves the block's output unchanged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from calibrant.modeling.block_walk import OpenedBlock
 from calibrant.modeling.hooks import Hook, hooked, swapped
 from calibrant.modeling.structure import InputGroup, Linear
 
-# Powers of two scale without rounding, so a right guess changes next to nothing in any dtype.
+# Scaling by powers of two is exact, so a valid candidate changes almost nothing in any dtype.
 _SCALES = (0.5, 1.0, 2.0, 4.0)
 _UNCHANGED = 1e-4
 # A gain stored as its difference from 1 cannot be divided without rounding.
@@ -25,10 +25,13 @@ _UNCHANGED_WITH_OFFSET = 5e-2
 
 @dataclass(frozen=True)
 class Producer:
-    """What an input group's input is made by, channel by channel.
+    """The module that produces the input channels of a group: a norm or a linear.
 
-    ``norm``: the name of a norm with ``weight`` (and perhaps ``bias``) ``[in]``, whose gain is ``weight + offset``; or
-    ``linear``, whose output channels are the group's input channels, with ``bias`` (a parameter's name) if it has one.
+    Attributes:
+        norm: name of a norm with ``weight`` ``[in]`` and optionally ``bias`` ``[in]``; its gain is ``weight + offset``.
+        offset: 1 for norms that store their gain as its difference from 1, otherwise 0.
+        linear: a linear with one output channel per input channel of the group.
+        bias: name of the producer's bias parameter, if it has one.
     """
 
     norm: str | None = None
@@ -38,25 +41,25 @@ class Producer:
 
     @property
     def name(self) -> str | None:
-        """The module's name."""
+        """Name of the module."""
         return self.linear.name if self.linear is not None else self.norm
 
 
 @dataclass(frozen=True)
 class FoldablePair:
-    """Scales may move from the columns of ``group`` to ``producer``."""
+    """A producer and the input group whose column scales can be folded into it."""
 
     producer: Producer
     group: InputGroup
 
     def changed(self) -> list[str]:
-        """Names of all parameters that a fold changes."""
+        """Names of the parameters that a fold changes."""
         return [name for name, _ in _divided(self.producer)] + [linear.parameter for linear in self.group.linears]
 
     def fold(self, parameters: dict[str, torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
         """Divide the producer by ``scale`` ``[in]`` and multiply the group's columns, in place.
 
-        Returns the scale that was applied: the one asked for, as far as the norm's weight can hold its inverse.
+        Returns the applied scale, which accounts for the rounding of a norm's weight to its stored dtype.
         """
         applied, values = self.folded(parameters, scale, {name: parameters[name].dtype for name in self.changed()})
         for name, value in values:
@@ -66,9 +69,9 @@ class FoldablePair:
     def folded(
         self, parameters: Mapping[str, torch.Tensor], scale: torch.Tensor, stored: Mapping[str, torch.dtype]
     ) -> tuple[torch.Tensor, Iterator[tuple[str, torch.Tensor]]]:
-        """The scale that ``fold`` applies, and what it makes of each parameter: float32 as ``stored`` dtypes hold it.
+        """The scale that ``fold`` applies, and the folded parameters: float32, rounded to their ``stored`` dtypes.
 
-        Parameters are computed one by one as they are asked for. Gradients go straight through the rounding.
+        The iterator computes one parameter at a time. The gradient of the rounding is the identity.
         """
         first = {}
         if self.producer.norm is not None:
@@ -92,10 +95,10 @@ class FoldablePair:
 def fold_gain(
     weight: torch.Tensor, scale: torch.Tensor, offset: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A norm's ``weight`` ``[in]`` with its gain divided by ``scale``, and by what it is divided as ``dtype`` holds it.
+    """Divide a norm's gain by ``scale``; returns the ``weight`` ``[in]`` rounded to ``dtype`` and the applied scale.
 
-    A weight stored less one is rounded to bfloat16, whatever the file's dtype: such models run in bfloat16, where a
-    gain near zero has few digits left, and the columns must make up for the gain that is there then (ours).
+    With an ``offset`` the weight is rounded to bfloat16 whatever the file's dtype: such models run in bfloat16, where a
+    gain near zero loses precision, and the columns must compensate the gain as it is in bfloat16 (ours).
     """
     gain = weight.float() + offset
     wanted = gain / scale - offset
@@ -108,12 +111,12 @@ def fold_gain(
 
 
 def held(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Float32 ``values`` as ``dtype`` holds them; gradients go straight through."""
+    """Float32 ``values`` rounded to ``dtype``, with a straight-through gradient."""
     return values if dtype == torch.float32 else values + (values.to(dtype).float() - values).detach()
 
 
 def _divided(producer: Producer) -> list[tuple[str, bool]]:
-    """The producer's parameters, and whether each is stored transposed."""
+    """Names of the producer's parameters that a fold divides, and whether each is stored transposed."""
     found = [(producer.bias, False)] if producer.bias is not None else []
     if producer.linear is not None:
         return [(producer.linear.parameter, producer.linear.transposed), *found]
@@ -121,7 +124,7 @@ def _divided(producer: Producer) -> list[tuple[str, bool]]:
 
 
 def find_foldable(block: OpenedBlock) -> list[FoldablePair]:
-    """The pairs of ``block`` that pass a trial on its probe, at most one per input group."""
+    """The pairs of ``block`` that pass the trial on its probe batch, at most one per input group."""
     with _watched(block.module) as seen:
         expected = block.run(block.probe)
     effect = (expected.float() - block.probe.hidden.float()).norm()
@@ -142,7 +145,7 @@ def find_foldable(block: OpenedBlock) -> list[FoldablePair]:
 
 @contextmanager
 def _watched(block: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
-    """By module name, the addresses of its first argument and of its output; the tensors stay alive meanwhile."""
+    """Addresses of every module's first argument and output by name; the tensors stay alive inside the context."""
     seen: dict[str, tuple[int, int]] = {}
     alive: list[object] = []
 
@@ -178,7 +181,7 @@ def _candidates(
 
 
 def _folded_at_random(pair: FoldablePair, block: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The parameters that a random scale changes, each with its value after the fold."""
+    """Pairs of a parameter and its value after folding a random scale."""
     parameters = {name: block.get_parameter(name).data for name in pair.changed()}
     width = pair.group.linears[0].in_features
     choice = torch.randint(len(_SCALES), (width,), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What enters the first block and what each block is called with, recorded by running the model up to its blocks."""
+"""Inputs of the first block and arguments of every block, recorded by running the model up to its blocks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,13 @@ from calibrant.errors import CalibrantError
 
 @dataclass
 class MicroBatch:
-    """Some rows of one length on their way through the blocks.
+    """State of some rows of one length between two blocks.
 
-    ``hidden`` ``[rows, length, width]`` is what enters the next block, ``mask`` ``[rows, length]`` the counted
-    tokens, ``calls[i]`` the further arguments of block ``i``, ``original`` the hidden states of the original model
-    where a run needs them.
+    Attributes:
+        hidden: hidden states ``[rows, length, width]`` that enter the next block.
+        mask: counted tokens, bool ``[rows, length]``.
+        calls: arguments of every block other than the hidden states.
+        original: hidden states ``[rows, length, width]`` of the original model, if the run needs them.
     """
 
     hidden: torch.Tensor
@@ -25,29 +27,29 @@ class MicroBatch:
     original: torch.Tensor | None = None
 
     def beside(self) -> "MicroBatch":
-        """The same rows on their way through the original model."""
+        """The same rows with the hidden states of the original model."""
         assert self.original is not None
         return MicroBatch(self.original, self.mask, self.calls)
 
 
 @dataclass(frozen=True)
 class BlockCalls:
-    """Arguments of every block besides the hidden states: positional and by name."""
+    """Positional and keyword arguments of every block, without the hidden states."""
 
     args: tuple[tuple[Any, ...], ...]
     kwargs: tuple[dict[str, Any], ...]
 
     def same_as(self, other: "BlockCalls") -> bool:
-        """Whether both hold equal values, so that one can stand for the other."""
+        """Whether all arguments are equal, so that ``other`` can be replaced by this object."""
         return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
 
 
 class _BlocksReachedError(Exception):
-    """The last block has been called; the rest of the forward pass is not needed."""
+    """Stops the forward pass once the last block has been called."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: notes its arguments and hands the hidden states on."""
+    """Replacement for a block that records its arguments and returns the hidden states unchanged."""
 
     def __init__(self, block: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], as_tuple: bool) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class _Recorder(nn.Module):
         self._calls, self._as_tuple, self._last = calls, as_tuple, False
 
     def __getattr__(self, name: str) -> Any:
-        # Models read per-layer settings off their blocks (layer types and the like).
+        # Models read settings such as layer types from their blocks.
         plain = self.__dict__.get("_plain", {})
         return plain[name] if name in plain else super().__getattr__(name)
 
@@ -75,7 +77,7 @@ def record_inputs(
 ) -> tuple[torch.Tensor, BlockCalls]:
     """Run ``tokens`` ``[rows, length]`` through everything before the blocks.
 
-    Returns the hidden states that enter block 0 and the further arguments of every block.
+    Returns the hidden states ``[rows, length, width]`` that enter block 0 and the other arguments of every block.
 
     Raises:
         CalibrantError: the model does not call its blocks one after the other.
@@ -91,7 +93,7 @@ def record_inputs(
         except _BlocksReachedError:
             return _split(calls)
         except (IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            # Blocks that return a tuple make the model take element 0; handed a tensor it stumbles, so try that form.
+            # A model whose blocks return tuples takes element 0 and fails on a plain tensor: retry with tuples.
             problem = error
         else:
             problem = RuntimeError("the last block was never called")
@@ -101,7 +103,7 @@ def record_inputs(
 
 
 class _Replay(_Recorder):
-    """Stands in for the last block: hands given hidden states on."""
+    """Replacement for a block that returns the given hidden states."""
 
     def __init__(self, block: nn.Module, hidden: torch.Tensor, as_tuple: bool) -> None:
         super().__init__(block, [], as_tuple)
@@ -112,10 +114,10 @@ class _Replay(_Recorder):
 
 
 def finish(model: transformers.PreTrainedModel, blocks: list[str], hidden: torch.Tensor) -> torch.Tensor:
-    """Logits ``[rows, length, vocabulary]`` of what the last block gave, ``hidden`` ``[rows, length, width]``.
+    """Logits ``[rows, length, vocabulary]`` from the last block's output ``hidden`` ``[rows, length, width]``.
 
-    What lies behind the blocks treats every position alone, so some positions may be handed in without the others.
-    Everything outside the blocks must be loaded.
+    The layers after the blocks treat every position independently, so ``hidden`` may be a subset of the positions. All
+    weights outside the blocks must be loaded.
 
     Raises:
         CalibrantError: the model does not call its blocks one after the other.

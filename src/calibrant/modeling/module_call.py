@@ -1,4 +1,4 @@
-"""A recorded call of a module, to be made again and on fewer rows."""
+"""A recorded call of a module, which can be repeated on all or on fewer rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-# Rounding of bfloat16 alone differs less.
+# Relative difference of outputs; rounding to bfloat16 alone stays below it.
 _SAME = 1e-2
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a ``module`` on a micro-batch of ``mask`` ``[rows, length]``."""
+    """One call of ``module`` on a micro-batch with counted tokens ``mask`` ``[rows, length]``."""
 
     module: Callable[..., Any]
     args: tuple[Any, ...]
@@ -21,11 +21,11 @@ class ModuleCall:
     mask: torch.Tensor
 
     def output(self) -> torch.Tensor:
-        """Hidden states in float32, one row for each counted token."""
+        """Hidden states of the counted tokens, float32 ``[tokens, width]``."""
         return self._hidden()[self.mask]
 
     def shortened(self, rows: int) -> "ModuleCall":
-        """On the first ``rows`` rows alone, if cutting the arguments gives the same output there."""
+        """The call on the first ``rows`` rows, or this call if cutting the arguments changes their output."""
         if rows >= len(self.mask):
             return self
         part = self._part(slice(0, rows))
@@ -38,7 +38,7 @@ class ModuleCall:
         return part if same else self
 
     def split(self) -> "list[ModuleCall]":
-        """A call for each row, or this one if rows depend on one another."""
+        """One call per row, or only this call if rows depend on one another."""
         count = len(self.mask)
         if count == 1 or len(self.shortened(1).mask) == count:
             return [self]

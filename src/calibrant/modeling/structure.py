@@ -1,4 +1,4 @@
-"""What compression needs to know of a model, found by looking at it run: blocks, linears and input groups."""
+"""Structure of a model, found by observing a forward pass: blocks, linears and input groups."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ from calibrant.modeling.inputs import MicroBatch, call_block
 class Linear:
     """One linear map of a block: ``y = x W^T`` with ``W`` ``[out_features, in_features]``.
 
-    ``parameter`` is the parameter's name in the block. ``transposed``: it is stored ``[in, out]`` (Conv1D, some
-    experts). ``expert``: index into a fused ``[experts, ., .]`` parameter, or None.
+    ``parameter`` is the name of its parameter in the block. ``transposed`` means that it is stored ``[in, out]``
+    (Conv1D, some experts). ``expert`` is the index into a fused parameter ``[experts, ., .]``, otherwise None.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears of one block that read the same tensor; ``module`` is the one called first."""
+    """Linears of one block that read the same tensor; ``module`` is the linear called first."""
 
     module: str
     linears: tuple[Linear, ...]
@@ -48,7 +48,7 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class Experts:
-    """A module with fused expert weights; ``groups[k]`` holds the linears of its k-th product, one per expert."""
+    """A module with fused expert weights; ``groups[k]`` contains the linears of its k-th product, one per expert."""
 
     module: str
     groups: tuple[tuple[Linear, ...], ...]
@@ -60,11 +60,14 @@ _ALWAYS = sys.maxsize
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """The stages of a block in the order they run.
+    """Structure of a block.
 
-    ``unseen`` names fused parameters no linear product was seen of. ``last_use[i]`` is the number of stages already
-    reached when the input of stage ``i`` was last used, ``hidden_last_use`` the same for the block's own input: at a
-    later stage their memory can be given back.
+    Attributes:
+        stages: the stages in execution order.
+        unseen: names of fused parameters for which no product with a single expert was observed.
+        last_use: number of stages reached at the last use of the input of each stage; at any later stage its memory can
+            be released.
+        hidden_last_use: the same number for the block's input.
     """
 
     stages: tuple[Stage, ...]
@@ -73,7 +76,7 @@ class BlockStructure:
     hidden_last_use: int
 
     def partly(self, ignored: Callable[[str], bool]) -> list[str]:
-        """A sentence for each group of which only some linears are ignored; inference engines fuse such groups."""
+        """A sentence for each group with both ignored and other linears, because inference engines fuse such groups."""
         sentences = []
         for stage in self.stages:
             if isinstance(stage, InputGroup):
@@ -86,7 +89,7 @@ class BlockStructure:
         return sentences
 
     def without(self, ignored: Callable[[str], bool]) -> "BlockStructure":
-        """The structure less the linears whose name ``ignored`` says yes to."""
+        """The structure without the linears whose names satisfy ``ignored``."""
         kept: list[tuple[int, Stage]] = []
         for index, stage in enumerate(self.stages):
             if isinstance(stage, InputGroup):
@@ -97,7 +100,7 @@ class BlockStructure:
                 kept += [(index, Experts(stage.module, groups))] if groups else []
 
         def reached(count: int) -> int:
-            """How many of the kept stages are among the first ``count``."""
+            """Number of kept stages among the first ``count``."""
             return sum(index < count for index, _ in kept)
 
         return BlockStructure(
@@ -108,7 +111,7 @@ class BlockStructure:
         )
 
     def linears(self) -> Iterator[Linear]:
-        """Every linear, in stage order."""
+        """All linears in stage order."""
         for stage in self.stages:
             if isinstance(stage, InputGroup):
                 yield from stage.linears
@@ -118,7 +121,7 @@ class BlockStructure:
 
 
 def common_module(names: list[str]) -> str:
-    """The name of the innermost module above all of ``names``."""
+    """Name of the innermost module that contains all of ``names``; empty for the block itself."""
     parts = [name.split(".") for name in names]
     shared = 0
     while shared < min(map(len, parts)) and len({tuple(part[: shared + 1]) for part in parts}) == 1:
@@ -127,9 +130,9 @@ def common_module(names: list[str]) -> str:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the blocks: the longest list of modules of one class that is in no other list (ours).
+    """Names of the blocks: the longest list of modules of one class that is not inside another list (ours).
 
-    Ties go to the list with more parameters.
+    Of equally long lists the one with more parameters is chosen.
 
     Raises:
         CalibrantError: the model has no such list.
@@ -147,7 +150,7 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 
 def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructure:
-    """Run ``block``, number ``index``, once on a small ``batch``: which linears read which tensors, in which order."""
+    """Find the structure of ``block``, number ``index``, by running it once on a small ``batch``."""
     probe = _Probe(block, batch.hidden)
     linears = [(one, name) for name, one in block.named_modules() if isinstance(one, nn.Linear | Conv1D)]
     owners = {name.rpartition(".")[0] for name in fused_parameters(block)}
@@ -161,20 +164,20 @@ def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructu
 
 
 class _Probe:
-    """What one forward pass of a block shows."""
+    """Observer of one forward pass of a block."""
 
     def __init__(self, block: nn.Module, hidden: torch.Tensor) -> None:
         self._hidden = hidden
         self._last_use: dict[int, int] = {}
         self._fused = fused_parameters(block)
-        self._inputs: list[torch.Tensor] = []  # kept alive so that no storage is reused while addresses are compared
+        self._inputs: list[torch.Tensor] = []  # kept alive, because addresses of freed storage are reused
         self._seen: set[str] = set()
         self._groups: dict[tuple[int, int, int], int] = {}
         self._stages: list[tuple[str, list[Linear], torch.Tensor | None]] = []
         self._products: dict[str, tuple[Linear, ...]] = {}
 
     def linear_reached(self, name: str) -> Hook:
-        """A hook for a linear: the same input tensor as an earlier one joins its group."""
+        """Hook that adds a linear to the group of its input tensor."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in self._seen:
@@ -191,7 +194,7 @@ class _Probe:
         return hook
 
     def experts_reached(self, owner: str) -> Hook:
-        """A hook for a module with fused expert weights: a stage without linears of its own."""
+        """Hook that adds a stage for a module with fused expert weights."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._stages.append((owner, [], None))
@@ -199,7 +202,7 @@ class _Probe:
         return hook
 
     def product_seen(self, use: "ExpertUse") -> None:
-        """The first product with any expert of a parameter shows its orientation, and the order of the products."""
+        """Record the orientation of a fused parameter, and the order of the products, at its first product."""
         if use.parameter in self._products:
             return
         experts, first, second = self._fused[use.parameter].shape
@@ -210,16 +213,16 @@ class _Probe:
         )
 
     def tensor_used(self, tensor: torch.Tensor) -> None:
-        """An operation reads or writes ``tensor``."""
+        """Record that an operation reads or writes ``tensor``."""
         self._inputs.append(tensor)
         self._last_use[_storage(tensor)] = len(self._stages)
 
     def tensor_returned(self, output: torch.Tensor) -> None:
-        """What the block returns is used after every stage."""
+        """Record that the block's output is used after all stages."""
         self._last_use[_storage(output)] = len(self._stages) + 1
 
     def structure(self) -> BlockStructure:
-        """The stages in the order they were reached."""
+        """The observed structure, with stages in the order in which they were reached."""
         stages: list[Stage] = []
         last_use = []
         for module, linears, inputs in self._stages:
@@ -236,7 +239,7 @@ class _Probe:
 
 
 class _Uses(TorchFunctionMode):
-    """Reports every tensor that an operation is given."""
+    """Reports every tensor argument of every operation."""
 
     def __init__(self, used: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
@@ -264,7 +267,7 @@ def _as_linear(name: str, module: nn.Module) -> Linear:
 
 
 def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of three dimensions by name, which hold many experts; weights of convolutions do not."""
+    """Fused expert weights by name: parameters with three dimensions, except weights of convolutions."""
     convolutions = {f"{name}.weight" for name, one in module.named_modules() if isinstance(one, nn.Conv1d)}
     parameters = module.named_parameters()
     return {name: one for name, one in parameters if one.ndim == 3 and name not in convolutions}
@@ -272,7 +275,7 @@ def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """A product of ``inputs`` ``[tokens, in]`` with expert ``expert`` of a fused parameter."""
+    """A product of ``inputs`` ``[tokens, in]`` with number ``expert`` of a fused parameter."""
 
     parameter: str
     expert: int
@@ -281,7 +284,7 @@ class ExpertUse:
 
 
 def expert_product(func: Callable[..., Any], args: tuple[Any, ...], fused: dict[str, nn.Parameter]) -> ExpertUse | None:
-    """Recognize ``linear(x, P[e])`` and ``x @ P[e]`` by the address of the weight."""
+    """Recognize ``linear(x, P[e])`` and ``x @ P[e]`` by the address of the weight; None for other calls."""
     if func is torch.nn.functional.linear:
         transposed = False
     elif func in (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm):
@@ -301,7 +304,7 @@ def expert_product(func: Callable[..., Any], args: tuple[Any, ...], fused: dict[
 
 @contextmanager
 def watch_experts(block: nn.Module, seen: Callable[[ExpertUse], None]) -> Iterator[None]:
-    """Report every expert product that runs inside the context."""
+    """Call ``seen`` with every expert product inside the context."""
     fused = fused_parameters(block)
 
     class Watch(TorchFunctionMode):

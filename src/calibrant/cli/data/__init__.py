@@ -1,4 +1,4 @@
-"""``calibrant data``: generate, select, score, rebuild, inspect; one module a command."""
+"""``calibrant data``: generate, select, score, rebuild, inspect; one module per command."""
 
 import typer
 
@@ -8,6 +8,10 @@ from calibrant.cli.data.rebuild import rebuild
 from calibrant.cli.data.score import score
 from calibrant.cli.data.select import select
 
-app = typer.Typer(help="Make, choose and look at calibration sets.", no_args_is_help=True, rich_markup_mode="markdown")
+app = typer.Typer(
+    help="Generate, select, score, rebuild and inspect calibration data.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 for command in (generate, select, score, rebuild, inspect):
     app.command()(command)

@@ -29,8 +29,8 @@ def generate(
         str,
         typer.Option(
             "--strategy",
-            help="self (the model writes from BOS), llm-qat (from random tokens), prefix (from the first tokens of a "
-            "corpus's texts), vocabulary (random tokens).",
+            help="self (the model generates from BOS), llm-qat (from random tokens), prefix (from the beginnings of a "
+            "corpus's documents), vocabulary (random tokens).",
         ),
     ] = "self",
     samples: SamplesOption = 128,
@@ -38,52 +38,65 @@ def generate(
     seed: SeedOption = 0,
     draw: DrawOption = 0,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Temperature (after the first steps); 1 if left out.")
+        float | None,
+        typer.Option(
+            "--temperature", help="self: final temperature, T_final of arXiv 2410.17170 section 3.2; 1 by default."
+        ),
     ] = None,
     initial_temperature: Annotated[
         float | None,
-        typer.Option("--initial-temperature", help="Temperature the schedule starts from; left out: no schedule."),
+        typer.Option(
+            "--initial-temperature",
+            help="self: initial temperature, T_init of arXiv 2410.17170 section 3.2; by default the "
+            "temperature is constant.",
+        ),
     ] = None,
     temperature_steps: Annotated[
         int | None,
-        typer.Option("--temperature-steps", help="Steps from the initial temperature to the final one; 10."),
+        typer.Option(
+            "--temperature-steps",
+            help="self: steps from the initial to the final temperature, n of arXiv 2410.17170 section 3.2; 10 by "
+            "default.",
+        ),
     ] = None,
     first_tokens: Annotated[
-        str, typer.Option("--first-tokens", help="self: any, or english (for multilingual models).")
+        str,
+        typer.Option(
+            "--first-tokens", help="self: first token of every text: any, or english (for multilingual models)."
+        ),
     ] = "any",
-    corpus: Annotated[str | None, typer.Option("--corpus", help="prefix: whose texts' beginnings to continue.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", help="prefix: corpus whose documents are continued.")
+    ] = None,
     field: FieldOption = "text",
     percentile: Annotated[
         float, typer.Option("--percentile", help="prefix: keep rows below this percentile of perplexity.")
     ] = 80.0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows generated at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per generated batch.")] = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a calibration set without any corpus.
+    """Generate a calibration set with the model, or from random tokens.
 
     Example: calibrant data generate ./SmolLM2-135M -o ./set --samples 128 --length 512
     """
     with terminal(quiet, as_json) as screen:
-        from calibrant.calibration.corpus import Corpus
-        from calibrant.calibration.generate import generate as run
-        from calibrant.calibration.sources.self_calibration import TemperatureSchedule
-        from calibrant.errors import CalibrantError
+        import calibrant as cb
         from calibrant.output_folder import check_output
 
         check_output(output, overwrite, [model] if corpus is None else [model, corpus])
         if temperature_steps is not None and initial_temperature is None:
-            raise CalibrantError("--temperature-steps lead from an --initial-temperature: name it too")
+            raise cb.CalibrantError("--temperature-steps needs --initial-temperature")
         final = 1.0 if temperature is None else temperature
-        schedule = None if temperature is None else TemperatureSchedule(final, final, 0)
+        schedule = None if temperature is None else cb.TemperatureSchedule(final, final, 0)
         if initial_temperature is not None:
-            schedule = TemperatureSchedule(
+            schedule = cb.TemperatureSchedule(
                 initial_temperature, final, 10 if temperature_steps is None else temperature_steps
             )
-        made = run(
+        made = cb.generate(
             model,
             strategy=strategy,
             samples=samples,
@@ -92,7 +105,7 @@ def generate(
             draw=draw,
             temperature=schedule,
             first_tokens=first_tokens,  # type: ignore[arg-type]  # checked by generate, which names the choices
-            corpus=Corpus(corpus, field) if corpus is not None else None,
+            corpus=cb.Corpus(corpus, field) if corpus is not None else None,
             percentile=percentile,
             batch_size=batch_size,
             device=device,

@@ -12,22 +12,26 @@ def inspect(
     folders: Annotated[list[Path], typer.Argument(help="Calibration set folders.", show_default=False)],
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Model folder whose tokenizer reads the rows; else where a manifest says."),
+        typer.Option(
+            "--model", "-m", help="Model folder with the tokenizer; by default the model that a manifest names."
+        ),
     ] = None,
     perplexity: Annotated[
-        bool, typer.Option("--perplexity", help="Also run the model over the sets, for perplexities.")
+        bool, typer.Option("--perplexity", help="Also run the model over the sets to measure perplexity.")
     ] = False,
     html: Annotated[
         Path,
-        typer.Option("--html", help="Page to write (an earlier page is replaced): curves, overlap, odd rows, samples."),
+        typer.Option(
+            "--html", help="HTML page to write (replaces an earlier one): curves, overlap, odd rows, samples."
+        ),
     ] = Path("inspection.html"),
-    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show as text in the terminal.")] = 1,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows per set to show as text in the terminal.")] = 1,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is in calibration sets, side by side, and write a page about them.
+    """Show statistics and rows of calibration sets side by side, and write them to an HTML page.
 
     Example: calibrant data inspect ./self ./c4 -m ./SmolLM2-135M --perplexity --html sets.html
     """
@@ -37,11 +41,12 @@ def inspect(
         from rich.table import Table
         from rich.text import Text
 
+        import calibrant as cb
         from calibrant.output_folder import whole_file
-        from calibrant.report.inspection import check_page, inspect_sets
+        from calibrant.report.inspection import check_page
 
         check_page(html)
-        found = inspect_sets(
+        found = cb.inspect_sets(
             folders, model=model, perplexity=perplexity, device=device, dtype=dtype, progress=screen.progress
         )
         page = found.page()

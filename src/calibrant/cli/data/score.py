@@ -10,20 +10,23 @@ from calibrant.cli.data.shared import EmbeddingOption, numbers
 
 
 def score(
-    corpora: Annotated[list[str], typer.Argument(help="Corpora to score, as for select.", show_default=False)],
-    model: Annotated[str, typer.Option("--model", "-m", help="Model folder whose tokenizer is used.")],
+    corpora: Annotated[list[str], typer.Argument(help="Corpora to score, given as for select.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="Model folder with the tokenizer.")],
     targets: Annotated[
-        list[str], typer.Option("--target", help="Text of what the model is for; may be repeated.", show_default=False)
+        list[str],
+        typer.Option("--target", help="Text typical of the model's purpose; may be repeated.", show_default=False),
     ],
-    weights: Annotated[str | None, typer.Option("--weights", help="How much each target counts: 2,1,1.")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Weights of the targets, such as 2,1,1; equal by default.")
+    ] = None,
     field: FieldOption = "text",
-    target_field: Annotated[str, typer.Option("--target-field", help="Field of the targets' texts.")] = "text",
+    target_field: Annotated[str, typer.Option("--target-field", help="Field that contains the target texts.")] = "text",
     embedding: EmbeddingOption = "lexical",
     seed: SeedOption = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which corpora fit a purpose: likeness to target texts and their token distribution (COLA, stage 1).
+    """Score corpora by their similarity to target texts and their token distribution (COLA, stage 1).
 
     Example: calibrant data score c4.jsonl.gz wiki.txt -m ./SmolLM2-135M --target questions.jsonl
     """
@@ -31,12 +34,11 @@ def score(
         from rich.table import Table
         from rich.text import Text
 
-        from calibrant.calibration.corpus import Corpus
-        from calibrant.calibration.selection.corpus_scores import score_corpora
+        import calibrant as cb
 
-        found = score_corpora(
-            [Corpus(corpus, field) for corpus in corpora],
-            [Corpus(target, target_field) for target in targets],
+        found = cb.score_corpora(
+            [cb.Corpus(corpus, field) for corpus in corpora],
+            [cb.Corpus(target, target_field) for target in targets],
             tokenizer=model,
             weights=numbers("--weights", weights),
             embedding=embedding,

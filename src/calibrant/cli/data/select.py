@@ -25,14 +25,14 @@ def select(
     corpora: Annotated[
         list[str],
         typer.Argument(
-            help="Files (.txt, .jsonl, .parquet, or .gz of these), folders, hub:owner/name or builtin.",
+            help="Files (.txt, .jsonl, .parquet, also with .gz), folders, hub:owner/name or builtin.",
             show_default=False,
         ),
     ],
     model: Annotated[
         str,
         typer.Option(
-            "--model", "-m", help="Model folder: its tokenizer is used, and by perplexity and cola the model itself."
+            "--model", "-m", help="Model folder; strategies use its tokenizer, perplexity and cola also run the model."
         ),
     ],
     output: OutputOption,
@@ -40,16 +40,17 @@ def select(
         str,
         typer.Option(
             "--strategy",
-            help="uniform; zipcal (covers the vocabulary), zipcal-multi (in each corpus, then spread out); zipf (rare "
-            "words); unigram (words in random order); perplexity; k-centre, herding (by embeddings); cola (by the "
-            "model's activations).",
+            help="uniform; zipcal (covers the vocabulary), zipcal-multi (zipcal in each corpus, then k-centre); zipf "
+            "(rare words); unigram, also words_dataset (words in random order); perplexity; k-centre, also k-center, "
+            "and herding (by embeddings); cola (by the model's activations).",
         ),
     ] = "uniform",
     windows: Annotated[
         str,
         typer.Option(
             "--windows",
-            help="pack (join documents, cut), window (one of each long enough document) or document (its beginning).",
+            help="pack (join documents, then cut), window (one per document that is long enough) or document (its "
+            "beginning).",
         ),
     ] = "pack",
     field: FieldOption = "text",
@@ -58,93 +59,114 @@ def select(
     seed: SeedOption = 0,
     draw: DrawOption = 0,
     shards: Annotated[
-        int, typer.Option("--shards", help="Disjoint random parts of the corpus; draw k of a strategy sees part k.")
+        int, typer.Option("--shards", help="Number of disjoint random parts of the corpus; draw k sees part k.")
     ] = 1,
     parts: Annotated[
-        int | None, typer.Option("--parts", help="zipcal: two rounds over so many random parts of the corpus.")
+        int | None,
+        typer.Option(
+            "--parts", help="zipcal: select in this many random parts of the corpus, then among their choices."
+        ),
     ] = None,
     executor: Annotated[
         str,
-        typer.Option("--executor", help="Where parts run: local, or ray (one for each processor)."),
+        typer.Option("--executor", help="Where parts run: local, or ray (one part per processor)."),
     ] = "local",
     pool: Annotated[
         int | None,
-        typer.Option("--pool", help="zipcal: look at this many random candidates a pick (paper's code: 2000)."),
+        typer.Option(
+            "--pool",
+            help="zipcal: consider this many random candidates per pick (the paper's code: 2000); all by default.",
+        ),
     ] = None,
-    keep: Annotated[str, typer.Option("--keep", help="perplexity: lowest, middle or below (a percentile).")] = "below",
+    keep: Annotated[str, typer.Option("--keep", help="perplexity: lowest, middle, or below (a percentile).")] = "below",
     percentile: Annotated[
-        float, typer.Option("--percentile", help="perplexity, below: keep candidates under it.")
+        float, typer.Option("--percentile", help="perplexity with --keep below: the percentile, in (0, 100].")
     ] = 80.0,
     embedding: EmbeddingOption = "lexical",
     mask: Annotated[
-        str, typer.Option("--mask", help="Tokens that count: all, assistant (of conversations) or no-special.")
+        str,
+        typer.Option(
+            "--mask", help="Tokens that count: all, assistant (those of the assistant in conversations) or no-special."
+        ),
     ] = "all",
     weights: Annotated[
-        str | None, typer.Option("--weights", help="Shares of the samples for several corpora: 2,1,1.")
+        str | None, typer.Option("--weights", help="Shares of several corpora, such as 2,1,1; equal by default.")
     ] = None,
     mix_scripts: Annotated[
-        str | None, typer.Option("--mix-scripts", help="Share the rows between scripts: latin,cyrillic,cjk.")
+        str | None, typer.Option("--mix-scripts", help="Divide the rows among scripts, such as latin,cyrillic,cjk.")
     ] = None,
     mix_lengths: Annotated[
         str | None,
-        typer.Option("--mix-lengths", help="Share the rows between documents split at these characters: 1000,10000."),
+        typer.Option(
+            "--mix-lengths",
+            help="Divide the rows among lengths of documents, bounds in characters, such as 1000,10000.",
+        ),
     ] = None,
     mix_weights: Annotated[
-        str | None, typer.Option("--mix-weights", help="Shares of a mix's groups: 2,1,1; left out, equal ones.")
+        str | None, typer.Option("--mix-weights", help="Shares of a mix's groups, such as 2,1,1; equal by default.")
     ] = None,
     duplicates: Annotated[
-        str, typer.Option("--duplicates", help="keep them, or drop exact or near (and exact) ones.")
+        str,
+        typer.Option(
+            "--duplicates", help="Duplicates: keep all, or drop exact ones or near ones (near includes exact)."
+        ),
     ] = "keep",
     min_characters: Annotated[int, typer.Option("--min-characters", help="Drop shorter documents.")] = 0,
     max_characters: Annotated[int | None, typer.Option("--max-characters", help="Drop longer documents.")] = None,
     max_repetition: Annotated[
         float | None,
-        typer.Option("--max-repetition", help="Drop documents with a larger share of repeated runs of ten words."),
+        typer.Option("--max-repetition", help="Drop documents with a larger share of repeated 10-grams of words."),
     ] = None,
     script: Annotated[
-        str | None, typer.Option("--script", help="Keep documents of one script: latin, cyrillic, arabic, cjk, ...")
+        str | None,
+        typer.Option("--script", help="Keep only documents in this script: latin, cyrillic, arabic, cjk, ..."),
     ] = None,
     leakage: Annotated[
         list[str] | None,
-        typer.Option("--leakage", help="Evaluation text; documents that share a run of words with it are dropped."),
+        typer.Option(
+            "--leakage", help="Evaluation text; drop documents that share a run of words with it. May be repeated."
+        ),
     ] = None,
-    leakage_field: Annotated[str, typer.Option("--leakage-field", help="Field of the evaluation texts.")] = "text",
-    leakage_run: Annotated[int, typer.Option("--leakage-run", help="Words of such a run.")] = 13,
-    keep_leaked: Annotated[bool, typer.Option("--keep-leaked", help="Count documents with leakage only.")] = False,
+    leakage_field: Annotated[
+        str, typer.Option("--leakage-field", help="Field that contains the evaluation text.")
+    ] = "text",
+    leakage_run: Annotated[int, typer.Option("--leakage-run", help="Length of the shared run in words.")] = 13,
+    keep_leaked: Annotated[
+        bool, typer.Option("--keep-leaked", help="Keep documents with leakage and only count them.")
+    ] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Pick a calibration set out of corpora.
+    """Select a calibration set from corpora.
 
     Example: calibrant data select c4.jsonl.gz -m ./SmolLM2-135M -o ./set --strategy zipcal --duplicates near
     """
     with terminal(quiet, as_json) as screen:
-        from calibrant.calibration.corpus import Corpus
-        from calibrant.calibration.select import select as run
+        import calibrant as cb
         from calibrant.calibration.selection.request import filter_request, mix_request
         from calibrant.output_folder import check_output
 
         check_output(output, overwrite, [*corpora, model])
-        made = run(
-            [Corpus(corpus, field) for corpus in corpora],
+        made = cb.select(
+            [cb.Corpus(corpus, field) for corpus in corpora],
             tokenizer=model,
             strategy=strategy,  # type: ignore[arg-type]  # checked by the request, which names the choices
             samples=samples,
             length=length,
             seed=seed,
             draw=draw,
-            windows=windows,  # type: ignore[arg-type]  # the same
+            windows=windows,  # type: ignore[arg-type]  # likewise
             shards=shards,
             parts=parts,
-            executor=executor,  # type: ignore[arg-type]  # the same
+            executor=executor,  # type: ignore[arg-type]  # likewise
             pool=pool,
-            keep=keep,  # type: ignore[arg-type]  # the same
+            keep=keep,  # type: ignore[arg-type]  # likewise
             percentile=percentile,
             embedding=embedding,
-            mask=mask,  # type: ignore[arg-type]  # the same
+            mask=mask,  # type: ignore[arg-type]  # likewise
             weights=numbers("--weights", weights),
             mix=mix_request(
                 scripts=mix_scripts.split(",") if mix_scripts else [],

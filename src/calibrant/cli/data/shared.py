@@ -1,4 +1,4 @@
-"""What the commands about sets share: an option, lists of numbers, saving a set and saying what it is."""
+"""Code shared by the ``data`` commands: the embedding option, lists of numbers, saving and showing a set."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,29 +8,29 @@ import typer
 from calibrant.cli.console import Terminal
 
 if TYPE_CHECKING:
-    from calibrant.calibration.calibration_set import CalibrationSet
+    from calibrant import CalibrationSet
 
 EmbeddingOption = Annotated[
-    str, typer.Option("--embedding", help="lexical (no model), or a sentence-transformers model's folder.")
+    str, typer.Option("--embedding", help="lexical (needs no model), or the folder of a sentence-transformers model.")
 ]
 
 
 def numbers(option: str, text: str | None) -> list[float] | None:
-    """The numbers of an option's value like 2,1,1.
+    """The numbers in an option's value, such as 2,1,1.
 
     Raises:
-        CalibrantError: they are none.
+        CalibrantError: the value is not a list of numbers.
     """
-    from calibrant.errors import CalibrantError
+    import calibrant as cb
 
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise CalibrantError(f"{option} {text}: numbers with commas between are expected, like 2,1,1") from error
+        raise cb.CalibrantError(f"{option} {text}: not a list of numbers separated by commas, such as 2,1,1") from error
 
 
 def save(made: "CalibrationSet", output: Path, overwrite: bool, screen: Terminal) -> None:
-    """Write a set to ``output``, whole or not at all, and show what it is."""
+    """Write a set to ``output``, completely or not at all, and show its manifest's main entries."""
     from calibrant.output_folder import staged
 
     with staged(output, overwrite) as folder:
