@@ -59,12 +59,12 @@ CASES: dict[str, tuple[dict[str, Any], str, Any]] = {
         UNPACKED,
     ),
     "int-quantized, weights alone": (
-        {"method": RTN, "scheme": {"weights": INT8, "activations": INT8}},
+        {"method": RTN, "scheme": {"weights": INT8, "activations": {"dynamic": True}}},
         "compressed-tensors",
         UNPACKED,
     ),
     "int-quantized, ranges at run time": (
-        {"method": RTN, "scheme": {"weights": INT8, "activations": INT8}},
+        {"method": RTN, "scheme": {"weights": INT8, "activations": {"dynamic": True}}},
         "compressed-tensors",
         {},
     ),

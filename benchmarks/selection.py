@@ -80,7 +80,7 @@ def reference_sets(rows: list[list[int]], tokenizer: Tokenizer) -> list[set[str]
 
 
 def reference_pooled(sets: list[set[str]], count: int, pool: int, seed: int) -> tuple[list[int], int]:
-    """Pooled greedy coverage as methods.md §27 describes the released code."""
+    """Pooled greedy coverage, as the released code of arXiv 2603.16105 does it."""
     rng = np.random.RandomState(seed)
     remaining, covered, chosen = set(range(len(sets))), set(), []
     while len(chosen) < count and remaining:

@@ -32,11 +32,11 @@ HERE = Path(__file__).parent
 METHODS: dict[str, dict[str, Any]] = {
     "static": {},
     "SmoothQuant": {"transforms": [{"name": "smoothquant"}]},
-    "QAT": {"training": {"name": "qat", "objective": "text"}},
+    "QAT": {"method": {"name": "qat", "objective": "text"}},
     "Quadapter 1": {"transforms": [{"name": "quadapter"}]},
     "Quadapter 1 + 2": {
         "transforms": [{"name": "quadapter"}],
-        "training": {"name": "quadapter", "objective": "text"},
+        "method": {"name": "quadapter", "objective": "text"},
     },
 }
 
@@ -44,13 +44,13 @@ METHODS: dict[str, dict[str, Any]] = {
 def recipe(method: str, options: argparse.Namespace, seed: int) -> Recipe:
     """One method's recipe."""
     cell = {"name": "study", "description": method, "method": {"name": "rtn"}, **METHODS[method]}
-    if "training" in cell:
+    if cell["method"]["name"] != "rtn":
         shared = {"steps": options.steps, "batch_size": 8, "length": options.length, "seed": seed}
-        cell["training"] = {**cell["training"], **shared, "eval_steps": max(1, options.steps // 10)}
+        cell["method"] = {**cell["method"], **shared, "eval_steps": max(1, options.steps // 10)}
     if method.startswith("Quadapter"):
         cell["transforms"] = [{**cell["transforms"][0], "steps": options.block_steps}]
     if method == "QAT":
-        cell["training"]["learning_rate"] = options.learning_rate
+        cell["method"]["learning_rate"] = options.learning_rate
     scheme = {"weights": {"bits": 8}, "activations": {"dynamic": False}}
     return Recipe.model_validate({**cell, "scheme": scheme})
 

@@ -47,14 +47,14 @@ def recipe(arm: str, scheme: str, options: argparse.Namespace, seed: int) -> Rec
     """One cell's recipe."""
     training = ARMS[arm]
     if training is not None:
-        shared = {"steps": options.steps, "rows": options.rows, "length": options.length, "seed": seed}
+        shared = {"steps": options.steps, "batch_size": options.rows, "length": options.length, "seed": seed}
         training = {
             **training,
             **shared,
             "eval_steps": max(1, options.steps // 5),
             "learning_rate": options.learning_rate,
         }
-    cell = {"name": "study", "description": arm, "training": training, "method": {"name": "rtn"}}
+    cell = {"name": "study", "description": arm, "method": training or {"name": "rtn"}}
     return Recipe.model_validate({**cell, "scheme": SCHEMES[scheme]})
 
 

@@ -24,10 +24,10 @@ from rich.table import Table
 import calibrant as cb
 import zsaq
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
+from calibrant.methods.training import Zsaq
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
-from calibrant.recipes.parts import Zsaq
 from calibrant.recipes.recipe import Recipe
 from cells import measured, over_seeds, spread
 from small_models.data import LENGTH, read_questions
@@ -42,7 +42,7 @@ def recipe(arm: str, scheme: str, options: argparse.Namespace, seed: int) -> Rec
     if not isinstance(chosen.training, Zsaq) or chosen.training.inputs == "random":
         return chosen
     training = chosen.training.model_copy(update={"generator": str(options.generator)})
-    return chosen.model_copy(update={"training": training})
+    return chosen.model_copy(update={"method": training})
 
 
 def questions(file: Path, model: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import calibrant as cb
+from calibrant.methods.method import MethodOptions
 from calibrant.methods.registry import METHODS
 from tests.conftest import random_set
 
@@ -86,3 +87,20 @@ def test_the_record_reads_what_it_wrote(llama: Path, tmp_path: Path) -> None:
     (folder / "calibrant.json").write_text(written.replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(cb.CalibrantError, match="no record that calibrant"):
         cb.RunRecord.read(folder)
+
+
+def test_a_record_of_another_version_is_not_overlooked(llama: Path, tmp_path: Path) -> None:
+    """Its model may be quantized already, stored dense."""
+    cb.compress(llama, output=tmp_path / "out", recipe="wanda-2:4", calibration=random_set(llama))
+    record = tmp_path / "out" / "calibrant.json"
+    record.write_text(record.read_text().replace('"format_version": 1', '"format_version": 0'))
+    with pytest.raises(cb.CalibrantError, match="no record that calibrant"):
+        cb.prepare(tmp_path / "out", output=tmp_path / "again", recipe="rtn-w8a16")
+
+
+def test_a_method_that_is_not_registered_is_refused() -> None:
+    class Unknown(MethodOptions):
+        name: str = "unknown"
+
+    with pytest.raises(ValueError, match="no method 'unknown'; there are rtn"):
+        cb.Recipe(name="r", description="d", method=Unknown(), scheme=cb.Scheme(weights=cb.Weights(bits=4)))

@@ -30,6 +30,8 @@ def compress(
     *,
     output: str | Path,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    bits: int | None = None,
+    group_size: int | None = None,
     calibration: CalibrationSet | str | Path | None = None,
     samples: int = DEFAULT_SAMPLES,
     length: int | None = None,
@@ -48,7 +50,8 @@ def compress(
     Args:
         model: a model folder, or ``hub:owner/name``.
         output: the folder to write.
-        recipe: a built-in name, a YAML file or a ``Recipe``.
+        recipe: a built-in name, a YAML file or a ``Recipe``; ``bits`` and ``group_size`` (0: one scale per channel)
+            replace those of its weights.
         calibration: a set or its folder. Without one, a method that needs data gets a set the model writes itself.
         samples: rows of that set; ``length`` their tokens (None: 512, or the model's context if that is shorter);
             ``draw`` numbers independent sets of one seed.
@@ -71,6 +74,8 @@ def compress(
         model,
         output=output,
         recipe=recipe,
+        bits=bits,
+        group_size=group_size,
         calibration=calibration,
         samples=samples,
         length=length,

@@ -30,7 +30,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 def test_uniform_tokens_have_the_closed_forms() -> None:
-    """methods.md §22 and §34: coverage, repetition and token diversity of uniform draws."""
+    """Coverage, repetition and token diversity of uniform draws (arXiv 2410.17170)."""
     eligible, vocabulary, rows, length = 500, 520, 40, 200
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, eligible, (rows, length)))
     made = CalibrationSet.build(tokens, torch.ones_like(tokens, dtype=torch.bool), random_set().manifest)

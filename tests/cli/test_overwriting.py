@@ -57,6 +57,11 @@ def test_calibration_sets_and_recipes_are_never_replaced(run, llama: Path, tmp_p
     assert status == 2
     assert "holds the input" in err
     assert (tmp_path / "set" / "tokens.safetensors").read_bytes() == kept
+    recipe = tmp_path / "set" / "mine.yaml"
+    recipe.write_text("name: mine\ndescription: d\nmethod: {name: rtn}\nscheme: {weights: {bits: 4}}\n")
+    status, _, err = run("compress", llama, "-r", recipe, "-o", tmp_path / "set", "--overwrite", "-q")
+    assert (status, "holds the input" in err) == (2, True)
+    assert recipe.exists()
 
 
 def test_only_earlier_outputs_are_overwritten(run, llama: Path, tmp_path: Path) -> None:

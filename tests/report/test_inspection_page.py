@@ -1,7 +1,9 @@
 import sys
+from pathlib import Path
 
 import pytest
 
+import calibrant as cb
 from calibrant.errors import CalibrantError
 from calibrant.report.inspection_page import inspection_page
 
@@ -11,3 +13,9 @@ def test_the_page_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(CalibrantError, match=r"needs the extra: pip install 'calibrant\[report\]'"):
         inspection_page([], [])
+
+
+def test_a_set_without_a_tokenizer_is_read_with_the_model_that_is_named(llama: Path, tmp_path: Path) -> None:
+    cb.CalibrationSet.from_tokens([[5, 6, 7, 8]]).save(tmp_path / "set")
+    found = cb.inspect_sets([tmp_path / "set"], model=llama)
+    assert found.sets[0].statistics.numbers["rows"] == 1

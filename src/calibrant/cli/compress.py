@@ -86,7 +86,9 @@ def compress(
         prepared = cb.prepare(
             model,
             output=output,
-            recipe=cb.load_recipe(recipe).with_weights(bits, group_size),
+            recipe=recipe,
+            bits=bits,
+            group_size=group_size,
             calibration=calibration,
             samples=samples,
             length=length,

@@ -137,7 +137,7 @@ def sequential_pass(
                     _solve_experts(block.module, stage, arrivals, batches, visitor)
             outputs, originals_after = [run.switch() for run in runs], [run.switch() for run in twins]
             if not all(run.dead for run in (*runs, *twins)):
-                raise OrderDiffersError("an input group twice", all(tensors.intact for tensors in memory))
+                raise OrderDiffersError("the first input group again", all(tensors.intact for tensors in memory))
             return outputs, originals_after
         finally:
             for run in (*runs, *twins):

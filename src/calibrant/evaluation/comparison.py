@@ -8,10 +8,9 @@ import torch
 import transformers
 
 from calibrant.evaluation.text import EvaluationText
+from calibrant.modeling.losses import divergences, negative_log_likelihoods
 from calibrant.progress import Progress
 
-# Positions compared at a time; their distributions need 2 x 8 bytes x vocabulary x positions.
-_POSITIONS_AT_ONCE = 128
 _PERCENTILES = (50, 90, 95, 99)
 
 
@@ -73,53 +72,33 @@ def evaluate_models(
 ) -> Evaluation:
     """Run both models over the windows of ``text``, one window at a time; statistics are float32."""
     windows = text.windows
-    losses, original_losses, divergences, agreements = [], [], [], []
+    losses, original_losses, kl, same_top = [], [], [], []
     with progress.task("evaluating", len(windows)) as task, torch.inference_mode():
         for window in windows:
-            ids = window[None].to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            reference = None
+            logits, targets = _logits(model, window), window[1:].to(model.device)
+            losses.append(_mean(negative_log_likelihoods(logits, targets)))
             if original is not None:
-                reference = original(input_ids=ids.to(original.device), use_cache=False).logits[0, :-1].to(model.device)
-            window_loss, window_reference, kl, same = _compare(logits, reference, ids[0, 1:])
-            losses.append(window_loss)
-            if reference is not None:
-                original_losses.append(window_reference)
-                divergences.append(kl)
-                agreements.append(same)
+                reference = _logits(original, window).to(model.device)
+                original_losses.append(_mean(negative_log_likelihoods(reference, targets)))
+                kl.append(divergences(reference, logits).double().cpu().numpy())
+                same_top.append((reference.argmax(-1) == logits.argmax(-1)).cpu().numpy())
             task.advance()
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    loss = np.array(losses)
+    loss, original_loss = np.array(losses), np.array(original_losses)
+    sizes = (len(windows), windows.shape[1], windows.shape[0] * (windows.shape[1] - 1), text.tokens_dropped)
     if original is None:
-        return Evaluation(len(windows), windows.shape[1], tokens, text.tokens_dropped, _perplexity(loss))
-    divergence = _divergence(np.concatenate(divergences), np.concatenate(agreements), loss, np.array(original_losses))
-    sizes = (len(windows), windows.shape[1], tokens, text.tokens_dropped)
-    return Evaluation(*sizes, _perplexity(loss), _perplexity(np.array(original_losses)), divergence)
+        return Evaluation(*sizes, _perplexity(loss))
+    divergence = _divergence(np.stack(kl), np.stack(same_top), loss, original_loss)
+    return Evaluation(*sizes, _perplexity(loss), _perplexity(original_loss), divergence)
 
 
-def _compare(
-    logits: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor
-) -> tuple[float, float, np.ndarray, np.ndarray]:
-    """Mean loss of both models over one window; KL and top-token agreement of each position, ``[1, positions]``.
+def _logits(model: transformers.PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+    """Logits ``[length - 1, vocabulary]`` that predict a window's tokens from the second on."""
+    logits: torch.Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+    return logits
 
-    ``logits`` and ``reference`` are ``[positions, vocabulary]``, ``targets`` int64 ``[positions]``.
-    """
-    loss = reference_loss = 0.0
-    divergences, agreements = [], []
-    for begin in range(0, len(targets), _POSITIONS_AT_ONCE):
-        part = slice(begin, begin + _POSITIONS_AT_ONCE)
-        target = targets[part, None]
-        log_q = torch.log_softmax(logits[part].float(), dim=-1)
-        loss -= float(log_q.gather(1, target).double().sum())
-        if reference is not None:
-            log_p = torch.log_softmax(reference[part].float(), dim=-1)
-            reference_loss -= float(log_p.gather(1, target).double().sum())
-            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).double().cpu().numpy())
-            agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu().numpy())
-    count = len(targets)
-    if reference is None:
-        return loss / count, 0.0, np.empty(0), np.empty(0)
-    return loss / count, reference_loss / count, np.concatenate(divergences)[None], np.concatenate(agreements)[None]
+
+def _mean(losses: torch.Tensor) -> float:
+    return float(losses.double().sum()) / len(losses)
 
 
 def _half_width(values: np.ndarray) -> float | None:

@@ -59,7 +59,7 @@ def _micro_batches(rows: TokenRows) -> Iterator[TokenRows]:
     padding = counted.flip(1).to(torch.int8).argmax(1)
     lengths = torch.where(counted.any(1), counted.shape[1] - padding, 0).tolist()
     if not any(lengths):
-        raise CalibrantError("the calibration set's mask counts no token")
+        raise CalibrantError("the mask counts no token")
     by_length: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
         if length:

@@ -115,6 +115,8 @@ def prepare(
     *,
     output: str | Path,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    bits: int | None = None,
+    group_size: int | None = None,
     calibration: CalibrationSet | str | Path | None = None,
     samples: int = DEFAULT_SAMPLES,
     length: int | None = None,
@@ -137,7 +139,9 @@ def prepare(
     inputs = [place for place in (model, calibration, recipe) if isinstance(place, str | Path)]
     target = check_output(output, overwrite, inputs)
     given = CalibrationSet.load(calibration) if isinstance(calibration, str | Path) else calibration
-    chosen = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).with_seed(seed)
+    chosen = (
+        (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).with_weights(bits, group_size).with_seed(seed)
+    )
     folder = ModelFolder(model_path(model), allow_encoder)
     _check_model(folder, chosen, given)
     own = SetSize(samples, length if length is not None else default_length(folder), seed, draw)

@@ -110,12 +110,21 @@ class RunRecord(_Recorded):
 
 
 def made_by(folder: ModelFolder) -> MadeBy | None:
-    """The compression that produced ``folder``; None if the folder has no readable record."""
+    """The compression that produced ``folder``; None if the folder has no record of ours.
+
+    Raises:
+        CalibrantError: the record is of another version, so whether the model is quantized is not known.
+    """
+    file = folder.path / RECORD_NAME
+    if not file.is_file():
+        return None
     try:
         record = RunRecord.read(folder.path)
     except CalibrantError:
+        if b'"calibrant_version"' in file.read_bytes():
+            raise
         return None
-    return MadeBy(record.recipe.name, record.recipe.scheme.weights is not None, sha256_file(folder.path / RECORD_NAME))
+    return MadeBy(record.recipe.name, record.recipe.scheme.weights is not None, sha256_file(file))
 
 
 def make_record(

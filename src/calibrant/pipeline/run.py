@@ -129,7 +129,7 @@ class _Run:
         rows = self.given.rows
         places: list[PlacedPair] = []
         recipe, settings = self.plan.recipe, self.settings
-        with self.clock.stage("learn"), journal.left_if_worth_it():
+        with self.clock.stage("learn"), journal.removed_without_state():
             if recipe.quadapter is not None:
                 self.plan, places = learn_scales(
                     self.model, self.plan, recipe.quadapter, rows, settings.dtype, journal, self.progress

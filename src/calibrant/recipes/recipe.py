@@ -41,6 +41,8 @@ _WITH_DATA: dict[RangeSearch, Statistic | None] = {
 def _known_options(value: object) -> object:
     """Options of the method that ``value`` names, validated by the method's model."""
     if isinstance(value, MethodOptions):
+        if value.name not in METHODS:
+            raise ValueError(f"no method {value.name!r}; there are {', '.join(METHODS)}")
         return value
     if not isinstance(value, dict) or "name" not in value:
         raise ValueError("expected the method's name and options: {name: gptq}")

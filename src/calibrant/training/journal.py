@@ -28,7 +28,7 @@ def journal_folder(output: Path) -> Path:
         CalibrantError: the path is taken by something other than a journal.
     """
     folder = output.absolute().parent / f"{output.name}.training"
-    kept = [path for path in folder.iterdir() if not _left_over(path)] if folder.is_dir() else []
+    kept = [path for path in folder.iterdir() if not _is_partial(path)] if folder.is_dir() else []
     if folder.is_file() or (kept and not (folder / _IDENTITY).is_file()):
         raise CalibrantError(f"{folder}: is in the way of the training's journal; move it")
     return folder
@@ -88,7 +88,7 @@ class Journal:
         """Create the folder if needed, remove partial files of an interrupted run, and return the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
-            if _left_over(path):
+            if _is_partial(path):
                 path.unlink()
         if not (self.folder / _IDENTITY).is_file():
             with whole_file(self.folder / _IDENTITY) as beside:
@@ -107,7 +107,7 @@ class Journal:
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # not a dict
-                state: dict[str, Any] = _joined(json.loads(opened.metadata()[_KEY]), tensors)
+                state: dict[str, Any] = _from_json(json.loads(opened.metadata()[_KEY]), tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CalibrantError(
                 f"{file}: damaged ({first_line(error)}); delete {self.folder} to begin the training anew"
@@ -121,7 +121,7 @@ class Journal:
             CalibrantError: the state cannot be written.
         """
         tensors: dict[str, torch.Tensor] = {}
-        rest = json.dumps(_apart(state, tensors))
+        rest = json.dumps(_to_json(state, tensors))
         with whole_file(self.opened() / f"{name}{_SUFFIX}") as beside:
             save_file(tensors, beside, {_KEY: rest})
 
@@ -131,7 +131,7 @@ class Journal:
             shutil.copytree(self.folder / CURVES, target)
 
     @contextmanager
-    def left_if_worth_it(self) -> Iterator[None]:
+    def removed_without_state(self) -> Iterator[None]:
         """Remove the journal if the context fails before a state was saved."""
         try:
             yield
@@ -149,28 +149,28 @@ def _has_state(folder: Path) -> bool:
     return any(folder.glob(f"*{_SUFFIX}"))
 
 
-def _left_over(path: Path) -> bool:
+def _is_partial(path: Path) -> bool:
     """Whether ``path`` is a partial file, written by Calibrant or by safetensors."""
     return path.is_file() and (path.name.startswith(".tmp") or (path.name[0] == "." and path.suffix == ".partial"))
 
 
-def _apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _to_json(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """Convert ``value`` for JSON and move its tensors to ``tensors``, numbered. Dict keys may be of any JSON type."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _apart(one, tensors)] for key, one in value.items()]}
-    return {"list": [_apart(one, tensors) for one in value]} if isinstance(value, list | tuple) else value
+        return {"dict": [[key, _to_json(one, tensors)] for key, one in value.items()]}
+    return {"list": [_to_json(one, tensors) for one in value]} if isinstance(value, list | tuple) else value
 
 
-def _joined(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Inverse of ``_apart``."""
+def _from_json(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Inverse of ``_to_json``."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
     if "dict" in value:
-        return {key: _joined(one, tensors) for key, one in value["dict"]}
-    return [_joined(one, tensors) for one in value["list"]]
+        return {key: _from_json(one, tensors) for key, one in value["dict"]}
+    return [_from_json(one, tensors) for one in value["list"]]

@@ -29,9 +29,9 @@ from calibrant.training.journal import Journal
 from calibrant.training.scaled_model import PlacedPair
 from calibrant.training.trainable_block import TrainableBlock, trainable
 
-# One row in ``_HELD_OUT`` is held out and evaluated every ``_LOOK`` steps (ours).
+# One row in ``_HELD_OUT`` is held out and evaluated every ``_EVAL_STEPS`` steps (ours).
 _HELD_OUT = 8
-_LOOK = 25
+_EVAL_STEPS = 25
 _NAME = "scales"
 
 
@@ -122,7 +122,7 @@ class ScaleFit:
             self.loss(logs, calls[number], targets[number]).backward()
             optimizer.step()
             schedule.step()
-            if (step + 1) % _LOOK == 0 or step + 1 == options.steps:
+            if (step + 1) % _EVAL_STEPS == 0 or step + 1 == options.steps:
                 loss = self._held_out_loss(logs, *held)
                 if loss < best:
                     best, kept = loss, [log.detach().clone() for log in logs]

@@ -99,18 +99,20 @@ def check_training(folder: ModelFolder, options: TrainingOptions) -> None:
     """
     sources = [folder]
     if isinstance(options, OnText) and options.objective == "text" and not folder.causal:
-        raise CalibrantError(f"{folder.path}: predicts no next tokens; take training.objective: teacher")
+        raise CalibrantError(f"{folder.path}: predicts no next tokens; take objective: teacher")
     if isinstance(options, Zsaq) and options.inputs == "generator":
         if options.generator is None and not folder.causal:
             raise CalibrantError(
                 f"{folder.path}: writes no text, so it cannot be its own generator; name a language model's folder as "
-                "training.generator, or take inputs: random"
+                "generator of the method, or take inputs: random"
             )
         sources.append(_generator_folder(folder, options))
     for source in sources if isinstance(options, Zsaq) else ():
         longest = source.context_length
         if longest is not None and options.length > longest:
-            raise CalibrantError(f"training.length {options.length}: {source.path} reads {longest} tokens at most")
+            raise CalibrantError(
+                f"{options.name}, length {options.length}: {source.path} reads {longest} tokens at most"
+            )
 
 
 def generator_identity(folder: ModelFolder, options: TrainingOptions) -> dict[str, str] | None:

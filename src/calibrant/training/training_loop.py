@@ -82,11 +82,11 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
     if found is None:
         # Curves without a state are left over from an interrupted training, which now starts again.
         shutil.rmtree(journal.opened() / CURVES, ignore_errors=True)
-        now = _Now({0: student.held_out()}, _copy(student.learned))
+        now = _TrainingState({0: student.held_out()}, _copy(student.learned))
         _check_finite(now, journal)
     else:
         train_step.load(found.pop("train_step"))
-        now = _Now(**found)
+        now = _TrainingState(**found)
         progress.note(f"training goes on after step {now.done}, from {journal.folder}")
     written, wait = time.monotonic(), JOURNAL_SECONDS
     with (
@@ -101,9 +101,9 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
             task.advance()
             now.losses = [*now.losses, numbers["loss"]][-options.eval_steps :]
             if now.done % options.eval_steps == 0 or now.done == options.steps:
-                numbers["held_out"] = now.looks[now.done] = student.held_out()
+                numbers["held_out"] = now.held_out[now.done] = student.held_out()
                 _check_finite(now, journal)
-                if numbers["held_out"] < now.looks[now.best]:
+                if numbers["held_out"] < now.held_out[now.best]:
                     now.best, now.kept = now.done, _copy(student.learned)
                 now.ended = now.done == options.steps or now.done - now.best >= options.patience * options.eval_steps
             for name, value in numbers.items():
@@ -116,7 +116,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
     with torch.no_grad():
         for parameter, best_value in zip(student.learned, now.kept, strict=True):
             parameter.copy_(best_value)
-    trained = Trained(now.looks, now.best, now.done, sum(now.losses) / len(now.losses), student.sharpness())
+    trained = Trained(now.held_out, now.best, now.done, sum(now.losses) / len(now.losses), student.sharpness())
     progress.note(trained.sentence())
     return trained
 
@@ -140,10 +140,10 @@ def _curves(folder: Path, steps_done: int, progress: Progress) -> Iterator[Calla
 
 
 @dataclass
-class _Now:
+class _TrainingState:
     """Progress of a training: held-out losses by step, best parameters so far and their step, latest losses."""
 
-    looks: dict[int, float]
+    held_out: dict[int, float]
     kept: list[torch.Tensor]
     best: int = 0
     done: int = 0
@@ -155,8 +155,8 @@ def _copy(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-def _check_finite(now: _Now, journal: Journal) -> None:
-    if not math.isfinite(now.looks[now.done]):
+def _check_finite(now: _TrainingState, journal: Journal) -> None:
+    if not math.isfinite(now.held_out[now.done]):
         journal.remove()
         raise CalibrantError(
             f"the held-out loss is not finite after step {now.done}; lower the learning rate, or check the model"

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from calibrant.calibration.windows import Window
+from calibrant.modeling.hooks import hooked
 from calibrant.modeling.structure import find_blocks
 
 _DIMENSIONS = 64
@@ -99,13 +100,9 @@ def _block_means(model: transformers.PreTrainedModel, skipped: int) -> Iterator[
     """
     means: list[torch.Tensor] = []
 
-    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
+    def note(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         means.append(hidden[:, skipped:].float().mean(dim=(0, 1)))
 
-    handles = [model.get_submodule(name).register_forward_hook(note) for name in find_blocks(model)]
-    try:
+    with hooked(((model.get_submodule(name), note) for name in find_blocks(model)), after=True):
         yield means
-    finally:
-        for handle in handles:
-            handle.remove()
