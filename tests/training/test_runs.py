@@ -60,8 +60,10 @@ def test_rows_one_at_a_time_make_the_same_step(
         options = {"allow_encoder": encoder, "dtype": "float32"}
         cb.compress(model, output=tmp_path / name, recipe=chosen, calibration=data, **options)
     whole, parts = (json.loads((tmp_path / name / "calibrant.json").read_text()) for name in ("whole", "parts"))
+    # A loss this small is a difference of terms near one: float32 leaves it an absolute error, which depends on the
+    # width of the processor's vectors.
     assert parts["training"]["loss"] == pytest.approx(
-        whole["training"]["loss"], rel=1e-4 if architecture == "llama" else 5e-3
+        whole["training"]["loss"], rel=1e-4 if architecture == "llama" else 5e-3, abs=2e-7
     )
     for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
         other = load_file(tmp_path / "parts" / "model.safetensors")[name]
