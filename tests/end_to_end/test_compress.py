@@ -262,12 +262,16 @@ def test_weights_kept_exactly_are_listed_beside_the_model(tmp_path: Path, recipe
 def test_the_estimate_knows_what_methods_cost(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "measured_rate", lambda dtype, device: 1e6)
     recipes = ["rtn-w8a16", "gptq-w4a16-g32", "gptq-w4a16-refined", "quantease-w4a16", "quantease-w3a16-outliers"]
-    seconds = [prepare(llama, output=tmp_path / "out", recipe=name).estimate(8, 32).seconds for name in recipes]
+
+    def seconds_of(recipe: str | Recipe) -> float:
+        return prepare(llama, output=tmp_path / "out", recipe=recipe, samples=8, length=32).estimate().seconds
+
+    seconds = [seconds_of(name) for name in recipes]
     assert seconds == sorted(set(seconds))
     said = load_recipe("gptq-w4a16").with_weights(None, 32).model_dump()
     clip = {"scheme": {"weights": {**said["scheme"]["weights"], "range_search": "clip"}}}
     plain, clipped, scaled = (
-        prepare(llama, output=tmp_path / "out", recipe=Recipe.model_validate({**said, **more})).estimate(8, 32).seconds
+        seconds_of(Recipe.model_validate({**said, **more}))
         for more in ({}, clip, {"transforms": [{"name": "awq"}]})
     )
     assert plain < clipped < scaled
@@ -276,12 +280,13 @@ def test_the_estimate_knows_what_methods_cost(llama: Path, tmp_path: Path, monke
 def test_the_estimate_of_a_training_counts_the_rows_that_run_together(llama: Path, tmp_path: Path) -> None:
     def memory(**training: object) -> float:
         said = load_recipe("zsaq-w4a8").as_written(exclude_none=True)
-        said["training"] |= {"length": 32, **training}
-        return prepare(llama, output=tmp_path / "out", recipe=Recipe.model_validate(said)).estimate(8, 32).memory_bytes
+        said["method"] |= {"length": 32, **training}
+        recipe = Recipe.model_validate(said)
+        return prepare(llama, output=tmp_path / "out", recipe=recipe, samples=8, length=32).estimate().memory_bytes
 
     vocabulary, rows = 128, 4096 // 32  # the look's, which are more than a step's eight
-    assert memory(rows_at_once=7) - memory(rows_at_once=2) == 4 * 6 * 5 * 32 * vocabulary
-    assert memory() - memory(rows_at_once=2) == 4 * 6 * (rows - 2) * 32 * vocabulary
+    assert memory(micro_batch_size=7) - memory(micro_batch_size=2) == 4 * 6 * 5 * 32 * vocabulary
+    assert memory() - memory(micro_batch_size=2) == 4 * 6 * (rows - 2) * 32 * vocabulary
 
 
 def test_an_expression_that_finds_nothing_is_refused(llama: Path, tmp_path: Path) -> None:
