@@ -25,12 +25,15 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, two-space indent and a final newline; equal values give equal text."""
-    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def canonical_json(value: Any, allow_nan: bool = False) -> str:
+    """JSON with sorted keys, two-space indent and a final newline; equal values give equal text.
+
+    ``allow_nan`` writes Infinity and NaN, which are not JSON, as Python and transformers do.
+    """
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
 
 
-def sha256_json(value: Any) -> str:
-    """Hex SHA-256 of ``value`` as JSON with sorted keys and no spaces."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+def sha256_json(value: Any, allow_nan: bool = False) -> str:
+    """Hex SHA-256 of ``value`` as JSON with sorted keys and no spaces; ``allow_nan`` as in ``canonical_json``."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=allow_nan)
     return sha256_bytes(text.encode())

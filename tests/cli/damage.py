@@ -48,11 +48,13 @@ def without(name: str):
 
 
 def missing_shard(model: Path) -> None:
+    (model / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def escaping_shard(model: Path) -> None:
+    (model / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 

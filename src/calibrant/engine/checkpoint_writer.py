@@ -25,13 +25,19 @@ class CheckpointWriter:
         self._outliers = ShardWriter(folder / OUTLIERS, metadata)
         self._model, self._plan = model, plan
         self._hashes: dict[str, str] = {}
+        self._dense: set[str] = set()
         self._codes: dict[str, tuple[str, Layout]] = {}
         # Grids of int8 inputs that no quantized layout stores.
         self._inputs: dict[str, tuple[float, int] | None] = {}
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors under their checkpoint names."""
+        self._dense |= {name for name, tensor in tensors.items() if tensor.ndim == 2 and tensor.is_floating_point()}
         self._write(tensors, self._shards)
+
+    def dense_matrices(self) -> set[str]:
+        """Checkpoint names, without their last part, of the matrices ``x.weight`` that were written dense."""
+        return {name.removesuffix(".weight") for name in self._dense if name.endswith(".weight")}
 
     def _write(self, tensors: dict[str, torch.Tensor], shards: ShardWriter) -> None:
         self._hashes.update({name: _tensor_hash(tensor) for name, tensor in tensors.items()})

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import transformers
 
+from calibrant.errors import CalibrantError
 from calibrant.evaluation.text import EvaluationText
 from calibrant.modeling.losses import divergences, negative_log_likelihoods
 from calibrant.progress import Progress
@@ -70,17 +71,21 @@ def evaluate_models(
     text: EvaluationText,
     progress: Progress,
 ) -> Evaluation:
-    """Run both models over the windows of ``text``, one window at a time; statistics are float32."""
+    """Run both models over the windows of ``text``, one window at a time; statistics are float32.
+
+    Raises:
+        CalibrantError: a model gives values that are not finite.
+    """
     windows = text.windows
     losses, original_losses, kl, same_top = [], [], [], []
     with progress.task("evaluating", len(windows)) as task, torch.inference_mode():
         for window in windows:
             logits, targets = _logits(model, window), window[1:].to(model.device)
-            losses.append(_mean(negative_log_likelihoods(logits, targets)))
+            losses.append(_mean(_finite(negative_log_likelihoods(logits, targets), "the model")))
             if original is not None:
                 reference = _logits(original, window).to(model.device)
-                original_losses.append(_mean(negative_log_likelihoods(reference, targets)))
-                kl.append(divergences(reference, logits).double().cpu().numpy())
+                original_losses.append(_mean(_finite(negative_log_likelihoods(reference, targets), "the original")))
+                kl.append(_finite(divergences(reference, logits), "the divergence").double().cpu().numpy())
                 same_top.append((reference.argmax(-1) == logits.argmax(-1)).cpu().numpy())
             task.advance()
     loss, original_loss = np.array(losses), np.array(original_losses)
@@ -95,6 +100,13 @@ def _logits(model: transformers.PreTrainedModel, window: torch.Tensor) -> torch.
     """Logits ``[length - 1, vocabulary]`` that predict a window's tokens from the second on."""
     logits: torch.Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
     return logits
+
+
+def _finite(values: torch.Tensor, what: str) -> torch.Tensor:
+    """``values``, unless one is not finite: such a model agrees with nothing, not even with itself."""
+    if not bool(values.isfinite().all()):
+        raise CalibrantError(f"{what} gives values that are not finite on the text; its weights may be damaged")
+    return values
 
 
 def _mean(losses: torch.Tensor) -> float:

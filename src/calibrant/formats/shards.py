@@ -1,7 +1,6 @@
 """Safetensors written part by part, then joined into one file or shards without being loaded again."""
 
 import json
-import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from safetensors.torch import save_file
 SHARD_BYTES = 50 * 10**9
 _COPY_BYTES = 16 << 20
 _ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
-_CHAT_TEMPLATES = "additional_chat_templates"
-_OUR_FILES = {"calibrant.json", "report.json", "config.json"}
 
 
 @dataclass(frozen=True)
@@ -125,13 +122,3 @@ def _copy(stored: _Stored, output: Any) -> None:
             chunk = source.read(min(_COPY_BYTES, remaining))
             output.write(chunk)
             remaining -= len(chunk)
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy the files of a model folder other than weights: tokenizer, generation settings, licence."""
-    for path in sorted(source.iterdir()):
-        kept = path.suffix in {".json", ".jinja", ".model", ".txt"} or path.name.upper().startswith("LICENSE")
-        if path.is_file() and kept and not path.name.endswith(".index.json") and path.name not in _OUR_FILES:
-            shutil.copyfile(path, target / path.name)
-        if path.is_dir() and path.name == _CHAT_TEMPLATES:
-            shutil.copytree(path, target / path.name)

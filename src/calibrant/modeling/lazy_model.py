@@ -1,7 +1,6 @@
 """A model whose weights stay on disk: parameters are on the meta device, and parts are loaded and dropped as needed."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 
 import torch
@@ -10,10 +9,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    rename_source_key,
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -21,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from calibrant.errors import CalibrantError, first_line
 from calibrant.modeling.checkpoint import ModelFolder, model_class
 from calibrant.modeling.quietly import quietly
+from calibrant.modeling.tensor_sources import account_for_tensors
 
 
 class LazyModel:
@@ -35,7 +32,8 @@ class LazyModel:
         device: device of loaded parameters.
 
     Raises:
-        CalibrantError: the configuration makes no model, or the checkpoint lacks weights of a parameter.
+        CalibrantError: the configuration makes no model, the checkpoint lacks weights of a parameter, or it holds
+            tensors that belong to a layer which does not take them.
     """
 
     def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> None:
@@ -47,34 +45,31 @@ class LazyModel:
             for name, parameter in module.named_parameters(recurse=False)
         }
         self._rules = get_model_conversion_mapping(self.module)
-        self._converted: set[str] = set()
-        self._sources = self._sources_by_parameter()
+        self._stored = account_for_tensors(self.module, self._rules, folder.tensors, folder.path)
+        self._sources = self._stored.of
 
-    def _sources_by_parameter(self) -> dict[str, list[str]]:
-        """Names of the checkpoint tensors that each parameter is made of, by parameter name."""
-        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
-        known = self.module.state_dict()
-        sources: dict[str, list[str]] = {}
-        for name in self.folder.tensors:
-            target, pattern = rename_source_key(name, renamings, converters, self.module.base_model_prefix, known)
-            if target not in known and name in known:
-                target, pattern = name, None
-            if pattern is not None:
-                self._converted.add(target)
-            sources.setdefault(target, []).append(name)
-        tied = set(self.module.all_tied_weights_keys)
-        missing = [name for name, _ in self.module.named_parameters() if name not in sources and name not in tied]
-        # transformers lists the sources of a converter with several targets under the first target only.
-        split = [pattern for rule in converters if len(rule.target_patterns) > 1 for pattern in rule.target_patterns]
-        missing = [name for name in missing if not any(re.search(pattern, name) for pattern in split)]
-        if missing:
-            raise CalibrantError(f"{self.folder.path}: the checkpoint has no weights for {missing[0]}")
-        return sources
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what the folder holds beyond the model that transformers loads."""
+        notes = []
+        unused = self._stored.unused
+        if unused:
+            more = f" and {len(unused) - 1} more tensors" if len(unused) > 1 else ""
+            notes.append(f"copied as they are, since no parameter of the model takes them: {unused[0]}{more}")
+        unread = self.folder.unread
+        if unread:
+            more = f" and {len(unread) - 1} more files" if len(unread) > 1 else ""
+            notes.append(f"not read, since transformers loads other weights from the folder: {unread[0].name}{more}")
+        return notes
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the stored tensors that no parameter takes."""
+        return self._stored.unused
 
     def is_stored_alone(self, parameter: str) -> bool:
         """Whether the checkpoint stores this parameter as a single tensor of the same shape."""
-        return len(self._sources.get(parameter, ())) == 1 and parameter not in self._converted
+        return len(self._sources.get(parameter, ())) == 1 and parameter not in self._stored.converted
 
     def stored_name(self, parameter: str) -> str:
         """Name in the checkpoint of a parameter that ``is_stored_alone``."""
@@ -101,7 +96,7 @@ class LazyModel:
         Raises:
             CalibrantError: a tensor cannot be read or does not fit the configuration.
         """
-        state = {name: self.folder.read(name) for name in names}
+        state = {self._stored.renamed.get(name, name): self.folder.read(name) for name in names}
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -117,6 +112,37 @@ class LazyModel:
         """Names of the checkpoint tensors outside the modules at ``prefixes``: embeddings, final norm, head."""
         inside = tuple(prefix + "." for prefix in prefixes)
         return [n for target, names in self._sources.items() if not target.startswith(inside) for n in names]
+
+    def check_finite(self, prefixes: list[str], ids: torch.Tensor | None) -> list[str]:
+        """Check that the weights outside the modules at ``prefixes`` are finite; returns sentences for the user.
+
+        Rows of an embedding that is not tied to the head matter only if their token occurs: ``ids`` are the token ids
+        (int, any shape) that do, None if they are not known.
+
+        Raises:
+            CalibrantError: a weight is not finite.
+        """
+        notes = []
+        embedding = self._untied_embedding()
+        for name in self.names_outside(prefixes):
+            tensor = self.folder.read(name)
+            if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+                continue
+            rows = (~tensor.isfinite()).flatten(1).any(1).nonzero()[:, 0] if name == embedding else None
+            if rows is None or (ids is not None and bool(torch.isin(rows, ids.cpu()).any())):
+                raise CalibrantError(
+                    f"{self.folder.tensors[name].file}: tensor {name} has values that are not finite; "
+                    "copy or download it again"
+                )
+            notes.append(f"{name} has {len(rows)} rows with values that are not finite, the first is {int(rows[0])}")
+        return notes
+
+    def _untied_embedding(self) -> str | None:
+        """Checkpoint name of the input embedding, if no other parameter shares its values."""
+        embedding = self.module.get_input_embeddings()
+        names = [f"{name}.weight" for name, module in self.module.named_modules() if module is embedding]
+        tied = {*self.module.all_tied_weights_keys, *self.module.all_tied_weights_keys.values()}
+        return next((self.stored_name(name) for name in names if name in self._sources and name not in tied), None)
 
     def load_outside(self, prefixes: list[str]) -> None:
         """Load the base model's weights outside the blocks at ``prefixes``: embeddings, final norm."""

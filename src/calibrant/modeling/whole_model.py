@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.dense import dense_weights
@@ -12,6 +13,7 @@ from calibrant.formats.input_rounding import read_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder, model_class
 from calibrant.modeling.input_rounding import apply_input_rounding
 from calibrant.modeling.quietly import quietly
+from calibrant.modeling.tensor_sources import account_for_tensors
 
 # Processor features whose bfloat16 products are faster than float32 (two of x86, one of Arm).
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -56,8 +58,8 @@ def _unpacking_options(folder: ModelFolder) -> dict[str, Any]:
     Checkpoints of mixed widths are loaded packed: they are symmetric, and transformers unpacks them wrongly (as of
     5.23).
     """
-    settings = folder.config_dict.get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("format") != "pack-quantized":
+    settings = folder.quantization
+    if settings is None or settings.get("format") != "pack-quantized":
         return {}
     if len(settings.get("config_groups", {})) > 1:
         return {}
@@ -77,6 +79,21 @@ def _load_dequantized(
     return loaded
 
 
+def _try(model: transformers.PreTrainedModel, folder: ModelFolder) -> None:
+    """Run the model once; quantized models decompress in their first forward pass, with progress bars.
+
+    Raises:
+        CalibrantError: the configuration makes a model that does not run.
+    """
+    try:
+        with quietly(), torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    except Exception as error:  # invalid configurations raise any exception in the model classes
+        raise CalibrantError(
+            f"{folder.path}: the model that config.json describes does not run ({first_line(error)})"
+        ) from error
+
+
 def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.PreTrainedModel:
     """Load the model in ``folder`` in evaluation mode; rounding of inputs in ``input_rounding.json`` is applied.
 
@@ -86,14 +103,15 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
         CalibrantError: the model cannot be loaded, its files lack weights, or the device or dtype is unknown.
     """
     place = torch_device(device)
-    settings = folder.config_dict.get("quantization_config")
-    if isinstance(settings, dict) and settings.get("quant_method") in ("gptq", "awq"):
+    settings = folder.quantization
+    if settings is not None and settings.get("quant_method") in ("gptq", "awq"):
         return _load_dequantized(folder, settings, place, torch_dtype(dtype, place))
     load: Any = model_class(folder.architecture).from_pretrained  # transformers' types ignore output_loading_info
     try:
         with quietly():
             model, found = load(
                 str(folder.path),
+                config=copy.deepcopy(folder.config),
                 dtype=torch_dtype(dtype, place),
                 local_files_only=True,
                 use_safetensors=True,
@@ -108,9 +126,8 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
         missing = min(found["missing_keys"])
         raise CalibrantError(f"{folder.path}: its files lack {missing}; copy or download it again")
     loaded: transformers.PreTrainedModel = model.to(device=place).eval()
-    if settings is not None:
-        with quietly(), torch.inference_mode():
-            # Quantized models decompress in their first forward pass, with progress bars: do it now, quietly.
-            loaded(input_ids=torch.zeros(1, 1, dtype=torch.long, device=place))
+    if settings is None:
+        account_for_tensors(loaded, get_model_conversion_mapping(loaded), folder.tensors, folder.path)
+    _try(loaded, folder)
     apply_input_rounding(loaded, read_input_rounding(folder.path))
     return loaded

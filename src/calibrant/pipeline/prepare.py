@@ -1,6 +1,6 @@
 """Checks a compression before any weight is read; the prepared run can be estimated and run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibrant.calibration.calibration_set import CalibrationSet
@@ -161,6 +161,7 @@ def prepare(
     place = torch_device(device)
     lazy = LazyModel(folder, folder.dtype, place)
     plan = make_plan(lazy, find_blocks(lazy.module), chosen, checkpoint_format)
+    plan = replace(plan, notes=[*lazy.notes, *plan.notes])
     if chosen.changes_shape:
         check_structure(lazy, plan)
     settings = Settings(torch_dtype(dtype, place), place, order)

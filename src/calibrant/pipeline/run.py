@@ -20,7 +20,7 @@ from calibrant.engine.two_stage_pruning import Pruned, prune_structure
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
-from calibrant.formats.shards import copy_side_files
+from calibrant.formats.side_files import LARGEST_SIDE_FILE, copy_side_files
 from calibrant.hashing import canonical_json
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.token_rows import TokenRows
@@ -56,6 +56,7 @@ def run_compression(
     journal = _journal(model, plan, calibration, output, settings, overwrite)
     with staged(output, overwrite) as folder, torch.inference_mode():
         run = _Run(model, plan, calibration, settings, progress, folder)
+        run.check_finite()
         run.spend_budget()
         if journal is not None:
             run.learn(journal)
@@ -115,6 +116,11 @@ class _Run:
         """The calibration set's tokens and mask."""
         return self.calibration.rows if self.calibration is not None else None
 
+    def check_finite(self) -> None:
+        """Refuse weights outside the blocks that are not finite; those of blocks are checked when they are solved."""
+        ids = self.rows.ids if self.rows is not None else None
+        self.notes += self.model.check_finite(self.plan.blocks, ids)
+
     def spend_budget(self) -> None:
         """Choose every layer's bits or share of zeros, if the recipe has a budget."""
         if self.plan.recipe.budget is not None and self.rows is not None:
@@ -142,7 +148,7 @@ class _Run:
     def compress(self) -> None:
         """Compress and write the blocks."""
         self._writer = CheckpointWriter(self.model, self.plan, self.folder, self._metadata)
-        self.notes = [*self.plan.notes, *([self.trained.sentence()] if self.trained is not None else [])]
+        self.notes += [*self.plan.notes, *([self.trained.sentence()] if self.trained is not None else [])]
         if self.plan.recipe.changes_shape:
             assert self.rows is not None
             with self.clock.stage("prune"):
@@ -169,6 +175,8 @@ class _Run:
     def write(self) -> list[Path]:
         """Write everything except the blocks, and return the tensor files."""
         with self.clock.stage("write"):
+            for name in copy_side_files(self.model.folder.path, self.folder):
+                self.notes.append(f"not copied, since it is larger than {LARGEST_SIDE_FILE >> 20} MiB: {name}")
             record = make_record(
                 self.model,
                 self.plan,
@@ -180,17 +188,40 @@ class _Run:
                 structure=self.pruned,
                 training=self.trained,
             )
-            for name in self.model.names_outside(self.plan.blocks):
+            for name in [*self.model.names_outside(self.plan.blocks), *self.model.unused]:
                 self._writer.write({name: self.model.folder.read(name)})
             files = self._writer.finish()
-            copy_side_files(self.model.folder.path, self.folder)
             self._writer.write_input_rounding(self.folder)
-            _write_config(self.model, self.plan, self.config, {layer.name for layer in self.layers}, self.folder)
+            self._write_config()
             if self.calibration is not None:
                 self.calibration.save(self.folder / "calibration")
             record.write(self.folder)
             (self.folder / "README.md").write_text(model_card(record.as_dict()), encoding="utf-8")
         return files
+
+    def _write_config(self) -> None:
+        config, layout = self.config, self.plan.target.layout
+        config.pop("transformers_weights", None)  # names a file of the source
+        if layout is not None:
+            layouts: dict[Layout, list[str]] = {}
+            for name in sorted({layer.name for layer in self.layers}):
+                of_layer = self.plan.target_of(name).layout
+                if of_layer is not None:
+                    layouts.setdefault(of_layer, []).append(name)
+            config["quantization_config"] = format_for(layout).config(layouts, self._kept_dense())
+            if layout.format == "gptq":  # older GPTQ loaders read this file
+                settings = canonical_json(config["quantization_config"])
+                (self.folder / "quantize_config.json").write_text(settings, encoding="utf-8")
+        (self.folder / "config.json").write_text(canonical_json(config, allow_nan=True), encoding="utf-8")
+
+    def _kept_dense(self) -> list[str]:
+        """Linears stored dense: those of the model, and matrices that engines may build but transformers does not."""
+        solved, model = {layer.name for layer in self.layers}, self.model
+        modules = dict(model.module.named_modules())
+        kept = {name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in solved}
+        tables = [f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Embedding)]
+        embeddings = {model.stored_name(name) for name in tables if model.is_stored_alone(name)}
+        return sorted(kept | (self._writer.dense_matrices() - {name.removesuffix(".weight") for name in embeddings}))
 
     def report(self, output: Path, files: list[Path]) -> RunReport:
         """Verify the tensor files, then write and return the report."""
@@ -210,25 +241,6 @@ class _Run:
         )
         (self.folder / "report.json").write_text(canonical_json(report.as_dict()), encoding="utf-8")
         return report
-
-
-def _write_config(model: LazyModel, plan: Plan, config: dict[str, Any], solved: set[str], folder: Path) -> None:
-    if plan.target.layout is not None:
-        kept = [
-            name
-            for name, module in model.module.named_modules()
-            if isinstance(module, nn.Linear) and name not in solved
-        ]
-        layouts: dict[Layout, list[str]] = {}
-        for name in sorted(solved):
-            layout = plan.target_of(name).layout
-            if layout is not None:
-                layouts.setdefault(layout, []).append(name)
-        config["quantization_config"] = format_for(plan.target.layout).config(layouts, sorted(kept))
-        if plan.target.layout.format == "gptq":  # older GPTQ loaders read this file
-            settings = canonical_json(config["quantization_config"])
-            (folder / "quantize_config.json").write_text(settings, encoding="utf-8")
-    (folder / "config.json").write_text(canonical_json(config), encoding="utf-8")
 
 
 def peak_memory() -> int:

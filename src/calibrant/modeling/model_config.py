@@ -1,0 +1,128 @@
+"""``config.json`` of a model folder, checked before transformers builds anything from it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from calibrant.errors import CalibrantError, first_line
+from calibrant.modeling.json_file import read_json
+
+CONFIG_FILE = "config.json"
+_LARGEST_CONFIG_BYTES = 2**26
+# Keys that count modules, of which transformers builds as many as a stranger's file says.
+_MODULE_COUNT = re.compile(r"^(num|n)_.*(layers?|blocks|experts|heads)|layers?$|^depths?$")
+_LABEL_COUNT = re.compile(r"^num_.*labels$")
+# Ours: models with more are refused unless their checkpoint has as many tensors.
+_MOST_MODULES = 1024
+_MOST_LABELS = 2**20
+_LARGEST_INTEGER = 2**40
+
+
+def read_config_dict(folder: Path) -> dict[str, Any]:
+    """The content of ``config.json``.
+
+    Raises:
+        CalibrantError: the file is missing, damaged or too large, or ``folder`` is an adapter without a model.
+    """
+    path = folder / CONFIG_FILE
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter, _LARGEST_CONFIG_BYTES).get("base_model_name_or_path")
+        raise CalibrantError(
+            f"{adapter}: the folder holds an adapter{f' of {base}' if base else ''}, which transformers would load on "
+            "top of the model; merge the adapter into the model (merge_and_unload of peft), or remove the adapter"
+        )
+    if not path.is_file():
+        raise CalibrantError(f"{folder}: not a model folder, {CONFIG_FILE} is missing")
+    return read_json(path, _LARGEST_CONFIG_BYTES)
+
+
+def quantization_settings(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The description of quantized weights, wherever the loaders of transformers or vLLM look for one; None if none.
+
+    A key whose value is null describes nothing.
+    """
+    for place in (config, config.get("text_config")):
+        if isinstance(place, dict):
+            for key in ("quantization_config", "compression_config"):
+                if place.get(key) is not None:
+                    return place[key] if isinstance(place[key], dict) else {}
+    return None
+
+
+def check_sizes(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse numbers of layers, experts and labels that would make transformers build modules without end.
+
+    ``tensors`` is the number of stored tensors: a model has at least one for every layer and expert, or fuses them.
+
+    Raises:
+        CalibrantError: a number is beyond what such a checkpoint can hold.
+    """
+    modules = max(tensors, _MOST_MODULES)
+    for key, number in _integers(config):
+        most = modules if _MODULE_COUNT.search(key) else _MOST_LABELS if _LABEL_COUNT.search(key) else _LARGEST_INTEGER
+        if abs(number) > most:
+            raise CalibrantError(
+                f"{path}: {key} is {number}, more than a checkpoint of {tensors} tensors can have; correct the file"
+            )
+
+
+def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """All integers in nested ``value`` with the key that they belong to."""
+    waiting = [(key, value)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend((key, one) for one in value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield key, value
+
+
+def parse_config(folder: Path) -> transformers.PretrainedConfig:
+    """The configuration object of transformers; code in the folder is not run.
+
+    Raises:
+        CalibrantError: transformers cannot read the file, or it describes no text model.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        text = config.get_text_config()
+        sizes = {name: getattr(text, name, None) for name in ("vocab_size", "hidden_size")}
+    except Exception as error:  # invalid values raise any exception in the configuration classes
+        raise CalibrantError(f"{path}: {first_line(error)}") from error
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise CalibrantError(f"{path}: {name} of the text model is {size}, not a positive number")
+    # Other values change what the modules return, which nothing that reads a model's output expects.
+    config.return_dict = True
+    config.output_hidden_states = config.output_attentions = False
+    return config
+
+
+def architecture(path: Path, config: dict[str, Any], allow_encoder: bool) -> str:
+    """Name of the model class that ``config`` names.
+
+    Raises:
+        CalibrantError: transformers has no such class, or it is not a causal language model and ``allow_encoder`` is
+            not set.
+    """
+    listed = config.get("architectures")
+    named = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
+    if named in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return named
+    known = getattr(transformers, named, None) if allow_encoder and named else None
+    if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
+        return named
+    raise CalibrantError(
+        f"{path}: architecture {named or 'not named'} is not a causal language model that transformers "
+        f"{transformers.__version__} knows"
+    )
