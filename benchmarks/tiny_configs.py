@@ -10,7 +10,9 @@ _HEADS, _KEY_VALUE_HEADS, _HEAD, _WIDTH, _INNER = 4, 2, 16, 64, 128
 _MOST_LAYERS = 5
 
 _BY_NAME: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "unpadded_vocab_size"), VOCABULARY),
+    **dict.fromkeys(
+        ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "unpadded_vocab_size"), VOCABULARY
+    ),
     **dict.fromkeys(
         ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length", "max_target_positions",
          "max_source_positions", "context_length", "original_max_position_embeddings"),
@@ -109,11 +111,19 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 16,
     },
     "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
+    "zamba": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_hidden_layers": 6,
+        "layers_block_type": ["mamba", "mamba", "hybrid"] * 2,
+    },
     "zamba2": {
         "num_hidden_layers": 6,
         "layers_block_type": ["mamba", "mamba", "hybrid"] * 2,

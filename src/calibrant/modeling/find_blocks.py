@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.modeling.hooks import replaced
-from calibrant.modeling.inputs import BlockCall, Recorder, changed_between, not_one_at_a_time
+from calibrant.modeling.inputs import RETURNED_VALUES, BlockCall, Recorder, changed_between, not_one_at_a_time
 from calibrant.modeling.quietly import quietly
 
 _TOKENS = 8
@@ -36,7 +36,9 @@ def find_blocks(model: transformers.PreTrainedModel) -> list[str]:
     for call in calls:
         stacks.setdefault(_list_of(call.name), []).append(call)
     if not stacks:
-        raise CalibrantError(f"{type(model).__name__}: no list of blocks that a text runs through, so it cannot be compressed")
+        raise CalibrantError(
+            f"{type(model).__name__}: no list of blocks that a text runs through, so it cannot be compressed"
+        )
     once = [stack for stack in stacks.values() if all(times[call.name] == 1 for call in stack)]
     if not once:
         name, count = times.most_common(1)[0]
@@ -100,17 +102,17 @@ def _text_calls(model: transformers.PreTrainedModel) -> list[BlockCall]:
     candidates = _candidates(model)
     found: list[list[BlockCall]] = []
     problem = ""
-    for as_tuple in (False, True):
+    for values in RETURNED_VALUES:
         calls: list[BlockCall] = []
         recorders: dict[str, nn.Module] = {
-            name: Recorder(name, module, calls, as_tuple) for name, module in candidates.items()
+            name: Recorder(name, module, calls, values) for name, module in candidates.items()
         }
         with replaced(model, recorders), _filled(model), quietly(), torch.no_grad():
             tokens = torch.arange(_TOKENS, device=_device(model))[None] % model.config.get_text_config().vocab_size
             try:
                 model.base_model(input_ids=tokens, use_cache=False)
             except Exception as error:  # as in record_inputs
-                problem = first_line(error)
+                problem = problem or first_line(error)
                 continue
         if changed_between(calls) is None:
             return calls

@@ -46,6 +46,14 @@ class BlockCalls:
         return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
 
 
+# What blocks return: the hidden states, or a tuple of so many values that begins with them.
+RETURNED_VALUES = (0, 1, 2, 3)
+
+
+def _returned(hidden: torch.Tensor, values: int) -> Any:
+    return (hidden, *[None] * (values - 1)) if values else hidden
+
+
 class _BlocksReachedError(Exception):
     """Stops the forward pass once the last block has been called."""
 
@@ -68,13 +76,16 @@ class BlockCall:
 
 
 class Recorder(nn.Module):
-    """Replacement for a block that records its calls and returns the hidden states unchanged."""
+    """Replacement for a block that records its calls and returns the hidden states unchanged.
 
-    def __init__(self, name: str, block: nn.Module, calls: list[BlockCall], as_tuple: bool) -> None:
+    ``values`` is one of ``RETURNED_VALUES``.
+    """
+
+    def __init__(self, name: str, block: nn.Module, calls: list[BlockCall], values: int) -> None:
         super().__init__()
         # Not a submodule: nothing may reach the block's weights through the model while it is replaced.
         self.__dict__["_block"] = block
-        self._name, self._calls, self._as_tuple, self._last = name, calls, as_tuple, False
+        self._name, self._calls, self._values, self._last = name, calls, values, False
 
     def __getattr__(self, name: str) -> Any:
         # Models read settings such as layer types from their blocks.
@@ -89,7 +100,7 @@ class Recorder(nn.Module):
         self._calls.append(call)
         if self._last:
             raise _BlocksReachedError
-        return (call.hidden,) if self._as_tuple else call.hidden
+        return _returned(call.hidden, self._values)
 
 
 def record_inputs(
@@ -102,9 +113,9 @@ def record_inputs(
     Raises:
         CalibrantError: the model does not call its blocks one after the other.
     """
-    for as_tuple in (False, True):
+    for values in RETURNED_VALUES:
         calls: list[BlockCall] = []
-        recorders = {name: Recorder(name, model.get_submodule(name), calls, as_tuple) for name in blocks}
+        recorders = {name: Recorder(name, model.get_submodule(name), calls, values) for name in blocks}
         recorders[blocks[-1]].mark_last()
         with replaced(model, dict(recorders)):
             try:
@@ -136,12 +147,12 @@ def changed_between(calls: list[BlockCall]) -> str | None:
 class _Replay(Recorder):
     """Replacement for a block that returns the given hidden states."""
 
-    def __init__(self, name: str, block: nn.Module, hidden: torch.Tensor, as_tuple: bool) -> None:
-        super().__init__(name, block, [], as_tuple)
+    def __init__(self, name: str, block: nn.Module, hidden: torch.Tensor, values: int) -> None:
+        super().__init__(name, block, [], values)
         self._hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._hidden,) if self._as_tuple else self._hidden
+        return _returned(self._hidden, self._values)
 
 
 def finish(model: transformers.PreTrainedModel, blocks: list[str], hidden: torch.Tensor) -> torch.Tensor:
@@ -155,8 +166,8 @@ def finish(model: transformers.PreTrainedModel, blocks: list[str], hidden: torch
     """
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     problem: Exception | None = None
-    for as_tuple in (False, True):
-        with replaced(model, {name: _Replay(name, model.get_submodule(name), hidden, as_tuple) for name in blocks}):
+    for values in RETURNED_VALUES:
+        with replaced(model, {name: _Replay(name, model.get_submodule(name), hidden, values) for name in blocks}):
             try:
                 logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
                 if logits.shape[:2] == tokens.shape:
@@ -174,7 +185,9 @@ def _wrong_order(blocks: list[str], calls: list[BlockCall]) -> str | None:
 
 def _split(calls: list[BlockCall]) -> tuple[torch.Tensor, BlockCalls]:
     rest = tuple(call.args[1:] for call in calls)
-    named = tuple({k: v for k, v in call.kwargs.items() if not (k == "hidden_states" and not call.args)} for call in calls)
+    named = tuple(
+        {k: v for k, v in call.kwargs.items() if not (k == "hidden_states" and not call.args)} for call in calls
+    )
     return calls[0].hidden, BlockCalls(rest, named)
 
 

@@ -87,8 +87,12 @@ class Plan:
     @property
     def share(self) -> float:
         """Share of the blocks' weights that the plan compresses, from 0 to 1."""
-        planned = sum(math.prod(layer.shape) for layer in self.layers.values())
-        return planned / (planned + sum(self.left.values()))
+        return self.share_of(sum(math.prod(layer.shape) for layer in self.layers.values()))
+
+    def share_of(self, elements: int) -> float:
+        """Share of the blocks' weights that ``elements`` weights are, from 0 to 1."""
+        whole = sum(math.prod(layer.shape) for layer in self.layers.values()) + sum(self.left.values())
+        return round(elements / whole, 6)
 
     @property
     def linears(self) -> dict[str, tuple[int, ...]]:
