@@ -51,7 +51,7 @@ SECONDS = 60
 TOKENS = torch.randint(3, 250, (8, 32), generator=torch.Generator().manual_seed(0))
 # What rounding to 8 bits may change: the relative distance of logits of half of the tokens (routers may choose another
 # expert for some).
-CLOSE = 0.05
+CLOSE = 0.1
 # What computing the same in another order may change.
 EQUAL = 1e-4
 

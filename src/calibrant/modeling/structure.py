@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from calibrant.errors import CalibrantError, first_line
 from calibrant.modeling.hooks import Hook, hooked
 from calibrant.modeling.inputs import MicroBatch, call_block
 
@@ -131,7 +132,11 @@ def common_module(names: list[str]) -> str:
 
 
 def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructure:
-    """Find the structure of ``block``, number ``index``, by running it once on a small ``batch``."""
+    """Find the structure of ``block``, number ``index``, by running it once on a small ``batch``.
+
+    Raises:
+        CalibrantError: the block needs more than its recorded arguments.
+    """
     probe = _Probe(block, batch.hidden)
     linears = [(one, name) for name, one in block.named_modules() if isinstance(one, nn.Linear | Conv1D)]
     owners = {name.rpartition(".")[0] for name in fused_parameters(block)}
@@ -140,7 +145,14 @@ def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructu
         *((block.get_submodule(owner), probe.experts_reached(owner)) for owner in owners),
     ]
     with hooked(hooks), watch_experts(block, probe.product_seen), _Uses(probe.tensor_used):
-        probe.tensor_returned(call_block(block, index, batch))
+        try:
+            output = call_block(block, index, batch)
+        except Exception as error:  # model code raises anything when a block gets less than the block before gave it
+            raise CalibrantError(
+                f"{type(block).__name__}: block {index} cannot be run alone with what the model handed it before its "
+                f"blocks ran ({first_line(error)})"
+            ) from error
+        probe.tensor_returned(output)
     return probe.structure()
 
 

@@ -199,8 +199,8 @@ def library_versions() -> dict[str, str]:
 class RunReport:
     """Result and cost of a run.
 
-    ``share`` of the blocks' weights was compressed; ``seconds`` are by stage; ``peak_memory_bytes`` is that of the process
-    so far.
+    ``share`` of the blocks' weights was compressed; ``seconds`` are by stage; ``peak_memory_bytes`` is that of the
+    process so far.
     """
 
     output: Path
