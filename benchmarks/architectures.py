@@ -145,7 +145,7 @@ def walk_distance(folder: Path, architecture: str) -> float:
     model.get_submodule(blocks[-1]).register_forward_hook(lambda module, args, output: captured.append(output))
     with torch.no_grad():
         model(input_ids=TOKENS[:2], use_cache=False)
-    last = captured[0][0] if isinstance(captured[0], tuple) else captured[0]
+    last = captured[0][0] if isinstance(captured[0], tuple | list) else captured[0]
     return distance(walk.batches[0].hidden, last)
 
 
@@ -274,7 +274,7 @@ def page(outcomes: list[Outcome], date: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_types", nargs="*", help="only these; writes no files")
+    parser.add_argument("model_types", nargs="*", help="only these; the other rows stay as they are")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity(50)
@@ -285,23 +285,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, quietly():
         attempt(Outcome("LlamaForCausalLM", "llama"), Path(folder))
     table = Table(*HEADINGS)
-    outcomes = []
+    file = HERE / "results" / "architectures.json"
+    known = json.loads(file.read_text())["architectures"] if options.model_types and file.exists() else []
+    outcomes = {one["architecture"]: Outcome(**one) for one in known}
     for architecture, model_type in chosen.items():
-        outcomes.append(try_one(architecture, model_type, verbose=bool(options.model_types)))
-        table.add_row(*row_of(outcomes[-1]))
-        print(" | ".join(row_of(outcomes[-1])), flush=True)
-    if options.model_types:
-        return
+        outcome = outcomes[architecture] = try_one(architecture, model_type, verbose=bool(options.model_types))
+        table.add_row(*row_of(outcome))
+        print(" | ".join(row_of(outcome)), flush=True)
     Console(width=200).print(table)
     date = datetime.now(UTC).date().isoformat()
-    (HERE.parent / "docs" / "architectures.md").write_text(page(outcomes, date), encoding="utf-8")
+    (HERE.parent / "docs" / "architectures.md").write_text(page(list(outcomes.values()), date), encoding="utf-8")
     result = {
         "date": date,
         "system": platform.platform(),
         "versions": pinned_versions(),
-        "architectures": [asdict(one) for one in outcomes],
+        "architectures": [asdict(one) for one in outcomes.values()],
     }
-    (HERE / "results" / "architectures.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -151,9 +151,7 @@ def toy(way: str) -> Toy:
     return Toy(config)
 
 
-@pytest.mark.parametrize(
-    ("way", "stack", "beside"), [("once", "second", "first"), ("second twice", "first", "second")]
-)
+@pytest.mark.parametrize(("way", "stack", "beside"), [("once", "second", "first"), ("second twice", "first", "second")])
 def test_of_several_stacks_the_largest_that_runs_once_is_chosen(way: str, stack: str, beside: str) -> None:
     model = toy(way)
     assert find_blocks(model) == [f"{stack}.0", f"{stack}.1"]
@@ -212,3 +210,9 @@ def test_other_parameters_with_three_dimensions_are_no_experts(name: str) -> Non
     model = made(NO_EXPERTS[name]())
     assert any(parameter.ndim == 3 for parameter in model.parameters())
     assert fused_parameters(model) == {}
+
+
+def test_a_block_that_reads_more_of_the_block_before_is_refused() -> None:
+    config = hf.AutoConfig.for_model("zaya", **TEXT)
+    with pytest.raises(CalibrantError, match="layers.1 reads more of what .*layers.0 returns"):
+        find_blocks(made(config))

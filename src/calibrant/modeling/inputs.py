@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.modeling.hooks import replaced
@@ -48,10 +49,12 @@ class BlockCalls:
 
 # What blocks return: the hidden states, or a tuple of so many values that begins with them.
 RETURNED_VALUES = (0, 1, 2, 3)
+# Stands for what a block returns besides its hidden states.
+_BESIDES = object()
 
 
 def _returned(hidden: torch.Tensor, values: int) -> Any:
-    return (hidden, *[None] * (values - 1)) if values else hidden
+    return (hidden, *[_BESIDES] * (values - 1)) if values else hidden
 
 
 class _BlocksReachedError(Exception):
@@ -141,6 +144,8 @@ def changed_between(calls: list[BlockCall]) -> str | None:
     for before, after in itertools.pairwise(calls):
         if before.hidden is not after.hidden and not _equal(before.hidden, after.hidden):
             return f"{after.name} does not read what {before.name} returns"
+        if any(leaf is _BESIDES for leaf in tree_leaves((after.args, after.kwargs))):
+            return f"{after.name} reads more of what {before.name} returns than its hidden states"
     return None
 
 
@@ -204,5 +209,5 @@ def _equal(left: Any, right: Any) -> bool:
 def call_block(block: nn.Module, index: int, batch: MicroBatch) -> torch.Tensor:
     """Hidden states after block ``index``."""
     output = block(batch.hidden, *batch.calls.args[index], **batch.calls.kwargs[index])
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
