@@ -22,8 +22,8 @@ from calibrant.formats.compressed_tensors import PackQuantized
 from calibrant.formats.quantized import Layout
 from calibrant.methods.solvers.rtn import rtn
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import find_blocks
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import NoProgress
 from calibrant.quantization.grids import GridSpec

@@ -5,9 +5,9 @@ import torch
 
 from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.foldable import FoldablePair, find_foldable
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import find_blocks
 
 LLAMA = [
     "input_layernorm -> q_proj k_proj v_proj",

@@ -3,8 +3,9 @@ import torch
 
 from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import Experts, InputGroup, find_blocks
+from calibrant.modeling.structure import Experts, InputGroup
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import NoProgress
 from calibrant.recipes.recipe import load_recipe

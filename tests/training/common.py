@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import find_blocks
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.whole_model import load_whole
 from calibrant.recipes.make_plan import make_plan

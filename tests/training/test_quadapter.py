@@ -18,9 +18,9 @@ from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import PackQuantized
 from calibrant.formats.quantized import Layout
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.module_call import ModuleCall
-from calibrant.modeling.structure import find_blocks
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress
 from calibrant.recipes.make_plan import make_plan

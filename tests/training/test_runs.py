@@ -14,8 +14,8 @@ import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import find_blocks
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.whole_model import load_whole
 from calibrant.recipes.make_plan import make_plan

@@ -119,13 +119,15 @@ def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> N
         "model": model,
         "recipe": prepared.recipe.name,
         "layers": len(prepared.plan.layers),
+        "share": prepared.plan.share,
         "seconds": round(found.seconds),
         "memory_bytes": found.memory_bytes,
         "disk_bytes": found.disk_bytes,
     }
     screen.result(
         lines,
-        f"{lines['layers']} layers of {model} by {lines['recipe']}: about {lines['seconds']} s"
+        f"{lines['layers']} layers of {model} by {lines['recipe']}, {prepared.plan.share:.1%} of the blocks' weights: "
+        f"about {lines['seconds']} s"
         + (" and the time to generate the calibration set" if prepared.writes_set else "")
         + f", {size_text(found.memory_bytes)} of memory, {size_text(found.disk_bytes)} of disk",
     )
@@ -147,6 +149,7 @@ def summary(report: "RunReport") -> "list[Table | str]":
     table = Table(title=Text(f"{report.output} ({report.recipe})"), show_header=False)
     table.add_column(style="bold")
     table.add_column()
+    table.add_row("compressed", f"{report.share:.1%} of the blocks' weights")
     table.add_row("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after")
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     table.add_row("time", f"{sum(report.seconds.values()):.1f} s: {stages}")

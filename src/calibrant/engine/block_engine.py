@@ -224,11 +224,16 @@ def _replay_experts(
     """Run the experts on the counted tokens and add the inputs of the products with ``parameters`` to ``visitor``."""
     linears = {(linear.parameter, linear.expert): linear for group in stage.groups for linear in group}
 
-    def seen(use: ExpertUse) -> None:
-        if use.parameter in parameters and use.inputs.shape[0]:
-            visitor.add((linears[use.parameter, use.expert],), use.inputs)
-
     flat = batch.mask.reshape(-1)
+
+    def seen(use: ExpertUse) -> None:
+        inputs = use.inputs
+        if use.whole_batch:  # rows of tokens that do not reach the expert are zero
+            inputs = inputs[flat] if len(inputs) == len(flat) else inputs
+            inputs = inputs[inputs.any(-1)]
+        if use.parameter in parameters and inputs.shape[0]:
+            visitor.add((linears[use.parameter, use.expert],), inputs)
+
     with watch_experts(block, seen):
         experts = block.get_submodule(stage.module)
         experts.forward(

@@ -1,4 +1,4 @@
-"""Two context managers for changing a model for a while: hooks on modules, other values in parameters."""
+"""Context managers that change a model for a while: hooks on modules, other modules, other values in parameters."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,3 +39,20 @@ def swapped(values: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Non
     finally:
         for tensor, data in reversed(kept):
             tensor.data = data
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Put ``modules`` in the places of the submodules of ``model`` with these names, until the context ends."""
+    originals = {name: model.get_submodule(name) for name in modules}
+    try:
+        _place(model, modules)
+        yield
+    finally:
+        _place(model, originals)
+
+
+def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)

@@ -1,13 +1,16 @@
 """Inputs of the first block and arguments of every block, recorded by running the model up to its blocks."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from calibrant.errors import CalibrantError
+from calibrant.errors import CalibrantError, first_line
+from calibrant.modeling.hooks import replaced
 
 
 @dataclass
@@ -44,32 +47,63 @@ class BlockCalls:
         return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
 
 
+# What blocks return: the hidden states, or a tuple of so many values that begins with them.
+RETURNED_VALUES = (0, 1, 2, 3)
+# Stands for what a block returns besides its hidden states.
+_BESIDES = object()
+
+
+def _returned(hidden: torch.Tensor, values: int) -> Any:
+    return (hidden, *[_BESIDES] * (values - 1)) if values else hidden
+
+
 class _BlocksReachedError(Exception):
     """Stops the forward pass once the last block has been called."""
 
 
-class _Recorder(nn.Module):
-    """Replacement for a block that records its arguments and returns the hidden states unchanged."""
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of the block ``name``."""
 
-    def __init__(self, block: nn.Module, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], as_tuple: bool) -> None:
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Hidden states ``[rows, length, width]``: the first positional argument, or ``hidden_states``."""
+        hidden = self.args[0] if self.args else self.kwargs.get("hidden_states")
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(f"{self.name} is called without hidden_states")
+        return hidden
+
+
+class Recorder(nn.Module):
+    """Replacement for a block that records its calls and returns the hidden states unchanged.
+
+    ``values`` is one of ``RETURNED_VALUES``.
+    """
+
+    def __init__(self, name: str, block: nn.Module, calls: list[BlockCall], values: int) -> None:
         super().__init__()
-        self._plain = {name: value for name, value in vars(block).items() if not name.startswith("_")}
-        self._calls, self._as_tuple, self._last = calls, as_tuple, False
+        # Not a submodule: nothing may reach the block's weights through the model while it is replaced.
+        self.__dict__["_block"] = block
+        self._name, self._calls, self._values, self._last = name, calls, values, False
 
     def __getattr__(self, name: str) -> Any:
         # Models read settings such as layer types from their blocks.
-        plain = self.__dict__.get("_plain", {})
-        return plain[name] if name in plain else super().__getattr__(name)
+        return getattr(self.__dict__["_block"], name)
 
     def mark_last(self) -> None:
+        """Stop the forward pass when this block is called."""
         self._last = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._calls.append((args, kwargs))
+        call = BlockCall(self._name, args, kwargs)
+        self._calls.append(call)
         if self._last:
             raise _BlocksReachedError
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self._as_tuple else hidden
+        return _returned(call.hidden, self._values)
 
 
 def record_inputs(
@@ -82,35 +116,48 @@ def record_inputs(
     Raises:
         CalibrantError: the model does not call its blocks one after the other.
     """
-    for as_tuple in (False, True):
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        originals = [model.get_submodule(name) for name in blocks]
-        recorders = [_Recorder(block, calls, as_tuple) for block in originals]
-        recorders[-1].mark_last()
-        _replace(model, blocks, recorders)
-        try:
-            model.base_model(input_ids=tokens, use_cache=False)
-        except _BlocksReachedError:
-            return _split(calls)
-        except (IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            # A model whose blocks return tuples takes element 0 and fails on a plain tensor: retry with tuples.
-            problem = error
-        else:
-            problem = RuntimeError("the last block was never called")
-        finally:
-            _replace(model, blocks, originals)
-    raise CalibrantError(f"{type(model).__name__}: its blocks cannot be run one at a time ({problem})")
+    for values in RETURNED_VALUES:
+        calls: list[BlockCall] = []
+        recorders = {name: Recorder(name, model.get_submodule(name), calls, values) for name in blocks}
+        recorders[blocks[-1]].mark_last()
+        with replaced(model, dict(recorders)):
+            try:
+                model.base_model(input_ids=tokens, use_cache=False)
+                problem = "the last block was never called"
+            except _BlocksReachedError:
+                wrong = _wrong_order(blocks, calls)
+                if wrong is None:
+                    return _split(calls)
+                problem = wrong
+            except Exception as error:  # model code raises anything when it gets a tensor where it takes a tuple apart
+                problem = first_line(error)
+    raise not_one_at_a_time(model, problem)
 
 
-class _Replay(_Recorder):
+def not_one_at_a_time(model: nn.Module, why: str) -> CalibrantError:
+    """The error for a model whose blocks cannot be run alone."""
+    return CalibrantError(f"{type(model).__name__}: its blocks cannot be run one at a time ({why})")
+
+
+def changed_between(calls: list[BlockCall]) -> str | None:
+    """What is wrong with ``calls`` if a block does not read what the block before it returned, else None."""
+    for before, after in itertools.pairwise(calls):
+        if before.hidden is not after.hidden and not _equal(before.hidden, after.hidden):
+            return f"{after.name} does not read what {before.name} returns"
+        if any(leaf is _BESIDES for leaf in tree_leaves((after.args, after.kwargs))):
+            return f"{after.name} reads more of what {before.name} returns than its hidden states"
+    return None
+
+
+class _Replay(Recorder):
     """Replacement for a block that returns the given hidden states."""
 
-    def __init__(self, block: nn.Module, hidden: torch.Tensor, as_tuple: bool) -> None:
-        super().__init__(block, [], as_tuple)
+    def __init__(self, name: str, block: nn.Module, hidden: torch.Tensor, values: int) -> None:
+        super().__init__(name, block, [], values)
         self._hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._hidden,) if self._as_tuple else self._hidden
+        return _returned(self._hidden, self._values)
 
 
 def finish(model: transformers.PreTrainedModel, blocks: list[str], hidden: torch.Tensor) -> torch.Tensor:
@@ -124,32 +171,29 @@ def finish(model: transformers.PreTrainedModel, blocks: list[str], hidden: torch
     """
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     problem: Exception | None = None
-    for as_tuple in (False, True):
-        originals = [model.get_submodule(name) for name in blocks]
-        _replace(model, blocks, [_Replay(block, hidden, as_tuple) for block in originals])
-        try:
-            logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
-            if logits.shape[:2] == tokens.shape:
-                return logits
-        except (IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            problem = error
-        finally:
-            _replace(model, blocks, originals)
+    for values in RETURNED_VALUES:
+        with replaced(model, {name: _Replay(name, model.get_submodule(name), hidden, values) for name in blocks}):
+            try:
+                logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+                if logits.shape[:2] == tokens.shape:
+                    return logits
+            except Exception as error:  # as in record_inputs
+                problem = error
     raise CalibrantError(f"{type(model).__name__}: what lies behind its blocks cannot be run alone ({problem})")
 
 
-def _replace(model: nn.Module, names: list[str], modules: Any) -> None:
-    parent = model.get_submodule(names[0].rpartition(".")[0])
-    for index, module in enumerate(modules):
-        parent[index] = module  # type: ignore[operator]  # find_blocks saw a ModuleList
+def _wrong_order(blocks: list[str], calls: list[BlockCall]) -> str | None:
+    if [call.name for call in calls] != blocks:
+        return f"they are called in another order, {calls[0].name} first"
+    return changed_between(calls)
 
 
-def _split(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> tuple[torch.Tensor, BlockCalls]:
-    args, kwargs = calls[0]
-    hidden = args[0] if args else kwargs["hidden_states"]
-    rest = tuple(call_args[1:] for call_args, _ in calls)
-    named = tuple({k: v for k, v in call_kwargs.items() if k != "hidden_states"} for _, call_kwargs in calls)
-    return hidden, BlockCalls(rest, named)
+def _split(calls: list[BlockCall]) -> tuple[torch.Tensor, BlockCalls]:
+    rest = tuple(call.args[1:] for call in calls)
+    named = tuple(
+        {k: v for k, v in call.kwargs.items() if not (k == "hidden_states" and not call.args)} for call in calls
+    )
+    return calls[0].hidden, BlockCalls(rest, named)
 
 
 def _equal(left: Any, right: Any) -> bool:
@@ -165,5 +209,5 @@ def _equal(left: Any, right: Any) -> bool:
 def call_block(block: nn.Module, index: int, batch: MicroBatch) -> torch.Tensor:
     """Hidden states after block ``index``."""
     output = block(batch.hidden, *batch.calls.args[index], **batch.calls.kwargs[index])
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden

@@ -54,5 +54,5 @@ class ModuleCall:
 
     def _hidden(self) -> torch.Tensor:
         output = self.module(*self.args, **self.kwargs)
-        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
         return hidden.float().view(*self.mask.shape, -1)

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from calibrant.errors import CalibrantError
+from calibrant.errors import CalibrantError, first_line
 from calibrant.modeling.hooks import Hook, hooked
 from calibrant.modeling.inputs import MicroBatch, call_block
 
@@ -56,6 +56,8 @@ class Experts:
 
 Stage = InputGroup | Experts
 _ALWAYS = sys.maxsize
+# Set by transformers' decorator for classes of experts.
+_EXPERTS_MARK = "_is_expert_parallel"
 
 
 @dataclass(frozen=True)
@@ -129,28 +131,12 @@ def common_module(names: list[str]) -> str:
     return ".".join(parts[0][:shared])
 
 
-def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the blocks: the longest list of modules of one class that is not inside another list (ours).
-
-    Of equally long lists the one with more parameters is chosen.
+def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructure:
+    """Find the structure of ``block``, number ``index``, by running it once on a small ``batch``.
 
     Raises:
-        CalibrantError: the model has no such list.
+        CalibrantError: the block needs more than its recorded arguments.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outer = {
-        name: module
-        for name, module in lists.items()
-        if len({type(child) for child in module}) == 1 and not any(name.startswith(other + ".") for other in lists)
-    }
-    if not outer:
-        raise CalibrantError(f"{type(model).__name__}: no list of like blocks found, so it cannot be compressed")
-    best = max(outer, key=lambda name: (len(outer[name]), sum(p.numel() for p in outer[name].parameters())))
-    return [f"{best}.{index}" for index in range(len(outer[best]))]
-
-
-def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructure:
-    """Find the structure of ``block``, number ``index``, by running it once on a small ``batch``."""
     probe = _Probe(block, batch.hidden)
     linears = [(one, name) for name, one in block.named_modules() if isinstance(one, nn.Linear | Conv1D)]
     owners = {name.rpartition(".")[0] for name in fused_parameters(block)}
@@ -159,7 +145,14 @@ def probe_block(block: nn.Module, index: int, batch: MicroBatch) -> BlockStructu
         *((block.get_submodule(owner), probe.experts_reached(owner)) for owner in owners),
     ]
     with hooked(hooks), watch_experts(block, probe.product_seen), _Uses(probe.tensor_used):
-        probe.tensor_returned(call_block(block, index, batch))
+        try:
+            output = call_block(block, index, batch)
+        except Exception as error:  # model code raises anything when a block gets less than the block before gave it
+            raise CalibrantError(
+                f"{type(block).__name__}: block {index} cannot be run alone with what the model handed it before its "
+                f"blocks ran ({first_line(error)})"
+            ) from error
+        probe.tensor_returned(output)
     return probe.structure()
 
 
@@ -267,39 +260,59 @@ def _as_linear(name: str, module: nn.Module) -> Linear:
 
 
 def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Fused expert weights by name: parameters with three dimensions, except weights of convolutions."""
-    convolutions = {f"{name}.weight" for name, one in module.named_modules() if isinstance(one, nn.Conv1d)}
-    parameters = module.named_parameters()
-    return {name: one for name, one in parameters if one.ndim == 3 and name not in convolutions}
+    """Fused expert weights by name: parameters ``[experts, ., .]`` of modules that know their number of experts.
+
+    Other parameters with three dimensions (block-diagonal gates, convolutions, per-head projections) are no experts.
+    """
+    found = {}
+    for owner, one in module.named_modules():
+        counts = {value for key, value in vars(one).items() if "experts" in key and type(value) is int}
+        for name, parameter in one.named_parameters(recurse=False):
+            if parameter.ndim == 3 and (parameter.shape[0] in counts or hasattr(one, _EXPERTS_MARK)):
+                found[f"{owner}.{name}" if owner else name] = parameter
+    return found
 
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """A product of ``inputs`` ``[tokens, in]`` with number ``expert`` of a fused parameter."""
+    """A product of ``inputs`` ``[tokens, in]`` with number ``expert`` of a fused parameter.
+
+    ``whole_batch``: the product is one of a batch with all experts, each of which gets a row for every token.
+    """
 
     parameter: str
     expert: int
     transposed: bool
     inputs: torch.Tensor
+    whole_batch: bool = False
 
 
-def expert_product(func: Callable[..., Any], args: tuple[Any, ...], fused: dict[str, nn.Parameter]) -> ExpertUse | None:
-    """Recognize ``linear(x, P[e])`` and ``x @ P[e]`` by the address of the weight; None for other calls."""
+def expert_products(func: Callable[..., Any], args: tuple[Any, ...], fused: dict[str, nn.Parameter]) -> list[ExpertUse]:
+    """Recognize ``linear(x, P[e])``, ``x @ P[e]`` and ``bmm(x, P)`` by the weight's address; [] for other calls."""
+    if func in (torch.bmm, torch.Tensor.bmm):
+        return _batched_products(args[0], args[1], fused)
     if func is torch.nn.functional.linear:
         transposed = False
     elif func in (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm):
         transposed = True
     else:
-        return None
+        return []
     inputs, weight = args[0], args[1]
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.device.type == "meta":
-        return None
+        return []
     for name, parameter in fused.items():
         offset = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
         expert, rest = divmod(offset, parameter.stride(0))
         if rest == 0 and 0 <= expert < parameter.shape[0] and weight.shape == parameter.shape[1:]:
-            return ExpertUse(name, int(expert), transposed, inputs)
-    return None
+            return [ExpertUse(name, int(expert), transposed, inputs)]
+    return []
+
+
+def _batched_products(inputs: torch.Tensor, weight: torch.Tensor, fused: dict[str, nn.Parameter]) -> list[ExpertUse]:
+    for name, parameter in fused.items():
+        if weight.data_ptr() == parameter.data_ptr() and weight.shape == parameter.shape:
+            return [ExpertUse(name, expert, True, rows, whole_batch=True) for expert, rows in enumerate(inputs)]
+    return []
 
 
 @contextmanager
@@ -311,8 +324,7 @@ def watch_experts(block: nn.Module, seen: Callable[[ExpertUse], None]) -> Iterat
         def __torch_function__(
             self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
-            use = expert_product(func, args, fused)
-            if use is not None:
+            for use in expert_products(func, args, fused):
                 seen(use)
             return func(*args, **(kwargs or {}))
 

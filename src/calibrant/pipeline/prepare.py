@@ -12,9 +12,9 @@ from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import FormatName
 from calibrant.formats.registry import FORMATS
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.structure import find_blocks
 from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.modeling.whole_model import torch_device, torch_dtype
 from calibrant.output_folder import check_output

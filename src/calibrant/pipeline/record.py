@@ -67,7 +67,8 @@ class RunRecord(_Recorded):
     """Contents of ``calibrant.json``, without times and paths, so that equal runs write equal bytes.
 
     ``format`` is the checkpoint format's name, or "dense"; ``model`` and ``generator`` contain names and hashes;
-    ``calibration`` is the set's manifest, written without its rows.
+    ``calibration`` is the set's manifest, written without its rows; ``share`` is the share of the blocks' weights
+    that was compressed, from 0 to 1.
     """
 
     format_version: Literal[1] = 1
@@ -80,6 +81,7 @@ class RunRecord(_Recorded):
     calibration: Manifest | None
     settings: RecordedSettings
     libraries: dict[str, str]
+    share: float
     layers: list[LayerReport]
     notes: list[str]
     budget: SpentBudget | None
@@ -150,12 +152,18 @@ def make_record(
         calibration=calibration.manifest if calibration is not None else None,
         settings=settings.recorded(),
         libraries=library_versions(),
+        share=compressed_share(plan, layers),
         layers=layers,
         notes=notes,
         budget=budget,
         structure=structure,
         training=training,
     )
+
+
+def compressed_share(plan: Plan, layers: list[LayerReport]) -> float:
+    """Share of the blocks' weights in the solved ``layers``, or in the plan if no layer was solved one by one."""
+    return plan.share_of(sum(layer.elements for layer in layers)) if layers else plan.share
 
 
 def training_identity(
@@ -189,10 +197,15 @@ def library_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Result and cost of a run: ``seconds`` by stage, ``peak_memory_bytes`` of the process so far, sizes in bytes."""
+    """Result and cost of a run.
+
+    ``share`` of the blocks' weights was compressed; ``seconds`` are by stage; ``peak_memory_bytes`` is that of the
+    process so far.
+    """
 
     output: Path
     recipe: str
+    share: float
     layers: list[LayerReport]
     notes: list[str]
     seconds: dict[str, float]

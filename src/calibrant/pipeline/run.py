@@ -25,7 +25,7 @@ from calibrant.hashing import canonical_json
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.output_folder import staged
-from calibrant.pipeline.record import RunReport, Settings, make_record, training_identity
+from calibrant.pipeline.record import RunReport, Settings, compressed_share, make_record, training_identity
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
 from calibrant.report.model_card import model_card
@@ -231,6 +231,7 @@ class _Run:
         report = RunReport(
             output,
             self.plan.recipe.name,
+            compressed_share(self.plan, self.layers),
             self.layers,
             self.notes,
             {name: round(value, 3) for name, value in self.clock.seconds.items()},

@@ -1,7 +1,7 @@
 """Fits a recipe to a model, before any weight is read."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.methods.solvers.sparsity import Sparsity
+from calibrant.modeling.find_blocks import blocks_beside
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.packable import first_not_packable
 from calibrant.modeling.structure import fused_parameters
@@ -21,6 +22,9 @@ from calibrant.quantization.grids import GridSpec
 from calibrant.recipes.plan import LayerPlan, Plan, Target
 from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 
+# Below this share of the blocks' weights a plan warns of what it leaves.
+_MOST = 0.9
+_NAMED_PARTS = 4
 _PRUNED_DENSE = "pruned weights are stored dense: the zeros are there, the files do not get smaller"
 
 
@@ -55,6 +59,7 @@ def make_plan(
             nothing is left to compress, or the format cannot store the scheme or a layer.
     """
     layers = _layers(model, blocks, chosen)
+    left = _left(model, blocks, layers)
     _check_ignored(model, chosen)
     if not layers.linears and not layers.fused:
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
@@ -67,14 +72,40 @@ def make_plan(
             raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
         notes = [] if recipe.changes_shape else [_PRUNED_DENSE]
         target = Target(None, sparsity, None)
-        return Plan(recipe, blocks, target, layers.planned(target), notes)
+        return _with_share_note(Plan(recipe, blocks, target, layers.planned(target), notes, left))
     spec, layout = _grid_and_layout(model, recipe, format_name)
     _check_format(layout, layers, recipe)
     _check_bits_budget(layout, layers, recipe)
     notes = [*_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
-    return Plan(recipe, blocks, target, layers.planned(target), notes)
+    return _with_share_note(Plan(recipe, blocks, target, layers.planned(target), notes, left))
+
+
+def _left(model: LazyModel, blocks: list[str], layers: _Layers) -> dict[str, int]:
+    """Sizes of the weights that stay as they are in the blocks, and in other blocks that a text runs through."""
+    planned = {f"{name}.weight" for name in layers.linears} | set(layers.fused)
+    return {
+        f"{block}.{name}": parameter.numel()
+        for block in [*blocks, *blocks_beside(model.module, blocks)]
+        for name, parameter in model.module.get_submodule(block).named_parameters()
+        if parameter.ndim > 1 and f"{block}.{name}" not in planned
+    }
+
+
+def _with_share_note(plan: Plan) -> Plan:
+    """``plan`` with a warning if it compresses less than ``_MOST`` of the blocks' weights."""
+    if plan.share >= _MOST:
+        return plan
+    sizes: dict[str, int] = {}
+    for name, size in plan.left.items():
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        sizes[kind] = sizes.get(kind, 0) + size
+    whole = sum(sizes.values()) / (1 - plan.share)
+    largest = sorted(sizes, key=lambda kind: -sizes[kind])[:_NAMED_PARTS]
+    parts = ", ".join(f"{kind} ({sizes[kind] / whole:.0%})" for kind in largest)
+    note = f"only {plan.share:.0%} of the blocks' weights are compressed; the largest parts left as they are: {parts}"
+    return replace(plan, notes=[note, *plan.notes])
 
 
 def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:

@@ -1,5 +1,6 @@
 """A plan: a recipe fitted to a model."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -71,7 +72,8 @@ class Plan:
     """A recipe fitted to a model.
 
     ``target`` is the scheme's target; ``layers`` contains every layer to compress by full name (fused experts by their
-    parameter's name), with the scheme's target or the one that a budget chose. ``notes`` are sentences for the user.
+    parameter's name), with the scheme's target or the one that a budget chose. ``left`` has the sizes of the other
+    weights of the blocks, by parameter name. ``notes`` are sentences for the user.
     """
 
     recipe: Recipe
@@ -79,7 +81,18 @@ class Plan:
     target: Target
     layers: dict[str, LayerPlan]
     notes: list[str]
+    left: dict[str, int] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
+
+    @property
+    def share(self) -> float:
+        """Share of the blocks' weights that the plan compresses, from 0 to 1."""
+        return self.share_of(sum(math.prod(layer.shape) for layer in self.layers.values()))
+
+    def share_of(self, elements: int) -> float:
+        """Share of the blocks' weights that ``elements`` weights are, from 0 to 1."""
+        whole = sum(math.prod(layer.shape) for layer in self.layers.values()) + sum(self.left.values())
+        return round(elements / whole, 6)
 
     @property
     def linears(self) -> dict[str, tuple[int, ...]]:

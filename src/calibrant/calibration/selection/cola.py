@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from calibrant.calibration.windows import Window
+from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.hooks import hooked
-from calibrant.modeling.structure import find_blocks
 
 _DIMENSIONS = 64
 _STARTS = 10

@@ -1,0 +1,308 @@
+"""Which architectures of transformers are compressed, and does the result compute what it stores?
+
+    python benchmarks/architectures.py [MODEL_TYPE ...]
+
+Every causal language model of the installed transformers is made with a tiny configuration and random weights,
+compressed by GPTQ (4 bits) and rounded to 8 bits on random tokens in float32, and loaded again by transformers. Checked
+are: the hidden states of the block walk against the model's own; the logits of the packed output against a plain model
+with the decoded weights; the logits at 8 bits against those of the original. Each architecture runs in a process of its
+own, so that nothing stops the others.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import shutil
+import tempfile
+import time
+import traceback
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import models as token_models
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import calibrant as cb
+from calibrant.calibration.calibration_set import CalibrationSet, Manifest
+from calibrant.modeling.block_walk import BlockWalk
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.find_blocks import find_blocks
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.quietly import quietly
+from calibrant.modeling.token_rows import TokenRows
+from calibrant.progress import NoProgress
+from calibrant.recipes.recipe import Recipe
+from compress import HERE, pinned_versions
+from loaders import decoded
+from tiny_configs import tiny_config
+
+SECONDS = 60
+TOKENS = torch.randint(3, 250, (8, 32), generator=torch.Generator().manual_seed(0))
+# What rounding to 8 bits may change: the relative distance of logits of half of the tokens (routers may choose another
+# expert for some).
+CLOSE = 0.1
+# What computing the same in another order may change.
+EQUAL = 1e-4
+
+
+@dataclass
+class Outcome:
+    """What came of one architecture; ``result`` is what stopped it, or "works".
+
+    ``share`` is the share of the blocks' weights that is compressed; ``walk``, ``logits`` and ``eight_bits`` are
+    relative distances: of the walked hidden states, of the loaded output, and of its logits at 8 bits.
+    """
+
+    architecture: str
+    model_type: str
+    result: str = "process ended"
+    detail: str = ""
+    blocks: int = 0
+    share: float | None = None
+    stored: str = ""
+    walk: float | None = None
+    logits: float | None = None
+    eight_bits: float | None = None
+
+
+def recipe(bits: int, method: str) -> Recipe:
+    scheme = {"weights": {"bits": bits, "group_size": "auto"}}
+    return Recipe.model_validate({"name": method, "description": method, "method": {"name": method}, "scheme": scheme})
+
+
+def random_set() -> CalibrationSet:
+    rows, length = TOKENS.shape
+    manifest = Manifest(
+        strategy="random", parameters={}, seed=0, draw=0, samples=rows, length=length, tokenizer_sha256=""
+    )
+    return CalibrationSet.build(TOKENS, torch.ones_like(TOKENS, dtype=torch.bool), manifest)
+
+
+def median_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-12)).median())
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+
+
+def tiny_model(architecture: str, model_type: str) -> transformers.PreTrainedModel:
+    """Random weights that matter: matrices keep the scale of what passes through them."""
+    kind = getattr(transformers, architecture)
+    config = tiny_config(model_type)
+    if not isinstance(config, kind.config_class):
+        config = config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model: transformers.PreTrainedModel = kind._from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "conv" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+    return model
+
+
+def write_tokenizer(folder: Path) -> None:
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 250)}}
+    backend = Backend(token_models.WordLevel(words, unk_token="<unk>"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+
+
+def logits_of(folder: Path, architecture: str, **settings: Any) -> torch.Tensor:
+    """By transformers, from the folder; a parameter that the files lack is an error."""
+    load = getattr(transformers, architecture).from_pretrained
+    model, found = load(folder, dtype=torch.float32, output_loading_info=True, **settings)
+    if found["missing_keys"]:
+        raise RuntimeError(f"missing {sorted(found['missing_keys'])[0]}")
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=TOKENS[:2], use_cache=False).logits
+    return logits
+
+
+def walk_distance(folder: Path, architecture: str) -> float:
+    """Of the hidden states that the block walk computes from those of the model, after the last block."""
+    lazy = LazyModel(ModelFolder(folder), torch.float32, torch.device("cpu"))
+    blocks = find_blocks(lazy.module)
+    with torch.inference_mode():
+        walk = BlockWalk(lazy, blocks, TokenRows(TOKENS[:2], torch.ones(2, 32, dtype=torch.bool)), torch.float32)
+        for block in walk.visit("walking", NoProgress()):
+            block.advance()
+    captured: list[Any] = []
+    model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+    model.get_submodule(blocks[-1]).register_forward_hook(lambda module, args, output: captured.append(output))
+    with torch.no_grad():
+        model(input_ids=TOKENS[:2], use_cache=False)
+    last = captured[0][0] if isinstance(captured[0], tuple | list) else captured[0]
+    return distance(walk.batches[0].hidden, last)
+
+
+def plain_copy(output: Path, source: Path, folder: Path) -> Path:
+    """The packed ``output`` with its quantized layers decoded, as a plain model."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    weights = decoded(output)
+    # A packed weight is several tensors whose names begin with the weight's own.
+    tensors = load_file(output / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.startswith(tuple(f"{one}_" for one in weights))}
+    save_file({**kept, **weights}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def attempt(outcome: Outcome, folder: Path) -> None:
+    """Fill ``outcome`` step by step; an exception belongs to the step that ``outcome.result`` names."""
+    source, output = folder / "source", folder / "output"
+    outcome.result = "not shrunk"
+    model = tiny_model(outcome.architecture, outcome.model_type)
+    with torch.no_grad():
+        model(input_ids=TOKENS[:2], use_cache=False)
+    model.save_pretrained(source)
+    write_tokenizer(source)
+    outcome.result = "source does not load"
+    original = logits_of(source, outcome.architecture)
+    outcome.result = "refused"
+    prepared = cb.prepare(source, output=output, recipe=recipe(4, "gptq"), calibration=random_set(), dtype="float32")
+    outcome.blocks = len(prepared.plan.blocks)
+    outcome.share = round(prepared.plan.share, 4)
+    outcome.stored = "packed" if prepared.plan.target.layout else "dense"
+    prepared.run()
+    outcome.result = "walk fails"
+    outcome.walk = walk_distance(source, outcome.architecture)
+    outcome.result = "output does not load"
+    found = logits_of(output, outcome.architecture)
+    if outcome.stored == "packed":
+        outcome.logits = distance(found, logits_of(plain_copy(output, source, folder / "plain"), outcome.architecture))
+    outcome.result = "8 bits fail"
+    cb.compress(source, output=output, recipe=recipe(8, "rtn"), dtype="float32", overwrite=True)
+    outcome.eight_bits = median_distance(logits_of(output, outcome.architecture), original)
+    wrong = [
+        name
+        for name, value, bound in (
+            ("walk", outcome.walk, EQUAL), ("logits", outcome.logits, EQUAL), ("8 bits", outcome.eight_bits, CLOSE)
+        )
+        if value is not None and not value <= bound
+    ]  # fmt: skip
+    outcome.result = f"differs: {', '.join(wrong)}" if wrong else "works"
+
+
+def child(outcome: Outcome, answers: Any, verbose: bool) -> None:
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with quietly():
+                attempt(outcome, Path(folder))
+        except Exception as error:  # whatever a model does is a result
+            outcome.detail = f"{type(error).__name__}: {error}".splitlines()[0].replace(folder, "").strip()
+            if verbose:
+                traceback.print_exc()
+    answers.put(outcome)
+
+
+def try_one(architecture: str, model_type: str, verbose: bool) -> Outcome:
+    """In a forked process with a time limit."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    outcome = Outcome(architecture, model_type)
+    process = context.Process(target=child, args=(outcome, answers, verbose))
+    process.start()
+    deadline = time.monotonic() + SECONDS
+    while process.is_alive() and answers.empty() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if not answers.empty():
+        outcome = answers.get()
+    elif process.is_alive():
+        outcome.result = f"no result within {SECONDS} s"
+    process.kill()
+    process.join()
+    return outcome
+
+
+def architectures() -> dict[str, str]:
+    """A model type for every class, its own where the class is listed several times."""
+    found: dict[str, str] = {}
+    for model_type, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        kind = getattr(transformers, architecture, None)
+        own = kind is not None and kind.config_class.model_type == model_type
+        if own or architecture not in found:
+            found[architecture] = model_type
+    return dict(sorted(found.items()))
+
+
+def row_of(one: Outcome) -> list[str]:
+    numbers = [
+        "" if value is None else f"{value:.1g}" if value else "0" for value in (one.walk, one.logits, one.eight_bits)
+    ]
+    share = "" if one.share is None else f"{one.share:.0%}"
+    return [one.architecture, one.result, str(one.blocks or ""), share, one.stored, *numbers, one.detail]
+
+
+HEADINGS = ["architecture", "result", "blocks", "share", "stored", "walk", "logits", "8 bits", "why"]
+
+
+def page(outcomes: list[Outcome], date: str) -> str:
+    """The table as Markdown."""
+    works = sum(one.result == "works" for one in outcomes)
+    lines = [
+        "# Architectures",
+        "",
+        f"Every causal language model of transformers {transformers.__version__}, shrunk to a tiny model with random "
+        f"weights, on {date}: {works} of {len(outcomes)} work. Written by `benchmarks/architectures.py`; do not edit.",
+        "",
+        "*share*: of the blocks' weights, those that are compressed. *stored*: packed, or as rounded values where "
+        "transformers loads no packed ones. Relative distances: *walk*, of the hidden states behind the last block "
+        "from the model's own; *logits*, of the loaded packed model (GPTQ, 4 bits) from a plain model with the decoded "
+        "weights; *8 bits*, of the loaded model rounded to 8 bits from the original (median of the tokens).",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|" + " --- |" * len(HEADINGS),
+    ]
+    for one in outcomes:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row_of(one)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*", help="only these; the other rows stay as they are")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(50)
+    chosen = {a: t for a, t in architectures().items() if not options.model_types or t in options.model_types}
+    torch.set_num_threads(1)
+    numba.config.THREADING_LAYER = "workqueue"  # OpenMP's does not survive a fork
+    # What is imported and compiled here is there in every forked process.
+    with tempfile.TemporaryDirectory() as folder, quietly():
+        attempt(Outcome("LlamaForCausalLM", "llama"), Path(folder))
+    table = Table(*HEADINGS)
+    file = HERE / "results" / "architectures.json"
+    known = json.loads(file.read_text())["architectures"] if options.model_types and file.exists() else []
+    outcomes = {one["architecture"]: Outcome(**one) for one in known}
+    for architecture, model_type in chosen.items():
+        outcome = outcomes[architecture] = try_one(architecture, model_type, verbose=bool(options.model_types))
+        table.add_row(*row_of(outcome))
+        print(" | ".join(row_of(outcome)), flush=True)
+    Console(width=200).print(table)
+    date = datetime.now(UTC).date().isoformat()
+    (HERE.parent / "docs" / "architectures.md").write_text(page(list(outcomes.values()), date), encoding="utf-8")
+    result = {
+        "date": date,
+        "system": platform.platform(),
+        "versions": pinned_versions(),
+        "architectures": [asdict(one) for one in outcomes.values()],
+    }
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
