@@ -271,8 +271,7 @@ def test_the_estimate_knows_what_methods_cost(llama: Path, tmp_path: Path, monke
     said = load_recipe("gptq-w4a16").with_weights(None, 32).model_dump()
     clip = {"scheme": {"weights": {**said["scheme"]["weights"], "range_search": "clip"}}}
     plain, clipped, scaled = (
-        seconds_of(Recipe.model_validate({**said, **more}))
-        for more in ({}, clip, {"transforms": [{"name": "awq"}]})
+        seconds_of(Recipe.model_validate({**said, **more})) for more in ({}, clip, {"transforms": [{"name": "awq"}]})
     )
     assert plain < clipped < scaled
 
