@@ -1,7 +1,5 @@
 """Runs one compression, from a model folder to a verified output folder."""
 
-import resource
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from calibrant.hashing import canonical_json
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.output_folder import staged
+from calibrant.pipeline.memory import peak_memory
 from calibrant.pipeline.record import RunReport, Settings, make_record, training_identity
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
@@ -229,9 +228,3 @@ def _write_config(model: LazyModel, plan: Plan, config: dict[str, Any], solved: 
             settings = canonical_json(config["quantization_config"])
             (folder / "quantize_config.json").write_text(settings, encoding="utf-8")
     (folder / "config.json").write_text(canonical_json(config), encoding="utf-8")
-
-
-def peak_memory() -> int:
-    """Peak memory of the process in bytes; ``ru_maxrss`` is in bytes on macOS and in KiB elsewhere."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
