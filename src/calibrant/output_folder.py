@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +12,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from calibrant.errors import CalibrantError
+from calibrant.owned_folder import KEPT, owned_folder, remove_abandoned
 
 # Every finished output contains one of these: a compressed model the first, a calibration set the second.
 _OUTPUT_MARKERS = ("calibrant.json", "manifest.json")
+# Names in an output folder that are no part of an output: our unfinished work, and what a new ext4 volume contains.
+_OURS, _VOLUME = ".calibrant.", "lost+found"
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def check_output(target: str | Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> Path:
@@ -24,24 +30,44 @@ def check_output(target: str | Path, overwrite: bool, inputs: Sequence[str | Pat
         CalibrantError: the target exists and must not be replaced, contains an input, or cannot be created.
     """
     path = Path(target)
-    for place in inputs:
-        read = Path(place).resolve()
-        if read.exists() and (read == path.resolve() or path.resolve() in read.parents):
-            raise CalibrantError(f"{path}: holds the input {place}; choose another output")
-    if path.is_symlink():
-        raise CalibrantError(f"{path}: is a link; name the folder itself")
-    if path.exists() and not path.is_dir():
-        raise CalibrantError(f"{path}: exists and is not a folder; choose another output")
-    _check_replaceable(path, overwrite)
-    parent = path.absolute().parent
-    existing = next(p for p in (parent, *parent.parents) if p.exists())
-    if not existing.is_dir():
-        raise CalibrantError(f"{existing}: is not a folder, so {path} cannot be made in it")
+    try:
+        _check_place(path, inputs)
+        _check_replaceable(path, overwrite)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     return path
 
 
+def _check_place(path: Path, inputs: Sequence[str | Path]) -> None:
+    place = _resolved(path)
+    for one in inputs:
+        read = _resolved(Path(one))
+        if read.exists() and (read == place or place in read.parents):
+            raise CalibrantError(f"{path}: holds the input {one}; choose another output")
+    if _exists(place) and not place.is_dir():
+        raise CalibrantError(f"{path}: exists and is not a folder; choose another output")
+    existing = place if _stays(place) else next(p for p in place.parents if p.exists())
+    if not existing.is_dir():
+        raise CalibrantError(f"{existing}: is not a folder, so {path} cannot be made in it")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CalibrantError(f"{existing}: cannot be written, so {path} cannot be made in it; choose another output")
+
+
+def _resolved(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for links in a circle
+
+
+def _exists(place: Path) -> bool:
+    """Whether ``place`` exists; unlike ``Path.exists``, raises OSError for names that cannot be."""
+    try:
+        place.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def _check_replaceable(path: Path, overwrite: bool) -> None:
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or not _content(path):
         return
     if not overwrite:
         raise CalibrantError(f"{path}: exists and is not empty; choose another output, or `overwrite=True` replaces it")
@@ -49,32 +75,109 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         raise CalibrantError(f"{path}: is no earlier output of Calibrant, so it is not replaced; choose another output")
 
 
+def _content(folder: Path) -> list[Path]:
+    """What is in an output folder; filled in this order, it looks complete only when it is."""
+    found = [path for path in folder.iterdir() if not path.name.startswith(_OURS) and path.name != _VOLUME]
+    return sorted(found, key=lambda path: (path.name in _OUTPUT_MARKERS, path.name))
+
+
+def companion(output: Path, ending: str) -> Path:
+    """Path, on the file system of ``output``, of what outlives a run that fails: beside it, or in a folder that stays.
+
+    Raises:
+        CalibrantError: no file can have that name.
+    """
+    place = _resolved(output)
+    path = place / f"{_OURS}{ending}" if _stays(place) else place.with_name(f"{place.name}.{ending}")
+    try:
+        _exists(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return path
+
+
 @contextmanager
 def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder next to ``target``; rename it to ``target`` at the end, remove it on any failure.
 
     A folder that exists at ``target`` by then is replaced only with ``overwrite`` and only if it is an earlier output.
-    It is moved aside first, so that a complete folder exists at every moment.
+    It is moved aside first, so that a complete folder exists at every moment. Into a folder that cannot be replaced,
+    such as a mount point, the files are moved one by one, and the one that marks a complete output last. What killed
+    runs left there is removed first.
 
     Raises:
         CalibrantError: the disk is full, or the target cannot be written or must not be replaced.
     """
-    staging = target.absolute().parent / f".{target.absolute().name}.{os.getpid()}.partial"
     try:
-        if staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
-        yield staging
-        _check_replaceable(target, overwrite)
-        replaced = staging.with_suffix(".replaced")
-        if target.exists():
-            target.rename(replaced)
-        staging.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        place = _resolved(target)
+        stays = _stays(place)
+        parent = place if stays else place.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(parent)
+        with owned_folder(parent, _OURS.strip(".") if stays else place.name) as own:
+            new = own / "new"
+            new.mkdir()
+            yield new
+            _check_replaceable(target, overwrite)
+            old = own / KEPT
+            if stays or not _replaced(new, place, old):
+                _replace_content(new, place, old)
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stays(folder: Path) -> bool:
+    """Whether the resolved ``folder`` exists and cannot, or should not, be replaced by renaming another to it."""
+    if not folder.is_dir():
+        return False
+    if folder.samefile(Path.cwd()) or _is_mount_point(folder) or any(folder.glob(f"{_OURS}*")):
+        return True
+    parent = folder.parent.stat()
+    owners = {0, folder.stat().st_uid, parent.st_uid}
+    foreign = bool(parent.st_mode & stat.S_ISVTX) and os.geteuid() not in owners
+    return foreign or not os.access(folder.parent, os.W_OK | os.X_OK)
+
+
+def _is_mount_point(folder: Path) -> bool:
+    if os.path.ismount(folder):
+        return True
+    # ``ismount`` does not see a folder mounted from the same file system, which Linux lists.
+    lines = _MOUNTS.read_bytes().splitlines() if _MOUNTS.is_file() else []
+    points = (re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), line.split()[4]) for line in lines)
+    return os.fsencode(folder) in points
+
+
+def _replaced(new: Path, place: Path, old: Path) -> bool:
+    """Rename ``new`` to ``place``, and what is there to ``old``; False, with nothing changed, if that cannot be."""
+    try:
+        if place.is_dir() and any(place.iterdir()):
+            place.rename(old)
+        new.rename(place)
+    except BaseException as error:
+        if old.exists():
+            old.rename(place)
+        # Some file systems of containers cannot rename folders that come from their image.
+        if isinstance(error, OSError) and place.is_dir():
+            return False
+        raise
+    return True
+
+
+def _replace_content(new: Path, place: Path, old: Path) -> None:
+    """Move the content of ``place`` to ``old``, and that of ``new`` to ``place``."""
+    moved: list[tuple[Path, Path]] = []
+    old.mkdir()
+    try:
+        for path in [*reversed(_content(place)), *_content(new)]:
+            there = (old if path.parent == place else place) / path.name
+            shutil.move(path, there)
+            moved.append((path, there))
+    except BaseException:
+        for path, there in reversed(moved):
+            shutil.move(there, path)
+        old.rmdir()
+        raise
 
 
 @contextmanager
@@ -84,15 +187,16 @@ def whole_file(target: Path) -> Iterator[Path]:
     Raises:
         CalibrantError: the disk is full or the target cannot be written.
     """
-    staging = target.absolute().parent / f".{target.absolute().name}.{os.getpid()}.partial"
     try:
-        staging.parent.mkdir(parents=True, exist_ok=True)
-        yield staging
-        staging.replace(target)
+        parent = target.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(parent)
+        with owned_folder(parent, target.name) as own:
+            staging = own / target.name
+            yield staging
+            staging.replace(target)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(target, error) from error
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def _cannot_write(target: Path, error: Exception) -> CalibrantError:

@@ -14,6 +14,7 @@ import calibrant as cb
 from calibrant import prepare
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.errors import CalibrantError
+from calibrant.formats.quantized import FormatName
 from calibrant.hashing import sha256_file
 from calibrant.methods.solvers.rtn import rtn
 from calibrant.pipeline import estimate
@@ -259,23 +260,53 @@ def test_weights_kept_exactly_are_listed_beside_the_model(tmp_path: Path, recipe
     assert sum(layer.record.outliers for layer in report.layers) > 0
 
 
-def test_the_estimate_knows_what_methods_cost(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates from fixed rates, of a process of a fixed size."""
     monkeypatch.setattr(estimate, "measured_rate", lambda dtype, device: 1e6)
-    recipes = ["rtn-w8a16", "gptq-w4a16-g32", "gptq-w4a16-refined", "quantease-w4a16", "quantease-w3a16-outliers"]
+    monkeypatch.setattr(estimate, "best_seconds", lambda work: 1e-3)
+    monkeypatch.setattr(estimate, "resident_memory", lambda: 1 << 20)
 
-    def seconds_of(recipe: str | Recipe) -> float:
-        return prepare(llama, output=tmp_path / "out", recipe=recipe, samples=8, length=32).estimate().seconds
 
-    seconds = [seconds_of(name) for name in recipes]
-    assert seconds == sorted(set(seconds))
+def _estimate(llama: Path, tmp_path: Path, recipe: str | Recipe, samples: int = 8) -> estimate.Estimate:
+    return prepare(llama, output=tmp_path / "out", recipe=recipe, samples=samples, length=32).estimate()
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_the_estimate_counts_what_a_run_does(llama: Path, tmp_path: Path) -> None:
+    def seconds(recipe: str | Recipe, samples: int = 8) -> float:
+        return _estimate(llama, tmp_path, recipe, samples).seconds
+
     said = load_recipe("gptq-w4a16").with_weights(None, 32).model_dump()
-    clip = {"scheme": {"weights": {**said["scheme"]["weights"], "range_search": "clip"}}}
-    plain, clipped, scaled = (
-        seconds_of(Recipe.model_validate({**said, **more})) for more in ({}, clip, {"transforms": [{"name": "awq"}]})
-    )
-    assert plain < clipped < scaled
+    scaled = Recipe.model_validate({**said, "transforms": [{"name": "awq"}]})
+    assert seconds("rtn-w8a16") == seconds("rtn-w8a16", samples=80)
+    assert seconds("rtn-w8a16") < seconds("gptq-w4a16-g32") < seconds(scaled) < seconds(scaled, samples=80)
+    least, most = _estimate(llama, tmp_path, scaled).seconds_range
+    assert least < seconds(scaled) < most
 
 
+@pytest.mark.usefixtures("nothing_measured")
+@pytest.mark.parametrize(
+    ("recipe", "bits", "checkpoint_format"),
+    [
+        ("rtn-w8a16", 8, "compressed-tensors"),
+        ("rtn-w8a16", 3, "compressed-tensors"),
+        ("rtn-w8a16", 4, "gptq"),
+        ("rtn-w8a8", 8, "compressed-tensors"),
+        ("magnitude-50", None, "compressed-tensors"),
+    ],
+)
+def test_the_estimate_knows_the_size_of_the_output(
+    llama: Path, tmp_path: Path, recipe: str, bits: int | None, checkpoint_format: FormatName
+) -> None:
+    prepared = prepare(llama, output=tmp_path / "out", recipe=recipe, bits=bits, checkpoint_format=checkpoint_format)
+    found, report = prepared.estimate(), prepared.run()
+    headers = 200 * report.tensors_verified
+    assert abs(found.output_bytes - report.bytes_after) < 0.05 * report.bytes_after + headers
+    assert found.disk_bytes == 2 * found.output_bytes
+
+
+@pytest.mark.usefixtures("nothing_measured")
 def test_the_estimate_of_a_training_counts_the_rows_that_run_together(llama: Path, tmp_path: Path) -> None:
     def memory(**training: object) -> float:
         said = load_recipe("zsaq-w4a8").as_written(exclude_none=True)

@@ -16,6 +16,7 @@ from calibrant.errors import CalibrantError
 from calibrant.progress import NoProgress
 from calibrant.training import training_loop
 from calibrant.training.journal import Journal
+from tests.abandoned import abandon
 from tests.conftest import random_set
 from tests.training.common import recipe
 
@@ -104,8 +105,7 @@ def test_another_training_begins_anew_and_a_damaged_journal_says_what_to_do(
 def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "out.training"
     folder.mkdir()
-    for name in (".steps.safetensors.17.partial", ".tmpAb3"):
-        (folder / name).write_text("half")
+    abandon(folder, "steps.safetensors")
     journal = Journal(tmp_path / "out", {"a": 1}, overwrite=False)
     state = {"learned": [torch.ones(2)], "number": 3, "moments": {0: {"step": torch.tensor(4.0)}}, "none": None}
     journal.write("steps", state)

@@ -120,17 +120,28 @@ def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> N
         "recipe": prepared.recipe.name,
         "layers": len(prepared.plan.layers),
         "share": prepared.plan.share,
-        "seconds": round(found.seconds),
+        "seconds": [round(seconds) for seconds in found.seconds_range],
         "memory_bytes": found.memory_bytes,
+        "output_bytes": found.output_bytes,
         "disk_bytes": found.disk_bytes,
     }
     screen.result(
         lines,
         f"{lines['layers']} layers of {model} by {lines['recipe']}, {prepared.plan.share:.1%} of the blocks' weights: "
-        f"about {lines['seconds']} s"
+        f"about {time_text(*found.seconds_range)}"
         + (" and the time to generate the calibration set" if prepared.writes_set else "")
-        + f", {size_text(found.memory_bytes)} of memory, {size_text(found.disk_bytes)} of disk",
+        + f", {size_text(found.memory_bytes)} of memory, an output of {size_text(found.output_bytes)}"
+        f" ({size_text(found.disk_bytes)} of disk while it runs)",
     )
+
+
+def time_text(least: float, most: float) -> str:
+    """A range of seconds in the unit that suits it, such as "2 to 3 minutes"."""
+    units = ((3600, "hour"), (60, "minute"), (0, "second"))
+    unit, name = next((max(1, size), name) for size, name in units if most >= 3 * size)
+    low, high = max(1, round(least / unit)), max(1, round(most / unit))
+    numbers = f"{low} to {high}" if low < high else str(high)
+    return f"{numbers} {name}" + ("s" if high > 1 else "")
 
 
 def _tell(screen: "Terminal", notes: list[str]) -> None:

@@ -203,7 +203,7 @@ class BlockSolver:
         solved, name = solution.weight[rows], f"{self.block.name}.{linear.name}"
         spec = self.plan.target_of(name).spec
         # Before the copy: in float32 models ``weight`` is a view of the memory that the copy overwrites.
-        error, measure = _relative_error(
+        error, measure = relative_error(
             weight, solved, solution.errors[rows] if solution.errors is not None else None, problem
         )
         stored = linear.view(self.block.state[linear.parameter])
@@ -228,9 +228,14 @@ class BlockSolver:
         )
 
 
-def _relative_error(
+def relative_error(
     weight: torch.Tensor, solved: torch.Tensor, errors: torch.Tensor | None, problem: LayerProblem
 ) -> tuple[float, str]:
+    """Relative squared error of ``solved`` and what it is based on, as in ``LayerReport``; ``errors`` are known ones.
+
+    Raises:
+        CalibrantError: values are too large for float32.
+    """
     if problem.hessian is not None:
         nothing = torch.zeros_like(weight)
         known = errors if errors is not None else layer_errors(weight, solved, problem.hessian)

@@ -1,38 +1,59 @@
 """Estimates the time, memory and disk space of a run before any weight is read.
 
-The overhead factors and the constant terms were measured for this engine on a CPU (ours; they are rough).
+What can be counted is counted: bytes of the output, multiplications of forward passes. What depends on the machine is
+measured in a second or two: the rate of matrix products, hashing and copying, and the recipe's own solver and statistic
+on a small layer. The factors that remain were fitted to runs on a CPU (benchmarks/estimates.py).
 """
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
+from calibrant.engine.block_solver import relative_error
+from calibrant.hashing import sha256_bytes
+from calibrant.methods.method import LayerProblem, LayerSolver
+from calibrant.methods.solvers.rtn import RTN
 from calibrant.methods.training import HELD_OUT_TOKENS, TrainingOptions, Zsaq
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.quantization.statistics import Hessian, PairedHessian
+from calibrant.pipeline.memory import resident_memory
+from calibrant.quantization.statistics import Hessian, HessianDiagonal
 from calibrant.recipes.parts import Awq, Quadapter
-from calibrant.recipes.plan import Plan
+from calibrant.recipes.plan import LayerPlan, Plan
 
-# Number of ranges that the search by output error (``clip``) compares.
-_CLIP_CANDIDATES = 10
-_PROCESS_BYTES = 600 * 2**20
+# Sizes of the layer that the solver is measured on; wider ones are scaled.
+_FEW_ROWS, _MANY_ROWS, _MOST_COLUMNS, _TOKENS = 32, 288, 2048, 2048
+# A Llama block has seven linears and four different inputs, and layers that share an input are solved together.
+_INPUTS_PER_LINEAR = 4 / 7
+# What compiled kernels and their compiler add to the process.
+_KERNEL_BYTES = 80 * 2**20
+# How far a run may be from the estimate, either way: the load and clock of the machine, disks slower than memory.
+_SPREAD = 1.35
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated cost of a run: seconds, peak memory in bytes, disk space in bytes while it runs."""
+    """Estimated cost of a run: seconds, peak memory, the output's size, and peak disk space while it runs, in bytes."""
 
     seconds: float
     memory_bytes: int
+    output_bytes: int
     disk_bytes: int
+
+    @property
+    def seconds_range(self) -> tuple[float, float]:
+        """The least and the most seconds to expect."""
+        return self.seconds / _SPREAD, self.seconds * _SPREAD
 
 
 def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> Estimate:
-    """Estimate a run on ``samples`` rows of ``length`` tokens from its FLOPs and this machine's measured FLOP rate."""
+    """Estimate a run on ``samples`` rows of ``length`` tokens; ``dtype`` is that of its forward passes."""
     size = _Size(model, plan, samples, length, dtype)
     parts = [size.blocks()]
     if plan.recipe.quadapter is not None:
@@ -42,6 +63,7 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
     return Estimate(
         sum(part.seconds for part in parts),
         sum(part.memory_bytes for part in parts),
+        sum(part.output_bytes for part in parts),
         sum(part.disk_bytes for part in parts),
     )
 
@@ -59,34 +81,80 @@ class _Size:
         self._block = max(1, self._parameters // len(plan.blocks))
         self._hidden = int(model.folder.config.get_text_config().hidden_size)
         self._rate = cache(lambda dtype: measured_rate(dtype, model.device))
+        self._copy_seconds = cache(copy_seconds)
 
     def blocks(self) -> Estimate:
         """Forward passes, statistics, searches and solves of all blocks, and the output files."""
-        blocks, tokens = len(self._plan.blocks), self._tokens
-        hessian = 0.0
-        if self._plan.recipe.statistic in (Hessian, PairedHessian):
-            hessian = (min(self._widths) ** 2 * 3 + max(self._widths) ** 2) * blocks * float(tokens)
-        flops = 1.5 * (2.0 * self._parameters * tokens + hessian) + self._solving_flops()
-        seconds = flops / self._rate(self._dtype) + 0.02 * 4 * blocks + 5
-        element = torch.empty(0, dtype=self._dtype).element_size()
-        widest = max(self._widths, default=self._hidden)
-        memory = tokens * element * (3 * self._hidden + 2 * widest) + self._block * 16 + 3 * 4 * widest**2
-        stored = sum(_stored_bytes(info.dtype, info.shape) for info in self._model.folder.tensors.values())
-        return Estimate(seconds, _PROCESS_BYTES + memory, 2 * stored)
+        stored = _stored_bytes(self._model.folder, list(self._model.folder.tensors))
+        output = self._output_bytes(stored)
+        seconds = self._forward_seconds() + self._solving_seconds() + self._file_seconds(stored, output)
+        # Opening and probing a block, and what a run does once.
+        seconds += 0.05 * len(self._plan.blocks) + 2
+        # Parts of the output stay until all are joined.
+        return Estimate(seconds, resident_memory() + _KERNEL_BYTES + self._memory_bytes(), output, 2 * output)
 
-    def _solving_flops(self) -> float:
-        """FLOPs of matrix products that take as long as solves and searches (factors measured on SmolLM2-135M)."""
-        recipe, spec, work = self._plan.recipe, self._plan.target.spec, 0.0
-        pairs = sum(out * into**2 for out, into in self._plan.linears.values())
-        pairs += sum(torch.Size(shape).numel() * max(shape[1:]) for shape in self._plan.fused.values())
-        # Loops over columns reach about a tenth of the rate of matrix products.
-        work += 10 * 2.0 * pairs * recipe.kind.passes(recipe.method)
-        if spec is not None and spec.range_search == "clip":
-            work += 30 * 2.0 * _CLIP_CANDIDATES * (spec.group_size or 512) * self._parameters
-        for transform in recipe.transforms:
+    def _forward_seconds(self) -> float:
+        """Forward passes of the blocks, and of AWQ's searches."""
+        passes = 1 + sum(not isinstance(transform, Quadapter) for transform in self._plan.recipe.transforms)
+        work = 1.5 * 2.0 * self._parameters * self._tokens * passes
+        # Norms, rotations, softmax and gates write this many numbers per token beside the products' results.
+        numbers = 12 * self._hidden + 6 * max(self._widths, default=self._hidden)
+        touched = numbers * torch.empty(0, dtype=self._dtype).element_size() * self._tokens * len(self._plan.blocks)
+        for transform in self._plan.recipe.transforms:
             if isinstance(transform, Awq):
                 work += transform.steps * 3 * 2.0 * 1024 * self._parameters
-        return work
+        return work / self._rate(self._dtype) + passes * touched * self._copy_seconds() if work else 0.0
+
+    def _solving_seconds(self) -> float:
+        """Statistics and solves, from the measured time of a small layer of each width."""
+        recipe, seconds = self._plan.recipe, 0.0
+        kind = recipe.kind if isinstance(recipe.kind, LayerSolver) else RTN
+        options = recipe.method if kind is not RTN else None
+        rows: Counter[int] = Counter()
+        inputs: Counter[int] = Counter()
+        examples: dict[int, LayerPlan] = {}
+        for layer in self._plan.layers.values():
+            *experts, out, into = layer.shape
+            count = torch.Size(experts).numel()
+            rows[into] += count * out
+            inputs[into] += count
+            examples[into] = layer
+        for into, layer in examples.items():
+            small = min(into, _MOST_COLUMNS)
+            if layer.target.spec is not None and layer.target.spec.group_size is not None:
+                small -= small % layer.target.spec.group_size
+            measured = _Measured(kind, options, layer, small, recipe.statistic, self._dtype, self._model.device)
+            wider = into / small
+            pairs = 1 if measured.per_token == 0 or recipe.statistic is HessianDiagonal else wider
+            groups = inputs[into] * _INPUTS_PER_LINEAR
+            seconds += measured.per_input * groups * wider * pairs**2 + measured.per_row * rows[into] * wider * pairs
+            seconds += measured.per_token * groups * self._tokens * wider * pairs
+        return seconds
+
+    def _file_seconds(self, stored: int, output: int) -> float:
+        """Reading, hashing, writing, joining and verifying."""
+        codes = self._parameters if self._plan.target.layout is not None else 0
+        hashed = stored + 2 * output + 2 * codes
+        return hashed * hash_seconds() + (3 * stored + 8 * output + 4 * codes) * self._copy_seconds()
+
+    def _output_bytes(self, stored: int) -> int:
+        element = torch.empty(0, dtype=self._model.folder.dtype).element_size()
+        kept = stored - self._parameters * element
+        return max(0, kept) + sum(_layer_bytes(layer, element) for layer in self._plan.layers.values())
+
+    def _memory_bytes(self) -> int:
+        """What the largest phase adds: embedding the rows, a block, or writing the largest tensor outside."""
+        element = torch.empty(0, dtype=self._dtype).element_size()
+        source = torch.empty(0, dtype=self._model.folder.dtype).element_size()
+        folder, widest = self._model.folder, max(self._widths, default=self._hidden)
+        outside = self._model.names_outside(self._plan.blocks)
+        hidden = self._tokens * element * self._hidden
+        inputs = self._tokens * element * (2 * self._hidden + 2 * widest)
+        statistics = 3 * 4 * widest**2 if self._tokens and self._plan.recipe.statistic is not HessianDiagonal else 0
+        block = self._block * (source + element + 12) + statistics + inputs
+        embedding = sum(_stored_bytes(folder, [name]) for name in outside) * (1 + element / source)
+        largest = 2 * max((_stored_bytes(folder, [name]) for name in outside), default=0)
+        return hidden + int(max(block, embedding if self._tokens else 0, largest))
 
     def quadapter(self, options: Quadapter) -> Estimate:
         """Learning channel scales block by block."""
@@ -95,7 +163,7 @@ class _Size:
         seconds = 1.5 * 2.0 * self._parameters * self._length * passes / self._rate(torch.float32)
         seconds += 0.02 * options.steps * len(self._plan.blocks)
         # Float32 inputs and targets of a block; its weights, the intermediates of their rounding, and the gradients.
-        return Estimate(seconds, 2 * 4 * self._tokens * self._hidden + 10 * 4 * self._block, 0)
+        return Estimate(seconds, 2 * 4 * self._tokens * self._hidden + 10 * 4 * self._block, 0, 0)
 
     def training(self, options: TrainingOptions) -> Estimate:
         """Training the whole model."""
@@ -110,7 +178,7 @@ class _Size:
         # gradients and moments.
         memory = 4 * (8 * whole + 5 * generator + 6 * logits)
         # Two copies of the journal: weights, moments and best weights so far; weights and moments of a generator.
-        return Estimate(seconds, memory, 2 * 4 * (4 * self._parameters + 3 * generator))
+        return Estimate(seconds, memory, 0, 2 * 4 * (4 * self._parameters + 3 * generator))
 
     def _generator_parameters(self, options: TrainingOptions) -> int:
         if not isinstance(options, Zsaq) or options.inputs == "random":
@@ -119,10 +187,87 @@ class _Size:
         return sum(torch.Size(info.shape).numel() for info in folder.tensors.values())
 
 
-def _stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a stored tensor."""
-    width = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}.get(dtype, 1)
-    return width * torch.Size(shape).numel()
+class _Measured:
+    """Seconds that the recipe's solver and statistic take here: per input, per row of a weight, and per token.
+
+    ``columns`` is the width of the layer that is measured; the first run of each compiles its kernels.
+    """
+
+    def __init__(
+        self,
+        kind: LayerSolver,
+        options: Any,
+        layer: LayerPlan,
+        columns: int,
+        statistic: type[Hessian] | type[HessianDiagonal] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        numbers = torch.Generator().manual_seed(0)
+        seen = None
+        self.per_token = 0.0
+        if statistic is not None:
+            seen = statistic(columns, device)
+            inputs = torch.randn(_TOKENS, columns, generator=numbers).to(dtype=dtype, device=device)
+            self.per_token = best_seconds(lambda: seen.add(inputs)) / _TOKENS
+        hessian = diagonal = None
+        if isinstance(seen, Hessian):
+            hessian = seen.matrix()
+            diagonal = hessian.diagonal()
+        elif isinstance(seen, HessianDiagonal):
+            diagonal = seen.values
+
+        def solve(weight: torch.Tensor) -> None:
+            torch.isfinite(weight).all()
+            target = layer.target
+            problem = LayerProblem(weight, (len(weight),), target.spec, target.sparsity, hessian, diagonal)
+            solution = kind.solve(options, problem)
+            relative_error(weight, solution.weight, solution.errors, problem)
+
+        few, many = (torch.randn(rows, columns, generator=numbers).to(device) for rows in (_FEW_ROWS, _MANY_ROWS))
+        least, most = best_seconds(lambda: solve(few)), best_seconds(lambda: solve(many))
+        self.per_row = max(0.0, most - least) / (_MANY_ROWS - _FEW_ROWS)
+        self.per_input = max(0.0, least - _FEW_ROWS * self.per_row)
+
+
+def _layer_bytes(layer: LayerPlan, element: int) -> int:
+    """Bytes of a compressed layer in the output; ``element`` is those of a number that is stored dense."""
+    layout, parameters = layer.target.layout, torch.Size(layer.shape).numel()
+    if layout is None:
+        return parameters * element
+    groups = parameters // layer.shape[-1] * (layer.shape[-1] // (layout.group_size or layer.shape[-1]))
+    zero_points = 0 if layout.symmetric and layout.format == "compressed-tensors" else groups * layout.stored_bits // 8
+    scale = 2 if layout.format != "compressed-tensors" else element
+    return parameters * layout.stored_bits // 8 + groups * scale + zero_points
+
+
+def _stored_bytes(folder: ModelFolder, names: list[str]) -> int:
+    widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+    tensors = [folder.tensors[name] for name in names]
+    return sum(widths.get(info.dtype, 1) * torch.Size(info.shape).numel() for info in tensors)
+
+
+def best_seconds(work: Callable[[], object], repeats: int = 2) -> float:
+    """The least seconds of ``work`` in ``repeats`` runs after a first one."""
+    work()
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.thread_time()
+        work()
+        best = min(best, time.thread_time() - begin)
+    return best
+
+
+def hash_seconds(size: int = 8 << 20) -> float:
+    """Seconds per byte of SHA-256."""
+    data = bytes(size)
+    return best_seconds(lambda: sha256_bytes(data)) / size
+
+
+def copy_seconds(size: int = 64 << 20) -> float:
+    """Seconds per byte of a copy to memory that the process has not used yet."""
+    data = torch.zeros(size, dtype=torch.uint8)
+    return best_seconds(data.clone) / size
 
 
 def measured_rate(dtype: torch.dtype, device: torch.device, size: int = 1536, repeats: int = 3) -> float:
@@ -130,7 +275,7 @@ def measured_rate(dtype: torch.dtype, device: torch.device, size: int = 1536, re
     left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
     best = 0.0
     for _ in range(repeats + 1):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         torch.nn.functional.linear(left, right)[0, 0].item()
-        best = max(best, 2.0 * size**3 / (time.perf_counter() - begin))
+        best = max(best, 2.0 * size**3 / (time.thread_time() - begin))
     return best

@@ -1,7 +1,5 @@
 """Runs one compression, from a model folder to a verified output folder."""
 
-import resource
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from calibrant.hashing import canonical_json
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.output_folder import staged
+from calibrant.pipeline.memory import peak_memory
 from calibrant.pipeline.record import RunReport, Settings, compressed_share, make_record, training_identity
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
@@ -242,9 +241,3 @@ class _Run:
         )
         (self.folder / "report.json").write_text(canonical_json(report.as_dict()), encoding="utf-8")
         return report
-
-
-def peak_memory() -> int:
-    """Peak memory of the process in bytes; ``ru_maxrss`` is in bytes on macOS and in KiB elsewhere."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import canonical_json
-from calibrant.output_folder import whole_file
+from calibrant.output_folder import companion, whole_file
+from calibrant.owned_folder import is_owned
 
 _IDENTITY = "training.json"
 _SUFFIX = ".safetensors"
@@ -22,13 +23,13 @@ CURVES = "curves"
 
 
 def journal_folder(output: Path) -> Path:
-    """Path of the journal of a training that writes to ``output``.
+    """Path of the journal of a training that writes to ``output``: beside it, or within a mount point.
 
     Raises:
         CalibrantError: the path is taken by something other than a journal.
     """
-    folder = output.absolute().parent / f"{output.name}.training"
-    kept = [path for path in folder.iterdir() if not _is_partial(path)] if folder.is_dir() else []
+    folder = companion(output, "training")
+    kept = [path for path in folder.iterdir() if not is_owned(path.name)] if folder.is_dir() else []
     if folder.is_file() or (kept and not (folder / _IDENTITY).is_file()):
         raise CalibrantError(f"{folder}: is in the way of the training's journal; move it")
     return folder
@@ -64,7 +65,7 @@ def check_same_training(output: Path, identity: dict[str, Any]) -> None:
 
 
 class Journal:
-    """The folder ``OUTPUT.training``, created by the first write; its subfolder ``CURVES`` is for TensorBoard's files.
+    """The journal's folder, created by the first write; its subfolder ``CURVES`` is for TensorBoard's files.
 
     Args:
         output: the run's output folder, which need not exist yet.
@@ -85,11 +86,8 @@ class Journal:
             shutil.rmtree(self.folder)
 
     def opened(self) -> Path:
-        """Create the folder if needed, remove partial files of an interrupted run, and return the folder."""
+        """Create the folder if needed, with the training's identity in it, and return it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if _is_partial(path):
-                path.unlink()
         if not (self.folder / _IDENTITY).is_file():
             with whole_file(self.folder / _IDENTITY) as beside:
                 beside.write_text(self._identity, encoding="utf-8")
@@ -147,11 +145,6 @@ class Journal:
 
 def _has_state(folder: Path) -> bool:
     return any(folder.glob(f"*{_SUFFIX}"))
-
-
-def _is_partial(path: Path) -> bool:
-    """Whether ``path`` is a partial file, written by Calibrant or by safetensors."""
-    return path.is_file() and (path.name.startswith(".tmp") or (path.name[0] == "." and path.suffix == ".partial"))
 
 
 def _to_json(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
