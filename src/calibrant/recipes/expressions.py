@@ -28,22 +28,22 @@ def check_expression(expression: str) -> None:
     """
     shown = expression if len(expression) <= 100 else f"{expression[:100]}..."
     if len(expression) > _LONGEST:
-        raise ValueError(f"ignore: {shown!r} has {len(expression)} characters; at most {_LONGEST} are read")
+        raise ValueError(f"{shown!r} has {len(expression)} characters; at most {_LONGEST} are read")
     depths = itertools.accumulate((character == "(") - (character == ")") for character in expression)
     if max(depths, default=0) > _DEEPEST:
-        raise ValueError(f"ignore: {shown!r} is nested too deep, with more than {_DEEPEST} open groups")
+        raise ValueError(f"{shown!r} is nested too deep, with more than {_DEEPEST} open groups")
     try:
         re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"ignore: {shown!r} is not a regular expression ({first_line(error)})") from error
+        raise ValueError(f"{shown!r} is not a regular expression ({first_line(error)})") from error
     # The matcher repeats a counted part in memory, nested ones once for each product of their counts.
     copies = math.prod(max(1, *(int(count or 0) for count in found)) for found in _COUNTS.findall(expression))
     if copies > _MOST_COPIES:
-        raise ValueError(f"ignore: {shown!r} counts repetitions up to more than {_MOST_COPIES}; write * or + instead")
+        raise ValueError(f"{shown!r} counts repetitions up to more than {_MOST_COPIES}; write * or + instead")
     try:
         regex.compile(expression)
     except (regex.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"ignore: {shown!r} is not an expression that can be matched ({first_line(error)})") from error
+        raise ValueError(f"{shown!r} is not an expression that can be matched ({first_line(error)})") from error
 
 
 class Expressions:
