@@ -19,6 +19,7 @@ from .errors import CalibrantError as CalibrantError
 from .evaluation.comparison import Divergence as Divergence
 from .evaluation.comparison import Evaluation as Evaluation
 from .evaluation.comparison import Perplexity as Perplexity
+from .formats.imatrix import ImportanceMatrix as ImportanceMatrix
 from .methods.solvers.adpq import Adpq as Adpq
 from .methods.solvers.gptq import Gptq as Gptq
 from .methods.solvers.hqq import Hqq as Hqq

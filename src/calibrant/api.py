@@ -6,11 +6,12 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.generate import DEFAULT_LENGTH, DEFAULT_SAMPLES, check_length
 from calibrant.engine.compress_blocks import Order
-from calibrant.engine.importance import input_squares
+from calibrant.engine.importance import input_squares, stored_names
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation, evaluate_models
 from calibrant.evaluation.text import evaluation_windows
-from calibrant.formats.imatrix import gguf_names, write_imatrix
+from calibrant.formats.gguf_names import gguf_names
+from calibrant.formats.imatrix import ImportanceMatrix, write_imatrix
 from calibrant.formats.quantized import FormatName
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.find_blocks import find_blocks
@@ -99,11 +100,13 @@ def write_importance_matrix(
     dtype: str = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> int:
-    """Write llama.cpp's importance matrix of ``model`` on a calibration set, a GGUF file; returns its number of layers.
+) -> ImportanceMatrix:
+    """Write llama.cpp's importance matrix of ``model`` on a calibration set, a GGUF file.
+
+    Layers without a name there are left out, with a note and in the result.
 
     Raises:
-        CalibrantError: model or set do not fit, or llama.cpp has no name for a layer.
+        CalibrantError: model or set do not fit, or no layer has a name.
     """
     target = Path(output)
     if target.exists() and (not overwrite or target.is_dir()):
@@ -114,13 +117,16 @@ def write_importance_matrix(
     place = torch_device(device)
     lazy = LazyModel(folder, torch_dtype(dtype, place), place)
     blocks = find_blocks(lazy.module)
-    sums = input_squares(lazy, blocks, given.rows, progress or NoProgress())
-    names = gguf_names(folder.config.get_text_config().model_type, len(blocks), list(sums))
-    named = {name: both for module, both in sums.items() for name in names[module]}
+    progress = progress or NoProgress()
+    sums = input_squares(lazy, blocks, given.rows, progress)
+    names = gguf_names(folder.config.get_text_config(), len(blocks), stored_names(lazy, sums))
+    named = {one.name: one.rows(*sums[layer]) for layer, tensors in names.tensors.items() for one in tensors}
     rows, length = given.tokens.shape
     with whole_file(target) as beside:
         write_imatrix(beside, named, [f"calibrant:sha256:{given.sha256}"], rows, length)
-    return len(named)
+    for sentence in names.notes():
+        progress.note(sentence)
+    return ImportanceMatrix(names.architecture, tuple(sorted(named)), names.left_out)
 
 
 def evaluate(

@@ -32,7 +32,7 @@ def imatrix(
     with terminal(quiet, as_json) as screen:
         import calibrant as cb
 
-        layers = cb.write_importance_matrix(
+        written = cb.write_importance_matrix(
             model,
             calibration=calibration,
             output=output,
@@ -41,4 +41,8 @@ def imatrix(
             overwrite=overwrite,
             progress=screen.progress,
         )
-        screen.result({"output": str(output), "layers": layers}, f"{output}: {layers} layers")
+        layers, left_out = len(written.tensors), written.left_out
+        screen.result(
+            {"output": str(output), "layers": layers, "left_out": left_out, "architecture": written.architecture},
+            f"{output}: {layers} layers" + (f", {len(left_out)} left out" if left_out else ""),
+        )

@@ -1,5 +1,7 @@
 """Sums of squared inputs of every layer in the original model, gathered block by block."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -49,6 +51,16 @@ def input_squares(
         block.advance(two_passes(block, block.structure, gathering, propagate=False))
         found |= gathering.found
     return {name: _as_rows(norms) for name, norms in found.items()}
+
+
+def stored_names(model: LazyModel, layers: Iterable[str]) -> dict[str, str]:
+    """The checkpoint's name of each layer's weight; the layer's own name if the checkpoint splits it."""
+
+    def stored(layer: str) -> str:
+        alone = (parameter for parameter in (layer, f"{layer}.weight") if model.is_stored_alone(parameter))
+        return next(map(model.stored_name, alone), layer)
+
+    return {layer: stored(layer) for layer in layers}
 
 
 def _as_rows(norms: list[HessianDiagonal]) -> tuple[np.ndarray, np.ndarray]:

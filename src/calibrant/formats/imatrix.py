@@ -1,14 +1,29 @@
 """llama.cpp's importance matrix as a GGUF file (ggml-org/llama.cpp, ``tools/imatrix/imatrix.cpp``)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from calibrant.errors import CalibrantError
+from calibrant.formats.gguf_names import gguf_library
 
-_GATE_AND_UP = ".gate_up_proj"
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """What a written importance matrix contains.
+
+    Attributes:
+        architecture: the architecture that llama.cpp's converter takes for the model.
+        tensors: names of the GGUF tensors in it.
+        left_out: layers of the model's blocks without a name in llama.cpp, and GGUF tensors that it multiplies with
+            something else than the input of a layer.
+    """
+
+    architecture: str
+    tensors: tuple[str, ...]
+    left_out: tuple[str, ...]
 
 
 def write_imatrix(
@@ -28,7 +43,7 @@ def write_imatrix(
     Raises:
         CalibrantError: the extra ``gguf`` is not installed, or the written file differs from ``sums``.
     """
-    writer = _gguf().GGUFWriter(path, arch="")  # llama.cpp writes no architecture into such files
+    writer = gguf_library().GGUFWriter(path, arch="")  # llama.cpp writes no architecture into such files
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", datasets)
     writer.add_uint32("imatrix.chunk_count", chunks)
@@ -46,7 +61,7 @@ def write_imatrix(
 
 def _verify(path: Path, sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Read the file again and compare it with ``sums``."""
-    found = {tensor.name: np.asarray(tensor.data) for tensor in _gguf().GGUFReader(path).tensors}
+    found = {tensor.name: np.asarray(tensor.data) for tensor in gguf_library().GGUFReader(path).tensors}
     same = len(found) == 2 * len(sums) and all(
         np.array_equal(found[f"{name}.in_sum2"], total.astype(np.float32))
         and np.array_equal(found[f"{name}.counts"], tokens.astype(np.float32))
@@ -54,42 +69,3 @@ def _verify(path: Path, sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> No
     )
     if not same:
         raise CalibrantError(f"{path}: differs from what was measured; the disk may be failing")
-
-
-def gguf_names(model_type: str, blocks: int, modules: list[str]) -> dict[str, list[str]]:
-    """llama.cpp's names for the weights of ``modules`` (linears or fused experts) in a model with ``blocks`` blocks.
-
-    Model types unknown to llama.cpp get Llama's names, as llama.cpp does for Mistral and Mixtral. For most types
-    llama.cpp stores gates and ups of experts as two tensors where transformers has one parameter, which then gets two
-    names.
-
-    Raises:
-        CalibrantError: llama.cpp has no name for a module, or the extra ``gguf`` is not installed.
-    """
-    gguf = _gguf()
-    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    plain = model_type.removesuffix("_text")
-    arch = known.get(plain) or known.get(plain.replace("_", "")) or gguf.MODEL_ARCH.LLAMA
-    names = gguf.get_tensor_name_map(arch, blocks)
-
-    def gguf_tensors(*modules: str) -> list[str | None]:
-        return [names.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in modules]
-
-    found: dict[str, list[str]] = {}
-    for module in modules:
-        tensors = gguf_tensors(module)
-        if None in tensors and module.endswith(_GATE_AND_UP):
-            base = module.removesuffix(_GATE_AND_UP)
-            tensors = gguf_tensors(f"{base}.gate_proj", f"{base}.up_proj")
-        if None in tensors:
-            raise CalibrantError(f"{module}: llama.cpp has no name for this layer of {model_type} models")
-        found[module] = [str(name) for name in tensors]
-    return found
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise CalibrantError("importance matrices need the extra: pip install 'calibrant[gguf]'") from error
-    return gguf

@@ -1,6 +1,5 @@
 """Fits a recipe to a model, before any weight is read."""
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -141,7 +140,7 @@ def _check_ignored(model: LazyModel, recipe: Recipe) -> None:
     modules = [name for name, _ in model.module.named_modules() if name]
     names = [*modules, *fused_parameters(model.module)]
     for expression in recipe.ignore:
-        if not any(re.search(expression, name) for name in names):
+        if not any(recipe.matches(expression, name) for name in names):
             raise CalibrantError(f"ignore: {expression!r} is in no module's name; this model has, say, {modules[-1]}")
 
 

@@ -94,7 +94,7 @@ class Budget(Strict):
     ``average`` is the average over all weights; None is the scheme's bits or share.
     """
 
-    choices: list[float] = Field(min_length=2)
+    choices: list[float] = Field(min_length=2, max_length=16)
     average: float | None = None
 
     def refusal(self, scheme: Scheme) -> str | None:
@@ -129,7 +129,7 @@ class Awq(Strict):
     """AWQ's channel scales, from a search over ``steps`` exponents; ``duo`` also divides by the weights' magnitude."""
 
     name: Literal["awq"] = "awq"
-    steps: int = Field(default=20, ge=1)
+    steps: int = Field(default=20, ge=1, le=1000)
     duo: bool = False
 
 
@@ -137,7 +137,7 @@ class Quadapter(Strict):
     """Quadapter's channel scales, moved from norms into linears; learned block by block in ``steps`` Adam steps."""
 
     name: Literal["quadapter"] = "quadapter"
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=100, ge=1, le=1_000_000)
     learning_rate: float = Field(default=0.06, gt=0)
 
 

@@ -1,15 +1,15 @@
 """Recipes: a method, a scheme and the layers to compress; named, validated, read from YAML."""
 
-import re
 from collections.abc import Mapping
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     BeforeValidator,
     Field,
+    PrivateAttr,
     SerializeAsAny,
     ValidationError,
     field_validator,
@@ -22,7 +22,9 @@ from calibrant.methods.registry import METHODS, Method
 from calibrant.methods.training import Trainer, TrainingOptions
 from calibrant.quantization.grids import RangeSearch
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
+from calibrant.recipes.expressions import MOST_EXPRESSIONS, Expressions, check_expression
 from calibrant.recipes.parts import Budget, Quadapter, Scheme, Transform
+from calibrant.recipes.recipe_file import parse_recipe, read_recipe_file
 from calibrant.strict import Strict
 
 DEFAULT_RECIPE = "gptq-w4a16"
@@ -68,19 +70,17 @@ class Recipe(Strict):
     description: str
     method: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_known_options)]
     scheme: Scheme
-    transforms: list[Transform] = Field(default=[])
+    transforms: list[Transform] = Field(default=[], max_length=10)
     drift_correction: float = Field(default=0.0, ge=0, le=1)
     budget: Budget | None = None
-    ignore: list[str] = Field(default=[])
+    ignore: list[str] = Field(default=[], max_length=MOST_EXPRESSIONS)
+    _origin: str | None = PrivateAttr(default=None)
 
     @field_validator("ignore")
     @classmethod
     def _expressions(cls, value: list[str]) -> list[str]:
         for expression in value:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise ValueError(f"ignore: {expression!r} is not a regular expression ({error})") from error
+            check_expression(expression)
         return value
 
     @model_validator(mode="after")
@@ -179,9 +179,20 @@ class Recipe(Strict):
 
     def ignores(self, name: str) -> bool:
         """Whether the layer or parameter with full name ``name`` is ignored, by this name or its parent module's."""
-        return any(
-            re.search(expression, text) for expression in self.ignore for text in (name, name.rpartition(".")[0])
-        )
+        texts = (name, name.rpartition(".")[0])
+        return any(self.matches(expression, text) for expression in self.ignore for text in texts)
+
+    def matches(self, expression: str, text: str) -> bool:
+        """Whether ``expression``, one of ``ignore``, matches somewhere in ``text``.
+
+        Raises:
+            CalibrantError: the recipe's expressions take too long to match.
+        """
+        return self._matcher.finds(expression, text)
+
+    @cached_property
+    def _matcher(self) -> Expressions:
+        return Expressions(self.ignore, self._origin or f"recipe {self.name}")
 
     def as_written(self, exclude_none: bool = False) -> dict[str, Any]:
         """The recipe as a dict with all defaults, except a training's seed that the recipe does not set."""
@@ -221,7 +232,9 @@ class Recipe(Strict):
             changed["scheme"]["weights"]["group_size"] = group_size or None
             said.append(f"groups of {group_size}" if group_size else "one scale a channel")
         changed["description"] += f"; changed to {' and '.join(said)}"
-        return _validate(changed, f"recipe {self.name} with other `bits` or `group_size`")
+        found = _validate(changed, f"recipe {self.name} with other `bits` or `group_size`")
+        found._origin = self._origin
+        return found
 
 
 def builtin_recipes() -> dict[str, Recipe]:
@@ -244,19 +257,14 @@ def load_recipe(name: str | Path) -> Recipe:
         return recipes[str(name)]
     path = Path(name)
     if path.is_file():
-        try:
-            return _parse(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrantError(f"{path}: cannot be read ({error})") from error
+        return _parse(read_recipe_file(path), str(path))
     raise CalibrantError(f"{name}: no recipe of that name and no such file; there are {', '.join(recipes)}")
 
 
 def _parse(text: str, origin: str) -> Recipe:
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CalibrantError(f"{origin}: not YAML ({' '.join(str(error).split())})") from error
-    return _validate(value, origin)
+    recipe = _validate(parse_recipe(text, origin), origin)
+    recipe._origin = origin
+    return recipe
 
 
 def _validate(value: object, origin: str) -> Recipe:

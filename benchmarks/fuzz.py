@@ -1,0 +1,470 @@
+"""Damaged files of every kind that strangers make, read by the public commands.
+
+    python benchmarks/fuzz.py WORK --count 2000
+    python benchmarks/fuzz.py WORK --seed 0 --first 137 --count 1    # one again; its files stay in WORK
+
+Every mutation depends on the seed and its number alone, so a run is continued with ``--first``. Each runs in a forked
+child of one warm process. Failures are exceptions that reach the top, deaths by a signal, more than ``--seconds`` of
+time on the clock, and more memory than ten times the input, or 256 MB, above what the same command needs for the sound
+file. The summary is written to ``WORK/summary.json``; the exit status is the number of failures, 255 at most.
+"""
+
+import argparse
+import gzip
+import importlib
+import json
+import os
+import pkgutil
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import transformers
+from tests.conftest import random_set, write_model
+
+import calibrant as cb
+from calibrant.cli.main import main as calibrant
+
+_FLOOR = 256_000_000
+_TIMES_INPUT = 10
+_MOST_MEMORY = 4_000_000_000
+_CRASHED = 99
+_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+_RECIPE = """name: r
+description: d
+method: {name: rtn}
+scheme:
+  weights: {bits: 4, symmetric: true, group_size: 16}
+ignore: ['layers\\.0\\.mlp']
+"""
+_TEXT = "the quick brown fox jumps over the lazy dog and goes on to the next field. "
+
+Mutator = Callable[[bytes, random.Random], bytes]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Files of one kind: where a sound one lies in the template folder, how it is damaged, and who reads it."""
+
+    name: str
+    file: str
+    mutators: tuple[Mutator, ...]
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command did with one damaged file."""
+
+    number: int
+    kind: str
+    command: str
+    failure: str
+    said: str
+    seconds: float
+    memory: int
+
+
+def flipped(data: bytes, rng: random.Random) -> bytes:
+    """Some bytes replaced."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 3, 20))):
+        if changed:
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+    return bytes(changed)
+
+
+def cut(data: bytes, rng: random.Random) -> bytes:
+    """Truncated, or a part taken out."""
+    begin = rng.randrange(len(data) + 1)
+    return data[:begin] + (data[rng.randrange(begin, len(data) + 1) :] if rng.random() < 0.5 else b"")
+
+
+def grown(data: bytes, rng: random.Random) -> bytes:
+    """With foreign bytes put in, or a part repeated."""
+    place = rng.randrange(len(data) + 1)
+    foreign = rng.choice((b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"{" * 2000, b"[" * 2000, b'"', b"\n" * 50, data[:200]))
+    return data[:place] + foreign + data[place:]
+
+
+def _evil(rng: random.Random) -> Any:
+    """A value of an unexpected type or size."""
+    deep: Any = []
+    for _ in range(400):
+        deep = [deep]
+    return rng.choice(
+        (
+            *(None, True, False, 0, 1, -1, 2, 2**31, 2**63, -(2**63), 10**9, 10**30, 0.5, -0.0, 1e308, float("nan")),
+            *(float("inf"), "", "x", "auto", "../../x", "/", "\ud800", "\0", "x" * 10_000, "1", "{{", "cuda:9"),
+            *([], [None], ["x"], [[]], [0] * 1000, {}, {"x": None}, {"": {}}, deep),
+        )
+    )
+
+
+def json_changed(data: bytes, rng: random.Random) -> bytes:
+    """One or more values of a JSON document replaced, removed or moved; bytes that are no JSON are flipped."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        return flipped(data, rng)
+    return json.dumps(_changed(document, rng)).encode("utf-8")
+
+
+def _changed(document: Any, rng: random.Random) -> Any:
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        places = list(_places(document))
+        if not places or rng.random() < 0.03:
+            return _evil(rng)
+        holder, key = rng.choice(places)
+        act = rng.random()
+        if act < 0.65:
+            holder[key] = _evil(rng)
+        elif act < 0.8:
+            del holder[key]
+        elif act < 0.9:
+            other, place = rng.choice(places)
+            holder[key] = json.loads(json.dumps(other[place])) if _has(other, place) else None
+        elif isinstance(holder, dict):
+            holder[f"{key}_x"] = holder.pop(key)
+        else:
+            holder.insert(key, _evil(rng))
+    return document
+
+
+def _places(value: Any) -> Any:
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in list(entries):
+        yield value, key
+        if key != "vocab":
+            yield from _places(one)
+
+
+def _has(holder: Any, key: Any) -> bool:
+    return key in holder if isinstance(holder, dict) else key < len(holder)
+
+
+def lines_changed(data: bytes, rng: random.Random) -> bytes:
+    """One line's JSON changed, or lines removed, repeated and joined."""
+    lines = data.splitlines()
+    if not lines:
+        return data
+    place = rng.randrange(len(lines))
+    act = rng.random()
+    if act < 0.7:
+        lines[place] = json_changed(lines[place], rng)
+    elif act < 0.85:
+        lines[place] = lines[place] * 3
+    else:
+        del lines[place]
+    return b"\n".join(lines)
+
+
+def header_changed(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with another header, whose length is right or wrong."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json_changed(data[8 : 8 + length], rng)
+    claimed = len(header) if rng.random() < 0.8 else rng.choice((0, 1, len(data), 2**40, 2**64 - 1))
+    return struct.pack("<Q", claimed) + header + data[8 + length :]
+
+
+def body_changed(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with other values."""
+    length = 8 + int(struct.unpack("<Q", data[:8])[0])
+    return data[:length] + rng.choice((flipped, cut, grown))(data[length:], rng)
+
+
+def yaml_changed(data: bytes, rng: random.Random) -> bytes:
+    """A line of YAML with another value, tag, anchor or expression."""
+    lines = data.decode("utf-8").splitlines()
+    place = rng.randrange(len(lines))
+    key = lines[place].partition(":")[0]
+    values = (
+        *(json.dumps(_evil(rng)), "!!timestamp 99999-01-01", "!!python/object:x {}", "&a [*a]", "0b_", "2001-99-99"),
+        *("['(a+)+$']", "['^(([a-z._0-9])+)+$!']", "['(?:a{9999}){9999}']", f"['{'(' * 500}']", "~", "? x", "*a", "<<"),
+    )
+    lines[place] = f"{key}: {rng.choice(values)}"
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+def template_changed(data: bytes, rng: random.Random) -> bytes:
+    """A chat template that asks for much, for what is not there, or for Python's inside."""
+    parts = (
+        *(
+            "{{ 'x' * 1000000000 }}",
+            "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
+        ),
+        *(
+            "{{ messages.__class__.__mro__ }}",
+            "{{ [1] * 10**9 }}",
+            "{{ 1/0 }}",
+            "{{ x.y.z }}",
+            "{{ 9**9**9 }}",
+            "{% if",
+        ),
+        *("{{ raise_exception('no') }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ '%1000000000d' % 1 }}"),
+        *("{{ messages[9]['content'] }}", "{{ m.content + 1 }}", "{{ '\ud7ff' }}", "{{ lipsum(n=100000) }}"),
+    )
+    text = data.decode("utf-8")
+    place = rng.randrange(len(text) + 1)
+    return (text[:place] + rng.choice(parts) + text[place:]).encode("utf-8")
+
+
+def unpacked_larger(data: bytes, rng: random.Random) -> bytes:
+    """A gzip file of 256 megabytes of one character, or of damaged lines."""
+    if rng.random() < 0.3:
+        return gzip.compress(rng.choice((b"x", b"[", b"\n", b"\0")) * 256_000_000, 1)
+    return gzip.compress(lines_changed(gzip.decompress(data), rng))
+
+
+_BYTES = (flipped, cut, grown)
+_COMPRESS = "compress {model} -r {recipe} -o {out}"
+_EVALUATE = "evaluate {model} --text {text} -l 16 --limit 1"
+_SELECT = "data select {file} -m {model} -n 2 -l 16 -o {out}"
+_CHAT = "data select {chat} -m {model} --field messages -n 2 -l 16 -o {out}"
+_INSPECT = "data inspect {set} -m {model} --perplexity"
+
+KINDS = (
+    Kind("config", "model/config.json", (json_changed, json_changed, *_BYTES), (_COMPRESS, _EVALUATE)),
+    Kind("weights", "model/model.safetensors", (header_changed, body_changed, *_BYTES), (_COMPRESS, _EVALUATE)),
+    Kind(
+        "index",
+        "sharded/model.safetensors.index.json",
+        (json_changed, *_BYTES),
+        (_COMPRESS.replace("model", "sharded"),),
+    ),
+    Kind("tokenizer", "model/tokenizer.json", (json_changed, *_BYTES), (_CHAT, _EVALUATE)),
+    Kind(
+        "tokenizer settings", "model/tokenizer_config.json", (json_changed, json_changed, *_BYTES), (_CHAT, _EVALUATE)
+    ),
+    Kind("template", "model/chat_template.jinja", (template_changed, *_BYTES), (_CHAT,)),
+    Kind(
+        "manifest",
+        "set/manifest.json",
+        (json_changed, json_changed, *_BYTES),
+        (_INSPECT, "data rebuild {set} -o {out}"),
+    ),
+    Kind("tokens", "set/{tokens}", (header_changed, body_changed, *_BYTES), (_INSPECT, f"{_COMPRESS} -c {{set}}")),
+    Kind("recipe", "recipe.yaml", (yaml_changed, yaml_changed, *_BYTES), (_COMPRESS,)),
+    Kind("json lines", "text.jsonl", (lines_changed, *_BYTES), (_SELECT,)),
+    Kind("conversations", "chat.jsonl", (lines_changed, *_BYTES), (_CHAT,)),
+    Kind("text", "text.txt", _BYTES, (_SELECT,)),
+    Kind("parquet", "text.parquet", _BYTES, (_SELECT,)),
+    Kind(
+        "gzip", "text.jsonl.gz", (unpacked_larger, *_BYTES), (_SELECT, "evaluate {model} --text {file} -l 16 --limit 1")
+    ),
+    Kind(
+        "record", "output/calibrant.json", (json_changed, *_BYTES), ("evaluate {output} --text {text} -l 16 --limit 1",)
+    ),
+    Kind(
+        "input rounding",
+        "rounded/input_rounding.json",
+        (json_changed, json_changed, *_BYTES),
+        ("evaluate {rounded} --text {text} -l 16 --limit 1",),
+    ),
+)
+
+
+def write_template(folder: Path) -> None:
+    """One sound file of every kind."""
+    model = write_model(folder / "model", "llama")
+    (model / "chat_template.jinja").write_text(_TEMPLATE)
+    write_model(folder / "sharded", "llama")
+    _shard(folder / "sharded")
+    rows = [{"text": _TEXT * 3, "id": number} for number in range(20)]
+    (folder / "recipe.yaml").write_text(_RECIPE)
+    (folder / "text.txt").write_text(_TEXT * 20)
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "text.jsonl.gz").write_bytes(gzip.compress((folder / "text.jsonl").read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "text.parquet")
+    talk = [{"role": "user", "content": _TEXT}, {"role": "assistant", "content": _TEXT}]
+    (folder / "chat.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for _ in range(20)))
+    made = cb.select(str(folder / "text.jsonl"), tokenizer=model, samples=4, length=16)
+    made.save(folder / "set")
+    cb.compress(model, recipe=folder / "recipe.yaml", output=folder / "output")
+    rounded = write_model(folder / "gpt2", "gpt2")
+    calibration = random_set(rounded, samples=2, length=16)
+    cb.compress(rounded, recipe="rtn-w8a8", calibration=calibration, output=folder / "rounded")
+
+
+def _shard(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(names)}
+    for file in sorted(set(files.values())):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def import_everything() -> None:
+    """Import what the commands import, but compute nothing: threads do not survive a fork."""
+    for module in pkgutil.walk_packages(cb.__path__, "calibrant."):
+        if not module.name.startswith("calibrant.report"):  # the library of its charts starts threads
+            importlib.import_module(module.name)
+    for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "PreTrainedTokenizerFast", "AutoTokenizer"):
+        getattr(transformers, name)
+
+
+def write_in_child(folder: Path) -> None:
+    """``write_template`` in a child, so that this process computes nothing."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            write_template(folder)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if os.waitpid(child, 0)[1]:
+        sys.exit("the sound files could not be written")
+
+
+def arguments(command: str, folder: Path, file: Path) -> list[str]:
+    """The command line for the files in ``folder``."""
+    names = {name: folder / name for name in ("model", "sharded", "set", "output", "rounded", "out")}
+    files = {"recipe": folder / "recipe.yaml", "text": folder / "text.txt", "chat": folder / "chat.jsonl", "file": file}
+    return [word.format(**names, **files) for word in command.split()]
+
+
+def run(words: list[str], log: Path, seconds: float) -> tuple[str, float, int]:
+    """What the command died of (empty if it ended well or refused), its seconds and its peak of memory in bytes."""
+    begin = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        _be_the_command(words, log)
+    failure = ""
+    while True:
+        ended, status, usage = os.wait4(child, os.WNOHANG)
+        if ended:
+            break
+        if time.perf_counter() - begin > seconds:
+            failure = f"more than {seconds:g} s"
+            os.kill(child, signal.SIGKILL)
+            _, status, usage = os.wait4(child, 0)
+            break
+        if _resident(child) > _MOST_MEMORY:  # a limit of address space would stop V8, which draws the charts
+            failure = f"more than {_MOST_MEMORY / 1e9:g} GB"
+            os.kill(child, signal.SIGKILL)
+            _, status, usage = os.wait4(child, 0)
+            break
+        time.sleep(0.01)
+    taken = time.perf_counter() - begin
+    if not failure and os.WIFSIGNALED(status):
+        failure = signal.Signals(os.WTERMSIG(status)).name
+    elif not failure and os.WEXITSTATUS(status) not in (0, 2):
+        failure = "traceback" if os.WEXITSTATUS(status) == _CRASHED else f"exit status {os.WEXITSTATUS(status)}"
+    return failure, taken, usage.ru_maxrss * 1024
+
+
+def _resident(process: int) -> int:
+    """Bytes of memory that the process has now."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _be_the_command(words: list[str], log: Path) -> None:
+    """Run the command and leave the process."""
+    status = _CRASHED
+    try:
+        with log.open("w") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+        sys.argv = ["calibrant", *words]
+        calibrant()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def baselines(work: Path, template: Path, tokens: str) -> dict[tuple[str, str], int]:
+    """Peak memory of every command on the sound files, which must all be read."""
+    found = {}
+    for kind in KINDS:
+        for command in kind.commands:
+            file = template / kind.file.format(tokens=tokens)
+            shutil.rmtree(template / "out", ignore_errors=True)
+            failure, _, memory = run(arguments(command, template, file), work / "log.txt", 120)
+            if failure or "calibrant: " in (work / "log.txt").read_text(errors="replace"):
+                sys.exit(f"{command} on sound files: {failure}\n{(work / 'log.txt').read_text(errors='replace')}")
+            found[kind.name, command] = memory
+    shutil.rmtree(template / "out", ignore_errors=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "work", type=Path, help="folder for the sound files, the damaged ones that fail, and the summary"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=10)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    template = options.work / "sound"
+    shutil.rmtree(template, ignore_errors=True)
+    template.mkdir(parents=True)
+    import_everything()
+    write_in_child(template)
+    tokens = next(path.name for path in (template / "set").iterdir() if path.suffix == ".safetensors")
+    usual = baselines(options.work, template, tokens)
+    failures = []
+    for number in range(options.first, options.first + options.count):
+        rng = random.Random(f"{options.seed}:{number}")
+        kind = KINDS[number % len(KINDS)]
+        folder = options.work / f"{options.seed}-{number}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(template, folder)
+        file = folder / kind.file.format(tokens=tokens)
+        file.write_bytes(rng.choice(kind.mutators)(file.read_bytes(), rng))
+        command = rng.choice(kind.commands)
+        failure, seconds, memory = run(arguments(command, folder, file), folder / "log.txt", options.seconds)
+        allowed = usual[kind.name, command] + max(_FLOOR, _TIMES_INPUT * file.stat().st_size)
+        if not failure and memory > allowed:
+            failure = f"{(memory - usual[kind.name, command]) / 1e6:.0f} MB more than for the sound file"
+        if failure:
+            said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+            outcome = Outcome(number, kind.name, command, failure, "".join(said)[:300], round(seconds, 2), memory)
+            failures.append(outcome)
+            print(f"{number} {kind.name}: {failure}: {outcome.said}", flush=True)
+        else:
+            shutil.rmtree(folder)
+    summary = {
+        "seed": options.seed,
+        "first": options.first,
+        "count": options.count,
+        "seconds": options.seconds,
+        "failures": [asdict(one) for one in failures],
+    }
+    (options.work / "summary.json").write_text(json.dumps(summary, indent=2))
+    print(f"{len(failures)} of {options.count} mutations failed")
+    sys.exit(min(len(failures), 255))
+
+
+if __name__ == "__main__":
+    main()
