@@ -78,11 +78,11 @@ class Corpus:
         """Yield the documents that have text; count the others in ``counts``."""
         self._reset()
         for row in self._source.rows():
-            if isinstance(row, Unusable):
+            if row.too_long if isinstance(row, Unusable) else len(row.text) > LONGEST_TEXT:
+                self.counts["documents_too_long"] += 1
+            elif isinstance(row, Unusable):
                 self.counts["documents_unusable"] += 1
                 self._first_unusable = self._first_unusable or row
-            elif len(row.text) > LONGEST_TEXT:
-                self.counts["documents_too_long"] += 1
             elif not row.has_text:
                 self.counts["documents_empty"] += 1
             else:

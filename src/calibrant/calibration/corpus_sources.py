@@ -313,7 +313,8 @@ def _json_lines(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator
         if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
                 line = stream.readline(_BLOCK_BYTES)
-            yield Unusable(f"{name}:{number}", f"{path}, line {number}", f"longer than {_LONGEST_LINE_BYTES >> 20} MiB")
+            said = f"longer than {_LONGEST_LINE_BYTES >> 20} MiB"
+            yield Unusable(f"{name}:{number}", f"{path}, line {number}", said, too_long=True)
         elif not line.isspace():
             yield _json_row(line, number == 1, field, f"{name}:{number}", f"{path}, line {number}")
 
@@ -372,7 +373,6 @@ def _value(scalar: Any) -> Any:
 
 def _parquet_row(row: dict[str, Any], field: str, name: str, path: Path, number: int) -> Row:
     place = f"{path}, row {number}"
-    for column, value in row.items():
-        if isinstance(value, ValueError):
-            return Unusable(name, place, f"column {column!r} cannot be read ({first_line(value)})")
+    if isinstance(row[field], ValueError):
+        return Unusable(name, place, f"column {field!r} cannot be read ({first_line(row[field])})")
     return row_document(row, field, name, place)

@@ -37,11 +37,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Unusable:
-    """A row that is no document: its id, its place for a message, and why."""
+    """A row that is no document: its id, its place for a message, and why; ``too_long`` ones are counted apart."""
 
     id: str
     place: str
     reason: str
+    too_long: bool = False
 
 
 def row_document(row: Any, field: str, name: str, place: str) -> Document | Unusable:

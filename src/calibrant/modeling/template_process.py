@@ -32,9 +32,13 @@ class LimitError(Exception):
 
 
 class TemplateProcess:
-    """The process; it starts with the first request, and again if a request has ended it."""
+    """The process; it starts with the first request, and again if a request has ended it.
 
-    def __init__(self) -> None:
+    A request may take ``seconds`` of processor time.
+    """
+
+    def __init__(self, seconds: float = _SECONDS) -> None:
+        self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._one_at_a_time = threading.Lock()
 
@@ -56,7 +60,7 @@ class TemplateProcess:
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         if self._process is None:
-            self._process = _started()
+            self._process = self._started()
             atexit.register(self._stop)
         process = self._process
         assert process.stdin is not None
@@ -68,10 +72,21 @@ class TemplateProcess:
         if not answer:
             status = process.wait()
             self._stop()
-            over = f"it takes more than {_SECONDS} seconds or {_MEMORY_BYTES >> 20} MiB"
+            over = f"it takes more than {self._seconds:g} seconds or {_MEMORY_BYTES >> 20} MiB"
             return {"limit": over if status < 0 else f"the process that renders it ended with status {status}"}
         found: dict[str, Any] = json.loads(answer)
         return found
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        # Threads of linear algebra would only reserve memory.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__)), str(self._seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # an interrupt at the terminal is for this process alone
+        )
 
     def _stop(self) -> None:
         process, self._process = self._process, None
@@ -87,19 +102,7 @@ def template_process() -> TemplateProcess:
     return TemplateProcess()
 
 
-def _started() -> "subprocess.Popen[bytes]":
-    # Threads of linear algebra would only reserve memory.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-P", str(Path(__file__))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,  # an interrupt at the terminal is for this process alone
-    )
-
-
-def _serve() -> None:
+def _serve(seconds: float) -> None:
     import signal
     from datetime import datetime
 
@@ -114,7 +117,7 @@ def _serve() -> None:
     _limit_memory()
     for line in sys.stdin.buffer:
         # The signal ends the process, whatever it is doing.
-        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         answer = _rendered(templates.render_jinja_template, json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")
@@ -142,4 +145,4 @@ def _limit_memory() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(float(sys.argv[1]))
