@@ -164,6 +164,8 @@ def evaluate(
             )
     corpus = text if isinstance(text, Corpus) else Corpus(text)
     found = evaluation_windows(corpus, tokenizer, length, limit)
+    for note in corpus.notes:
+        (progress or NoProgress()).note(note)
     if int(found.windows.max()) >= folder.vocabulary:
         raise CalibrantError(
             f"{folder.path}: its tokenizer gives ids beyond the model's vocabulary of {folder.vocabulary}"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -24,7 +25,7 @@ def chat_model(llama: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def conversation(number: int) -> list[dict[str, str]]:
+def conversation(number: int) -> list[dict[str, Any]]:
     return [
         {"role": "user", "content": f"how much is {number}?"},
         {"role": "assistant", "content": "as much as it is"},
@@ -96,3 +97,123 @@ def test_what_conversations_need(corpus: Path, llama: Path, chat_model: Path, tm
     (chat_model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(cb.CalibrantError, match="roles must alternate"):
         cb.select(chat(corpus), tokenizer=chat_model, samples=2, length=20)
+
+
+EVERYTHING = (
+    "{{ tools | length if tools else 'no' }} tools;{% for m in messages %}[{{ m.role }}{{ '=' + m.name if m.name }}]"
+    "{{ m.content or '' }}{% if m.reasoning_content %}<{{ m.reasoning_content }}>{% endif %}"
+    "{% for c in m.tool_calls or [] %}(call {{ c.function.name }} {{ c.function.arguments | tojson }}){% endfor %};"
+    "{% endfor %}"
+)
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sun"}}}
+TALK: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "name": "ann", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "bright", "tool_call_id": "1"},
+        {"role": "assistant", "content": "it is", "reasoning_content": "so"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "look"}}],
+}
+SAID = '1 tools;[user=ann]one\ntwo;[assistant](call look {"at": "sun"});[tool]bright;[assistant]it is<so>;'
+
+
+class Rows:
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self._rows)
+
+
+def written(kind: str, rows: list[dict[str, Any]], folder: Path) -> cb.Corpus:
+    path = folder / kind
+    if kind == "c.jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "c.parquet":
+        # Parquet has no union of texts and lists, so there every content is a list of parts.
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        return cb.Corpus(rows if kind == "list" else Rows(rows), "messages")
+    return cb.Corpus(path, "messages")
+
+
+@pytest.mark.parametrize("kind", ["c.jsonl", "c.parquet", "list", "data set"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_everything_of_a_conversation_reaches_the_template(llama, tmp_path: Path, kind: str, as_json: bool) -> None:
+    folder = shutil.copytree(llama, tmp_path / "m")
+    (folder / "chat_template.jinja").write_text(EVERYTHING)
+    messages = TALK["messages"]
+    if kind == "c.parquet":
+        messages = [
+            {**one, "content": [{"type": "text", "text": one["content"]}]} if isinstance(one["content"], str) else one
+            for one in messages
+        ]
+    row = {"messages": messages, "tools": json.dumps(TALK["tools"]) if as_json else TALK["tools"]}
+    made = cb.select(
+        written(kind, [row] * 3, tmp_path), tokenizer=folder, samples=2, length=160, windows="document"
+    )  # fmt: skip
+    assert made.manifest.counts["documents_unusable"] == 0
+    for tokens, mask in zip(made.tokens, made.mask, strict=True):
+        assert Tokenizer(folder).decode(tokens[mask].tolist()).replace("<unk>", "\n") == SAID
+
+
+def test_parts_reach_a_template_that_takes_them(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "m")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endfor %}"
+    )
+    row = {"messages": TALK["messages"][:1]}
+    made = cb.select(
+        cb.Corpus([row] * 3, "messages"), tokenizer=folder, samples=1, length=40, windows="document"
+    )  # fmt: skip
+    assert Tokenizer(folder).decode(made.tokens[0][made.mask[0]].tolist()) == "<one><two>"
+
+
+def test_conversations_that_only_call_differ(llama: Path) -> None:
+    def calls(name: str) -> dict[str, Any]:
+        function = {**CALL["function"], "name": name}
+        return {"messages": [{"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}]}
+
+    corpus = cb.Corpus([calls("a"), calls("b"), calls("a")], "messages")
+    assert len({document.text for document in corpus}) == 2
+    assert corpus.counts["documents_empty"] == 0
+
+
+@pytest.mark.parametrize("windows", ["pack", "document"])
+@pytest.mark.parametrize("strategy", ["uniform", "zipcal", "zipcal in parts"])
+def test_a_conversation_that_the_template_refuses_is_left_out(chat_model, tmp_path, windows, strategy) -> None:
+    (chat_model / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'user' %}{{ raise_exception('a user begins') }}{% endif %}" + TEMPLATE
+    )
+    good = [{"messages": conversation(number)} for number in range(12)]
+    refused = {"messages": conversation(0)[1:]}
+    options: dict[str, Any] = {"tokenizer": chat_model, "samples": 4, "length": 40, "windows": windows}
+    options |= {"strategy": "zipcal", "parts": 2} if strategy == "zipcal in parts" else {"strategy": strategy}
+    rows = [*good[:5], refused, *good[5:], refused]
+    made = cb.select(written("c.jsonl", rows, tmp_path), **options)
+    if strategy == "zipcal":
+        clean = cb.select(cb.Corpus(good, "messages"), **options)
+        assert (made.tokens == clean.tokens).all()
+        assert made.manifest.counts["conversations_refused"] == 2
+    assert made.manifest.chat_template_sha256
+    assert made.manifest.chat_template_date == "2024-07-26"
+    if windows == "document":
+        tokenizer = Tokenizer(chat_model)
+        assert all(tokenizer.decode(row.tolist()).startswith("[u]") for row in made.tokens)
+    with pytest.raises(cb.CalibrantError, match="a user begins"):
+        cb.select(cb.Corpus([refused] * 9, "messages"), **options)
+
+
+def test_plain_texts_need_no_template_and_conversations_no_separator(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "m")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("bos_token", "eos_token", "pad_token"):
+        settings.pop(name, None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    texts = cb.Corpus(["a text of some words"] * 9)
+    for windows in ("document", "window"):
+        assert cb.select(texts, tokenizer=folder, samples=2, length=16, windows=windows).mask.all()
+    with pytest.raises(cb.CalibrantError, match="neither an EOS nor a BOS token to put between documents"):
+        cb.select(texts, tokenizer=folder, samples=2, length=16)

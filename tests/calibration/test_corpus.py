@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -57,7 +58,7 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("c.jsonl", b'{"text": "a"}\nnot json\n', "line 2"),
+    ("c.jsonl", b'not json\n{"text": " "}\n{"text": 3}\n', "line 1: not JSON"),
     ("c.jsonl", b'{"body": "a"}\n', "name it with `field`"),
     ("c.jsonl", b'{"text": 3}\n', "line 1"),
     ("c.jsonl", b'[1]\n', "line 1"),
@@ -83,3 +84,55 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
         Corpus(tmp_path)
     with pytest.raises(CalibrantError, match="owner/name"):
         Corpus("hub:name?colour=red")
+
+
+@pytest.mark.parametrize("stray", [
+    "README.md", "readme.txt", "README_de.md", "LICENSE.txt", "LICENSE-MIT.md", "licence.txt", "COPYING.txt",
+    "NOTICE.txt", "CHANGELOG.md", "sub/README.md",
+])  # fmt: skip
+def test_what_a_data_set_keeps_beside_its_data_is_no_corpus(tmp_path: Path, stray: str) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "data.jsonl")
+    (tmp_path / stray).write_text("card words")
+    corpus = Corpus(tmp_path)
+    assert [document.id for document in corpus] == ["data.jsonl:1", "data.jsonl:2", "data.jsonl:3"]
+    assert corpus.notes == [f"{tmp_path}: left out as no data: {stray}"]
+    assert list(corpus.describe()["files"]) == ["data.jsonl"]
+    assert [document.text for document in Corpus(tmp_path / stray)] == ["card words"]
+
+
+@pytest.mark.parametrize("stray", [".hidden.txt", "._data.jsonl", ".ipynb_checkpoints/data.jsonl", ".git/a/b.txt"])
+def test_what_is_hidden_is_no_corpus(tmp_path: Path, stray: str) -> None:
+    folder = tmp_path / ".corpus"  # the folder itself may be hidden
+    (folder / stray).parent.mkdir(parents=True, exist_ok=True)
+    write(folder / "data.jsonl")
+    (folder / stray).write_bytes(b"\0\5\x16\7")
+    corpus = Corpus(folder)
+    assert len(list(corpus)) == 3
+    assert corpus.notes == []
+
+
+@pytest.mark.parametrize("name", ["licensed_texts.txt", "readmes.jsonl", "noticeboard.md", "authors.jsonl"])
+def test_names_that_only_begin_alike_are_data(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    assert list(Corpus(tmp_path).describe()["files"]) == [name]
+
+
+def test_a_folder_of_cards_says_so(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("card words")
+    with pytest.raises(CalibrantError, match=r"besides README.md, which is no data unless it is named itself"):
+        Corpus(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["c.txt.gz", "c.jsonl.gz", "c.parquet.gz"])
+def test_what_unpacks_without_end_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibrant.calibration.packed._ALWAYS_ALLOWED_BYTES", 1 << 20)
+    (tmp_path / name).write_bytes(gzip.compress(bytes(4 << 20)))
+    with pytest.raises(CalibrantError, match=f"{name}: unpacks to more than 100 times its size"):
+        list(Corpus(tmp_path / name))
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("text")
+    with pytest.raises(CalibrantError, match="the file's name is not UTF-8"):
+        Corpus(tmp_path)

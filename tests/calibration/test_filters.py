@@ -114,7 +114,7 @@ def test_very_long_rows_are_counted_and_long_files_are_read_in_pieces(tmp_path: 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = Corpus(tmp_path / "rows.jsonl")
     assert [document.id for document in corpus] == ["rows.jsonl:1", "rows.jsonl:4"]
-    assert corpus.counts == {"documents_empty": 1, "documents_too_long": 1}
+    assert corpus.counts == {"documents_empty": 1, "documents_too_long": 1, "documents_unusable": 0}
     assert corpus.position == corpus.size
 
 

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,139 @@ def test_vocabulary_draws_every_ordinary_token_and_no_special_one(llama: Path) -
     prefix = cb.generate(llama, strategy="vocabulary", samples=5, length=60, seed=1)
     assert torch.equal(prefix.tokens, made.tokens[:5])
     assert made.sha256 != cb.generate(llama, strategy="vocabulary", samples=40, length=60, seed=1, draw=1).sha256
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002, 0o077])
+def test_a_set_has_the_permissions_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        random_set().save(tmp_path / "set")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "set").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / "set").stat().st_mode) == 0o777 & ~umask
+
+
+def test_a_set_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = random_set(seed=0), random_set(seed=1)
+    first.save(tmp_path / "set")
+    with pytest.raises(CalibrantError, match="`overwrite=True`"):
+        second.save(tmp_path / "set")
+
+    def fails(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", fails)
+        with pytest.raises(CalibrantError, match="no space left"):
+            second.save(tmp_path / "set", overwrite=True)
+        with pytest.raises(CalibrantError, match="no space left"):
+            second.save(tmp_path / "new")
+    assert CalibrationSet.load(tmp_path / "set").sha256 == first.sha256
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    second.save(tmp_path / "set", overwrite=True)
+    assert CalibrationSet.load(tmp_path / "set").sha256 == second.sha256
+
+
+def changed(folder: Path, change) -> Path:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m["corpora"][0].pop("rows"),
+    lambda m: m["corpora"][0].pop("name"),
+    lambda m: m["corpora"][0].update(rows="many"),
+    lambda m: m["corpora"][0].update(rows=-1),
+    lambda m: m["corpora"][0].update(name=["a"]),
+    lambda m: m["corpora"][0].update(field=3),
+    lambda m: m["corpora"][0].update(files=["a"]),
+    lambda m: m.update(corpora=["a"]),
+    lambda m: m.update(evaluations=[{"kind": "files"}]),
+    lambda m: m.update(samples="8"),
+    lambda m: m.update(samples=10**18),
+    lambda m: m.update(length=-1),
+    lambda m: m.update(seed=-1),
+    lambda m: m.update(model={"device": 3}),
+    lambda m: m.update(locations={"model": "m"}),
+    lambda m: m.update(rows=[[{"document": "a", "offset": -1, "start": 0, "length": 1}]]),
+    lambda m: m.update(counts={"tokens": 1.5}),
+    lambda m: m.update(parameters=[]),
+    lambda m: m.update(parameters={"x": float("nan")}),
+    lambda m: m.update(strategy="\ud800"),
+    lambda m: m.update(more=1),
+])  # fmt: skip
+def test_manifests_of_strangers_are_checked_before_use(corpus: Path, llama: Path, tmp_path: Path, change) -> None:
+    cb.select(corpus, tokenizer=llama, samples=2, length=32).save(tmp_path / "set")
+    folder = changed(tmp_path / "set", change)
+    for use in (CalibrationSet.load, cb.rebuild, lambda f: cb.rebuild(f / "manifest.json")):
+        with pytest.raises(CalibrantError, match=r"manifest\.json: not a calibration manifest") as caught:
+            use(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [
+    {"batch_size": "64"}, {"batch_size": 0}, {"batch_size": 10**12}, {"device": 3}, {"compute_dtype": ["float32"]},
+    {"temperature_initial": "hot"}, {"temperature_initial": -1.0}, {"temperature_steps": 1.5}, {"first_tokens": "x"},
+    {"compute_dtype": "float7"}, {"device": "abacus"},
+])  # fmt: skip
+def test_parameters_of_strangers_are_checked_before_a_model_writes(llama: Path, tmp_path: Path, change) -> None:
+    made = cb.generate(llama, samples=1, length=4)
+    made.save(tmp_path / "set")
+    changed(tmp_path / "set", lambda m: m["parameters"].update(change))
+    with pytest.raises(CalibrantError):
+        cb.rebuild(tmp_path / "set")
+
+
+@pytest.mark.parametrize("change", [
+    {"windows": 3}, {"filters": []}, {"filters": {"leakage": 3}}, {"mix": {"scripts": "x"}}, {"pool": "a"},
+    {"percentile": "x"}, {"unknown": 1}, {"weights": ["a"]}, {"embedding": 7}, {"filters": {"leakage": ["\0"]}},
+])  # fmt: skip
+def test_requests_of_strangers_are_checked_before_a_corpus_is_read(corpus, llama, tmp_path: Path, change) -> None:
+    cb.select(corpus, tokenizer=llama, samples=2, length=32).save(tmp_path / "set")
+    changed(tmp_path / "set", lambda m: m["parameters"].update(change))
+    with pytest.raises(CalibrantError, match=r"set: "):
+        cb.rebuild(tmp_path / "set")
+
+
+def test_token_ids_below_zero_are_refused(tmp_path: Path) -> None:
+    made = random_set()
+    tokens = made.tokens.clone()
+    tokens[0, 0] = -1
+    CalibrationSet.build(tokens, made.mask, made.manifest).save(tmp_path / "set")
+    with pytest.raises(CalibrantError, match="token ids range from -1"):
+        CalibrationSet.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("weights", [(1, 0), (0, 1), (0, 1, 0), (3, 0, 1)])
+def test_a_set_with_a_corpus_of_no_share_is_made_again(corpus: Path, llama: Path, tmp_path: Path, weights) -> None:
+    places = []
+    for number in range(len(weights)):
+        places.append(tmp_path / f"{number}.jsonl")
+        places[-1].write_text(corpus.read_text().replace("document", f"text {number}"))
+    made = cb.select(places, tokenizer=llama, samples=4, length=40, weights=weights)
+    assert [one["rows"] > 0 for one in made.manifest.corpora] == [weight > 0 for weight in weights]
+    assert {int(s.document.split("/")[0]) for row in made.manifest.rows for s in row} == {
+        number for number, weight in enumerate(weights) if weight
+    }
+    made.save(tmp_path / "set")
+    again = cb.rebuild(tmp_path / "set")
+    assert again.changes == []
+    assert again.calibration.sha256 == made.sha256
+
+
+def test_what_a_set_depends_on_is_recorded_and_named(corpus: Path, llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "m")
+    made = cb.select(corpus, tokenizer=folder, samples=2, length=32)
+    assert {"python", "jinja2", "pyarrow", "tokenizers", "transformers"} <= set(made.manifest.versions)
+    made.save(tmp_path / "set")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "~"}))
+    changed(tmp_path / "set", lambda m: m["versions"].update(jinja2="3.0"))
+    changes = cb.rebuild(tmp_path / "set").changes
+    assert changes[0] == "the files of the tokenizer (its special tokens or other settings)"
+    assert changes[1].startswith("jinja2 3.0 is now 3.")
+    assert len(changes) == 2

@@ -78,3 +78,10 @@ def test_a_short_text_is_refused(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "s.txt").write_text("short")
     with pytest.raises(cb.CalibrantError, match="fewer than one window"):
         cb.evaluate(llama, text=tmp_path / "s.txt", length=32)
+
+
+def test_a_text_that_is_too_long_to_be_tokenized_at_once_is_refused(llama: Path, monkeypatch) -> None:
+    monkeypatch.setattr("calibrant.evaluation.text._MOST_CHARACTERS", 1000)
+    with pytest.raises(cb.CalibrantError, match="more than 1,000 characters of text; give a part of it"):
+        evaluation_windows(cb.Corpus(["word " * 100] * 3), Tokenizer(llama), 32, 1)
+    assert len(evaluation_windows(cb.Corpus(["word " * 100] * 2), Tokenizer(llama), 32, 1).windows) == 1

@@ -1,30 +1,36 @@
 """The calibration set: token ids, their mask and where they came from, saved with a content hash."""
 
-import json
+import contextlib
+import platform
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from calibrant.calibration.token_matrix import token_matrix
 from calibrant.errors import CalibrantError, first_line
+from calibrant.formats.safetensors_file import save_tensors
 from calibrant.hashing import canonical_json, sha256_bytes
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.output_folder import check_output, staged
 from calibrant.version import __version__
 
 TENSORS_NAME = "tokens.safetensors"
 MANIFEST_NAME = "manifest.json"
-_LIBRARIES = ("numpy", "tokenizers", "torch", "transformers")
+_LIBRARIES = ("jinja2", "numpy", "pyarrow", "scipy", "tokenizers", "torch", "transformers")
+# They decide a result only where they are installed.
+_OPTIONAL_LIBRARIES = ("datasets", "protobuf", "sentence-transformers", "sentencepiece", "tiktoken")
+# Ids of four bytes; more than 100,000 rows of 8,192 tokens.
+_MOST_TOKENS = 1 << 30
 
 
 class Segment(BaseModel):
@@ -36,9 +42,24 @@ class Segment(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     document: str
-    offset: int
-    start: int
-    length: int
+    offset: int = Field(ge=0)
+    start: int = Field(ge=0)
+    length: int = Field(ge=0)
+
+
+class _CorpusIdentity(BaseModel):
+    """What every entry of ``Manifest.corpora`` and ``Manifest.evaluations`` holds."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    kind: str
+    name: str
+    field: str = "text"
+    files: dict[str, str] | None = None
+
+
+class _CorpusRecord(_CorpusIdentity):
+    rows: int = Field(ge=0)
 
 
 class Manifest(BaseModel):
@@ -53,6 +74,8 @@ class Manifest(BaseModel):
         model: identity of the model that wrote or scored text.
         evaluations: identity of the texts that were searched for as leakage.
         embedding_sha256: hash of the sentence encoder's folder.
+        chat_template_sha256: hash of the chat template, if conversations went through it.
+        chat_template_date: the date that the chat template is given, whatever the day.
         locations: the model and the corpora as the caller named them.
         versions: versions of the libraries that decide the result.
         rows: segments of every row; empty if no corpus was read. With several corpora, a segment's document begins with
@@ -66,22 +89,63 @@ class Manifest(BaseModel):
     format_version: int = 1
     strategy: str
     parameters: dict[str, Any]
-    seed: int
-    draw: int
-    samples: int
-    length: int
+    seed: int = Field(ge=0)
+    draw: int = Field(ge=0)
+    samples: int = Field(ge=1)
+    length: int = Field(ge=1)
     tokenizer_sha256: str
     tokenizer_files_sha256: str | None = None
     corpora: list[dict[str, Any]] = []
-    model: dict[str, Any] | None = None
+    model: dict[str, str] | None = None
     evaluations: list[dict[str, Any]] = []
     embedding_sha256: str | None = None
     chat_template_sha256: str | None = None
+    chat_template_date: str | None = None
     locations: dict[str, list[str]] = {}
     versions: dict[str, str] = {}
     rows: list[list[Segment]] = []
     counts: dict[str, int] = {}
     set_sha256: str = ""
+
+    @field_validator("corpora")
+    @classmethod
+    def _are_corpora(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for one in value:
+            _CorpusRecord.model_validate(one)
+        return value
+
+    @field_validator("evaluations")
+    @classmethod
+    def _are_texts(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for one in value:
+            _CorpusIdentity.model_validate(one)
+        return value
+
+    @model_validator(mode="after")
+    def _is_of_a_size(self) -> "Manifest":
+        if self.samples * self.length > _MOST_TOKENS:
+            raise ValueError(f"{self.samples} samples of {self.length} tokens are more than {_MOST_TOKENS:,} tokens")
+        return self
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest at ``path``, a file or a set's folder.
+
+    Raises:
+        CalibrantError: there is no readable manifest.
+    """
+    file = Path(path) / MANIFEST_NAME if Path(path).is_dir() else Path(path)
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes(), strict=True)
+        canonical_json(manifest.model_dump()).encode()  # refuses numbers and texts that cannot be written
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "its JSON"
+        said = problem["msg"].removeprefix("Value error, ").splitlines()[0]
+        raise CalibrantError(f"{file}: not a calibration manifest ({where}: {said})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CalibrantError(f"{file}: not a calibration manifest ({first_line(error)})") from error
+    return manifest
 
 
 def set_hash(tokens: torch.Tensor, mask: torch.Tensor) -> str:
@@ -163,20 +227,25 @@ class CalibrationSet:
     def with_origin(self, model: str | None, corpora: list[str]) -> "CalibrationSet":
         """The set with the locations of its inputs and the versions of the libraries, to make it again."""
         locations = {**({"model": [model]} if model else {}), **({"corpora": corpora} if corpora else {})}
-        versions = {"calibrant": __version__, **{name: version(name) for name in _LIBRARIES}}
+        versions = {"calibrant": __version__, "python": platform.python_version(), **_library_versions()}
         manifest = self.manifest.model_copy(update={"locations": locations, "versions": versions})
         return CalibrationSet(self.tokens, self.mask, manifest)
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``tokens.safetensors`` and ``manifest.json`` into ``folder``; equal sets give equal bytes."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {"tokens": self.tokens, "mask": self.mask.to(torch.uint8)},
-            folder / TENSORS_NAME,
-            metadata={"calibrant.set_sha256": self.sha256},  # the writer orders several entries at random
-        )
-        (folder / MANIFEST_NAME).write_text(canonical_json(self.manifest.model_dump()), encoding="utf-8")
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write ``tokens.safetensors`` and ``manifest.json`` into ``folder``; equal sets give equal bytes.
+
+        The folder appears complete or not at all. ``overwrite`` replaces an earlier output of Calibrant.
+
+        Raises:
+            CalibrantError: the folder exists and is not empty, or it cannot be written.
+        """
+        with staged(check_output(folder, overwrite), overwrite) as staging:
+            save_tensors(
+                {"tokens": self.tokens, "mask": self.mask.to(torch.uint8)},
+                staging / TENSORS_NAME,
+                {"calibrant.set_sha256": self.sha256},  # the writer orders several entries at random
+            )
+            (staging / MANIFEST_NAME).write_text(canonical_json(self.manifest.model_dump()), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "CalibrationSet":
@@ -189,17 +258,11 @@ class CalibrationSet:
         for name in (TENSORS_NAME, MANIFEST_NAME):
             if not (folder / name).is_file():
                 raise CalibrantError(f"{folder}: not a calibration set, {name} is missing")
-        try:
-            manifest = Manifest.model_validate(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")))
-            canonical_json(manifest.model_dump()).encode()  # refuses numbers and texts that cannot be written
-        except (ValidationError, ValueError, RecursionError) as error:
-            raise CalibrantError(
-                f"{folder / MANIFEST_NAME}: not a calibration manifest ({first_line(error)})"
-            ) from error
+        manifest = read_manifest(folder)
         try:
             tensors = load_file(folder / TENSORS_NAME)
             tokens, mask = tensors["tokens"], tensors["mask"]
-        except (SafetensorError, KeyError, OSError) as error:
+        except Exception as error:  # damaged headers make the library raise many unrelated classes
             raise CalibrantError(f"{folder / TENSORS_NAME}: unreadable ({first_line(error)})") from error
         shape = (manifest.samples, manifest.length)
         if tokens.dtype != torch.int32 or mask.dtype != torch.uint8 or not tokens.shape == mask.shape == shape:
@@ -208,7 +271,17 @@ class CalibrationSet:
             raise CalibrantError(
                 f"{folder}: the tokens do not match the hash in {MANIFEST_NAME}; the set was changed, make it again"
             )
+        if int(tokens.min()) < 0:
+            raise CalibrantError(f"{folder / TENSORS_NAME}: token ids range from {tokens.min()}; need at least 0")
         return cls.build(tokens, mask, manifest)
+
+
+def _library_versions() -> dict[str, str]:
+    found = {name: version(name) for name in _LIBRARIES}
+    for name in _OPTIONAL_LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _opened(tokenizer: str | Path | Tokenizer | PreTrainedTokenizerBase | None) -> Tokenizer | None:

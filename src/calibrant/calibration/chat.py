@@ -1,27 +1,32 @@
 """Conversations as token ids: the tokenizer's chat template, and which tokens an assistant wrote."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from calibrant.calibration.document import Document, Message
-from calibrant.errors import CalibrantError, first_line
-from calibrant.hashing import sha256_bytes
+from calibrant.calibration.document import Document, has_parts, joined_parts
+from calibrant.errors import CalibrantError
+from calibrant.modeling.chat_template import RefusedError
 from calibrant.modeling.tokenizer import Tokenizer
 
 ASSISTANT = "assistant"
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[int]]:
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[int] | RefusedError]:
     """Token ids of every document; conversations go through the chat template.
 
+    In place of a conversation that the template refuses stands the refusal.
+
     Raises:
-        CalibrantError: the tokenizer has no template, or it does not take a conversation.
+        CalibrantError: the tokenizer has no template, or one that takes too much time or memory.
     """
     plain = iter(tokenizer.encode_batch([document.text for document in documents if document.messages is None]))
-    return [
-        next(plain) if document.messages is None else _templated(tokenizer, document.messages, False)
-        for document in documents
-    ]
+    return [next(plain) if document.messages is None else _encoded(document, tokenizer) for document in documents]
+
+
+def _encoded(document: Document, tokenizer: Tokenizer) -> list[int] | RefusedError:
+    try:
+        return _templated(tokenizer, document, None, False)
+    except RefusedError as error:
+        return error
 
 
 def assistant_mask(document: Document, ids: list[int], tokenizer: Tokenizer) -> list[bool]:
@@ -38,8 +43,14 @@ def assistant_mask(document: Document, ids: list[int], tokenizer: Tokenizer) -> 
     mask = [False] * len(ids)
     for number, message in enumerate(document.messages):
         if message["role"] == ASSISTANT:
-            before = _templated(tokenizer, document.messages[:number], True) if number else []
-            after = _templated(tokenizer, document.messages[: number + 1], False)
+            try:
+                before = _templated(tokenizer, document, number, True) if number else []
+                after = _templated(tokenizer, document, number + 1, False)
+            except RefusedError as error:
+                raise CalibrantError(
+                    f"{document.id}: the chat template refuses the beginning of the conversation ({error}), "
+                    'so the assistant\'s tokens cannot be found; use `mask="all"`'
+                ) from error
             if after[: len(before)] != before or ids[: len(after)] != after:
                 raise CalibrantError(
                     f"{document.id}: the chat template writes earlier messages differently when later ones follow, "
@@ -49,17 +60,9 @@ def assistant_mask(document: Document, ids: list[int], tokenizer: Tokenizer) -> 
     return mask
 
 
-def template_sha256(tokenizer: Tokenizer) -> str:
-    """Hash of the chat template's text."""
-    return sha256_bytes(str(tokenizer.hf.chat_template).encode())
-
-
-def _templated(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool) -> list[int]:
-    if tokenizer.hf.chat_template is None:
-        raise CalibrantError("the corpus contains conversations, but the tokenizer has no chat template")
-    render: Any = tokenizer.hf.apply_chat_template
-    try:
-        text = str(render(list(messages), tokenize=False, add_generation_prompt=generation_prompt))
-    except Exception as error:  # templates raise errors of any class
-        raise CalibrantError(f"the chat template refuses the conversations ({first_line(error)})") from error
-    return tokenizer.encode(text)
+def _templated(tokenizer: Tokenizer, document: Document, count: int | None, generation_prompt: bool) -> list[int]:
+    """Tokens of the first ``count`` messages, of all if None."""
+    messages: Sequence[dict[str, object]] = (document.messages or ())[:count]
+    if has_parts(messages) and not tokenizer.chat_template.takes_parts:
+        messages = joined_parts(messages)
+    return tokenizer.encode(tokenizer.chat_template.render(messages, document.tools, generation_prompt))

@@ -12,7 +12,7 @@ from calibrant.calibration.corpus_sources import (
     HubSource,
     MemorySource,
 )
-from calibrant.calibration.document import Document
+from calibrant.calibration.document import Document, Unusable
 
 BUILTIN = "builtin"
 MEMORY = "memory"
@@ -27,7 +27,9 @@ class Corpus:
 
     - a file (``.txt``, ``.jsonl``, ``.parquet``, each also as ``.gz``), or a folder of such files. A text file is one
       document, or one for every ``LONGEST_TEXT`` characters, cut at a line's end; in JSON Lines and Parquet every row
-      is a document, with its text under ``field``.
+      is a document, with its text under ``field``. In a folder, files and folders whose names begin with a dot are
+      passed over, and so are text files that are called README, LICENSE, COPYING, NOTICE, CITATION, CHANGELOG,
+      CONTRIBUTING or AUTHORS, unless such a file is the source itself.
     - "builtin": the Python language reference that ships with the interpreter.
     - a data set on the Hugging Face hub: "hub:owner/name?config=en&split=train"; texts are under ``field``.
     - a list of texts, of ``Document``s or of rows (dicts with the text under ``field``), an iterator over these, which
@@ -35,25 +37,32 @@ class Corpus:
       own. ``location`` is then "memory". Since a string is a location, texts of your own always come in a list:
       ``Corpus(["first text", "second text"])``.
 
-    Instead of a text there may be a conversation: a list of messages with "role" and "content". Empty texts, and rows
-    of more than ``LONGEST_TEXT`` characters, are skipped and counted in ``counts``.
+    Instead of a text there may be a conversation: a list of messages with a "role", and "content", "tool_calls", "name"
+    and whatever else the chat template reads. "content" is a text, null or a list of parts of type "text"; descriptions
+    of functions come under "tools" beside the conversation, as a list or as JSON. Keys whose value is null are dropped.
+
+    Rows that are neither a text nor a conversation, empty texts, and rows of more than ``LONGEST_TEXT`` characters are
+    skipped and counted in ``counts``; ``notes`` says so.
 
     Raises:
-        CalibrantError: the location does not exist or contains nothing readable, or there are no documents.
+        CalibrantError: the location does not exist or contains nothing readable, or there are no documents. Iterating
+            raises where a file cannot be read or has no usable row.
     """
 
     def __init__(
         self,
-        source: str | Path | Iterable[str | Document | Mapping[str, Any] | list[dict[str, str]]],
+        source: str | Path | Iterable[str | Document | Mapping[str, Any] | list[dict[str, Any]]],
         field: str = "text",
     ) -> None:
         self.location = str(source) if isinstance(source, str | Path) else MEMORY
         self.field = field
         self._source = _open(source, field)
+        self._first_unusable: Unusable | None = None
+        self._unusable = 0
         self._reset()
 
     def _reset(self) -> None:
-        self.counts = {"documents_empty": 0, "documents_too_long": 0}
+        self.counts = {"documents_empty": 0, "documents_too_long": 0, "documents_unusable": 0}
 
     @property
     def size(self) -> int | None:
@@ -68,17 +77,47 @@ class Corpus:
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents that have text; count the others in ``counts``."""
         self._reset()
-        for document in self._source.documents():
-            if len(document.text) > LONGEST_TEXT:
+        for row in self._source.rows():
+            if row.too_long if isinstance(row, Unusable) else len(row.text) > LONGEST_TEXT:
                 self.counts["documents_too_long"] += 1
-            elif not document.text or document.text.isspace():
+            elif isinstance(row, Unusable):
+                self.counts["documents_unusable"] += 1
+                self._first_unusable = self._first_unusable or row
+            elif not row.has_text:
                 self.counts["documents_empty"] += 1
             else:
-                yield document
+                yield row
+        self._unusable = self.counts["documents_unusable"]
+
+    @property
+    def first_unusable(self) -> str | None:
+        """The id of the first row that is no document, and why; None before an iteration came to it."""
+        first = self._first_unusable
+        return None if first is None else f"{first.id}: {first.reason}"
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about what was left out: files of the folder, and rows of the latest whole iteration."""
+        notes = []
+        if self._source.left_out:
+            notes.append(f"{self.location}: left out as no data: {', '.join(self._source.left_out)}")
+        if self._first_unusable is not None and self._unusable:
+            rows = "1 row" if self._unusable == 1 else f"{self._unusable:,} rows"
+            notes.append(
+                f"{self.location}: left out {rows} that cannot be used; the first: "
+                f"{self._first_unusable.place}: {self._first_unusable.reason}"
+            )
+        return notes
 
     def describe(self) -> dict[str, Any]:
         """The corpus's identity for a manifest: names and content hashes, no absolute paths."""
         return self._source.describe()
+
+
+def corpus_record(corpus: Corpus, rows: int, first_unusable: str | None) -> dict[str, Any]:
+    """A corpus's entry in a manifest: its identity, its number of rows of the set, and its first unusable row."""
+    unusable = {} if first_unusable is None else {"first_unusable": first_unusable}
+    return {**corpus.describe(), "rows": rows, **unusable}
 
 
 def _open(source: Any, field: str) -> CorpusSource:

@@ -1,17 +1,19 @@
 """Where a corpus's documents come from: files, the hub, Python's own documentation, or memory."""
 
 import codecs
-import gzip
 import hashlib
-import io
 import json
+import re
+import shutil
+import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import parse_qsl, urlsplit
 
-from calibrant.calibration.document import Document, as_document, check_unicode
+from calibrant.calibration.document import TOOLS, Document, Unusable, row_document, value_document
+from calibrant.calibration.packed import unpacked
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_file, sha256_json
 
@@ -19,6 +21,13 @@ HUB = "hub:"
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".raw", ".utf8"}
 _SUFFIXES = _TEXT_SUFFIXES | {".jsonl", ".parquet"}
 _BLOCK_BYTES = 1 << 20
+# A text of the greatest length with every character escaped takes 24 MB of JSON.
+_LONGEST_LINE_BYTES = 32 << 20
+# Few, because a value may be large.
+_ROWS_AT_ONCE = 1024
+# What data sets keep beside their data, as text files.
+_CARD = re.compile(r"(readme|licen[cs]es?|copying|notices?|citation|changelog|contributing|authors)([^a-z].*)?")
+Row = Document | Unusable
 
 
 class CorpusSource(Protocol):
@@ -32,11 +41,33 @@ class CorpusSource(Protocol):
     def position(self) -> int:
         """Bytes of ``size`` that the current pass has read."""
 
-    def documents(self) -> Iterator[Document]:
-        """One pass over all documents, those without text included."""
+    @property
+    def left_out(self) -> Sequence[str]:
+        """Names of files of a folder that are text, but no data."""
+
+    def rows(self) -> Iterator[Row]:
+        """One pass over all rows, those without text included.
+
+        Raises:
+            CalibrantError: the source (or one of its files) cannot be read, or none of its rows is usable.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Names and content hashes for a manifest."""
+
+
+def _some_usable(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows; after the last, an error with the first reason if none was usable."""
+    first: Unusable | None = None
+    usable = False
+    for row in rows:
+        if isinstance(row, Unusable):
+            first = first or row
+        else:
+            usable = usable or row.has_text
+        yield row
+    if first is not None and not usable:
+        raise CalibrantError(f"{first.place}: {first.reason}")
 
 
 class BuiltinSource:
@@ -44,8 +75,9 @@ class BuiltinSource:
 
     size: int | None = None
     position = 0
+    left_out: Sequence[str] = ()
 
-    def documents(self) -> Iterator[Document]:
+    def rows(self) -> Iterator[Row]:
         """See ``CorpusSource``."""
         from pydoc_data.topics import topics
 
@@ -54,7 +86,9 @@ class BuiltinSource:
 
     def describe(self) -> dict[str, Any]:
         """See ``CorpusSource``."""
-        texts = sha256_json({document.id: document.text for document in self.documents()})
+        from pydoc_data.topics import topics
+
+        texts = sha256_json({f"python/{name}": text for name, text in topics.items()})
         return {"kind": "builtin", "name": "python-language-reference", "sha256": texts}
 
 
@@ -66,46 +100,43 @@ class MemorySource:
 
     size: int | None = None
     position = 0
+    left_out: Sequence[str] = ()
 
     def __init__(self, given: Iterable[Any], field: str) -> None:
         if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable):
             hint = "; choose one of its splits" if isinstance(given, Mapping) else ""
             raise CalibrantError(f"a corpus is a location or a list of texts, got {type(given).__name__}{hint}")
         self._field, self._given = field, given
+        self._read: list[Row] | None = None
         if isinstance(given, list | tuple | Iterator):
-            found = [self._document(number, one) for number, one in enumerate(given)]
+            found = list(_some_usable(self._row(number, one) for number, one in enumerate(given)))
             if not found:
                 raise CalibrantError("the corpus is empty: it has no document")
-            if len({document.id for document in found}) < len(found):
+            if len({row.id for row in found}) < len(found):
                 raise CalibrantError("the corpus's documents need different ids: give each its own")
-            self._given = found
+            self._read = found
 
-    def documents(self) -> Iterator[Document]:
+    def rows(self) -> Iterator[Row]:
         """See ``CorpusSource``."""
-        for number, one in enumerate(self._given):
-            yield self._document(number, one)
+        if self._read is not None:
+            yield from self._read
+        else:
+            yield from _some_usable(self._row(number, one) for number, one in enumerate(self._given))
 
-    def _document(self, number: int, given: Any) -> Document:
-        place = f"document {number} in memory"
+    def _row(self, number: int, given: Any) -> Row:
+        name, place = str(number), f"document {number} in memory"
         if isinstance(given, Mapping):
-            if self._field not in given:
-                raise CalibrantError(
-                    f"{place}: no text under {self._field!r} (found: {', '.join(map(str, given))}); "
-                    "name it with `field`"
-                )
-            given = "" if given[self._field] is None else given[self._field]
-        document = given if isinstance(given, Document) else as_document(str(number), given)
-        if document is None:
-            raise CalibrantError(f"{place}: neither a text nor a conversation, got {type(given).__name__}")
-        check_unicode(document, place)
-        return document
+            return row_document(given, self._field, name, place)
+        return value_document(given, None, name, place)
 
     def describe(self) -> dict[str, Any]:
-        """See ``CorpusSource``; the hash covers ids and texts, of conversations the messages."""
+        """See ``CorpusSource``; the hash covers ids and texts, of conversations the messages and tools."""
         digest, count = hashlib.sha256(), 0
-        for document in self.documents():
+        for row in self.rows():
             count += 1
-            digest.update(sha256_json([document.id, document.messages or document.text]).encode())
+            if isinstance(row, Document):
+                held = [row.id, row.messages or row.text, *([row.tools] if row.tools else [])]
+                digest.update(sha256_json(held).encode())
         return {"kind": "memory", "name": "memory", "sha256": digest.hexdigest(), "documents": count}
 
 
@@ -118,7 +149,10 @@ class FileSource:
 
     def __init__(self, root: Path, field: str, longest: int) -> None:
         self._root, self._field, self._longest = root, field, longest
-        self._paths = _readable_files(root)
+        self._paths, cards = _readable_files(root)
+        self.left_out = [self._name(path) for path in cards]
+        for path in self._paths:
+            _check_name(path)
         self.position = 0
 
     @property
@@ -126,16 +160,16 @@ class FileSource:
         """See ``CorpusSource``."""
         return sum(path.stat().st_size for path in self._paths)
 
-    def documents(self) -> Iterator[Document]:
+    def rows(self) -> Iterator[Row]:
         """See ``CorpusSource``."""
         self.position = 0
         for path in self._paths:
             before = self.position
             try:
                 with path.open("rb") as raw:
-                    for document in _file_documents(path, raw, self._name(path), self._field, self._longest):
+                    for row in _some_usable(_file_rows(path, raw, self._name(path), self._field, self._longest)):
                         self.position = before + raw.tell()
-                        yield document
+                        yield row
             except (OSError, EOFError, zlib.error) as error:
                 raise CalibrantError(f"{path}: cannot be read ({error}); is it complete?") from error
 
@@ -153,6 +187,7 @@ class HubSource:
 
     size: int | None = None
     position = 0
+    left_out: Sequence[str] = ()
 
     def __init__(self, location: str, field: str) -> None:
         parts = urlsplit(location.removeprefix(HUB))
@@ -173,7 +208,7 @@ class HubSource:
         except Exception as error:  # the hub client raises many unrelated classes for "not reachable" and "not there"
             raise CalibrantError(f"hub:{self.name}: cannot be resolved on the hub ({first_line(error)})") from error
 
-    def documents(self) -> Iterator[Document]:
+    def rows(self) -> Iterator[Row]:
         """See ``CorpusSource``."""
         try:
             import datasets
@@ -185,13 +220,10 @@ class HubSource:
             raise CalibrantError("hub data sets need the extra: pip install 'calibrant[hub]'") from error
         except Exception as error:  # many unrelated classes for a wrong name of a configuration or split
             raise CalibrantError(f"hub:{self.name}: cannot be opened ({first_line(error)})") from error
-        for number, row in enumerate(rows, start=1):
-            document = as_document(f"{self.name}/{self.split}:{number}", row.get(self._field))
-            if document is None:
-                raise CalibrantError(
-                    f"hub:{self.name}, row {number}: no text under {self._field!r} (found: {', '.join(row)})"
-                )
-            yield document
+        yield from _some_usable(
+            row_document(row, self._field, f"{self.name}/{self.split}:{number}", f"hub:{self.name}, row {number}")
+            for number, row in enumerate(rows, start=1)
+        )
 
     def describe(self) -> dict[str, Any]:
         """See ``CorpusSource``."""
@@ -212,28 +244,45 @@ def _suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _readable_files(root: Path) -> list[Path]:
+def _readable_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a corpus, and the text files of its folder that are no data."""
     if root.is_file():
         if _suffix(root) not in _SUFFIXES:
             raise CalibrantError(
                 f"{root}: unknown kind of corpus file, expected .txt, .jsonl or .parquet (or .gz of these)"
             )
-        return [root]
+        return [root], []
     if not root.is_dir():
         raise CalibrantError(f"{root}: no such corpus file or folder (a hub data set is written hub:owner/name)")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and _suffix(p) in _SUFFIXES)
-    if not files:
-        raise CalibrantError(f"{root}: the folder contains no .txt, .jsonl or .parquet file (or .gz of these)")
-    return files
+    files = sorted(p for p in root.rglob("*") if p.is_file() and _suffix(p) in _SUFFIXES and not _is_hidden(p, root))
+    cards = [path for path in files if _is_card(path)]
+    data = [path for path in files if not _is_card(path)]
+    if not data:
+        besides = f" besides {cards[0].name}, which is no data unless it is named itself" if cards else ""
+        raise CalibrantError(f"{root}: the folder contains no .txt, .jsonl or .parquet file (or .gz of these){besides}")
+    return data, cards
 
 
-def _file_documents(path: Path, raw: BinaryIO, name: str, field: str, longest: int) -> Iterator[Document]:
-    packed = path.suffix.lower() == ".gz"
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _is_card(path: Path) -> bool:
+    return _suffix(path) in _TEXT_SUFFIXES and _CARD.fullmatch(path.name.lower()) is not None
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise CalibrantError(f"{str(path)!a}: the file's name is not UTF-8, so no manifest can name it") from error
+
+
+def _file_rows(path: Path, raw: BinaryIO, name: str, field: str, longest: int) -> Iterator[Row]:
+    stream = unpacked(path, raw) if path.suffix.lower() == ".gz" else raw
     if _suffix(path) == ".parquet":
-        yield from _parquet_rows(path, io.BytesIO(gzip.decompress(raw.read())) if packed else raw, name, field)
-        return
-    stream: Any = io.BufferedReader(gzip.GzipFile(fileobj=raw), _BLOCK_BYTES) if packed else raw
-    if _suffix(path) == ".jsonl":
+        yield from _parquet_rows(path, stream, name, field)
+    elif _suffix(path) == ".jsonl":
         yield from _json_lines(path, stream, name, field)
     else:
         yield from _text_pieces(path, stream, name, longest)
@@ -257,49 +306,73 @@ def _text_pieces(path: Path, stream: BinaryIO, name: str, longest: int) -> Itera
             rest = rest[end:]
 
 
-def _json_lines(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Document]:
-    for number, line in enumerate(stream, start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise CalibrantError(f"{path}, line {number}: not UTF-8 text; convert the file first") from error
-        if not text.isspace():
-            yield _json_document(f"{name}:{number}", text, field, f"{path}, line {number}")
+def _json_lines(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Row]:
+    number = 0
+    while line := stream.readline(_LONGEST_LINE_BYTES):
+        number += 1
+        if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(_BLOCK_BYTES)
+            said = f"longer than {_LONGEST_LINE_BYTES >> 20} MiB"
+            yield Unusable(f"{name}:{number}", f"{path}, line {number}", said, too_long=True)
+        elif not line.isspace():
+            yield _json_row(line, number == 1, field, f"{name}:{number}", f"{path}, line {number}")
 
 
-def _json_document(name: str, line: str, field: str, place: str) -> Document:
+def _json_row(line: bytes, is_first: bool, field: str, name: str, place: str) -> Row:
     try:
-        row = json.loads(line)
+        text = line.decode("utf-8-sig" if is_first else "utf-8")
+    except UnicodeDecodeError:
+        return Unusable(name, place, "not UTF-8 text; convert the file first")
+    try:
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CalibrantError(f"{place}: not JSON ({error})") from error
-    document = as_document(name, row.get(field) if isinstance(row, dict) else None)
-    if document is None:
-        if isinstance(row, dict) and field in row:
-            raise CalibrantError(f"{place}: {field!r} is neither a text nor a conversation")
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise CalibrantError(f"{place}: no text under {field!r} (found: {found}); name it with `field`")
-    check_unicode(document, place)
-    return document
+        return Unusable(name, place, f"not JSON ({error})")
+    return row_document(row, field, name, place)
 
 
-def _parquet_rows(path: Path, source: Any, name: str, field: str) -> Iterator[Document]:
-    import pyarrow
+def _parquet_rows(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Row]:
     import pyarrow.parquet
 
+    with tempfile.TemporaryFile() as plain:
+        source: Any = stream
+        if path.suffix.lower() == ".gz":
+            shutil.copyfileobj(stream, plain)
+            source = plain
+        try:
+            table = pyarrow.parquet.ParquetFile(source)
+            columns = table.schema_arrow.names
+            if field not in columns:
+                raise CalibrantError(f"{path}: no column {field!r} (found: {', '.join(columns)}); name it with `field`")
+            read = [column for column in (field, TOOLS) if column in columns]
+            number = 0
+            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=read):
+                for values in zip(*(_values(batch.column(column)) for column in read), strict=True):
+                    number += 1
+                    yield _parquet_row(dict(zip(read, values, strict=True)), field, f"{name}:{number}", path, number)
+        except CalibrantError:
+            raise
+        except Exception as error:  # damaged files make the library raise many unrelated classes
+            raise CalibrantError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """The column's values; in place of one that cannot be read stands the error."""
     try:
-        table = pyarrow.parquet.ParquetFile(source)
-        columns = table.schema_arrow.names
-        if field not in columns:
-            raise CalibrantError(f"{path}: no column {field!r} (found: {', '.join(columns)}); name it with `field`")
-        row = 0
-        for batch in table.iter_batches(columns=[field]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                document = as_document(f"{name}:{row}", "" if value is None else value)
-                if document is None:
-                    raise CalibrantError(
-                        f"{path}, row {row}: column {field!r} contains no text; name another with `field`"
-                    )
-                yield document
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CalibrantError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
+        return list(column.to_pylist())
+    except ValueError:  # bytes that are no UTF-8, times out of range
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except ValueError as error:
+        return error
+
+
+def _parquet_row(row: dict[str, Any], field: str, name: str, path: Path, number: int) -> Row:
+    place = f"{path}, row {number}"
+    if isinstance(row[field], ValueError):
+        return Unusable(name, place, f"column {field!r} cannot be read ({first_line(row[field])})")
+    return row_document(row, field, name, place)

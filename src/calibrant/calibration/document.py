@@ -1,50 +1,176 @@
-"""Documents: one text or conversation with a stable id."""
+"""Documents: one text or conversation with a stable id, read from a row of a corpus in any format."""
 
-from dataclasses import dataclass
+import datetime
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from calibrant.errors import CalibrantError
-
-Message = dict[str, str]
+Message = dict[str, Any]
+TOOLS = "tools"
+# What a message says, beside its tool calls; templates know the model's thoughts by several names.
+_SAID = ("reasoning_content", "reasoning", "thinking", "content")
+# Deeper values end in errors of the recursion limit, here or in a template.
+_DEEPEST = 64
 
 
 @dataclass(frozen=True)
 class Document:
     """One text with an id that stays the same as long as its corpus does.
 
-    A conversation also has ``messages``, each with "role" and "content"; its ``text`` is their contents, joined by line
-    ends.
+    A conversation also has ``messages``, JSON objects with a "role", usually a "content" (a text, or a list of parts
+    of type "text") and whatever else the chat template reads, and perhaps ``tools``, descriptions of functions. Its
+    ``text`` is what the messages say and call, joined by line ends.
     """
 
     id: str
     text: str
     messages: tuple[Message, ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is more than white space."""
+        return bool(self.text) and not self.text.isspace()
 
 
-def as_document(name: str, value: Any) -> Document | None:
-    """``value``, a text or a list of messages, as a document with the id ``name``; None if it is neither."""
-    if isinstance(value, str):
-        return Document(name, value)
-    if not isinstance(value, list) or not _is_conversation(value):
-        return None
-    messages = tuple({"role": one["role"], "content": one["content"]} for one in value)
-    return Document(name, "\n".join(message["content"] for message in messages), messages)
+@dataclass(frozen=True)
+class Unusable:
+    """A row that is no document: its id, its place for a message, and why; ``too_long`` ones are counted apart."""
+
+    id: str
+    place: str
+    reason: str
+    too_long: bool = False
 
 
-def _is_conversation(value: list[Any]) -> bool:
-    return bool(value) and all(
-        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
-        for one in value
-    )
+def row_document(row: Any, field: str, name: str, place: str) -> Document | Unusable:
+    """The text or conversation under ``field`` of ``row``, as the document ``name``; ``place`` is for messages."""
+    if not isinstance(row, Mapping):
+        return Unusable(name, place, f"no object with a text under {field!r} (found: {type(row).__name__})")
+    if field not in row:
+        found = ", ".join(map(str, row))
+        return Unusable(name, place, f"no text under {field!r} (found: {found}); name it with `field`")
+    return value_document(row[field], row.get(TOOLS), name, place)
 
 
-def check_unicode(document: Document, place: str) -> None:
-    """Refuse text that no tokenizer takes.
+def value_document(value: Any, tools: Any, name: str, place: str) -> Document | Unusable:
+    """A text, a list of messages or a ``Document`` as the document ``name``; null is an empty text."""
+    try:
+        return _checked(_document(value, tools, name))
+    except ValueError as error:
+        return Unusable(name, place, str(error))
+
+
+def _document(value: Any, tools: Any, name: str) -> Document:
+    if isinstance(value, Document):
+        return value if value.messages is None else replace(value, messages=_messages(value.messages))
+    if value is None or isinstance(value, str):
+        return Document(name, value or "")
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"neither a text nor a conversation, got {type(value).__name__}")
+    messages = _messages(value)
+    return Document(name, "\n".join(_said(messages)), messages, _tools(tools))
+
+
+def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
+    """The messages as plain JSON without nulls: Parquet cannot tell null from a key that is not there.
 
     Raises:
-        CalibrantError: a surrogate is not part of a pair; the message begins with ``place``.
+        ValueError: one is no message; the text says which and why.
+    """
+    if not values:
+        raise ValueError("neither a text nor a conversation, it has no message")
+    messages = []
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"neither a text nor a conversation, message {number} is a {type(value).__name__}")
+        if not isinstance(value.get("role"), str):
+            raise ValueError(f"message {number} has no role (found: {', '.join(map(str, value))})")
+        message = {key: _plain(part) for key, part in value.items() if part is not None}
+        _check_content(message.get("content", ""), number)
+        messages.append(message)
+    return tuple(messages)
+
+
+def _check_content(content: Any, number: int) -> None:
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise ValueError(f"the content of message {number} is neither a text nor a list of texts")
+    for part in content:
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise ValueError(f"message {number} has a part of type {part['type']}, which is no text")
+        if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+            raise ValueError(f"the content of message {number} has a part without a text")
+
+
+def joined_parts(messages: Sequence[Message]) -> list[Message]:
+    """The messages with lists of text parts joined by line ends."""
+    return [
+        {**one, "content": "\n".join(_part_texts(one["content"]))} if isinstance(one.get("content"), list) else one
+        for one in messages
+    ]
+
+
+def has_parts(messages: Sequence[Message]) -> bool:
+    """Whether a message's content is a list of parts."""
+    return any(isinstance(one.get("content"), list) for one in messages)
+
+
+def _part_texts(parts: Sequence[Any]) -> list[str]:
+    return [part if isinstance(part, str) else str(part["text"]) for part in parts]
+
+
+def _said(messages: Sequence[Message]) -> list[str]:
+    said = []
+    for message in joined_parts(messages):
+        said += [message[key] for key in _SAID if isinstance(message.get(key), str) and message[key]]
+        if message.get("tool_calls"):
+            said.append(json.dumps(message["tool_calls"], ensure_ascii=False))
+    return said
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+    """Descriptions of functions from a list, or from its JSON, as many data sets have it."""
+    try:
+        found = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{TOOLS!r} is a text, but not JSON ({error})") from error
+    if not found:
+        return None
+    if not isinstance(found, list | tuple) or not all(isinstance(one, Mapping) for one in found):
+        raise ValueError(f"{TOOLS!r} is no list of descriptions of functions")
+    return tuple(_plain(found))
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """``value`` as JSON has it, without nulls in objects."""
+    if depth > _DEEPEST:
+        raise ValueError(f"a message is nested more than {_DEEPEST} levels deep")
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one, depth + 1) for key, one in value.items() if one is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(one, depth + 1) for one in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise ValueError(f"a message holds {value if isinstance(value, float) else 'a ' + type(value).__name__}")
+
+
+def _checked(document: Document) -> Document:
+    """``document``, if it is text that tokenizers take.
+
+    Raises:
+        ValueError: a surrogate is not part of a pair.
     """
     try:
         document.text.encode()
+        json.dumps([document.messages, document.tools], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise CalibrantError(f"{place}: text with half of a surrogate pair, which is not Unicode") from error
+        raise ValueError("text with half of a surrogate pair, which is not Unicode") from error
+    return document

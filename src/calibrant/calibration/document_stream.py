@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,11 +12,37 @@ from calibrant.calibration.document import Document
 from calibrant.calibration.filters import Filter
 from calibrant.calibration.windows import TokenizedDocument
 from calibrant.errors import CalibrantError
+from calibrant.modeling.chat_template import RefusedError
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
 # Enough text to keep every core busy, and little enough not to matter for memory.
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 512
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What passes over a corpus found beside its documents.
+
+    Attributes:
+        has_chat: conversations were among the documents.
+        notes: sentences about what was left out for being unusable.
+        first_unusable: the first row that is no document, and why.
+    """
+
+    has_chat: bool = False
+    notes: tuple[str, ...] = ()
+    first_unusable: str | None = None
+
+
+def together(findings: Iterable[Findings]) -> Findings:
+    """The findings of several passes over one corpus."""
+    found = list(findings)
+    return Findings(
+        any(one.has_chat for one in found),
+        tuple(dict.fromkeys(note for one in found for note in one.notes)),
+        next((one.first_unusable for one in found if one.first_unusable), None),
+    )
 
 
 class DocumentStream:
@@ -31,7 +58,8 @@ class DocumentStream:
         self.corpus, self._filters = corpus, filters
         self._rng, self._shard, self._shards = rng, shard, shards
         self.counts = {"documents": 0, "documents_used": 0, "documents_too_short": 0}
-        self.has_chat = False
+        self._has_chat = False
+        self._first_refusal: str | None = None
 
     def kept(self, progress: Progress) -> Iterator[tuple[int, Document]]:
         """One pass over the documents that may become candidates; counts what every filter drops.
@@ -46,7 +74,7 @@ class DocumentStream:
                 task.advance(self.corpus.position - read)
                 read = self.corpus.position
                 self.counts["documents"] += 1
-                self.has_chat |= document.messages is not None
+                self._has_chat |= document.messages is not None
                 in_shard = self._shards == 1 or int(self._rng.integers(self._shards)) == self._shard
                 if in_shard and self._passes(document):
                     kept += 1
@@ -64,6 +92,33 @@ class DocumentStream:
             raise CalibrantError(f"{self.corpus.location}: {why}")
         if not kept:
             raise CalibrantError(f"{self.corpus.location}: no document is left {self._dropped()}")
+
+    def tokenized(self, documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+        """The documents' tokens, encoded in batches; the next batch is encoded while the caller uses the current one.
+
+        Conversations that the chat template refuses are left out and counted.
+        """
+        for encoded in _in_batches(documents, tokenizer):
+            if isinstance(encoded, TokenizedDocument):
+                yield encoded
+            else:
+                self.counts["conversations_refused"] = self.counts.get("conversations_refused", 0) + 1
+                self._first_refusal = self._first_refusal or str(encoded)
+
+    @property
+    def refusals(self) -> str:
+        """What the chat template refused, as a phrase; "" if nothing."""
+        if self._first_refusal is None:
+            return ""
+        count = self.counts["conversations_refused"]
+        return f"{count:,} conversation{'s' * (count != 1)} (the first: {self._first_refusal})"
+
+    @property
+    def findings(self) -> Findings:
+        """What the passes found until now."""
+        refused = f"{self.corpus.location}: left out {self.refusals} that the chat template refuses"
+        notes = (*self.corpus.notes, *([refused] if self.refusals else []))
+        return Findings(self._has_chat, notes, self.corpus.first_unusable)
 
     def _passes(self, document: Document) -> bool:
         for filter_ in self._filters:
@@ -94,12 +149,13 @@ class DocumentStream:
         return found
 
 
-def tokenized(documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
-    """The documents' tokens, encoded in batches; the next batch is encoded while the caller uses the current one."""
+def _in_batches(
+    documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer
+) -> Iterator[TokenizedDocument | RefusedError]:
     with ThreadPoolExecutor(max_workers=1) as worker:
-        pending: Future[list[TokenizedDocument]] | None = None
+        pending: Future[list[TokenizedDocument | RefusedError]] | None = None
         for batch in _batches(documents):
-            following = worker.submit(_encoded, batch, tokenizer)
+            following = worker.submit(encoded_batch, batch, tokenizer)
             if pending is not None:
                 yield from pending.result()
             pending = following
@@ -120,8 +176,12 @@ def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[i
         yield batch
 
 
-def _encoded(batch: list[tuple[int, Document]], tokenizer: Tokenizer) -> list[TokenizedDocument]:
+def encoded_batch(
+    batch: Sequence[tuple[int, Document]], tokenizer: Tokenizer
+) -> list[TokenizedDocument | RefusedError]:
+    """The documents' tokens; in place of a conversation that the chat template refuses stands the refusal."""
     tokens = encode_documents([document for _, document in batch], tokenizer)
     return [
-        TokenizedDocument(ordinal, document.id, ids) for (ordinal, document), ids in zip(batch, tokens, strict=True)
+        ids if isinstance(ids, RefusedError) else TokenizedDocument(ordinal, document.id, ids)
+        for (ordinal, document), ids in zip(batch, tokens, strict=True)
     ]

@@ -1,20 +1,19 @@
 """Calibration sets made again from their manifests."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from calibrant.calibration.calibration_set import MANIFEST_NAME, CalibrationSet, Manifest
+from calibrant.calibration.calibration_set import CalibrationSet, Manifest, read_manifest
 from calibrant.calibration.corpus import BUILTIN, Corpus
-from calibrant.calibration.generate import SOURCES, generate
+from calibrant.calibration.generate import DEFAULT_PERCENTILE, SOURCES, generate
 from calibrant.calibration.select import run_selection
-from calibrant.calibration.selection.request import selection_request
+from calibrant.calibration.selection.request import SelectionRequest, selection_request
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule
-from calibrant.errors import CalibrantError, first_line
+from calibrant.errors import CalibrantError
 from calibrant.executors import LocalExecutor
 from calibrant.progress import NoProgress, Progress
 
@@ -59,15 +58,14 @@ def rebuild(
     given = list(corpora) if corpora is not None else wanted.locations.get("corpora", [])
     if len(given) != len(wanted.corpora):
         raise CalibrantError(f"{len(given)} corpora are given, the set was made from {len(wanted.corpora)}")
-    if leakage is not None:
-        wanted = _with_leakage_at(wanted, [str(one) for one in leakage])
+    request = None if wanted.strategy in SOURCES else _selection(wanted, manifest, leakage)
     for what, option, where in (
         ("model", "model", [place]),
         ("corpus", "corpora", [str(one) for one in given if not isinstance(one, Corpus)]),
-        ("leakage", "leakage", wanted.parameters.get("filters", {}).get("leakage", [])),
+        ("leakage", "leakage", [] if request is None else request.filters.leakage),
     ):
         for one in where:
-            if one != BUILTIN and not one.startswith("hub:") and not Path(one).exists():
+            if one != BUILTIN and not one.startswith("hub:") and not _exists(one):
                 raise CalibrantError(
                     f"{manifest}: its {what} {one} is not there (any more); give its location with `{option}`"
                 )
@@ -75,8 +73,13 @@ def rebuild(
         one if isinstance(one, Corpus) else Corpus(one, described.get("field", "text"))
         for one, described in zip(given, wanted.corpora, strict=True)
     ]
-    again = _generate_again if wanted.strategy in SOURCES else _select_again
-    made = again(wanted, place, opened, progress or NoProgress())
+    listener = progress or NoProgress()
+    if request is None:
+        made = _generate_again(wanted, manifest, place, opened, listener)
+    else:
+        scored = wanted.model or {}
+        device, dtype = scored.get("device", "cpu"), scored.get("dtype", "auto")
+        made = run_selection(opened, place, request, device, dtype, LocalExecutor(), listener)
     changes = _changes(wanted, made.manifest)
     if made.sha256 != wanted.set_sha256:
         what = "; ".join(changes) or "nothing that is recorded: the processor or its number of threads may differ"
@@ -86,51 +89,63 @@ def rebuild(
     return Rebuilt(CalibrationSet(made.tokens, made.mask, wanted), changes)
 
 
-def _with_leakage_at(wanted: Manifest, places: list[str]) -> Manifest:
-    if len(places) != len(wanted.evaluations):
-        raise CalibrantError(
-            f"{len(places)} evaluation texts are given, the set was made with {len(wanted.evaluations)}"
-        )
-    filters = {**wanted.parameters["filters"], "leakage": places}
-    return wanted.model_copy(update={"parameters": {**wanted.parameters, "filters": filters}})
+class _GenerationParameters(BaseModel):
+    """The parameters of sources that decide the result again; the others follow from the model."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    first_tokens: str = "any"
+    percentile: float = DEFAULT_PERCENTILE
+    batch_size: int = Field(default=64, ge=1, le=1 << 20)
+    device: str = "cpu"
+    compute_dtype: str = "auto"
+    temperature_initial: float | None = None
+    temperature_final: float = 1.0
+    temperature_steps: int = Field(default=0, ge=0)
 
 
-def _select_again(wanted: Manifest, model: str, corpora: list[Corpus], progress: Progress) -> CalibrationSet:
+def _exists(place: str) -> bool:
+    try:
+        return Path(place).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _selection(wanted: Manifest, manifest: str | Path, leakage: Sequence[str | Path] | None) -> SelectionRequest:
+    """The request in ``wanted``, with the evaluation texts at ``leakage``."""
     fields = wanted.model_dump(include={"samples", "length", "seed", "draw", "strategy"})
-    request = selection_request(**fields, **wanted.parameters)
-    scored = wanted.model or {}
-    return run_selection(
-        corpora, model, request, scored.get("device", "cpu"), scored.get("dtype", "auto"), LocalExecutor(), progress
-    )
+    try:
+        request = selection_request(**{**wanted.parameters, **fields})
+    except CalibrantError as error:
+        raise CalibrantError(f"{manifest}: not a calibration manifest ({error})") from error
+    if leakage is None:
+        return request
+    if len(leakage) != len(wanted.evaluations):
+        raise CalibrantError(
+            f"{len(leakage)} evaluation texts are given, the set was made with {len(wanted.evaluations)}"
+        )
+    filters = request.filters.model_copy(update={"leakage": tuple(str(one) for one in leakage)})
+    return request.model_copy(update={"filters": filters})
 
 
-def _generate_again(wanted: Manifest, model: str, corpora: list[Corpus], progress: Progress) -> CalibrationSet:
-    given = wanted.parameters
+def _generate_again(
+    wanted: Manifest, manifest: str | Path, model: str, corpora: list[Corpus], progress: Progress
+) -> CalibrationSet:
+    try:
+        given = _GenerationParameters.model_validate(wanted.parameters)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in ("parameters", *problem["loc"]))
+        raise CalibrantError(f"{manifest}: not a calibration manifest ({where}: {problem['msg']})") from error
     options: dict[str, Any] = wanted.model_dump(include={"samples", "length", "seed", "draw", "strategy"})
-    options |= {name: given[name] for name in ("first_tokens", "percentile", "batch_size", "device") if name in given}
-    if "compute_dtype" in given:
-        options["dtype"] = given["compute_dtype"]
-    if "temperature_initial" in given:
+    options |= given.model_dump(include={"first_tokens", "percentile", "batch_size", "device"})
+    if given.temperature_initial is not None:
         options["temperature"] = TemperatureSchedule(
-            given["temperature_initial"], given["temperature_final"], given["temperature_steps"]
+            given.temperature_initial, given.temperature_final, given.temperature_steps
         )
     if corpora:
         options["corpus"] = corpora[0]
-    return generate(model, progress=progress, **options)
-
-
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest at ``path``, a file or a set's folder.
-
-    Raises:
-        CalibrantError: there is no readable manifest.
-    """
-    file = Path(path) / MANIFEST_NAME if Path(path).is_dir() else Path(path)
-    try:
-        return Manifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValidationError, ValueError, RecursionError) as error:
-        said = "keys are missing or wrong" if isinstance(error, ValidationError) else first_line(error)
-        raise CalibrantError(f"{file}: not a calibration manifest ({said})") from error
+    return generate(model, dtype=given.compute_dtype, progress=progress, **options)
 
 
 def _changes(wanted: Manifest, made: Manifest) -> list[str]:
@@ -138,8 +153,13 @@ def _changes(wanted: Manifest, made: Manifest) -> list[str]:
     changes = []
     if wanted.tokenizer_sha256 != made.tokenizer_sha256:
         changes.append("the tokenizer")
+    elif wanted.tokenizer_files_sha256 != made.tokenizer_files_sha256:
+        changes.append("the files of the tokenizer (its special tokens or other settings)")
     if wanted.chat_template_sha256 != made.chat_template_sha256:
         changes.append("the chat template")
+    if wanted.chat_template_date != made.chat_template_date:
+        date = wanted.chat_template_date or "that of the day"
+        changes.append(f"the date that the chat template is given ({date} is now {made.chat_template_date})")
     for name, value in (wanted.model or {}).items():
         if (made.model or {}).get(name) != value:
             changes.append(f"the model's {name.removesuffix('_sha256')}")
@@ -151,14 +171,15 @@ def _changes(wanted: Manifest, made: Manifest) -> list[str]:
         changes.append("the sentence encoder")
     for library, number in wanted.versions.items():
         if made.versions.get(library) != number:
-            changes.append(f"{library} {number} is now {made.versions.get(library)}")
+            changes.append(f"{library} {number} is now {made.versions.get(library, 'not installed')}")
     return changes
 
 
 def _corpus_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     files, current = before.get("files"), now.get("files")
     if files is None or current is None:
-        same = {**before, "rows": None} == {**now, "rows": None}
+        of_the_pass = ("rows", "first_unusable")
+        same = all(before.get(key) == now.get(key) for key in {*before, *now} if key not in of_the_pass)
         return [] if same else [f"the corpus {before.get('name')}"]
     if len(files) == len(current) == 1:  # a single file may have another name
         return [] if list(files.values()) == list(current.values()) else [f"the corpus file {next(iter(files))}"]

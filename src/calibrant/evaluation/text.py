@@ -1,5 +1,6 @@
 """Fixed token windows of a text, the same for all models with the same tokenizer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,9 @@ import torch
 from calibrant.calibration.corpus import Corpus
 from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
+
+# The text is tokenized at once, which takes some hundred bytes per token.
+_MOST_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,9 @@ def evaluation_windows(corpus: Corpus, tokenizer: Tokenizer, length: int, limit:
     contains one text token less.
 
     Raises:
-        CalibrantError: the text is shorter than one window.
+        CalibrantError: the text is shorter than one window, or longer than 20 million characters.
     """
-    ids = tokenizer.encode("\n\n".join(document.text for document in corpus))
+    ids = tokenizer.encode("\n\n".join(_texts(corpus)))
     prefix = tokenizer.prefix
     body = length - len(prefix)
     count = len(ids) // body
@@ -39,3 +43,14 @@ def evaluation_windows(corpus: Corpus, tokenizer: Tokenizer, length: int, limit:
     used = min(count, limit) if limit else count
     windows = [prefix + ids[i * body : (i + 1) * body] for i in range(used)]
     return EvaluationText(torch.tensor(windows), len(ids), len(ids) - used * body)
+
+
+def _texts(corpus: Corpus) -> Iterator[str]:
+    characters = 0
+    for document in corpus:
+        characters += len(document.text)
+        if characters > _MOST_CHARACTERS:
+            raise CalibrantError(
+                f"{corpus.location}: more than {_MOST_CHARACTERS:,} characters of text; give a part of it"
+            )
+        yield document.text

@@ -1,7 +1,9 @@
 """Tokenizers for calibration: encoding, special ids and a hash of the definition."""
 
 import json
+import re
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ import transformers
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_file, sha256_json
+from calibrant.modeling.chat_template import ChatTemplate
 
 # Files of a tokenizer with a ``tokenizer.json``; ``config.json`` can name its class.
 _DEFINITION = "tokenizer.json"
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+# A vocabulary of tiktoken has a token in Base64 and its rank on every line; one of SentencePiece is a protocol buffer.
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
 def tokenizer_files_sha256(folder: str | Path) -> str | None:
@@ -39,8 +44,22 @@ class Tokenizer:
             self.hf: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
+            self._try_out()
         except Exception as error:  # the tokenizers library raises plain Exception for damaged files
-            raise CalibrantError(f"{folder}: no usable tokenizer ({first_line(error)})") from error
+            missing = _missing_libraries(folder)
+            reason = f"its vocabulary needs: pip install {missing}" if missing else first_line(error)
+            raise CalibrantError(f"{folder}: no usable tokenizer ({reason})") from error
+
+    def _try_out(self) -> None:
+        """Settings of a wrong type load well and fail at the first use."""
+        for special in (True, False):
+            self.hf("a", add_special_tokens=special, verbose=False)
+        self.hf.decode([0])
+        _ = self.special_ids, self.size, self.hf.bos_token_id, self.hf.eos_token_id
+        if not isinstance(self.hf.model_max_length, int | float):
+            raise ValueError(f"model_max_length is {self.hf.model_max_length!r}, not a number")
+        if not isinstance(self.hf.chat_template, str | dict | None):
+            raise ValueError("its chat template is not a text")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens."""
@@ -101,6 +120,11 @@ class Tokenizer:
         added = {index for index, token in self.hf.added_tokens_decoder.items() if token.special}
         return added | set(self.hf.all_special_ids)
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The template of conversations; that there is none is said when it is used."""
+        return ChatTemplate(self.hf)
+
     @property
     def start_id(self) -> int:
         """The BOS id, or the EOS id for tokenizers without BOS (ours).
@@ -122,5 +146,50 @@ class Tokenizer:
 
     @property
     def separator_id(self) -> int:
-        """The id after each packed document: EOS, or BOS for tokenizers without EOS."""
-        return int(self.hf.eos_token_id) if self.hf.eos_token_id is not None else self.start_id
+        """The id after each packed document: EOS, or BOS for tokenizers without EOS.
+
+        Raises:
+            CalibrantError: the tokenizer has neither.
+        """
+        for found in (self.hf.eos_token_id, self.hf.bos_token_id):
+            if found is not None:
+                return int(found)
+        raise CalibrantError(
+            "the tokenizer has neither an EOS nor a BOS token to put between documents; "
+            'use `windows="window"` or `windows="document"`'
+        )
+
+    @property
+    def padding_id(self) -> int:
+        """The id that fills rows after their last token and never counts: EOS, BOS, the pad token, or 0."""
+        known = (self.hf.eos_token_id, self.hf.bos_token_id, self.hf.pad_token_id)
+        return next((int(index) for index in known if index is not None), 0)
+
+
+def _missing_libraries(folder: Path) -> str:
+    """The libraries to install for the vocabulary in ``folder``; "" if none is missing.
+
+    transformers names the last library that it tried, which may be one that does not help.
+    """
+    if (folder / _DEFINITION).is_file():
+        return ""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if any(_is_tiktoken(path) for path in files if path.suffix in (".model", ".tiktoken")):
+        wanted = {"tiktoken": "tiktoken"}
+    elif any(path.suffix in (".model", ".spm") for path in files):
+        wanted = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    else:
+        return ""
+    return " ".join(wanted) if not all(_is_installed(module) for module in wanted.values()) else ""
+
+
+def _is_tiktoken(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _TIKTOKEN_LINE.match(file.readline(1000)) is not None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False

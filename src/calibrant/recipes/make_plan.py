@@ -1,5 +1,6 @@
 """Fits a recipe to a model, before any weight is read."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 

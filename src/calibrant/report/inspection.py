@@ -94,7 +94,7 @@ def inspect_sets(
             _readable(tokenizer, row[kept].tolist())
             for row, kept in zip(calibration.tokens, calibration.mask, strict=True)
         ]
-        losses = _losses(path, calibration, device, dtype, progress or NoProgress()) if perplexity else None
+        losses = _losses(folder, path, calibration, device, dtype, progress or NoProgress()) if perplexity else None
         statistics = describe_set(calibration, texts, tokenizer.size, losses)
         sets.append(InspectedSet(name, _facts(calibration), statistics, texts))
     overlaps = [
@@ -134,9 +134,17 @@ def _model_folder(folder: str | Path, calibration: CalibrationSet, model: str | 
         raise CalibrantError(f"{error}; name the model with `model`") from error
 
 
-def _losses(path: Path, calibration: CalibrationSet, device: str, dtype: str, progress: Progress) -> list[float]:
+def _losses(
+    folder: str | Path, path: Path, calibration: CalibrationSet, device: str, dtype: str, progress: Progress
+) -> list[float]:
     prefix = Tokenizer(path).prefix
-    model = load_whole(ModelFolder(path, allow_quantized=True), device, dtype)
+    model_folder = ModelFolder(path, allow_quantized=True)
+    if int(calibration.tokens.max()) >= model_folder.vocabulary:
+        raise CalibrantError(
+            f"{folder}: has token ids outside {path}'s vocabulary of {model_folder.vocabulary}; name its model with "
+            "`model`"
+        )
+    model = load_whole(model_folder, device, dtype)
     losses = []
     with progress.task("running the model", len(calibration.tokens)) as task:
         for row, kept in zip(calibration.tokens, calibration.mask, strict=True):

@@ -2,18 +2,19 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest, Segment
-from calibrant.calibration.chat import template_sha256
-from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.corpus import Corpus, corpus_record
+from calibrant.calibration.document_stream import Findings
 from calibrant.calibration.selection.embeddings import embedding_sha256
 from calibrant.calibration.selection.request import SelectionRequest
 from calibrant.calibration.selection.zipcal import subword_classes
 from calibrant.errors import CalibrantError
+from calibrant.modeling.chat_template import DATE
 from calibrant.modeling.tokenizer import Tokenizer
 
 
@@ -22,15 +23,14 @@ class SelectedRows:
     """Rows selected from one corpus.
 
     ``rows`` have at most ``length`` token ids; ``segments`` says where each row comes from, and is empty for rows
-    without a source document. ``masks`` says which tokens of each row count, None if all do. ``has_chat``:
-    conversations were among the documents.
+    without a source document. ``masks`` says which tokens of each row count, None if all do.
     """
 
     rows: list[list[int]]
     segments: list[list[Segment]]
     counts: dict[str, int]
     masks: list[list[bool]] | None = None
-    has_chat: bool = False
+    findings: Findings = field(default_factory=Findings)
 
 
 def assemble(
@@ -38,16 +38,21 @@ def assemble(
 ) -> CalibrationSet:
     """The set of all ``parts``, one for each of ``corpora``; their rows follow one another.
 
-    Rows begin with the tokenizer's prefix and are padded with the separator, which does not count.
+    Rows begin with the tokenizer's prefix and are padded with what does not count. A corpus may have no rows.
 
     Raises:
         CalibrantError: the mask leaves no token.
     """
+    # A unigram sample reads words, so no template writes its conversations.
+    has_chat = any(part.findings.has_chat for part in parts) and request.strategy != "unigram"
     prefixes = [_missing_prefix(row, tokenizer) for part in parts for row in part.rows]
     tokens, mask = _tensors(parts, prefixes, request, tokenizer)
     if not bool(mask.any()):
         raise CalibrantError('the mask leaves no token of the set; use `mask="all"` or other text')
-    described = [{**corpus.describe(), "rows": len(part.rows)} for corpus, part in zip(corpora, parts, strict=True)]
+    described = [
+        corpus_record(corpus, len(part.rows), part.findings.first_unusable)
+        for corpus, part in zip(corpora, parts, strict=True)
+    ]
     manifest = Manifest(
         strategy=request.strategy,
         parameters=request.recorded(),
@@ -60,7 +65,8 @@ def assemble(
         corpora=described,
         evaluations=[Corpus(place, request.filters.leakage_field).describe() for place in request.filters.leakage],
         embedding_sha256=embedding_sha256(request.embedding),
-        chat_template_sha256=template_sha256(tokenizer) if any(part.has_chat for part in parts) else None,
+        chat_template_sha256=tokenizer.chat_template.sha256 if has_chat else None,
+        chat_template_date=DATE if has_chat else None,
         rows=_segments(parts, prefixes),
         counts=_counts(parts, mask, tokenizer),
     )
@@ -78,7 +84,7 @@ def _tensors(
     """Token ids (int32) and mask (bool), both ``[rows, length]``."""
     rows = [row for part in parts for row in part.rows]
     masks = [mask for part in parts for mask in part.masks or [[True] * len(row) for row in part.rows]]
-    tokens = torch.full((len(rows), request.length), tokenizer.separator_id, dtype=torch.int32)
+    tokens = torch.full((len(rows), request.length), tokenizer.padding_id, dtype=torch.int32)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for index, (prefix, row, counted) in enumerate(zip(prefixes, rows, masks, strict=True)):
         end = len(prefix) + len(row)
@@ -116,7 +122,7 @@ def _counts(parts: Sequence[SelectedRows], mask: torch.Tensor, tokenizer: Tokeni
         counts["classes_covered"] = len(np.unique(covered[covered >= 0]))
     if "evaluation_texts_too_short" in counts:
         # Every part's filters read the same evaluation texts.
-        counts["evaluation_texts_too_short"] //= len(parts)
+        counts["evaluation_texts_too_short"] //= sum("evaluation_texts_too_short" in part.counts for part in parts)
     empty = int((~mask.any(1)).sum())
     if empty:
         counts["rows_without_a_counted_token"] = empty

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.document_stream import DocumentStream, tokenized
+from calibrant.calibration.document_stream import DocumentStream
 from calibrant.calibration.selection.embeddings import embedding_of
 from calibrant.calibration.selection.request import LEXICAL
 from calibrant.calibration.windows import Window
@@ -120,8 +120,13 @@ def _sampled(corpus: Corpus, tokenizer: Tokenizer, seed: int, progress: Progress
     ordinals = np.array([ordinal for ordinal, _ in stream.kept(progress)])
     chosen = make_rng(seed, "score").permutation(ordinals)[:_DOCUMENTS]
     found = stream.fetch(int(ordinal) for ordinal in chosen)
-    documents = tokenized(((int(ordinal), found[int(ordinal)]) for ordinal in chosen), tokenizer)
-    return [Window(document.tokens[:_TOKENS], [], 0, 0, 0) for document in documents]
+    documents = stream.tokenized(((int(ordinal), found[int(ordinal)]) for ordinal in chosen), tokenizer)
+    windows = [Window(document.tokens[:_TOKENS], [], 0, 0, 0) for document in documents]
+    if not windows:
+        raise CalibrantError(f"{corpus.location}: no document is left, the chat template refuses {stream.refusals}")
+    for note in stream.findings.notes:
+        progress.note(note)
+    return windows
 
 
 def _token_counts(sample: list[Window], size: int) -> np.ndarray:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.document_stream import DocumentStream
+from calibrant.calibration.document_stream import DocumentStream, Findings, together
 from calibrant.calibration.selection.filtering import filters_of
 from calibrant.calibration.selection.request import SelectionRequest
-from calibrant.calibration.selection.selector import select_windows
+from calibrant.calibration.selection.selector import cutting_of, select_windows
 from calibrant.calibration.selection.zipcal import ZipCal
-from calibrant.calibration.windows import Cutting, Window
+from calibrant.calibration.windows import Window
 from calibrant.errors import CalibrantError
 from calibrant.executors import Executor
 from calibrant.modeling.tokenizer import Tokenizer
@@ -35,10 +35,11 @@ class PartTask:
 
 @dataclass(frozen=True)
 class PartResult:
-    """The windows that a part chose, and its counts."""
+    """The windows that a part chose, its counts, and what it found beside."""
 
     windows: list[Window]
     counts: dict[str, int]
+    findings: Findings
 
 
 def zipcal_in_parts(
@@ -55,22 +56,26 @@ def zipcal_in_parts(
     with progress.task(f"selecting in {len(tasks)} parts", 1) as task:
         results = executor.map(select_part, tasks)
         task.advance()
-    counts = {name: sum(result.counts.get(name, 0) for result in results) for name in results[0].counts}
+    names = dict.fromkeys(name for result in results for name in result.counts)
+    counts = {name: sum(result.counts.get(name, 0) for result in results) for name in names}
     # Every part reads the whole corpus, so these counts do not add up.
     counts |= {name: results[0].counts[name] for name in ("documents", *corpus.counts)}
     windows = [window for result in results for window in result.windows]
+    findings = together(result.findings for result in results)
     if len(windows) < request.samples:
         raise CalibrantError(
             f"{corpus.location}: its {request.parts} parts gave {len(windows)} windows of {request.length} tokens, "
             f"{request.samples} are needed; use fewer samples or parts, or more text"
+            + "".join(f" ({note})" for note in findings.notes)
         )
     union = _zipcal(model, request)
     union.see(windows)
     chosen = union.choose(request.samples)
     best = max(results, key=lambda result: result.counts["classes_covered"])
     if best.counts["classes_covered"] > union.covered and len(best.windows) == request.samples:
-        return PartResult(best.windows, counts | {"classes_covered": best.counts["classes_covered"]})
-    return PartResult([windows[index] for index in chosen], counts | union.counts())
+        covered = {"classes_covered": best.counts["classes_covered"]}
+        return PartResult(best.windows, counts | covered, findings)
+    return PartResult([windows[index] for index in chosen], counts | union.counts(), findings)
 
 
 def select_part(task: PartTask) -> PartResult:
@@ -79,18 +84,18 @@ def select_part(task: PartTask) -> PartResult:
     tokenizer = Tokenizer(task.model)
     stream = DocumentStream(
         task.corpus,
-        filters_of(request.filters, request.seed),
+        filters_of(request.filters, request.seed, NoProgress()),
         make_rng(request.seed, "part"),
         task.part,
         request.parts,
     )
-    cutting = Cutting(request.windows, request.length, tokenizer.separator_id)
+    cutting = cutting_of(request, tokenizer)
     selector = _zipcal(task.model, request)
     offsets = make_rng(request.seed, "offset", task.part)
     chosen = select_windows(
         stream, tokenizer, cutting, selector, request.samples, offsets, NoProgress(), all_if_fewer=True
     )
-    return PartResult([replace(window) for window in chosen], dict(stream.counts))
+    return PartResult([replace(window) for window in chosen], dict(stream.counts), stream.findings)
 
 
 def _zipcal(model: str, request: SelectionRequest) -> ZipCal:

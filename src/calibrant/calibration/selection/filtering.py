@@ -8,11 +8,12 @@ from calibrant.calibration.filters.content import LengthBetween, RepetitionBelow
 from calibrant.calibration.filters.duplicates import ExactDuplicates, NearDuplicates
 from calibrant.calibration.filters.leakage import Leakage
 from calibrant.calibration.selection.request import FilterRequest
+from calibrant.progress import Progress
 from calibrant.randomness import make_rng
 
 
-def filters_of(request: FilterRequest, seed: int) -> list[Filter]:
-    """New filters, the cheapest first."""
+def filters_of(request: FilterRequest, seed: int, progress: Progress) -> list[Filter]:
+    """New filters, the cheapest first; ``progress`` is told what was left out of the evaluation texts."""
     filters: list[Filter] = []
     if request.min_characters or request.max_characters is not None:
         filters.append(LengthBetween(request.min_characters, request.max_characters))
@@ -25,6 +26,9 @@ def filters_of(request: FilterRequest, seed: int) -> list[Filter]:
     if request.duplicates == "near":
         filters.append(NearDuplicates(make_rng(seed, "duplicates")))
     if request.leakage:
-        evaluation = chain.from_iterable(Corpus(location, request.leakage_field) for location in request.leakage)
-        filters.append(Leakage(evaluation, request.leakage_run, not request.keep_leaked))
+        evaluation = [Corpus(location, request.leakage_field) for location in request.leakage]
+        documents = chain.from_iterable(evaluation)
+        filters.append(Leakage(documents, request.leakage_run, not request.keep_leaked))
+        for note in (note for corpus in evaluation for note in corpus.notes):
+            progress.note(note)
     return filters

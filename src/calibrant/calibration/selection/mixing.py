@@ -10,7 +10,7 @@ from calibrant.calibration.selection.request import MixRequest
 
 _ELSEWHERE = "documents_of_other_groups"
 # Every group's pass reads the whole corpus, so these counts do not add up.
-_OF_THE_CORPUS = ("documents", "documents_empty", "documents_too_long")
+_OF_THE_CORPUS = ("documents", "documents_empty", "documents_too_long", "documents_unusable")
 
 
 def groups_of(mix: MixRequest) -> list[tuple[str, Filter]]:

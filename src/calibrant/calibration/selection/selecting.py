@@ -6,9 +6,9 @@ import numpy as np
 import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.calibration.chat import assistant_mask, encode_documents
+from calibrant.calibration.chat import assistant_mask
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.document_stream import DocumentStream
+from calibrant.calibration.document_stream import DocumentStream, encoded_batch, together
 from calibrant.calibration.filters import Filter
 from calibrant.calibration.filters.leakage import Leakage
 from calibrant.calibration.selection.assemble import SelectedRows, assemble
@@ -19,13 +19,13 @@ from calibrant.calibration.selection.filtering import filters_of
 from calibrant.calibration.selection.mixing import counts_of_groups, groups_of
 from calibrant.calibration.selection.perplexity import PerplexitySelector
 from calibrant.calibration.selection.request import WITH_DRAWS, SelectionRequest
-from calibrant.calibration.selection.selector import Selector, select_windows
+from calibrant.calibration.selection.selector import Selector, cutting_of, select_windows
 from calibrant.calibration.selection.spread import EmbeddingSelector, herding, k_centre
 from calibrant.calibration.selection.uniform import uniform_windows
 from calibrant.calibration.selection.unigram import unigram_rows
 from calibrant.calibration.selection.zipcal import ZipCal
 from calibrant.calibration.selection.zipf_score import ZipfScore
-from calibrant.calibration.windows import Cutting, Window
+from calibrant.calibration.windows import TokenizedDocument, Window
 from calibrant.errors import CalibrantError
 from calibrant.executors import Executor
 from calibrant.modeling.tokenizer import Tokenizer
@@ -62,26 +62,41 @@ def select_from(
             zipcal_in_parts(corpus, model, request.model_copy(update={"samples": share}), executor, progress)
             for corpus, share in zip(corpora, _shares(request.samples, request.weights, len(corpora)), strict=True)
         ]
-        in_parts = [
+        parts = [
             SelectedRows(
-                [window.tokens for window in one.windows], [window.segments for window in one.windows], one.counts
+                [window.tokens for window in one.windows],
+                [window.segments for window in one.windows],
+                one.counts,
+                findings=one.findings,
             )
             for one in results
         ]
-        return assemble(corpora, in_parts, asked, tokenizer)
+        return _assembled(corpora, parts, asked, tokenizer, progress)
     # Shared, so that duplicates are found across corpora.
-    filters = filters_of(request.filters, request.seed)
+    filters = filters_of(request.filters, request.seed, progress)
     if request.strategy == "zipcal-multi":
         parts = _multi_domain(corpora, tokenizer, request, filters, load_model, progress)
-        return assemble(corpora, parts, asked, tokenizer)
+        return _assembled(corpora, parts, asked, tokenizer, progress)
     shares = _shares(request.samples, request.weights, len(corpora))
     parts = [
         _select_mix(corpus, tokenizer, request.model_copy(update={"samples": share}), filters, load_model, progress)
-        for corpus, share in zip(corpora, shares, strict=True)
         if share
+        else SelectedRows([], [], {})
+        for corpus, share in zip(corpora, shares, strict=True)
     ]
-    used = [corpus for corpus, share in zip(corpora, shares, strict=True) if share]
-    return assemble(used, parts, asked, tokenizer)
+    return _assembled(corpora, parts, asked, tokenizer, progress)
+
+
+def _assembled(
+    corpora: Sequence[Corpus],
+    parts: Sequence[SelectedRows],
+    request: SelectionRequest,
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> CalibrationSet:
+    for note in dict.fromkeys(note for part in parts for note in part.findings.notes):
+        progress.note(note)
+    return assemble(corpora, parts, request, tokenizer)
 
 
 def _shares(samples: int, weights: tuple[float, ...] | None, count: int) -> list[int]:
@@ -121,7 +136,7 @@ def _select_mix(
         [segments for _, part in parts for segments in part.segments],
         counts_of_groups([(name, len(part.rows), part.counts) for name, part in parts]),
         [mask for _, part in parts for mask in part.masks or []] or None,
-        any(part.has_chat for _, part in parts),
+        together(part.findings for _, part in parts),
     )
 
 
@@ -137,7 +152,6 @@ def _select(
     drawn = request.strategy in WITH_DRAWS
     shard = 0 if drawn else request.draw
     stream = DocumentStream(corpus, filters, make_rng(request.seed, "shard"), shard, request.shards)
-    cutting = Cutting(request.windows, request.length, tokenizer.separator_id)
     offsets = make_rng(request.seed, "offset")
     samples, draw = request.samples, request.draw
     windows: list[Window] = []
@@ -147,6 +161,7 @@ def _select(
         rows = unigram_rows(stream, tokenizer, samples, request.length, draw, rng, progress)
     elif request.strategy == "uniform":
         rng = make_rng(request.seed, "shuffle")
+        cutting = cutting_of(request, tokenizer)
         windows = uniform_windows(stream, tokenizer, cutting, samples, draw, rng, offsets, progress)
         if request.seed and request.windows == "pack" and stream.counts["documents"] == 1:
             progress.note(
@@ -155,6 +170,7 @@ def _select(
             )
     else:
         selector = _selector(request, tokenizer, load_model)
+        cutting = cutting_of(request, tokenizer)
         windows = select_windows(stream, tokenizer, cutting, selector, samples, offsets, progress)
     counts = dict(stream.counts)
     for filter_ in filters:
@@ -163,16 +179,17 @@ def _select(
             counts["evaluation_texts_too_short"] = filter_.too_short
     masks = _assistant_masks(stream, tokenizer, windows) if request.mask == "assistant" else None
     rows = rows or [window.tokens for window in windows]
-    return SelectedRows(rows, [window.segments for window in windows], counts, masks, stream.has_chat)
+    return SelectedRows(rows, [window.segments for window in windows], counts, masks, stream.findings)
 
 
 def _assistant_masks(stream: DocumentStream, tokenizer: Tokenizer, windows: list[Window]) -> list[list[bool]]:
     """Which tokens of the chosen windows an assistant wrote; reads the corpus once more."""
     named = {segment.document for window in windows for segment in window.segments}
     documents = [document for document in stream.corpus if document.id in named]
-    tokens = encode_documents(documents, tokenizer)
     by_name = {
-        document.id: assistant_mask(document, ids, tokenizer) for document, ids in zip(documents, tokens, strict=True)
+        document.id: assistant_mask(document, encoded.tokens, tokenizer)
+        for document, encoded in zip(documents, encoded_batch(list(enumerate(documents)), tokenizer), strict=True)
+        if isinstance(encoded, TokenizedDocument)
     }
     masks = []
     for window in windows:
@@ -226,6 +243,11 @@ def _multi_domain(
         number, row = pooled[index]
         kept[number].append(row)
     return [
-        SelectedRows([part.rows[row] for row in rows], [part.segments[row] for row in rows], part.counts)
+        SelectedRows(
+            [part.rows[row] for row in rows],
+            [part.segments[row] for row in rows],
+            part.counts,
+            findings=part.findings,
+        )
         for part, rows in zip(parts, kept, strict=True)
     ]

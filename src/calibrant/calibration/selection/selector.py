@@ -7,9 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
-from calibrant.calibration.chat import encode_documents
 from calibrant.calibration.document import Document
-from calibrant.calibration.document_stream import DocumentStream, tokenized
+from calibrant.calibration.document_stream import DocumentStream, encoded_batch
+from calibrant.calibration.selection.request import SelectionRequest
 from calibrant.calibration.windows import Cutting, TokenizedDocument, Window
 from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
@@ -34,6 +34,12 @@ class Selector(Protocol):
 
     def counts(self) -> dict[str, int]:
         """Numbers about the choice for the manifest."""
+
+
+def cutting_of(request: SelectionRequest, tokenizer: Tokenizer) -> Cutting:
+    """How the request cuts windows; only packed documents need a separator."""
+    separator = tokenizer.separator_id if request.windows == "pack" else tokenizer.padding_id
+    return Cutting(request.windows, request.length, separator)
 
 
 class _Positions:
@@ -82,7 +88,7 @@ def select_windows(
         CalibrantError: the corpus has fewer candidates than ``samples``; the message says how many.
     """
     positions = _Positions()
-    documents = tokenized(positions.note_documents(stream.kept(progress)), tokenizer)
+    documents = stream.tokenized(positions.note_documents(stream.kept(progress)), tokenizer)
     batch: list[Window] = []
     for window in cutting.windows(documents, rng, stream.counts):
         positions.note(window)
@@ -104,13 +110,13 @@ def _read_again(
     stream: DocumentStream, tokenizer: Tokenizer, cutting: Cutting, places: list[tuple[int, list[int]]]
 ) -> list[Window]:
     found = stream.fetch(ordinal for _, ordinals in places for ordinal in ordinals)
-    order = sorted(found)
-    tokens = dict(zip(order, encode_documents([found[ordinal] for ordinal in order], tokenizer), strict=True))
-    windows = []
-    for begin, ordinals in places:
-        documents = [TokenizedDocument(ordinal, found[ordinal].id, tokens[ordinal]) for ordinal in ordinals]
-        windows.append(cutting.again(begin, documents))
-    return windows
+    encoded = encoded_batch(sorted(found.items()), tokenizer)
+    # Conversations that the chat template refuses lie between others of a window.
+    tokens = {one.ordinal: one for one in encoded if isinstance(one, TokenizedDocument)}
+    return [
+        cutting.again(begin, [tokens[ordinal] for ordinal in ordinals if ordinal in tokens])
+        for begin, ordinals in places
+    ]
 
 
 def too_few(stream: DocumentStream, cutting: Cutting, found: int, wanted: int) -> CalibrantError:
@@ -121,5 +127,6 @@ def too_few(stream: DocumentStream, cutting: Cutting, found: int, wanted: int) -
         f"{stream.corpus.location}: only {found} windows of {cutting.length} tokens in "
         f"{stream.counts['documents']} documents"
         + (f" ({short} are too short)" if short else "")
+        + (f" (the chat template refuses {stream.refusals})" if stream.refusals else "")
         + f", {wanted} are needed; use {remedy}fewer samples, a shorter length or more text"
     )

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from calibrant.calibration.document_stream import DocumentStream, tokenized
+from calibrant.calibration.document import Document
+from calibrant.calibration.document_stream import DocumentStream
 from calibrant.calibration.selection.selector import too_few
-from calibrant.calibration.windows import Cutting, TokenizedDocument, Window
+from calibrant.calibration.windows import Cutting, Window
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 
@@ -33,7 +34,7 @@ def uniform_windows(
     kept = array("q", (ordinal for ordinal, _ in stream.kept(progress)))
     order = np.asarray(kept)[rng.permutation(len(kept))]
     wanted = (draw + 1) * samples
-    documents = _shuffled(stream, tokenizer, order, 2 * wanted)
+    documents = stream.tokenized(_shuffled(stream, order, 2 * wanted), tokenizer)
     chosen: list[Window] = []
     found = 0
     with progress.task("selecting windows", wanted) as task:
@@ -46,13 +47,11 @@ def uniform_windows(
     raise too_few(stream, cutting, found, wanted)
 
 
-def _shuffled(
-    stream: DocumentStream, tokenizer: Tokenizer, order: np.ndarray, size: int
-) -> Iterator[TokenizedDocument]:
+def _shuffled(stream: DocumentStream, order: np.ndarray, size: int) -> Iterator[tuple[int, Document]]:
     """The documents in shuffled order, fetched in parts, each twice as large as the one before."""
     begin = 0
     while begin < len(order):
         part = [int(ordinal) for ordinal in order[begin : begin + size]]
         found = stream.fetch(part)
-        yield from tokenized(((ordinal, found[ordinal]) for ordinal in part), tokenizer)
+        yield from ((ordinal, found[ordinal]) for ordinal in part)
         begin, size = begin + size, 2 * size

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
-from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.corpus import Corpus, corpus_record
 from calibrant.calibration.sources.text_generation import Sampling, compute_place, write_rows
 from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
@@ -51,6 +51,8 @@ def generate_from_prefixes(
             f"{corpus.location}: {len(prefixes)} documents, but draw {draw} of {samples} rows needs "
             f"{rows * (draw + 1)} beginnings; use fewer samples or more text"
         )
+    for note in corpus.notes:
+        progress.note(note)
     order = make_rng(seed, "prefix").permutation(len(prefixes))
     uniforms = np.stack([make_rng(seed, "prefix", draw, row).random(length) for row in range(rows)])
 
@@ -77,7 +79,7 @@ def generate_from_prefixes(
         length=length,
         tokenizer_sha256=tokenizer.sha256,
         tokenizer_files_sha256=tokenizer.files_sha256,
-        corpora=[{**corpus.describe(), "rows": samples}],
+        corpora=[corpus_record(corpus, samples, corpus.first_unusable)],
         model=dict(provenance),
         counts={"generations": written.generations, "rows_written": rows, "rows_kept": samples},
     )

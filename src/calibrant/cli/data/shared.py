@@ -31,10 +31,7 @@ def numbers(option: str, text: str | None) -> list[float] | None:
 
 def save(made: "CalibrationSet", output: Path, overwrite: bool, screen: Terminal) -> None:
     """Write a set to ``output``, completely or not at all, and show its manifest's main entries."""
-    from calibrant.output_folder import staged
-
-    with staged(output, overwrite) as folder:
-        made.save(folder)
+    made.save(output, overwrite=overwrite)
     _show(made, screen, output)
 
 

@@ -1,0 +1,25 @@
+"""One safetensors file, readable by whom the umask says."""
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write ``tensors`` to ``path`` with the permissions of any new file; a file that is there is replaced.
+
+    Tensors are brought to the CPU and into row-major order. ``metadata`` are strings for the header.
+
+    Raises:
+        OSError, safetensors.SafetensorError: the file cannot be written.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    permissions = stat.S_IMODE(path.stat().st_mode)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    # safetensors 0.8 makes its files readable by their owner alone.
+    if stat.S_IMODE(path.stat().st_mode) != permissions:
+        path.chmod(permissions)
