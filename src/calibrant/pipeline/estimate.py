@@ -264,7 +264,7 @@ def hash_seconds(size: int = 8 << 20) -> float:
     return best_seconds(lambda: sha256_bytes(data)) / size
 
 
-def copy_seconds(size: int = 64 << 20) -> float:
+def copy_seconds(size: int = 36 << 20) -> float:
     """Seconds per byte of a copy to memory that the process has not used yet."""
     data = torch.zeros(size, dtype=torch.uint8)
     return best_seconds(data.clone) / size
