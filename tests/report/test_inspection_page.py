@@ -25,5 +25,5 @@ def test_a_set_without_a_tokenizer_is_read_with_the_model_that_is_named(llama: P
 def test_ids_beyond_the_vocabulary_are_refused_before_the_model_runs(llama: Path, tmp_path: Path, beyond: int) -> None:
     cb.CalibrationSet.from_tokens([[5, 6, 7, beyond]]).save(tmp_path / "set")
     assert cb.inspect_sets([tmp_path / "set"], model=llama).sets
-    with pytest.raises(cb.CalibrantError, match="set: has token ids outside .* vocabulary of 128"):
+    with pytest.raises(cb.CalibrantError, match=r"set: has token ids outside .* vocabulary of 128"):
         cb.inspect_sets([tmp_path / "set"], model=llama, perplexity=True)
