@@ -265,7 +265,7 @@ def test_what_a_set_depends_on_is_recorded_and_named(corpus: Path, llama: Path, 
     assert {"python", "jinja2", "pyarrow", "tokenizers", "transformers"} <= set(made.manifest.versions)
     made.save(tmp_path / "set")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "~"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<s>"}))
     changed(tmp_path / "set", lambda m: m["versions"].update(jinja2="3.0"))
     changes = cb.rebuild(tmp_path / "set").changes
     assert changes[0] == "the files of the tokenizer (its special tokens or other settings)"
