@@ -219,7 +219,7 @@ def template_changed(data: bytes, rng: random.Random) -> bytes:
         *("{{ messages[9]['content'] }}", "{{ m.content + 1 }}", "{{ '\ud7ff' }}", "{{ lipsum(n=100000) }}"),
     )
     text = data.decode("utf-8")
-    place = rng.randrange(len(text) + 1)
+    place = rng.choice((0, text.index("{{"), text.index("\n"), len(text)))
     return (text[:place] + rng.choice(parts) + text[place:]).encode("utf-8")
 
 
@@ -250,7 +250,7 @@ KINDS = (
     Kind(
         "tokenizer settings", "model/tokenizer_config.json", (json_changed, json_changed, *_BYTES), (_CHAT, _EVALUATE)
     ),
-    Kind("template", "model/chat_template.jinja", (template_changed, *_BYTES), (_CHAT,)),
+    Kind("template", "model/chat_template.jinja", (template_changed,) * 6 + _BYTES, (_CHAT,)),
     Kind(
         "manifest",
         "set/manifest.json",
