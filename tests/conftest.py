@@ -14,6 +14,8 @@ from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.modeling.tokenizer import Tokenizer
 
 hf.utils.logging.disable_progress_bar()
+# Tests run in two processes, which threads of each would only slow down.
+torch.set_num_threads(1)
 
 VOCABULARY = 128
 CONTEXT = 64

@@ -9,14 +9,14 @@ from calibrant.errors import CalibrantError
 
 # Prose packs to a quarter and repetitive records to a thirtieth; gzip's limit, for a run of one byte, is 1,032.
 _LARGEST_RATIO = 100
-_ALWAYS_ALLOWED_BYTES = 64 << 20
+_ALWAYS_ALLOWED_BYTES = 32 << 20
 _BLOCK_BYTES = 1 << 20
 
 
 def unpacked(path: Path, raw: BinaryIO) -> BinaryIO:
     """The bytes of the gzip file ``path``, open as ``raw``.
 
-    Reading raises ``CalibrantError`` beyond 64 MiB and 100 times the file's size.
+    Reading raises ``CalibrantError`` beyond 32 MiB and 100 times the file's size.
     """
     return io.BufferedReader(_Unpacking(path, raw), _BLOCK_BYTES)
 
