@@ -148,7 +148,8 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
             if not recipe.ignores(name):
                 found.fused[name] = tuple(parameter.shape)
     # transformers unpacks whatever it converts, packed or not.
-    found.unpackable.update(dict.fromkeys(model.converted, "is made of other tensors while it is loaded"))
+    for name in model.converted:
+        found.unpackable.setdefault(name, "is made of other tensors while it is loaded")
     if not found.unpackable:
         name = first_not_packable(model.module, found.linears)
         if name is not None:
