@@ -22,7 +22,7 @@ class LinearUse:
     """Full names of linears of the blocks.
 
     Attributes:
-        uncalled: no text reaches them, like the cross-attention of a decoder that runs without an encoder.
+        uncalled: no text calls them, like the cross-attention of a decoder that runs without an encoder.
         read: something other than their own call reads their weights.
     """
 

@@ -35,7 +35,7 @@ class _Layers:
     """Layers that a recipe applies to: linears with ``(out, in)`` and fused experts.
 
     ``unpackable`` has what keeps transformers from loading packed weights of this model: names, and what is so about
-    each. ``uncalled`` are linears that no text reaches.
+    each. ``uncalled`` are linears that no text calls.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -278,11 +278,11 @@ def _group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
 
 
 def _uncalled_notes(layers: _Layers) -> list[str]:
-    """The linears that stay as they are because no text reaches them."""
+    """The linears that stay as they are because no text calls them."""
     if not layers.uncalled:
         return []
     more = f" and {len(layers.uncalled) - 1} more layers" if len(layers.uncalled) > 1 else ""
-    return [f"left as they are, since no text reaches them: {layers.uncalled[0]}{more}"]
+    return [f"left as they are, since no text calls them: {layers.uncalled[0]}{more}"]
 
 
 def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]:
