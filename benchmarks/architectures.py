@@ -274,8 +274,8 @@ def page(outcomes: list[Outcome], date: str) -> str:
         "| 8 bits | the logits of a second output, rounded to 8 bits, against the original's: the relative distance of "
         f"each token, of these the median, at most {CLOSE:g} |",
         "",
-        "*Refused*: `calibrant compress` ends with the error beside it and writes nothing. *Not shrunk*: no tiny model "
-        "could be made here, so nothing is known.",
+        "*Refused*: the compression ends with the error in the last column. *Not shrunk*: no tiny model could be made "
+        "here, so nothing is known.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + " --- |" * len(HEADINGS),
