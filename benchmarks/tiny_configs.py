@@ -97,6 +97,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"model_type": "", "kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "dots3_note_text": {
+        "per_layer_config": {
+            "02": {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 8}
+        }
+    },
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16, "mamba_n_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
@@ -167,7 +172,7 @@ def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and "model_type" in value:
             small[name] = {"model_type": value["model_type"], **_shrunk(value)}
         elif name in per_layer:
-            small[name] = [per_layer[name][index] for index in chosen]
+            small[name] = [_small(name, per_layer[name][index]) for index in chosen]
         elif name in _LAYERS and isinstance(value, int):
             small[name] = min(value, len(chosen))
         elif name in _TOKENS and value is not None:
@@ -176,18 +181,22 @@ def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
             small[name] = True
         elif name.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= 400:
             small[name] = 400 + sum(key.endswith(("token_id", "token_index")) for key in small)
-        elif name in _BY_NAME and isinstance(value, int) and not isinstance(value, bool):
-            small[name] = min(value, _BY_NAME[name]) if value > 0 else value
         elif name in _NEEDED and value is None:
             small[name] = _BY_NAME[name]
         else:
-            small[name] = value
+            small[name] = _small(name, value)
     if settings.get("qk_rope_head_dim") and settings.get("head_dim") == settings["qk_rope_head_dim"]:
         small["head_dim"] = small["qk_rope_head_dim"]
     heads = settings.get("num_attention_heads")
     if heads and settings.get("num_key_value_heads") == heads:
         small["num_key_value_heads"] = small["num_attention_heads"]
     return small
+
+
+def _small(name: str, value: Any) -> Any:
+    """The value of the setting ``name``, at most as large as a tiny model needs it."""
+    is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return min(value, _BY_NAME[name]) if is_size and name in _BY_NAME else value
 
 
 def _layers_of_every_kind(lists: list[list[Any]], depth: int) -> list[int]:

@@ -30,7 +30,7 @@ def find_blocks(model: transformers.PreTrainedModel) -> list[str]:
     Raises:
         CalibrantError: the model has no blocks, or none that can be run one at a time and once each.
     """
-    calls = _text_calls(model)
+    calls = text_calls(model)
     times = Counter(call.name for call in calls)
     stacks: dict[str, list[BlockCall]] = {}
     for call in calls:
@@ -60,7 +60,36 @@ def blocks_beside(model: transformers.PreTrainedModel, blocks: list[str]) -> lis
     Raises:
         CalibrantError: as for ``find_blocks``.
     """
-    return list(dict.fromkeys(call.name for call in _text_calls(model) if call.name not in blocks))
+    return list(dict.fromkeys(call.name for call in text_calls(model) if call.name not in blocks))
+
+
+def text_calls(model: transformers.PreTrainedModel) -> list[BlockCall]:
+    """The calls of possible blocks in a forward pass of a text, in order.
+
+    Raises:
+        CalibrantError: the model does not run without its blocks.
+    """
+    candidates = _candidates(model)
+    found: list[list[BlockCall]] = []
+    problem = ""
+    for values in RETURNED_VALUES:
+        calls: list[BlockCall] = []
+        recorders: dict[str, nn.Module] = {
+            name: Recorder(name, module, calls, values) for name, module in candidates.items()
+        }
+        with replaced(model, recorders), _filled(model), quietly(), torch.no_grad():
+            tokens = torch.arange(_TOKENS, device=_device(model))[None] % model.config.get_text_config().vocab_size
+            try:
+                model.base_model(input_ids=tokens, use_cache=False)
+            except Exception as error:  # as in record_inputs
+                problem = problem or first_line(error)
+                continue
+        if changed_between(calls) is None:
+            return calls
+        found.append(calls)
+    if not found:
+        raise not_one_at_a_time(model, problem)
+    return found[0]
 
 
 def _list_of(name: str) -> str:
@@ -95,31 +124,6 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
         for index, child in enumerate(lists[name])
         if any(isinstance(module, nn.Linear | Conv1D) for module in child.modules() if module is not child)
     }
-
-
-def _text_calls(model: transformers.PreTrainedModel) -> list[BlockCall]:
-    """The calls of possible blocks in a forward pass of a text."""
-    candidates = _candidates(model)
-    found: list[list[BlockCall]] = []
-    problem = ""
-    for values in RETURNED_VALUES:
-        calls: list[BlockCall] = []
-        recorders: dict[str, nn.Module] = {
-            name: Recorder(name, module, calls, values) for name, module in candidates.items()
-        }
-        with replaced(model, recorders), _filled(model), quietly(), torch.no_grad():
-            tokens = torch.arange(_TOKENS, device=_device(model))[None] % model.config.get_text_config().vocab_size
-            try:
-                model.base_model(input_ids=tokens, use_cache=False)
-            except Exception as error:  # as in record_inputs
-                problem = problem or first_line(error)
-                continue
-        if changed_between(calls) is None:
-            return calls
-        found.append(calls)
-    if not found:
-        raise not_one_at_a_time(model, problem)
-    return found[0]
 
 
 def _device(model: nn.Module) -> torch.device:

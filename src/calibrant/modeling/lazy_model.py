@@ -71,6 +71,11 @@ class LazyModel:
         """Whether the checkpoint stores this parameter as a single tensor of the same shape."""
         return len(self._sources.get(parameter, ())) == 1 and parameter not in self._stored.converted
 
+    @property
+    def converted(self) -> list[str]:
+        """Parameters that transformers computes from the stored tensors while it loads them."""
+        return sorted(self._stored.converted)
+
     def stored_name(self, parameter: str) -> str:
         """Name in the checkpoint of a parameter that ``is_stored_alone``."""
         return self._sources[parameter][0]

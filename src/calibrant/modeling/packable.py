@@ -1,4 +1,4 @@
-"""Trial initialization of modules with packed linears, which transformers cannot load for every architecture."""
+"""Trial initialization of a model with packed linears, which transformers cannot load for every architecture."""
 
 import copy
 from collections.abc import Iterable
@@ -9,30 +9,40 @@ from transformers import PreTrainedModel
 
 
 def first_not_packable(model: PreTrainedModel, linears: Iterable[str]) -> str | None:
-    """First linear whose parent's initialization needs a ``weight``, which packed linears do not have, or None.
+    """First linear whose initialization, or whose parent's, needs a ``weight``, which packed linears lack, or None.
 
     transformers initializes modules with tensors that the checkpoint lacks, and counts packed weights as lacking; the
-    initialization of some modules (Mamba) then fails. One module per class is tried, on the meta device.
+    initialization of some modules (Mamba) and of some linears (xLSTM) then fails. One module per class and name is
+    tried, on the meta device.
     """
-    packable: dict[type[nn.Module], bool] = {}
-    for name in linears:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if type(parent) not in packable:
-            packable[type(parent)] = _can_initialize(model, parent, packed=True) or not _can_initialize(model, parent)
-        if not packable[type(parent)]:
-            return name
+    names = list(linears)
+    trial = copy.deepcopy(model)
+    owners = {name: trial.get_submodule(name) for name in names}
+    weights = {name: owner.get_parameter("weight") for name, owner in owners.items()}
+    for owner in owners.values():
+        del owner.weight
+    tried: set[tuple[type[nn.Module], str]] = set()
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        for module, kind in ((owners[name], leaf), (trial.get_submodule(parent), "")):
+            if (type(module), kind) in tried:
+                continue
+            tried.add((type(module), kind))
+            if _can_initialize(trial, module):
+                continue
+            for other, owner in owners.items():
+                owner.register_parameter("weight", weights[other])
+            if _can_initialize(trial, module):
+                return name
+            for owner in owners.values():
+                del owner.weight
     return None
 
 
-def _can_initialize(model: PreTrainedModel, module: nn.Module, packed: bool = False) -> bool:
-    trial = copy.deepcopy(module)
-    if packed:
-        for child in trial.children():
-            if isinstance(child, nn.Linear):
-                del child.weight
+def _can_initialize(model: PreTrainedModel, module: nn.Module) -> bool:
     try:
         with torch.no_grad():
-            model._init_weights(trial)
-    except AttributeError:
+            model._init_weights(module)
+    except Exception:  # model code raises anything where a weight is missing
         return False
     return True

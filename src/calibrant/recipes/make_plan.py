@@ -16,6 +16,7 @@ from calibrant.formats.registry import format_for
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.modeling.find_blocks import blocks_beside
 from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.linear_use import linear_use
 from calibrant.modeling.packable import first_not_packable
 from calibrant.modeling.structure import fused_parameters
 from calibrant.quantization.grids import GridSpec
@@ -25,16 +26,27 @@ from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 # Below this share of the blocks' weights a plan warns of what it leaves.
 _MOST = 0.9
 _NAMED_PARTS = 4
+_NOT_ORDINARY = "is not an ordinary linear layer"
 _PRUNED_DENSE = "pruned weights are stored dense: the zeros are there, the files do not get smaller"
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """Layers that a recipe applies to: linears with ``(out, in)``, fused experts, and what rules out packed formats."""
+    """Layers that a recipe applies to: linears with ``(out, in)`` and fused experts.
+
+    ``unpackable`` has what keeps transformers from loading packed weights of this model: names, and what is so about
+    each. ``uncalled`` are linears that no text calls.
+    """
 
     linears: dict[str, tuple[int, int]]
     fused: dict[str, tuple[int, ...]]
-    unpackable: list[str]
+    unpackable: dict[str, str]
+    uncalled: list[str]
+
+    @property
+    def obstacle(self) -> str:
+        """The first of ``unpackable`` as a clause; empty if there is none."""
+        return next((f"{name} {what}" for name, what in self.unpackable.items()), "")
 
     def widths(self) -> dict[str, int]:
         """Input width of each layer; both axes of fused experts, whose orientation is not known yet."""
@@ -61,6 +73,7 @@ def make_plan(
     layers = _layers(model, blocks, chosen)
     left = _left(model, blocks, layers)
     _check_ignored(model, chosen)
+    uncalled = _uncalled_notes(layers)
     if not layers.linears and not layers.fused:
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
     recipe = _fit_groups(chosen, layers)
@@ -70,13 +83,13 @@ def make_plan(
     if recipe.scheme.weights is None:
         if format_name != "compressed-tensors":
             raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
-        notes = [] if recipe.changes_shape else [_PRUNED_DENSE]
+        notes = uncalled if recipe.changes_shape else [*uncalled, _PRUNED_DENSE]
         target = Target(None, sparsity, None)
         return _with_share_note(Plan(recipe, blocks, target, layers.planned(target), notes, left))
     spec, layout = _grid_and_layout(model, recipe, format_name)
     _check_format(layout, layers, recipe)
     _check_bits_budget(layout, layers, recipe)
-    notes = [*_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
+    notes = [*uncalled, *_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
     return _with_share_note(Plan(recipe, blocks, target, layers.planned(target), notes, left))
@@ -109,30 +122,38 @@ def _with_share_note(plan: Plan) -> Plan:
 
 
 def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
-    found = _Layers({}, {}, [])
+    found = _Layers({}, {}, {}, [])
+    use = linear_use(model.module, blocks)
     for name, module in model.module.named_modules():
         if not any(name.startswith(block + ".") for block in blocks):
             continue
         if isinstance(module, nn.Linear | Conv1D) and recipe.ignores(name):
             continue
-        if isinstance(module, nn.Linear):
+        if name in use.uncalled:
+            found.uncalled.append(name)
+        elif isinstance(module, nn.Linear):
             found.linears[name] = (module.out_features, module.in_features)
             # Loaders of quantized formats refuse subclasses (FalconLinear).
             if type(module) is not nn.Linear or not model.is_stored_alone(f"{name}.weight"):
-                found.unpackable.append(name)
+                found.unpackable[name] = _NOT_ORDINARY
+            elif name in use.read:
+                found.unpackable[name] = "has a weight that the model reads beside the layer's own call"
         elif isinstance(module, Conv1D):
             found.linears[name] = (module.weight.shape[1], module.weight.shape[0])
-            found.unpackable.append(name)
+            found.unpackable[name] = _NOT_ORDINARY
     for name, parameter in fused_parameters(model.module).items():
         if any(name.startswith(block + ".") for block in blocks):
             # transformers does not load uncompressed fused experts beside packed layers.
-            found.unpackable.append(name)
+            found.unpackable[name] = _NOT_ORDINARY
             if not recipe.ignores(name):
                 found.fused[name] = tuple(parameter.shape)
+    # transformers unpacks whatever it converts, packed or not.
+    for name in model.converted:
+        found.unpackable.setdefault(name, "is made of other tensors while it is loaded")
     if not found.unpackable:
         name = first_not_packable(model.module, found.linears)
         if name is not None:
-            found.unpackable.append(name)
+            found.unpackable[name] = "has a weight that the model's initialization reads"
     return found
 
 
@@ -230,7 +251,7 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
     if layout.activations:
         refusal = f"the {layout.format} format is for weights alone: take compressed-tensors for int8 activations"
     if recipe.stored_dense or layers.unpackable:
-        what = recipe.method.name if recipe.stored_dense else f"a model with {layers.unpackable[0]}, no ordinary layer,"
+        what = recipe.method.name if recipe.stored_dense else f"a model whose {layers.obstacle}"
         refusal = f"{what} fits no {layout.format} checkpoint: take compressed-tensors"
     words = 32 // layout.stored_bits
     for name, shape in layers.linears.items():
@@ -243,8 +264,8 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
 def _check_bits_budget(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
     packed = layout.format == "compressed-tensors" and not layers.unpackable and not recipe.stored_dense
     if recipe.budget is not None and not packed:
-        what = layers.unpackable[0] if layers.unpackable else f"{layout.format} or {recipe.method.name}"
-        raise CalibrantError(f"a budget of bits needs layers that compressed-tensors can hold packed, unlike {what}")
+        what = layers.obstacle or f"{recipe.method.name} or {layout.format} was chosen"
+        raise CalibrantError(f"a budget of bits needs layers that compressed-tensors can hold packed, but {what}")
 
 
 def _group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
@@ -256,14 +277,22 @@ def _group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
     return ["no group size fits every layer: one scale a channel"]
 
 
+def _uncalled_notes(layers: _Layers) -> list[str]:
+    """The linears that stay as they are because no text calls them."""
+    if not layers.uncalled:
+        return []
+    more = f" and {len(layers.uncalled) - 1} more layers" if len(layers.uncalled) > 1 else ""
+    return [f"left as they are, since no text calls them: {layers.uncalled[0]}{more}"]
+
+
 def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]:
     """Notes on how values are stored, where a user may expect something else."""
     if recipe.stored_dense:
         return [f"{recipe.method.name} fits no quantized format: its values are stored dense"]
     if layers.unpackable:
         dense = (
-            f"{layers.unpackable[0]} is not an ordinary linear layer, and transformers {transformers.__version__} "
-            "loads no quantized format with one: the quantized values are stored dense, so the files do not get smaller"
+            f"{layers.obstacle}, and transformers {transformers.__version__} loads such a model from no quantized "
+            "format: the quantized values are stored dense, so the files do not get smaller"
         )
         inputs = (
             f"its int8 inputs are described in {INPUT_ROUNDING}, which calibrant evaluate computes with; "
