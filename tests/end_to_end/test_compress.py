@@ -34,6 +34,9 @@ def run(
     chosen = load_recipe(recipe)
     if chosen.scheme.weights is not None and isinstance(chosen.scheme.weights.group_size, int):
         chosen = chosen.with_weights(None, 32)
+    if chosen.training is not None:
+        few = {"steps": 10, "eval_steps": 5}
+        chosen = chosen.model_copy(update={"method": chosen.training.model_copy(update=few)})
     options = {"dtype": "float32", "allow_encoder": True, **options}
     return cb.compress(model, output=output, recipe=chosen, calibration=made or random_set(model), **options)
 
