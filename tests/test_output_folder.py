@@ -62,7 +62,11 @@ def _write(target: Path, text: str, overwrite: bool = False) -> None:
     with staged(check_output(target, overwrite), overwrite) as folder:
         for name in ("calibrant.json", "model.safetensors", "part/of.json"):
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(text)
+            (folder / name).write_text(_content(text))
+
+
+def _content(text: str) -> str:
+    return f'{{"calibrant_version": "{text}"}}'
 
 
 def _tree(folder: Path) -> dict[str, str]:
@@ -70,7 +74,7 @@ def _tree(folder: Path) -> dict[str, str]:
 
 
 def _expected(text: str) -> dict[str, str]:
-    return dict.fromkeys(("calibrant.json", "model.safetensors", "part/of.json"), text)
+    return dict.fromkeys(("calibrant.json", "model.safetensors", "part/of.json"), _content(text))
 
 
 def test_a_folder_that_stays_is_filled(staying: Path) -> None:

@@ -10,7 +10,7 @@ from calibrant.engine.importance import input_squares, stored_names
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation, evaluate_models
 from calibrant.evaluation.text import evaluation_windows
-from calibrant.formats.gguf_names import gguf_names
+from calibrant.formats.gguf_names import gguf_library, gguf_names
 from calibrant.formats.imatrix import ImportanceMatrix, write_imatrix
 from calibrant.formats.quantized import FormatName
 from calibrant.modeling.checkpoint import ModelFolder
@@ -19,7 +19,7 @@ from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
-from calibrant.output_folder import whole_file
+from calibrant.output_folder import check_file, whole_file
 from calibrant.pipeline.prepare import check_calibration, prepare
 from calibrant.pipeline.record import RunReport
 from calibrant.progress import NoProgress, Progress
@@ -108,9 +108,8 @@ def write_importance_matrix(
     Raises:
         CalibrantError: model or set do not fit, or no layer has a name.
     """
-    target = Path(output)
-    if target.exists() and (not overwrite or target.is_dir()):
-        raise CalibrantError(f"{target}: exists; choose another file, or `overwrite=True` replaces it")
+    target = check_file(output, overwrite, b"GGUF")
+    gguf_library()
     given = calibration if isinstance(calibration, CalibrationSet) else CalibrationSet.load(calibration)
     folder = ModelFolder(model_path(model))
     check_calibration(folder, given)

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from calibrant.errors import CalibrantError
 from calibrant.owned_folder import KEPT, owned_folder, remove_abandoned
 
-# Every finished output contains one of these: a compressed model the first, a calibration set the second.
-_OUTPUT_MARKERS = ("calibrant.json", "manifest.json")
+# Every finished output contains one of these files: a compressed model the first, a calibration set the second. Other
+# programs write files of these names too, without these keys.
+_OUTPUT_MARKERS = {"calibrant.json": b'"calibrant_version"', "manifest.json": b'"tokenizer_sha256"'}
 # Names in an output folder that are no part of an output: our unfinished work, and what a new ext4 volume contains.
 _OURS, _VOLUME = ".calibrant.", "lost+found"
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -71,7 +72,8 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CalibrantError(f"{path}: exists and is not empty; choose another output, or `overwrite=True` replaces it")
-    if not any((path / marker).is_file() for marker in _OUTPUT_MARKERS):
+    markers = ((path / name, key) for name, key in _OUTPUT_MARKERS.items())
+    if not any(marker.is_file() and key in marker.read_bytes() for marker, key in markers):
         raise CalibrantError(f"{path}: is no earlier output of Calibrant, so it is not replaced; choose another output")
 
 
@@ -178,6 +180,30 @@ def _replace_content(new: Path, place: Path, old: Path) -> None:
             shutil.move(there, path)
         old.rmdir()
         raise
+
+
+def check_file(target: str | Path, overwrite: bool, magic: bytes) -> Path:
+    """Return ``target`` as a path if an output file that begins with ``magic`` may be written there.
+
+    Raises:
+        CalibrantError: the target exists and must not be replaced, or cannot be created.
+    """
+    path = Path(target)
+    try:
+        _check_place(path.parent, ())
+        if path.exists():
+            if not overwrite or path.is_dir():
+                raise CalibrantError(f"{path}: exists; choose another file, or `overwrite=True` replaces it")
+            with path.open("rb") as file:
+                if file.read(len(magic)) != magic:
+                    raise CalibrantError(
+                        f"{path}: is no earlier {magic.decode()} file, so it is not replaced; choose another file"
+                    )
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise CalibrantError(f"{path.parent}: cannot be written; choose another output")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return path
 
 
 @contextmanager

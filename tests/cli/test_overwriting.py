@@ -109,3 +109,37 @@ def test_an_interrupt_leaves_nothing_behind(run, llama: Path, tmp_path: Path, mo
     assert status == 130
     assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", '{"manifest_version": 3}'),
+        ("calibrant.json", "hello"),
+        ("manifest.json", ""),
+        ("calibrant.json", '{"calibrant": "a person"}'),
+    ],
+)
+def test_folders_of_other_programs_are_never_replaced(
+    run, llama: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / name).write_text(content)
+    status, _, err = run("compress", llama, "-r", "rtn-w8a8", "-o", tmp_path / "theirs", "--overwrite", "-q")
+    assert (status, "no earlier output" in err) == (2, True)
+    assert (tmp_path / "theirs" / name).read_text() == content
+
+
+def test_an_importance_matrix_replaces_only_others(run, llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    random_set(model).save(tmp_path / "set")
+    for target in (model / "model.safetensors", tmp_path / "set" / "tokens.safetensors", model / "config.json"):
+        before = target.read_bytes()
+        status, _, err = run("imatrix", model, "-c", tmp_path / "set", "-o", target, "--overwrite", "-q")
+        assert (status, "no earlier GGUF file" in err) == (2, True)
+        assert target.read_bytes() == before
+    inside = tmp_path / "set" / "manifest.json" / "x.gguf"
+    status, _, err = run("imatrix", model, "-c", tmp_path / "set", "-o", inside, "-q")
+    assert (status, "is not a folder" in err) == (2, True)
+    for _ in range(2):
+        assert run("imatrix", model, "-c", tmp_path / "set", "-o", tmp_path / "x.gguf", "--overwrite", "-q")[0] == 0

@@ -44,7 +44,7 @@ def edit_config(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def compress(model: Path, recipe: str = "rtn-w8a16", **options) -> Path:
+def compress(model: Path, recipe: str | cb.Recipe = "rtn-w8a16", **options) -> Path:
     output = model.parent / "out"
     cb.compress(model, output=output, recipe=recipe, dtype="float32", **options)
     return output
@@ -79,6 +79,8 @@ def fp8(tensor: torch.Tensor) -> torch.Tensor:
         (put(f"{LAYER}self_attn.q_proj.bias", torch.ones(64)), "q_proj.bias belongs to layer"),
         (put(f"{UP}.lora_A.weight", torch.ones(4, 64)), f"{UP}.lora_A.weight belongs to layer {UP}"),
         (put(f"{UP}.lora_B.default.weight", torch.ones(96, 4)), f"belongs to layer {UP}"),
+        (put(f"{LAYER}self_attn.q_proj.bias", torch.ones(1, 1, 64, 1)), "q_proj.bias belongs to layer"),
+        (put(f"{LAYER}self_attn.q_proj.masked_bias", torch.ones(1)), "masked_bias belongs to layer"),
         (put("model.norm.bias", torch.ones(64)), "model.norm.bias belongs to layer model.norm"),
         (put("lm_head.bias", torch.ones(128)), "lm_head.bias belongs to layer lm_head"),
     ],
@@ -89,6 +91,60 @@ def test_codes_and_lost_values_are_refused(model: Path, change: Callable[[Tensor
         compress(model)
     with pytest.raises(CalibrantError, match=said):
         cb.evaluate(model, text=cb.Corpus(["a text of many words " * 20]), length=16, limit=1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix", "left"),
+    [
+        ("llama", "model.", "layers.0.self_attn.q_proj.lora_A.weight"),
+        ("llama", "model.", "layers.1.mlp.up_proj.weight_scale_inv"),
+        ("gpt2", "transformer.", "h.0.attn.c_attn.SCB"),
+        ("mixtral", "", "model.layers.0.block_sparse_moe.experts.1.w2.bias"),
+    ],
+)
+def test_what_belongs_to_a_layer_under_another_name(
+    model_folder, tmp_path: Path, architecture: str, prefix: str, left: str
+) -> None:
+    model = shutil.copytree(model_folder(architecture), tmp_path / "model")
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file({**tensors, left: torch.ones(4)}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CalibrantError, match="belongs to layer"):
+        compress(model)
+
+
+@pytest.mark.parametrize("name", ["input_layernorm.weight", "post_attention_layernorm.weight"])
+def test_values_that_are_not_finite_beside_the_linears_of_a_block(model: Path, name: str) -> None:
+    edit(model, lambda stored: stored[f"model.layers.1.{name}"][3].fill_(float("nan")))
+    with pytest.raises(CalibrantError, match="not finite"):
+        compress(model)
+
+
+@pytest.mark.parametrize("checkpoint_format", ["compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.self_attn.q_proj."])
+def test_an_output_that_lost_tensors_is_not_evaluated(model: Path, checkpoint_format: str, lost: str) -> None:
+    recipe = cb.load_recipe("rtn-w8a16").with_weights(4, 32)
+    output = compress(model, recipe, checkpoint_format=checkpoint_format)
+
+    def remove(stored: Tensors) -> None:
+        for name in [name for name in stored if name.startswith(lost)]:
+            del stored[name]
+
+    edit(output, remove)
+    with pytest.raises(CalibrantError, match="lack"):
+        cb.evaluate(output, text=cb.Corpus(["many words " * 50]), length=16, limit=1)
+
+
+@pytest.mark.parametrize("checkpoint_format", ["compressed-tensors", "gptq"])
+def test_an_output_with_values_that_no_layer_takes_is_not_evaluated(model: Path, checkpoint_format: str) -> None:
+    recipe = cb.load_recipe("rtn-w8a16").with_weights(4, 32)
+    output = compress(model, recipe, checkpoint_format=checkpoint_format)
+    bias = f"{LAYER}self_attn.q_proj.bias"
+    edit(output, put(bias, torch.zeros(64)))
+    text = cb.Corpus(["many words " * 50])
+    assert cb.evaluate(output, text=text, length=16, limit=1).tokens == 15
+    edit(output, put(bias, torch.ones(64)))
+    with pytest.raises(CalibrantError, match="does not take it"):
+        cb.evaluate(output, text=text, length=16, limit=1)
 
 
 def test_what_no_layer_takes_is_copied_and_named(model: Path) -> None:
@@ -227,6 +283,21 @@ def test_small_files_of_any_name_are_copied(model: Path) -> None:
     output = compress(model)
     assert all((output / name).read_text() == f"source of {name}" for name in kept)
     assert not [name for name in dropped if (output / name).exists() and "source of" in (output / name).read_text()]
+
+
+def test_subfolders_without_weights_are_copied(model: Path) -> None:
+    for name in ("custom_generate/generate.py", "1_Pooling/config.json", "onnx/config.json", "onnx/model.onnx"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(name)
+    (model / "1_Pooling" / "loop").symlink_to(model)
+    (model / "1_Pooling" / "gone").symlink_to(model / "nothing")
+    for name in ("calibration", "vocab.bin"):
+        (model / name).write_text("x")
+    output = compress(model, "gptq-w4a16-g32", calibration=random_set(model))
+    assert (output / "custom_generate" / "generate.py").read_text() == "custom_generate/generate.py"
+    assert sorted(path.name for path in (output / "1_Pooling").iterdir()) == ["config.json"]
+    assert not (output / "onnx").exists()
+    assert any("not copied" in note and "onnx, vocab.bin" in note for note in cb.RunRecord.read(output).notes)
 
 
 def test_a_large_file_is_left_out_and_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,13 @@ class CheckpointWriter:
         for name in untouched:
             del dense[name]
             stored_name = self._model.stored_name(name)
-            packed[stored_name] = self._model.folder.read(stored_name)  # keeps the stored dtype and bits
+            kept = self._model.folder.read(stored_name)  # keeps the stored dtype and bits
+            if kept.is_floating_point() and not bool(kept.isfinite().all()):
+                file = self._model.folder.tensors[stored_name].file
+                raise CalibrantError(
+                    f"{file}: tensor {stored_name} has values that are not finite; copy or download it again"
+                )
+            packed[stored_name] = kept
         for name, codes in solver.codes.items():
             layout = self._plan.target_of(f"{prefix}.{name}").layout
             if layout is None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 # Ours: the largest tokenizers of known models have less than half.
 LARGEST_SIDE_FILE = 64 * 2**20
-_CHAT_TEMPLATES = "additional_chat_templates"
-_WRITTEN = {"calibrant.json", "report.json", "config.json", "readme.md"}
+# Names that the output has for something of its own.
+_WRITTEN = {"calibrant.json", "report.json", "config.json", "readme.md", "calibration", "outliers", "training"}
 _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".npz",
     ".npy", ".ot", ".tflite", ".mlmodel", ".nemo", ".engine", ".distcp", ".index.json",
@@ -21,22 +21,33 @@ _LEFTOVERS = {
 def copy_side_files(source: Path, target: Path) -> list[str]:
     """Copy the files of a model folder but weights, descriptions of weights and hidden files.
 
-    Returns the names of the files that were left out only because they are larger than ``LARGEST_SIDE_FILE``.
+    A subfolder is copied unless it holds weights or more than ``LARGEST_SIDE_FILE``. Returns the names of the files
+    and subfolders that were left out for their size, or for an ending that weights have.
     """
-    too_large = []
+    left_out = []
     for path in sorted(source.iterdir()):
-        name = path.name.lower()
-        if path.is_dir() and path.name == _CHAT_TEMPLATES:
-            shutil.copytree(path, target / path.name)
-        if (
-            not path.is_file()
-            or name.startswith(".")
-            or name in _WRITTEN | _LEFTOVERS
-            or name.endswith(tuple(_WEIGHTS))
-        ):
+        if _is_hidden(path) or path.name.lower() in _WRITTEN | _LEFTOVERS:
             continue
-        if path.stat().st_size > LARGEST_SIDE_FILE:
-            too_large.append(path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
-    return too_large
+        files = [path] if path.is_file() else sorted(_files(path))
+        fits = sum(file.stat().st_size for file in files) <= LARGEST_SIDE_FILE
+        if not fits or any(file.name.lower().endswith(tuple(_WEIGHTS)) for file in files):
+            left_out.append(path.name)
+            continue
+        for file in files:
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    return left_out
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name == "__pycache__"
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files below ``folder``, hidden ones and links to folders aside."""
+    found: list[Path] = []
+    for path in [] if folder.is_symlink() or not folder.is_dir() else folder.iterdir():
+        if not _is_hidden(path):
+            found += [path] if path.is_file() else _files(path)
+    return found

@@ -109,7 +109,12 @@ class LazyModel:
         )
         with quietly():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, settings)
-        problems = [*info.error_msgs, *map(str, info.mismatched_keys), *map(str, info.conversion_errors)]
+        for name, stored, wanted in info.mismatched_keys:
+            raise CalibrantError(
+                f"{self.folder.path}: {name} is stored with shape {tuple(stored)}, where config.json describes "
+                f"{tuple(wanted)}; copy or download the model again"
+            )
+        problems = [*info.error_msgs, *map(str, info.conversion_errors)]
         if problems:
             raise CalibrantError(f"{self.folder.path}: weights do not fit the configuration ({problems[0]})")
 

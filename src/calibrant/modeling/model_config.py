@@ -8,16 +8,18 @@ from typing import Any
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from calibrant.errors import CalibrantError, first_line
+from calibrant.errors import CalibrantError
 from calibrant.modeling.json_file import read_json
 
 CONFIG_FILE = "config.json"
 _LARGEST_CONFIG_BYTES = 2**26
 # Keys that count modules, of which transformers builds as many as a stranger's file says.
-_MODULE_COUNT = re.compile(r"^(num|n)_.*(layers?|blocks|experts|heads)|layers?$|^depths?$")
+_LAYER_COUNT = re.compile(r"^(num|n)_.*(layers?|blocks)|layers?$|^depths?$")
+_MODULE_COUNT = re.compile(r"^(num|n)_.*(experts|heads)")
 _LABEL_COUNT = re.compile(r"^num_.*labels$")
 # Ours: models with more are refused unless their checkpoint has as many tensors.
-_MOST_MODULES = 1024
+_MOST_LAYERS = 256
+_MOST_MODULES = 4096
 _MOST_LABELS = 2**20
 _LARGEST_INTEGER = 2**40
 
@@ -62,9 +64,13 @@ def check_sizes(path: Path, config: dict[str, Any], tensors: int) -> None:
     Raises:
         CalibrantError: a number is beyond what such a checkpoint can hold.
     """
-    modules = max(tensors, _MOST_MODULES)
+    limits = (
+        (_LAYER_COUNT, max(tensors, _MOST_LAYERS)),
+        (_MODULE_COUNT, max(tensors, _MOST_MODULES)),
+        (_LABEL_COUNT, _MOST_LABELS),
+    )
     for key, number in _integers(config):
-        most = modules if _MODULE_COUNT.search(key) else _MOST_LABELS if _LABEL_COUNT.search(key) else _LARGEST_INTEGER
+        most = next((limit for pattern, limit in limits if pattern.search(key)), _LARGEST_INTEGER)
         if abs(number) > most:
             raise CalibrantError(
                 f"{path}: {key} is {number}, more than a checkpoint of {tensors} tensors can have; correct the file"
@@ -98,7 +104,9 @@ def parse_config(folder: Path) -> transformers.PretrainedConfig:
         text = config.get_text_config()
         sizes = {name: getattr(text, name, None) for name in ("vocab_size", "hidden_size")}
     except Exception as error:  # invalid values raise any exception in the configuration classes
-        raise CalibrantError(f"{path}: {first_line(error)}") from error
+        # Messages of validation have the reason on their second line.
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise CalibrantError(f"{path}: {said[:300]}") from error
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise CalibrantError(f"{path}: {name} of the text model is {size}, not a positive number")

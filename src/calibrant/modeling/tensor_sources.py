@@ -53,7 +53,7 @@ def account_for_tensors(
     modules = dict(model.named_modules())
     sources: dict[str, list[str]] = {}
     converted: set[str] = set()
-    unused: list[str] = []
+    unused: list[tuple[str, str]] = []
     for name, info in tensors.items():
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if target not in known and name in known:
@@ -63,12 +63,15 @@ def account_for_tensors(
             if pattern is not None:
                 converted.add(target)
             sources.setdefault(target, []).append(name)
-        elif target not in buffers and not _is_computed_buffer(name, info):
-            _check_unused(folder, name, target, info, modules)
-            unused.append(name)
+        elif target not in buffers:
+            unused.append((name, target))
+    used = {name.removesuffix(".weight") for names in sources.values() for name in names if name.endswith(".weight")}
+    for name, target in unused:
+        _check_unused(folder, name, target, tensors[name], modules, used)
+    unused = [(name, target) for name, target in unused if not _is_computed_buffer(name, tensors[name])]
     renamed = _stored_under_other_name(model, sources)
     _check_complete(model, sources, converters, folder)
-    return TensorSources(sources, frozenset(converted), renamed, tuple(unused))
+    return TensorSources(sources, frozenset(converted), renamed, tuple(name for name, _ in unused))
 
 
 def _check_dtype(folder: Path, name: str, info: TensorInfo, taken_by: torch.Tensor) -> None:
@@ -85,30 +88,36 @@ def _is_computed_buffer(name: str, info: TensorInfo) -> bool:
     return is_mask or _COMPUTED_BUFFER.search(name) is not None
 
 
-def _check_unused(folder: Path, name: str, target: str, info: TensorInfo, modules: dict[str, nn.Module]) -> None:
-    owner = _layer_of(target, modules)
+def _check_unused(
+    folder: Path, name: str, target: str, info: TensorInfo, modules: dict[str, nn.Module], used: set[str]
+) -> None:
+    owner = layer_of(target, modules) or next((prefix for prefix in _prefixes(name) if prefix in used), None)
     if owner is not None:
         raise CalibrantError(
             f"{folder}: tensor {name} belongs to layer {owner}, but the model that config.json describes does not take "
             "it, and its values would be lost; correct config.json, merge adapters, or start from the original weights"
         )
-    if info.dtype not in _PLAIN_DTYPES and len(info.shape) > 1:
+    if info.dtype not in _PLAIN_DTYPES and len(info.shape) > 1 and not _is_computed_buffer(name, info):
         raise CalibrantError(
             f"{folder}: tensor {name} is stored as {info.dtype} and no parameter takes it; it holds codes of a "
             "quantized model: start from the original weights"
         )
 
 
-def _layer_of(target: str, modules: dict[str, nn.Module]) -> str | None:
-    """Innermost module that ``target`` is named after, if that module is a layer (it has parameters, but no parts)."""
-    owner = target
-    while "." in owner:
-        owner = owner.rpartition(".")[0]
-        if owner in modules:
-            module = modules[owner]
-            is_layer = next(module.children(), None) is None and next(module.parameters(), None) is not None
-            return owner if is_layer else None
-    return None
+def layer_of(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Innermost module that tensor ``name`` is named after, if that is a layer: it has weights, but no parts."""
+    owner = next((prefix for prefix in _prefixes(name) if prefix in modules), None)
+    if owner is None:
+        return None
+    module = modules[owner]
+    is_layer = next(module.children(), None) is None and next(module.parameters(), None) is not None
+    return owner if is_layer else None
+
+
+def _prefixes(name: str) -> list[str]:
+    """The modules that a tensor may belong to by its ``name``, innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def _stored_under_other_name(model: transformers.PreTrainedModel, sources: dict[str, list[str]]) -> dict[str, str]:

@@ -45,7 +45,9 @@ class Tokenizer:
                 str(folder), local_files_only=True, trust_remote_code=False
             )
             self._try_out()
-        except Exception as error:  # the tokenizers library raises plain Exception for damaged files
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the tokenizers library raises plain Exception for damaged files, and panics
             missing = _missing_libraries(folder)
             reason = f"its vocabulary needs: pip install {missing}" if missing else first_line(error)
             raise CalibrantError(f"{folder}: no usable tokenizer ({reason})") from error

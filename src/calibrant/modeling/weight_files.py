@@ -81,7 +81,7 @@ def _index(path: Path) -> tuple[list[str], list[Path]]:
         raise CalibrantError(f"{path}: no weight_map of tensor names to files in it")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CalibrantError(f"{path}: shard name {name!r} leaves the folder")
         if not (path.parent / name).is_file():
             raise CalibrantError(f"{path.parent / name}: shard is missing, {path.name} names it")

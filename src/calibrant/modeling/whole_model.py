@@ -13,7 +13,7 @@ from calibrant.formats.input_rounding import read_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder, model_class
 from calibrant.modeling.input_rounding import apply_input_rounding
 from calibrant.modeling.quietly import quietly
-from calibrant.modeling.tensor_sources import account_for_tensors
+from calibrant.modeling.tensor_sources import account_for_tensors, layer_of
 
 # Processor features whose bfloat16 products are faster than float32 (two of x86, one of Arm).
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -74,9 +74,27 @@ def _load_dequantized(
     config = copy.deepcopy(folder.config)
     del config.quantization_config
     load: Any = model_class(folder.architecture).from_pretrained
-    model: Any = load(None, config=config, state_dict=state, dtype=dtype)
+    with quietly():
+        model, found = load(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     loaded: transformers.PreTrainedModel = model.to(device=device).eval()
+    _check_found(loaded, found, folder)
     return loaded
+
+
+def _check_found(model: transformers.PreTrainedModel, found: dict[str, Any], folder: ModelFolder) -> None:
+    """Refuse what transformers only warns of: weights that it makes up, and values that it drops."""
+    if found["missing_keys"]:
+        missing = min(found["missing_keys"])
+        raise CalibrantError(f"{folder.path}: its files lack {missing}; copy or download it again")
+    modules = dict(model.named_modules())
+    owners = ((name, layer_of(name, modules)) for name in sorted(found["unexpected_keys"]))
+    for name, owner in owners:
+        # Old quantizers store biases of zeros for layers without one.
+        if owner is not None and (name not in folder.tensors or bool(folder.read(name).float().any())):
+            raise CalibrantError(
+                f"{folder.path}: tensor {name} belongs to layer {owner}, which does not take it; "
+                "start from the original weights"
+            )
 
 
 def _try(model: transformers.PreTrainedModel, folder: ModelFolder) -> None:
@@ -121,10 +139,7 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
             )
     except Exception as error:  # invalid configurations raise any exception in the model classes
         raise CalibrantError(f"{folder.path}: transformers cannot load it ({first_line(error)})") from error
-    if found["missing_keys"]:
-        # transformers initializes missing weights randomly.
-        missing = min(found["missing_keys"])
-        raise CalibrantError(f"{folder.path}: its files lack {missing}; copy or download it again")
+    _check_found(model, found, folder)
     loaded: transformers.PreTrainedModel = model.to(device=place).eval()
     if settings is None:
         account_for_tensors(loaded, get_model_conversion_mapping(loaded), folder.tensors, folder.path)

@@ -18,10 +18,11 @@ from calibrant.engine.two_stage_pruning import Pruned, prune_structure
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
-from calibrant.formats.side_files import LARGEST_SIDE_FILE, copy_side_files
+from calibrant.formats.side_files import copy_side_files
 from calibrant.hashing import canonical_json
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.token_rows import TokenRows
+from calibrant.modeling.weight_files import INDEX_FILE
 from calibrant.output_folder import staged
 from calibrant.pipeline.memory import peak_memory
 from calibrant.pipeline.record import RunReport, Settings, compressed_share, make_record, training_identity
@@ -174,8 +175,11 @@ class _Run:
     def write(self) -> list[Path]:
         """Write everything except the blocks, and return the tensor files."""
         with self.clock.stage("write"):
-            for name in copy_side_files(self.model.folder.path, self.folder):
-                self.notes.append(f"not copied, since it is larger than {LARGEST_SIDE_FILE >> 20} MiB: {name}")
+            read = {info.file.name for info in self.model.folder.tensors.values()}
+            left_out = set(copy_side_files(self.model.folder.path, self.folder)) - read - {INDEX_FILE}
+            if left_out:
+                named = ", ".join(sorted(left_out)[:5]) + (", ..." if len(left_out) > 5 else "")
+                self.notes.append(f"not copied, since they look like weights or are over 64 MiB: {named}")
             record = make_record(
                 self.model,
                 self.plan,
