@@ -104,6 +104,21 @@ def test_templates_that_take_parts_are_known_by_what_they_write(llama, tmp_path:
     assert with_template(llama, tmp_path / "m", template).chat_template.takes_parts is takes
 
 
+@pytest.mark.parametrize(("template", "only"), [
+    ("{{ messages[0].content }}", False),
+    ("{% if messages[0].content is string %}{{ messages[0].content }}{% else %}"
+     "{{ messages[0].content[0].text }}{% endif %}", False),
+    ("{{ raise_exception('no') }}", False),
+    ("{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}", True),
+    ("{% for p in messages[0].content %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}", True),
+    ("{{ messages[0].content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join }}", True),
+    ("{% if messages[0].content is string %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content[0].text }}",
+     True),
+])  # fmt: skip
+def test_templates_that_take_only_parts_are_known(llama: Path, tmp_path: Path, template: str, only: bool) -> None:
+    assert with_template(llama, tmp_path / "m", template).chat_template.takes_only_parts is only
+
+
 @pytest.mark.parametrize(("key", "value"), [
     ("model_max_length", [1]),
     ("model_max_length", "many"),

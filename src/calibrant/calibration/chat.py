@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from calibrant.calibration.document import Document, has_parts, joined_parts
+from calibrant.calibration.document import Document, has_parts, joined_parts, split_into_parts
 from calibrant.errors import CalibrantError
 from calibrant.modeling.chat_template import RefusedError
 from calibrant.modeling.tokenizer import Tokenizer
@@ -63,6 +63,8 @@ def assistant_mask(document: Document, ids: list[int], tokenizer: Tokenizer) -> 
 def _templated(tokenizer: Tokenizer, document: Document, count: int | None, generation_prompt: bool) -> list[int]:
     """Tokens of the first ``count`` messages, of all if None."""
     messages: Sequence[dict[str, object]] = (document.messages or ())[:count]
-    if has_parts(messages) and not tokenizer.chat_template.takes_parts:
+    if tokenizer.chat_template.takes_only_parts:
+        messages = split_into_parts(messages)
+    elif has_parts(messages) and not tokenizer.chat_template.takes_parts:
         messages = joined_parts(messages)
     return tokenizer.encode(tokenizer.chat_template.render(messages, document.tools, generation_prompt))

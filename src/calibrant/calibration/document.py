@@ -89,27 +89,43 @@ def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
         if not isinstance(value.get("role"), str):
             raise ValueError(f"message {number} has no role (found: {', '.join(map(str, value))})")
         message = {key: _plain(part) for key, part in value.items() if part is not None}
-        _check_content(message.get("content", ""), number)
+        if isinstance(message.get("content"), list):
+            message["content"] = [_text_part(part, number) for part in message["content"]]
+        elif not isinstance(message.get("content", ""), str):
+            raise ValueError(f"the content of message {number} is neither a text nor a list of texts")
         messages.append(message)
     return tuple(messages)
 
 
-def _check_content(content: Any, number: int) -> None:
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise ValueError(f"the content of message {number} is neither a text nor a list of texts")
-    for part in content:
-        if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise ValueError(f"message {number} has a part of type {part['type']}, which is no text")
-        if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            raise ValueError(f"the content of message {number} has a part without a text")
+def _text_part(part: Any, number: int) -> dict[str, Any]:
+    """The part of message ``number`` with its type, since templates leave out parts that do not say theirs."""
+    if isinstance(part, str):
+        return _as_part(part)
+    if isinstance(part, dict) and part.get("type", "text") != "text":
+        raise ValueError(f"message {number} has a part of type {part['type']}, which is no text")
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        raise ValueError(f"the content of message {number} has a part without a text")
+    return {**part, "type": "text"}
+
+
+def _as_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def joined_parts(messages: Sequence[Message]) -> list[Message]:
     """The messages with lists of text parts joined by line ends."""
     return [
-        {**one, "content": "\n".join(_part_texts(one["content"]))} if isinstance(one.get("content"), list) else one
+        {**one, "content": "\n".join(part["text"] for part in one["content"])}
+        if isinstance(one.get("content"), list)
+        else one
+        for one in messages
+    ]
+
+
+def split_into_parts(messages: Sequence[Message]) -> list[Message]:
+    """The messages with every text as a list of one part."""
+    return [
+        {**one, "content": [_as_part(one["content"])]} if isinstance(one.get("content"), str) else one
         for one in messages
     ]
 
@@ -117,10 +133,6 @@ def joined_parts(messages: Sequence[Message]) -> list[Message]:
 def has_parts(messages: Sequence[Message]) -> bool:
     """Whether a message's content is a list of parts."""
     return any(isinstance(one.get("content"), list) for one in messages)
-
-
-def _part_texts(parts: Sequence[Any]) -> list[str]:
-    return [part if isinstance(part, str) else str(part["text"]) for part in parts]
 
 
 def _said(messages: Sequence[Message]) -> list[str]:

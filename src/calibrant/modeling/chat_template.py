@@ -32,11 +32,20 @@ class ChatTemplate:
     @cached_property
     def takes_parts(self) -> bool:
         """Whether a message's content may be a list of text parts; other templates would print the list as code."""
-        try:
-            text = self.render([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}])
-        except RefusedError:
-            return False
+        text = self._probed([{"type": "text", "text": _PROBE}])
         return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+    @cached_property
+    def takes_only_parts(self) -> bool:
+        """Whether a message's content must be a list of text parts; these templates leave out or refuse a text."""
+        return self.takes_parts and _PROBE not in self._probed(_PROBE)
+
+    def _probed(self, content: Any) -> str:
+        """A message with this content as the template writes it; "" if refused."""
+        try:
+            return self.render([{"role": "user", "content": content}])
+        except RefusedError:
+            return ""
 
     def render(
         self,
