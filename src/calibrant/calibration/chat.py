@@ -16,7 +16,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> lis
     In place of a conversation that the template refuses stands the refusal.
 
     Raises:
-        CalibrantError: the tokenizer has no template, or one that takes too much time or memory.
+        CalibrantError: the tokenizer has no template, or one that takes too much time or memory again and again.
     """
     plain = iter(tokenizer.encode_batch([document.text for document in documents if document.messages is None]))
     return [next(plain) if document.messages is None else _encoded(document, tokenizer) for document in documents]
