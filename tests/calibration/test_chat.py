@@ -170,6 +170,27 @@ def test_parts_reach_a_template_that_takes_them(llama: Path, tmp_path: Path) -> 
     assert Tokenizer(folder).decode(made.tokens[0][made.mask[0]].tolist()) == "<one><two>"
 
 
+@pytest.mark.parametrize("content", [
+    "hi there",
+    ["hi", " there"],
+    [{"text": "hi there"}],
+    [{"text": "hi"}, {"text": " there", "type": None}],
+    ["hi", {"text": " there"}],
+    [{"type": "text", "text": "hi"}, " there"],
+])  # fmt: skip
+@pytest.mark.parametrize("otherwise", ["", "{% if m.content is string %}{{ m.content }}{% else %}"])
+def test_every_part_reaches_a_template_that_asks_for_its_type(llama: Path, tmp_path: Path, content, otherwise) -> None:
+    folder = shutil.copytree(llama, tmp_path / "m")
+    parts = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    end = "{% endif %}" if otherwise else ""
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}" + otherwise + parts + end + "{% endfor %}")
+    row = {"messages": [{"role": "user", "content": content}]}
+    made = cb.select(
+        cb.Corpus([row] * 3, "messages"), tokenizer=folder, samples=1, length=40, windows="document"
+    )  # fmt: skip
+    assert Tokenizer(folder).decode(made.tokens[0][made.mask[0]].tolist()) == "hi there"
+
+
 def test_conversations_that_only_call_differ(llama: Path) -> None:
     def calls(name: str) -> dict[str, Any]:
         function = {**CALL["function"], "name": name}

@@ -88,7 +88,9 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stray", [
     "README.md", "readme.txt", "README_de.md", "LICENSE.txt", "LICENSE-MIT.md", "licence.txt", "COPYING.txt",
-    "NOTICE.txt", "CHANGELOG.md", "sub/README.md",
+    "NOTICE.txt", "CHANGELOG.md", "sub/README.md", "_README.md", "00_readme.txt", "1. README.md", "UNLICENSE.txt",
+    "SECURITY.md", "CODE_OF_CONDUCT.md", "dataset_card.md", "requirements.txt", "requirements-dev.txt",
+    "SHA256SUMS.txt", "md5sums.txt", "data.checksums.txt",
 ])  # fmt: skip
 def test_what_a_data_set_keeps_beside_its_data_is_no_corpus(tmp_path: Path, stray: str) -> None:
     (tmp_path / "sub").mkdir()
@@ -101,7 +103,9 @@ def test_what_a_data_set_keeps_beside_its_data_is_no_corpus(tmp_path: Path, stra
     assert [document.text for document in Corpus(tmp_path / stray)] == ["card words"]
 
 
-@pytest.mark.parametrize("stray", [".hidden.txt", "._data.jsonl", ".ipynb_checkpoints/data.jsonl", ".git/a/b.txt"])
+@pytest.mark.parametrize(
+    "stray", [".hidden.txt", "._data.jsonl", ".ipynb_checkpoints/data.jsonl", ".git/a/b.txt", "__pycache__/a.txt"]
+)
 def test_what_is_hidden_is_no_corpus(tmp_path: Path, stray: str) -> None:
     folder = tmp_path / ".corpus"  # the folder itself may be hidden
     (folder / stray).parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +116,8 @@ def test_what_is_hidden_is_no_corpus(tmp_path: Path, stray: str) -> None:
     assert corpus.notes == []
 
 
-@pytest.mark.parametrize("name", ["licensed_texts.txt", "readmes.jsonl", "noticeboard.md", "authors.jsonl"])
+@pytest.mark.parametrize("name", ["licensed_texts.txt", "readmes.jsonl", "noticeboard.md", "authors.jsonl", "opossums.txt",
+    "1.txt", "requirements.jsonl", "securities.txt"])  # fmt: skip
 def test_names_that_only_begin_alike_are_data(tmp_path: Path, name: str) -> None:
     write(tmp_path / name)
     assert list(Corpus(tmp_path).describe()["files"]) == [name]
@@ -122,6 +127,19 @@ def test_a_folder_of_cards_says_so(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("card words")
     with pytest.raises(CalibrantError, match=r"besides README.md, which is no data unless it is named itself"):
         Corpus(tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "snappy", "gzip", "brotli"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_parquet_that_unpacks_without_end_is_refused(tmp_path: Path, codec: str, nested: bool, monkeypatch) -> None:
+    monkeypatch.setattr("calibrant.calibration.packed._ALWAYS_ALLOWED_BYTES", 1 << 20)
+    monkeypatch.setattr("calibrant.calibration.packed._LARGEST_RATIO", 10)
+    path, text = tmp_path / "c.parquet", "a" * (4 << 20)
+    rows = pyarrow.table({"text": [[{"role": "user", "content": text}] if nested else text], "other": ["b"]})
+    pyarrow.parquet.write_table(rows, path, compression=codec, use_dictionary=False)
+    with pytest.raises(CalibrantError, match=r"c.parquet: unpacks to more than 10 times its size"):
+        list(Corpus(path))
+    assert [document.text for document in Corpus(path, "other")] == ["b"]
 
 
 @pytest.mark.parametrize("name", ["c.txt.gz", "c.jsonl.gz", "c.parquet.gz"])

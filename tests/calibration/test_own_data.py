@@ -34,6 +34,18 @@ class Rows:
         return ({"body": text, "url": "x"} for text in self._texts)
 
 
+class Table:
+    """What a data frame of pandas is to a corpus."""
+
+    columns = ("text", "url")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def to_dict(self, orient: str) -> list[dict[str, str]]:
+        return [{"text": text, "url": orient} for text in TEXTS]
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "c.jsonl"
@@ -75,6 +87,22 @@ def test_conversations_and_ids_of_the_caller() -> None:
     assert [(document.id, document.text) for document in corpus] == [("0", "hi\nhello"), ("mine", "text")]
 
 
+@pytest.mark.parametrize(("speaker", "role"), [
+    ("human", "user"), ("user", "user"), ("gpt", "assistant"), ("assistant", "assistant"), ("system", "system"),
+    ("tool", "tool"),
+])  # fmt: skip
+def test_messages_of_sharegpt_are_renamed(speaker: str, role: str) -> None:
+    (document,) = cb.Corpus([[{"from": speaker, "value": "hi", "weight": 1}]])
+    assert document.messages == ({"role": role, "content": "hi", "weight": 1},)
+    assert document.text == "hi"
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), np.int32(3), 3])
+def test_whole_numbers_of_every_kind_are_those_of_json(number) -> None:
+    (document,) = cb.Corpus([[{"role": "user", "content": "hi", "turns": [number]}]])
+    assert json.dumps(document.messages) == '[{"role": "user", "content": "hi", "turns": [3]}]'
+
+
 def test_zipcal_in_parts_and_prefixes_read_memory(file: Path, llama: Path) -> None:
     common = {"tokenizer": llama, "strategy": "zipcal", "samples": 2, "length": 20, "parts": 2}
     assert cb.select(cb.Corpus(TEXTS), **common).sha256 == cb.select(file, **common).sha256
@@ -106,6 +134,9 @@ def test_a_set_from_memory_is_made_again_from_the_same_texts(file: Path, llama: 
     ([3], "document 0 in memory: neither a text nor a conversation, got int"),
     ([{"body": "a"}], r"no text under 'text' \(found: body\); name it with `field`"),
     (["\ud800"], "surrogate"),
+    ({"a", "b"}, r"a set has another order in every process; give sorted\(texts\)"),
+    (frozenset("ab"), "a frozenset has another order"),
+    (Table(), r"a Table is iterated over by columns; give its texts as df\['text'\].tolist\(\) or its rows as"),
     ([cb.Document("a", "x"), cb.Document("a", "y")], "different ids"),
 ])  # fmt: skip
 def test_what_is_no_corpus_is_refused(given, said: str) -> None:

@@ -211,6 +211,7 @@ def test_manifests_of_strangers_are_checked_before_use(corpus: Path, llama: Path
 
 @pytest.mark.parametrize("change", [
     {"batch_size": "64"}, {"batch_size": 0}, {"batch_size": 10**12}, {"device": 3}, {"compute_dtype": ["float32"]},
+    {"temperature_steps": 10**30},
     {"temperature_initial": "hot"}, {"temperature_initial": -1.0}, {"temperature_steps": 1.5}, {"first_tokens": "x"},
     {"compute_dtype": "float7"}, {"device": "abacus"},
 ])  # fmt: skip

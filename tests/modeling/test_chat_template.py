@@ -87,9 +87,35 @@ def test_a_template_that_never_ends_is_stopped_and_the_next_is_rendered(process:
 
 
 def test_limits_name_the_template(llama: Path, tmp_path: Path) -> None:
-    tokenizer = with_template(llama, tmp_path / "m", "{{ 'a' * 1000000000 }}")
-    with pytest.raises(CalibrantError, match="the tokenizer's chat template cannot be used: it takes more than 512"):
-        tokenizer.chat_template.render(MESSAGES)
+    said = f"{tmp_path / 'm'}: the tokenizer's chat template cannot be used: it takes more than 512"
+    template = with_template(llama, tmp_path / "m", "{{ 'a' * 1000000000 }}").chat_template
+    with pytest.raises(CalibrantError, match=said):
+        _ = template.takes_parts
+    for _ in range(2):
+        with pytest.raises(RefusedError, match="it takes more than 512 MiB"):
+            template.render(MESSAGES)
+    with pytest.raises(CalibrantError, match=said):
+        template.render(MESSAGES)
+
+
+@pytest.mark.parametrize("over", ["{{ 'a' * 1000000000 }}", "{{ 'a' * 17000000 }}", "{{ 'a' | center(900000000) }}"])
+def test_single_conversations_over_a_limit_are_refused_alone(llama: Path, tmp_path: Path, over: str) -> None:
+    text = "{% if messages[0].content == 'odd' %}" + over + "{% else %}{{ messages[0].content }}{% endif %}"
+    template = with_template(llama, tmp_path / "m", text).chat_template
+    for _ in range(3):
+        with pytest.raises(RefusedError, match=r"it (takes|writes) more than"):
+            template.render([{"role": "user", "content": "odd"}])
+        assert template.render(MESSAGES) == "what is it?"
+
+
+@pytest.mark.parametrize("template", [
+    "{{ range(100000) | random }}",
+    "{{ lipsum(2) }}",
+    "{{ [1, 2, 3, 4, 5, 6, 7, 8, 9] | random }}{{ lipsum(n=1, html=False) }}",
+    "{% for i in range(20) %}{{ 'abcdefghij' | random }}{% endfor %}",
+])  # fmt: skip
+def test_what_a_template_draws_is_the_same_every_time(process: TemplateProcess, template: str) -> None:
+    assert len({process.render(request(template)) for _ in range(3)}) == 1
 
 
 @pytest.mark.parametrize(("template", "takes"), [
@@ -102,6 +128,21 @@ def test_limits_name_the_template(llama: Path, tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_templates_that_take_parts_are_known_by_what_they_write(llama, tmp_path: Path, template: str, takes) -> None:
     assert with_template(llama, tmp_path / "m", template).chat_template.takes_parts is takes
+
+
+@pytest.mark.parametrize(("template", "only"), [
+    ("{{ messages[0].content }}", False),
+    ("{% if messages[0].content is string %}{{ messages[0].content }}{% else %}"
+     "{{ messages[0].content[0].text }}{% endif %}", False),
+    ("{{ raise_exception('no') }}", False),
+    ("{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}", True),
+    ("{% for p in messages[0].content %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}", True),
+    ("{{ messages[0].content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join }}", True),
+    ("{% if messages[0].content is string %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content[0].text }}",
+     True),
+])  # fmt: skip
+def test_templates_that_take_only_parts_are_known(llama: Path, tmp_path: Path, template: str, only: bool) -> None:
+    assert with_template(llama, tmp_path / "m", template).chat_template.takes_only_parts is only
 
 
 @pytest.mark.parametrize(("key", "value"), [

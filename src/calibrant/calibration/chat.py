@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from calibrant.calibration.document import Document, has_parts, joined_parts
+from calibrant.calibration.document import Document, has_parts, joined_parts, split_into_parts
 from calibrant.errors import CalibrantError
 from calibrant.modeling.chat_template import RefusedError
 from calibrant.modeling.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> lis
     In place of a conversation that the template refuses stands the refusal.
 
     Raises:
-        CalibrantError: the tokenizer has no template, or one that takes too much time or memory.
+        CalibrantError: the tokenizer has no template, or one that takes too much time or memory again and again.
     """
     plain = iter(tokenizer.encode_batch([document.text for document in documents if document.messages is None]))
     return [next(plain) if document.messages is None else _encoded(document, tokenizer) for document in documents]
@@ -63,6 +63,8 @@ def assistant_mask(document: Document, ids: list[int], tokenizer: Tokenizer) -> 
 def _templated(tokenizer: Tokenizer, document: Document, count: int | None, generation_prompt: bool) -> list[int]:
     """Tokens of the first ``count`` messages, of all if None."""
     messages: Sequence[dict[str, object]] = (document.messages or ())[:count]
-    if has_parts(messages) and not tokenizer.chat_template.takes_parts:
+    if tokenizer.chat_template.takes_only_parts:
+        messages = split_into_parts(messages)
+    elif has_parts(messages) and not tokenizer.chat_template.takes_parts:
         messages = joined_parts(messages)
     return tokenizer.encode(tokenizer.chat_template.render(messages, document.tools, generation_prompt))

@@ -28,8 +28,9 @@ class Corpus:
     - a file (``.txt``, ``.jsonl``, ``.parquet``, each also as ``.gz``), or a folder of such files. A text file is one
       document, or one for every ``LONGEST_TEXT`` characters, cut at a line's end; in JSON Lines and Parquet every row
       is a document, with its text under ``field``. In a folder, files and folders whose names begin with a dot are
-      passed over, and so are text files that are called README, LICENSE, COPYING, NOTICE, CITATION, CHANGELOG,
-      CONTRIBUTING or AUTHORS, unless such a file is the source itself.
+      passed over, and so are the folder __pycache__ and text files that are called README, LICENSE, UNLICENSE, COPYING,
+      NOTICE, CITATION, CHANGELOG, CONTRIBUTING, AUTHORS, SECURITY, CODE_OF_CONDUCT or dataset_card, requirements and
+      checksums (SHA256SUMS.txt), unless such a file is the source itself.
     - "builtin": the Python language reference that ships with the interpreter.
     - a data set on the Hugging Face hub: "hub:owner/name?config=en&split=train"; texts are under ``field``.
     - a list of texts, of ``Document``s or of rows (dicts with the text under ``field``), an iterator over these, which
@@ -40,6 +41,7 @@ class Corpus:
     Instead of a text there may be a conversation: a list of messages with a "role", and "content", "tool_calls", "name"
     and whatever else the chat template reads. "content" is a text, null or a list of parts of type "text"; descriptions
     of functions come under "tools" beside the conversation, as a list or as JSON. Keys whose value is null are dropped.
+    Messages of ShareGPT, with "from" and "value", are renamed: "human" is the user, "gpt" the assistant.
 
     Rows that are neither a text nor a conversation, empty texts, and rows of more than ``LONGEST_TEXT`` characters are
     skipped and counted in ``counts``; ``notes`` says so.

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol
 from urllib.parse import parse_qsl, urlsplit
 
 from calibrant.calibration.document import TOOLS, Document, Unusable, row_document, value_document
-from calibrant.calibration.packed import unpacked
+from calibrant.calibration.packed import largest_unpacked, too_large, unpacked
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_file, sha256_json
 
@@ -26,7 +26,11 @@ _LONGEST_LINE_BYTES = 32 << 20
 # Few, because a value may be large.
 _ROWS_AT_ONCE = 1024
 # What data sets keep beside their data, as text files.
-_CARD = re.compile(r"(readme|licen[cs]es?|copying|notices?|citation|changelog|contributing|authors)([^a-z].*)?")
+_CARD = re.compile(
+    r"([\d_. -]*readme|(un)?licen[cs]es?|copying|notices?|citation|changelog|contributing|authors|security"
+    r"|code_of_conduct|dataset_card)([^a-z].*)?"
+    r"|requirements([^a-z].*)?\.txt|(.*[^a-z])?(check|ck|md5|b2|sha\d*)?sums\.txt"
+)
 Row = Document | Unusable
 
 
@@ -106,6 +110,13 @@ class MemorySource:
         if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable):
             hint = "; choose one of its splits" if isinstance(given, Mapping) else ""
             raise CalibrantError(f"a corpus is a location or a list of texts, got {type(given).__name__}{hint}")
+        if isinstance(given, set | frozenset):
+            raise CalibrantError(f"a {type(given).__name__} has another order in every process; give sorted(texts)")
+        if hasattr(given, "columns") and (hasattr(given, "iterrows") or hasattr(given, "to_dict")):
+            raise CalibrantError(
+                f"a {type(given).__name__} is iterated over by columns; give its texts as df[{field!r}].tolist() "
+                'or its rows as df.to_dict("records")'
+            )
         self._field, self._given = field, given
         self._read: list[Row] | None = None
         if isinstance(given, list | tuple | Iterator):
@@ -264,7 +275,7 @@ def _readable_files(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+    return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
 
 
 def _is_card(path: Path) -> bool:
@@ -345,6 +356,8 @@ def _parquet_rows(path: Path, stream: BinaryIO, name: str, field: str) -> Iterat
             if field not in columns:
                 raise CalibrantError(f"{path}: no column {field!r} (found: {', '.join(columns)}); name it with `field`")
             read = [column for column in (field, TOOLS) if column in columns]
+            if _unpacked_bytes(table.metadata, read) > largest_unpacked(path):
+                raise too_large(path)
             number = 0
             for batch in table.iter_batches(_ROWS_AT_ONCE, columns=read):
                 for values in zip(*(_values(batch.column(column)) for column in read), strict=True):
@@ -354,6 +367,17 @@ def _parquet_rows(path: Path, stream: BinaryIO, name: str, field: str) -> Iterat
             raise
         except Exception as error:  # damaged files make the library raise many unrelated classes
             raise CalibrantError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
+
+
+def _unpacked_bytes(metadata: Any, columns: Sequence[str]) -> int:
+    """What the columns take unpacked, nested ones with all their parts."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    parts = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(
+        part.total_uncompressed_size
+        for part in parts
+        if any(part.path_in_schema == name or part.path_in_schema.startswith(f"{name}.") for name in columns)
+    )
 
 
 def _values(column: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,8 @@ Message = dict[str, Any]
 TOOLS = "tools"
 # What a message says, beside its tool calls; templates know the model's thoughts by several names.
 _SAID = ("reasoning_content", "reasoning", "thinking", "content")
+# Who speaks in data sets that are made like ShareGPT; other names are the roles.
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # Deeper values end in errors of the recursion limit, here or in a template.
 _DEEPEST = 64
 
@@ -86,30 +89,54 @@ def _messages(values: Sequence[Any]) -> tuple[Message, ...]:
     for number, value in enumerate(values, start=1):
         if not isinstance(value, Mapping):
             raise ValueError(f"neither a text nor a conversation, message {number} is a {type(value).__name__}")
-        if not isinstance(value.get("role"), str):
+        message = _renamed({key: _plain(part) for key, part in value.items() if part is not None})
+        if not isinstance(message.get("role"), str):
             raise ValueError(f"message {number} has no role (found: {', '.join(map(str, value))})")
-        message = {key: _plain(part) for key, part in value.items() if part is not None}
-        _check_content(message.get("content", ""), number)
+        if isinstance(message.get("content"), list):
+            message["content"] = [_text_part(part, number) for part in message["content"]]
+        elif not isinstance(message.get("content", ""), str):
+            raise ValueError(f"the content of message {number} is neither a text nor a list of texts")
         messages.append(message)
     return tuple(messages)
 
 
-def _check_content(content: Any, number: int) -> None:
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise ValueError(f"the content of message {number} is neither a text nor a list of texts")
-    for part in content:
-        if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise ValueError(f"message {number} has a part of type {part['type']}, which is no text")
-        if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            raise ValueError(f"the content of message {number} has a part without a text")
+def _renamed(message: Message) -> Message:
+    """A message of ShareGPT with the keys and roles that templates know; any other as it is."""
+    if "role" in message or "content" in message or not isinstance(message.get("from"), str) or "value" not in message:
+        return message
+    rest = {key: part for key, part in message.items() if key not in ("from", "value")}
+    return {"role": _SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"], **rest}
+
+
+def _text_part(part: Any, number: int) -> dict[str, Any]:
+    """The part of message ``number`` with its type, since templates leave out parts that do not say theirs."""
+    if isinstance(part, str):
+        return _as_part(part)
+    if isinstance(part, dict) and part.get("type", "text") != "text":
+        raise ValueError(f"message {number} has a part of type {part['type']}, which is no text")
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        raise ValueError(f"the content of message {number} has a part without a text")
+    return {**part, "type": "text"}
+
+
+def _as_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def joined_parts(messages: Sequence[Message]) -> list[Message]:
     """The messages with lists of text parts joined by line ends."""
     return [
-        {**one, "content": "\n".join(_part_texts(one["content"]))} if isinstance(one.get("content"), list) else one
+        {**one, "content": "\n".join(part["text"] for part in one["content"])}
+        if isinstance(one.get("content"), list)
+        else one
+        for one in messages
+    ]
+
+
+def split_into_parts(messages: Sequence[Message]) -> list[Message]:
+    """The messages with every text as a list of one part."""
+    return [
+        {**one, "content": [_as_part(one["content"])]} if isinstance(one.get("content"), str) else one
         for one in messages
     ]
 
@@ -117,10 +144,6 @@ def joined_parts(messages: Sequence[Message]) -> list[Message]:
 def has_parts(messages: Sequence[Message]) -> bool:
     """Whether a message's content is a list of parts."""
     return any(isinstance(one.get("content"), list) for one in messages)
-
-
-def _part_texts(parts: Sequence[Any]) -> list[str]:
-    return [part if isinstance(part, str) else str(part["text"]) for part in parts]
 
 
 def _said(messages: Sequence[Message]) -> list[str]:
@@ -149,8 +172,10 @@ def _plain(value: Any, depth: int = 0) -> Any:
     """``value`` as JSON has it, without nulls in objects."""
     if depth > _DEEPEST:
         raise ValueError(f"a message is nested more than {_DEEPEST} levels deep")
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, str | bool):
         return value
+    if isinstance(value, numbers.Integral):  # NumPy's too
+        return int(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(one, depth + 1) for key, one in value.items() if one is not None}
     if isinstance(value, list | tuple):

@@ -101,7 +101,7 @@ class _GenerationParameters(BaseModel):
     compute_dtype: str = "auto"
     temperature_initial: float | None = None
     temperature_final: float = 1.0
-    temperature_steps: int = Field(default=0, ge=0)
+    temperature_steps: int = Field(default=0, ge=0, le=1 << 20)
 
 
 def _exists(place: str) -> bool:

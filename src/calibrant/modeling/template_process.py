@@ -103,6 +103,7 @@ def template_process() -> TemplateProcess:
 
 
 def _serve(seconds: float) -> None:
+    import random
     import signal
     from datetime import datetime
 
@@ -116,6 +117,7 @@ def _serve(seconds: float) -> None:
     templates.datetime = FixedDate  # type: ignore[attr-defined]  # what its function strftime_now asks
     _limit_memory()
     for line in sys.stdin.buffer:
+        random.seed(0)  # Jinja's filter "random" and its function lipsum draw from it
         # The signal ends the process, whatever it is doing.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         answer = _rendered(templates.render_jinja_template, json.loads(line))
