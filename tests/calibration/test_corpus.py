@@ -116,8 +116,8 @@ def test_what_is_hidden_is_no_corpus(tmp_path: Path, stray: str) -> None:
     assert corpus.notes == []
 
 
-@pytest.mark.parametrize("name", ["licensed_texts.txt", "readmes.jsonl", "noticeboard.md", "authors.jsonl", "opossums.txt",
-    "1.txt", "requirements.jsonl", "securities.txt"])  # fmt: skip
+@pytest.mark.parametrize("name", ["licensed_texts.txt", "readmes.jsonl", "noticeboard.md", "authors.jsonl",
+    "opossums.txt", "1.txt", "requirements.jsonl", "securities.txt"])  # fmt: skip
 def test_names_that_only_begin_alike_are_data(tmp_path: Path, name: str) -> None:
     write(tmp_path / name)
     assert list(Corpus(tmp_path).describe()["files"]) == [name]
