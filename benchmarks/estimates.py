@@ -2,8 +2,7 @@
 
     python benchmarks/estimates.py MODEL...
 
-Every run is a process of its own. Times are CPU seconds of the process, which other work on the machine hardly changes;
-with one thread (OMP_NUM_THREADS=1) they are the wall time of an idle machine.
+Every run is a process of its own. The estimate is of seconds on the clock of an idle machine, so let nothing else run.
 """
 
 import argparse
@@ -136,14 +135,14 @@ def _save(runs: list[dict[str, Any]]) -> None:
 
 
 def _show(runs: list[dict[str, Any]]) -> None:
-    table = Table("model", "recipe", "seconds", "CPU", "memory", "was", "disk", "was", "output", "was")
+    table = Table("model", "recipe", "seconds", "was", "memory", "was", "disk", "was", "output", "was")
     for run in runs:
         said, was = run["estimated"], run["measured"]
         low, high = said["seconds"]
         sizes = [
             f"{one[key] / 1e6:.0f} MB" for key in ("memory_bytes", "disk_bytes", "output_bytes") for one in (said, was)
         ]
-        table.add_row(run["model"], run["recipe"], f"{low:.0f} to {high:.0f}", f"{was['cpu_seconds']:.0f}", *sizes)
+        table.add_row(run["model"], run["recipe"], f"{low:.0f} to {high:.0f}", f"{was['wall_seconds']:.0f}", *sizes)
     Console(width=shutil.get_terminal_size((140, 24)).columns).print(table)
 
 

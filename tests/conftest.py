@@ -1,8 +1,13 @@
 """Tiny random models of every architecture, tiny calibration sets, and the real model if it is installed."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Tests run in two processes: threads that wait for others busily would take the other process's core. Read by OpenMP
+# when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -14,7 +19,6 @@ from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.modeling.tokenizer import Tokenizer
 
 hf.utils.logging.disable_progress_bar()
-# Tests run in two processes, which threads of each would only slow down.
 torch.set_num_threads(1)
 
 VOCABULARY = 128

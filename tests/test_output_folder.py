@@ -96,13 +96,13 @@ def test_files_are_staged_in_a_folder_that_stays(staying: Path) -> None:
         assert check_output(staying, overwrite=False) == staying  # what is unfinished is no content
 
 
-@pytest.mark.parametrize("name", [".", "./", "../work", "../work/.", "missing/.."])
+@pytest.mark.parametrize("name", [".", "./", "../inside", "../inside/.", "missing/.."])
 def test_the_working_directory_by_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    here = tmp_path / "work"
+    here = tmp_path / "inside"
     here.mkdir()
     monkeypatch.chdir(here)
     _write(Path(name), "text")
-    assert _tree(tmp_path) == {f"work/{file}": text for file, text in _expected("text").items()}
+    assert _tree(tmp_path) == {f"inside/{file}": text for file, text in _expected("text").items()}
 
 
 def test_a_failed_run_leaves_a_folder_that_stays_as_it_was(staying: Path) -> None:

@@ -80,11 +80,11 @@ def test_the_record_reads_what_it_wrote(llama: Path, tmp_path: Path) -> None:
         cb.compress(llama, output=folder, recipe=recipe, calibration=random_set(llama), dtype="float32")
         record = cb.RunRecord.read(folder)
         assert record.recipe.name == recipe
-        assert record.format_version == 1
+        assert record.format_version == 2
         written = (folder / "calibrant.json").read_text(encoding="utf-8")
         record.write(folder)
         assert (folder / "calibrant.json").read_text(encoding="utf-8") == written
-    (folder / "calibrant.json").write_text(written.replace('"format_version": 1', '"format_version": 2'))
+    (folder / "calibrant.json").write_text(written.replace('"format_version": 2', '"format_version": 3'))
     with pytest.raises(cb.CalibrantError, match="no record that calibrant"):
         cb.RunRecord.read(folder)
 
@@ -93,7 +93,7 @@ def test_a_record_of_another_version_is_not_overlooked(llama: Path, tmp_path: Pa
     """Its model may be quantized already, stored dense."""
     cb.compress(llama, output=tmp_path / "out", recipe="wanda-2:4", calibration=random_set(llama))
     record = tmp_path / "out" / "calibrant.json"
-    record.write_text(record.read_text().replace('"format_version": 1', '"format_version": 0'))
+    record.write_text(record.read_text().replace('"format_version": 2', '"format_version": 0'))
     with pytest.raises(cb.CalibrantError, match="no record that calibrant"):
         cb.prepare(tmp_path / "out", output=tmp_path / "again", recipe="rtn-w8a16")
 

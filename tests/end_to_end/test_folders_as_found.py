@@ -187,6 +187,15 @@ def test_the_file_that_transformers_loads_is_compressed(model: Path) -> None:
     assert any(shard in note for note in cb.RunRecord.read(output).notes)
 
 
+def test_shards_in_subfolders_and_tensors_that_no_shard_holds(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "sub").mkdir()
+    (model / "model.safetensors").rename(model / "sub" / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys([*tensors, "ghost.weight"], "sub/part.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_model(compress(model), model)
+
+
 @pytest.mark.parametrize("named", ["weights.safetensors", "weights.safetensors.index.json"])
 def test_weights_that_the_configuration_names(model: Path, named: str) -> None:
     tensors = load_file(model / "model.safetensors")

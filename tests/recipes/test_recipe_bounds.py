@@ -92,3 +92,15 @@ def test_expressions_that_backtrack_for_ever_are_refused(
     # An expression may also end in time without a match, as some matchers see that "!" is in no name.
     assert "takes longer" in message or "is in no module's name" in message
     assert expression in message
+
+
+@pytest.mark.parametrize(
+    "expression", [r"^(.+)(.+)(.+)(.+)(.+)(.+)(.+)\1\2\3$", r"(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)\1\2\3\4\5\6z?[!?]"]
+)
+def test_matching_ends_after_its_time(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expression: str
+) -> None:
+    monkeypatch.setattr("calibrant.recipes.expressions.MATCHING_SECONDS", MATCHING_SECONDS / 20)
+    recipe = write(tmp_path, PLAIN + f"ignore: ['{expression}']")
+    with pytest.raises(CalibrantError, match=f"{recipe}: ignore: .* takes longer than"):
+        cb.prepare(llama, recipe=recipe, output=tmp_path / "out")

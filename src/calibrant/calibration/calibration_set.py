@@ -6,11 +6,11 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -62,6 +62,17 @@ class _CorpusRecord(_CorpusIdentity):
     rows: int = Field(ge=0)
 
 
+def _each(model: type[BaseModel]) -> AfterValidator:
+    """Validates every entry of a list by ``model``, and keeps it as it is."""
+
+    def check(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for entry in entries:
+            model.model_validate(entry)
+        return entries
+
+    return AfterValidator(check)
+
+
 class Manifest(BaseModel):
     """Where a calibration set came from, and its hash.
 
@@ -95,9 +106,9 @@ class Manifest(BaseModel):
     length: int = Field(ge=1)
     tokenizer_sha256: str
     tokenizer_files_sha256: str | None = None
-    corpora: list[dict[str, Any]] = []
+    corpora: Annotated[list[dict[str, Any]], _each(_CorpusRecord)] = []
     model: dict[str, str] | None = None
-    evaluations: list[dict[str, Any]] = []
+    evaluations: Annotated[list[dict[str, Any]], _each(_CorpusIdentity)] = []
     embedding_sha256: str | None = None
     chat_template_sha256: str | None = None
     chat_template_date: str | None = None
@@ -106,20 +117,6 @@ class Manifest(BaseModel):
     rows: list[list[Segment]] = []
     counts: dict[str, int] = {}
     set_sha256: str = ""
-
-    @field_validator("corpora")
-    @classmethod
-    def _are_corpora(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for one in value:
-            _CorpusRecord.model_validate(one)
-        return value
-
-    @field_validator("evaluations")
-    @classmethod
-    def _are_texts(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for one in value:
-            _CorpusIdentity.model_validate(one)
-        return value
 
     @model_validator(mode="after")
     def _is_of_a_size(self) -> "Manifest":

@@ -1,37 +1,19 @@
 """Where a corpus's documents come from: files, the hub, Python's own documentation, or memory."""
 
-import codecs
 import hashlib
-import json
-import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlsplit
 
-from calibrant.calibration.document import TOOLS, Document, Unusable, row_document, value_document
-from calibrant.calibration.packed import largest_unpacked, too_large, unpacked
+from calibrant.calibration.corpus_files import check_name, readable_files
+from calibrant.calibration.document import Document, Row, Unusable, row_document, value_document
+from calibrant.calibration.file_rows import file_rows
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_file, sha256_json
 
 HUB = "hub:"
-_TEXT_SUFFIXES = {".txt", ".text", ".md", ".raw", ".utf8"}
-_SUFFIXES = _TEXT_SUFFIXES | {".jsonl", ".parquet"}
-_BLOCK_BYTES = 1 << 20
-# A text of the greatest length with every character escaped takes 24 MB of JSON.
-_LONGEST_LINE_BYTES = 32 << 20
-# Few, because a value may be large.
-_ROWS_AT_ONCE = 1024
-# What data sets keep beside their data, as text files.
-_CARD = re.compile(
-    r"([\d_. -]*readme|(un)?licen[cs]es?|copying|notices?|citation|changelog|contributing|authors|security"
-    r"|code_of_conduct|dataset_card)([^a-z].*)?"
-    r"|requirements([^a-z].*)?\.txt|(.*[^a-z])?(check|ck|md5|b2|sha\d*)?sums\.txt"
-)
-Row = Document | Unusable
 
 
 class CorpusSource(Protocol):
@@ -160,10 +142,10 @@ class FileSource:
 
     def __init__(self, root: Path, field: str, longest: int) -> None:
         self._root, self._field, self._longest = root, field, longest
-        self._paths, cards = _readable_files(root)
+        self._paths, cards = readable_files(root)
         self.left_out = [self._name(path) for path in cards]
         for path in self._paths:
-            _check_name(path)
+            check_name(path)
         self.position = 0
 
     @property
@@ -178,7 +160,7 @@ class FileSource:
             before = self.position
             try:
                 with path.open("rb") as raw:
-                    for row in _some_usable(_file_rows(path, raw, self._name(path), self._field, self._longest)):
+                    for row in _some_usable(file_rows(path, raw, self._name(path), self._field, self._longest)):
                         self.position = before + raw.tell()
                         yield row
             except (OSError, EOFError, zlib.error) as error:
@@ -246,157 +228,3 @@ class HubSource:
             "revision": self.revision,
             "field": self._field,
         }
-
-
-def _suffix(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _readable_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """The files of a corpus, and the text files of its folder that are no data."""
-    if root.is_file():
-        if _suffix(root) not in _SUFFIXES:
-            raise CalibrantError(
-                f"{root}: unknown kind of corpus file, expected .txt, .jsonl or .parquet (or .gz of these)"
-            )
-        return [root], []
-    if not root.is_dir():
-        raise CalibrantError(f"{root}: no such corpus file or folder (a hub data set is written hub:owner/name)")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and _suffix(p) in _SUFFIXES and not _is_hidden(p, root))
-    cards = [path for path in files if _is_card(path)]
-    data = [path for path in files if not _is_card(path)]
-    if not data:
-        besides = f" besides {cards[0].name}, which is no data unless it is named itself" if cards else ""
-        raise CalibrantError(f"{root}: the folder contains no .txt, .jsonl or .parquet file (or .gz of these){besides}")
-    return data, cards
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
-
-
-def _is_card(path: Path) -> bool:
-    return _suffix(path) in _TEXT_SUFFIXES and _CARD.fullmatch(path.name.lower()) is not None
-
-
-def _check_name(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise CalibrantError(f"{str(path)!a}: the file's name is not UTF-8, so no manifest can name it") from error
-
-
-def _file_rows(path: Path, raw: BinaryIO, name: str, field: str, longest: int) -> Iterator[Row]:
-    stream = unpacked(path, raw) if path.suffix.lower() == ".gz" else raw
-    if _suffix(path) == ".parquet":
-        yield from _parquet_rows(path, stream, name, field)
-    elif _suffix(path) == ".jsonl":
-        yield from _json_lines(path, stream, name, field)
-    else:
-        yield from _text_pieces(path, stream, name, longest)
-
-
-def _text_pieces(path: Path, stream: BinaryIO, name: str, longest: int) -> Iterator[Document]:
-    """The file as documents of at most ``longest`` characters, cut at line ends where possible."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    number, rest, done = 0, "", False
-    while not done:
-        block = stream.read(_BLOCK_BYTES)
-        done = not block
-        try:
-            rest += decoder.decode(block, final=done)
-        except UnicodeDecodeError as error:
-            raise CalibrantError(f"{path}: not UTF-8 text ({error.reason}); convert the file first") from error
-        while len(rest) > longest or (done and rest):
-            number += 1
-            end = len(rest) if len(rest) <= longest else rest.rfind("\n", 0, longest) + 1 or longest
-            yield Document(name if done and number == 1 and end == len(rest) else f"{name}#{number}", rest[:end])
-            rest = rest[end:]
-
-
-def _json_lines(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Row]:
-    number = 0
-    while line := stream.readline(_LONGEST_LINE_BYTES):
-        number += 1
-        if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(_BLOCK_BYTES)
-            said = f"longer than {_LONGEST_LINE_BYTES >> 20} MiB"
-            yield Unusable(f"{name}:{number}", f"{path}, line {number}", said, too_long=True)
-        elif not line.isspace():
-            yield _json_row(line, number == 1, field, f"{name}:{number}", f"{path}, line {number}")
-
-
-def _json_row(line: bytes, is_first: bool, field: str, name: str, place: str) -> Row:
-    try:
-        text = line.decode("utf-8-sig" if is_first else "utf-8")
-    except UnicodeDecodeError:
-        return Unusable(name, place, "not UTF-8 text; convert the file first")
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return Unusable(name, place, f"not JSON ({error})")
-    return row_document(row, field, name, place)
-
-
-def _parquet_rows(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    with tempfile.TemporaryFile() as plain:
-        source: Any = stream
-        if path.suffix.lower() == ".gz":
-            shutil.copyfileobj(stream, plain)
-            source = plain
-        try:
-            table = pyarrow.parquet.ParquetFile(source)
-            columns = table.schema_arrow.names
-            if field not in columns:
-                raise CalibrantError(f"{path}: no column {field!r} (found: {', '.join(columns)}); name it with `field`")
-            read = [column for column in (field, TOOLS) if column in columns]
-            if _unpacked_bytes(table.metadata, read) > largest_unpacked(path):
-                raise too_large(path)
-            number = 0
-            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=read):
-                for values in zip(*(_values(batch.column(column)) for column in read), strict=True):
-                    number += 1
-                    yield _parquet_row(dict(zip(read, values, strict=True)), field, f"{name}:{number}", path, number)
-        except CalibrantError:
-            raise
-        except Exception as error:  # damaged files make the library raise many unrelated classes
-            raise CalibrantError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
-
-
-def _unpacked_bytes(metadata: Any, columns: Sequence[str]) -> int:
-    """What the columns take unpacked, nested ones with all their parts."""
-    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-    parts = (group.column(number) for group in groups for number in range(group.num_columns))
-    return sum(
-        part.total_uncompressed_size
-        for part in parts
-        if any(part.path_in_schema == name or part.path_in_schema.startswith(f"{name}.") for name in columns)
-    )
-
-
-def _values(column: Any) -> list[Any]:
-    """The column's values; in place of one that cannot be read stands the error."""
-    try:
-        return list(column.to_pylist())
-    except ValueError:  # bytes that are no UTF-8, times out of range
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except ValueError as error:
-        return error
-
-
-def _parquet_row(row: dict[str, Any], field: str, name: str, path: Path, number: int) -> Row:
-    place = f"{path}, row {number}"
-    if isinstance(row[field], ValueError):
-        return Unusable(name, place, f"column {field!r} cannot be read ({first_line(row[field])})")
-    return row_document(row, field, name, place)

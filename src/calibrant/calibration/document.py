@@ -48,7 +48,10 @@ class Unusable:
     too_long: bool = False
 
 
-def row_document(row: Any, field: str, name: str, place: str) -> Document | Unusable:
+Row = Document | Unusable
+
+
+def row_document(row: Any, field: str, name: str, place: str) -> Row:
     """The text or conversation under ``field`` of ``row``, as the document ``name``; ``place`` is for messages."""
     if not isinstance(row, Mapping):
         return Unusable(name, place, f"no object with a text under {field!r} (found: {type(row).__name__})")
@@ -58,7 +61,7 @@ def row_document(row: Any, field: str, name: str, place: str) -> Document | Unus
     return value_document(row[field], row.get(TOOLS), name, place)
 
 
-def value_document(value: Any, tools: Any, name: str, place: str) -> Document | Unusable:
+def value_document(value: Any, tools: Any, name: str, place: str) -> Row:
     """A text, a list of messages or a ``Document`` as the document ``name``; null is an empty text."""
     try:
         return _checked(_document(value, tools, name))

@@ -42,19 +42,12 @@ def find_weights(folder: Path, chosen: object = None) -> WeightFiles:
         CalibrantError: there is no safetensors file, one is missing or damaged, or the index leaves the folder.
     """
     start = _start(folder, chosen)
-    promised: list[str] = []
-    if start.name.endswith(_INDEX_SUFFIX):
-        promised, files = _index(start)
-    else:
-        files = [start]
+    files = _shards(start) if start.name.endswith(_INDEX_SUFFIX) else [start]
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         tensors.update(_table(file))
     if not tensors:
         raise CalibrantError(f"{folder}: its safetensors files contain no tensor")
-    missing = sorted(set(promised) - set(tensors))
-    if missing:
-        raise CalibrantError(f"{start}: names tensor {missing[0]}, which is in no shard")
     unread = sorted(set(folder.glob("*.safetensors")) - set(files))
     return WeightFiles(tensors, tuple(unread))
 
@@ -74,8 +67,8 @@ def _start(folder: Path, chosen: object) -> Path:
     raise CalibrantError(f"{folder}: no {SINGLE_FILE} in it; only safetensors weights are read")
 
 
-def _index(path: Path) -> tuple[list[str], list[Path]]:
-    """Tensor names and shards of an index."""
+def _shards(path: Path) -> list[Path]:
+    """The shards that an index names; as for transformers, what is in them counts, not where the index puts it."""
     weight_map = read_json(path, _LARGEST_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CalibrantError(f"{path}: no weight_map of tensor names to files in it")
@@ -85,7 +78,7 @@ def _index(path: Path) -> tuple[list[str], list[Path]]:
             raise CalibrantError(f"{path}: shard name {name!r} leaves the folder")
         if not (path.parent / name).is_file():
             raise CalibrantError(f"{path.parent / name}: shard is missing, {path.name} names it")
-    return list(weight_map), [path.parent / name for name in names]
+    return [path.parent / name for name in names]
 
 
 def _table(file: Path) -> dict[str, TensorInfo]:

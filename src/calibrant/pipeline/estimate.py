@@ -95,12 +95,15 @@ class _Size:
 
     def _forward_seconds(self) -> float:
         """Forward passes of the blocks, and of AWQ's searches."""
-        passes = 1 + sum(not isinstance(transform, Quadapter) for transform in self._plan.recipe.transforms)
+        recipe = self._plan.recipe
+        # A transform's pass is the last one unless solving needs statistics of the transformed block.
+        passes = sum(not isinstance(transform, Quadapter) for transform in recipe.transforms) + recipe.solves_with_data
+        passes = max(passes, 1)
         work = 1.5 * 2.0 * self._parameters * self._tokens * passes
         # Norms, rotations, softmax and gates write this many numbers per token beside the products' results.
         numbers = 12 * self._hidden + 6 * max(self._widths, default=self._hidden)
         touched = numbers * torch.empty(0, dtype=self._dtype).element_size() * self._tokens * len(self._plan.blocks)
-        for transform in self._plan.recipe.transforms:
+        for transform in recipe.transforms:
             if isinstance(transform, Awq):
                 work += transform.steps * 3 * 2.0 * 1024 * self._parameters
         return work / self._rate(self._dtype) + passes * touched * self._copy_seconds() if work else 0.0

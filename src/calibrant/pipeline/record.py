@@ -71,7 +71,7 @@ class RunRecord(_Recorded):
     that was compressed, from 0 to 1.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     calibrant_version: str
     recipe: Recipe
     format: str

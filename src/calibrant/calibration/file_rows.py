@@ -1,0 +1,145 @@
+"""Rows of a corpus file: text, JSON Lines or Parquet, each also packed with gzip."""
+
+import codecs
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from calibrant.calibration.corpus_files import suffix_of
+from calibrant.calibration.document import TOOLS, Document, Row, Unusable, row_document
+from calibrant.calibration.packed import largest_unpacked, too_large, unpacked
+from calibrant.errors import CalibrantError, first_line
+
+_BLOCK_BYTES = 1 << 20
+# A text of the greatest length with every character escaped takes 24 MB of JSON.
+_LONGEST_LINE_BYTES = 32 << 20
+# Few, because a value may be large.
+_ROWS_AT_ONCE = 1024
+
+
+def file_rows(path: Path, raw: BinaryIO, name: str, field: str, longest: int) -> Iterator[Row]:
+    """The rows of the file ``path``, open as ``raw``.
+
+    Args:
+        path: the file; its suffix says the format.
+        raw: its bytes.
+        name: what ids of rows begin with.
+        field: key or column of the text.
+        longest: characters of the longest document that a text file is cut into.
+
+    Raises:
+        CalibrantError: the file is damaged, lacks ``field``, or unpacks to too much.
+    """
+    stream = unpacked(path, raw) if path.suffix.lower() == ".gz" else raw
+    if suffix_of(path) == ".parquet":
+        yield from _parquet_rows(path, stream, name, field)
+    elif suffix_of(path) == ".jsonl":
+        yield from _json_lines(path, stream, name, field)
+    else:
+        yield from _text_pieces(path, stream, name, longest)
+
+
+def _text_pieces(path: Path, stream: BinaryIO, name: str, longest: int) -> Iterator[Document]:
+    """The file as documents of at most ``longest`` characters, cut at line ends where possible."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    number, rest, done = 0, "", False
+    while not done:
+        block = stream.read(_BLOCK_BYTES)
+        done = not block
+        try:
+            rest += decoder.decode(block, final=done)
+        except UnicodeDecodeError as error:
+            raise CalibrantError(f"{path}: not UTF-8 text ({error.reason}); convert the file first") from error
+        while len(rest) > longest or (done and rest):
+            number += 1
+            end = len(rest) if len(rest) <= longest else rest.rfind("\n", 0, longest) + 1 or longest
+            yield Document(name if done and number == 1 and end == len(rest) else f"{name}#{number}", rest[:end])
+            rest = rest[end:]
+
+
+def _json_lines(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Row]:
+    number = 0
+    while line := stream.readline(_LONGEST_LINE_BYTES):
+        number += 1
+        if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(_BLOCK_BYTES)
+            said = f"longer than {_LONGEST_LINE_BYTES >> 20} MiB"
+            yield Unusable(f"{name}:{number}", f"{path}, line {number}", said, too_long=True)
+        elif not line.isspace():
+            yield _json_row(line, number == 1, field, f"{name}:{number}", f"{path}, line {number}")
+
+
+def _json_row(line: bytes, is_first: bool, field: str, name: str, place: str) -> Row:
+    try:
+        text = line.decode("utf-8-sig" if is_first else "utf-8")
+    except UnicodeDecodeError:
+        return Unusable(name, place, "not UTF-8 text; convert the file first")
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Unusable(name, place, f"not JSON ({error})")
+    return row_document(row, field, name, place)
+
+
+def _parquet_rows(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    with tempfile.TemporaryFile() as plain:
+        source: Any = stream
+        if path.suffix.lower() == ".gz":
+            shutil.copyfileobj(stream, plain)
+            source = plain
+        try:
+            table = pyarrow.parquet.ParquetFile(source)
+            columns = table.schema_arrow.names
+            if field not in columns:
+                raise CalibrantError(f"{path}: no column {field!r} (found: {', '.join(columns)}); name it with `field`")
+            read = [column for column in (field, TOOLS) if column in columns]
+            if _unpacked_bytes(table.metadata, read) > largest_unpacked(path):
+                raise too_large(path)
+            number = 0
+            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=read):
+                for values in zip(*(_values(batch.column(column)) for column in read), strict=True):
+                    number += 1
+                    yield _parquet_row(dict(zip(read, values, strict=True)), field, f"{name}:{number}", path, number)
+        except CalibrantError:
+            raise
+        except Exception as error:  # damaged files make the library raise many unrelated classes
+            raise CalibrantError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
+
+
+def _unpacked_bytes(metadata: Any, columns: Sequence[str]) -> int:
+    """What the columns take unpacked, nested ones with all their parts."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    parts = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(
+        part.total_uncompressed_size
+        for part in parts
+        if any(part.path_in_schema == name or part.path_in_schema.startswith(f"{name}.") for name in columns)
+    )
+
+
+def _values(column: Any) -> list[Any]:
+    """The column's values; in place of one that cannot be read stands the error."""
+    try:
+        return list(column.to_pylist())
+    except ValueError:  # bytes that are no UTF-8, times out of range
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except ValueError as error:
+        return error
+
+
+def _parquet_row(row: dict[str, Any], field: str, name: str, path: Path, number: int) -> Row:
+    place = f"{path}, row {number}"
+    if isinstance(row[field], ValueError):
+        return Unusable(name, place, f"column {field!r} cannot be read ({first_line(row[field])})")
+    return row_document(row, field, name, place)
