@@ -5,8 +5,8 @@
 
 Every mutation depends on the seed and its number alone, so a run is continued with ``--first``. Each runs in a forked
 child of one warm process. Failures are exceptions that reach the top, deaths by a signal, more than ``--seconds`` of
-time on the clock, and more memory than ten times the input, or 256 MB, above what the same command needs for the sound
-file. The summary is written to ``WORK/summary.json``; the exit status is the number of failures, 255 at most.
+processor time (or four times that on the clock, so that a busy machine is no failure), and more memory than ten times
+the input, or 256 MB, above what the same command needs for the sound file. The summary is written to ``WORK/summary.json``; the exit status is the number of failures, 255 at most.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from calibrant.cli.main import main as calibrant
 
 _FLOOR = 256_000_000
 _TIMES_INPUT = 10
+_CLOCK = 4
 _MOST_MEMORY = 4_000_000_000
 _CRASHED = 99
 _TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -346,7 +347,7 @@ def arguments(command: str, folder: Path, file: Path) -> list[str]:
 
 
 def run(words: list[str], log: Path, seconds: float) -> tuple[str, float, int]:
-    """What the command died of (empty if it ended well or refused), its seconds and its peak of memory in bytes."""
+    """What the command died of (empty if it ended well or refused), its processor seconds and its peak of memory in bytes."""
     begin = time.perf_counter()
     child = os.fork()
     if child == 0:
@@ -356,7 +357,7 @@ def run(words: list[str], log: Path, seconds: float) -> tuple[str, float, int]:
         ended, status, usage = os.wait4(child, os.WNOHANG)
         if ended:
             break
-        if time.perf_counter() - begin > seconds:
+        if _processor_seconds(child) > seconds or time.perf_counter() - begin > _CLOCK * seconds:
             failure = f"more than {seconds:g} s"
             os.kill(child, signal.SIGKILL)
             _, status, usage = os.wait4(child, 0)
@@ -367,7 +368,7 @@ def run(words: list[str], log: Path, seconds: float) -> tuple[str, float, int]:
             _, status, usage = os.wait4(child, 0)
             break
         time.sleep(0.01)
-    taken = time.perf_counter() - begin
+    taken = usage.ru_utime + usage.ru_stime
     if not failure and os.WIFSIGNALED(status):
         failure = signal.Signals(os.WTERMSIG(status)).name
     elif not failure and os.WEXITSTATUS(status) not in (0, 2):
@@ -378,6 +379,12 @@ def run(words: list[str], log: Path, seconds: float) -> tuple[str, float, int]:
 def _resident(process: int) -> int:
     """Bytes of memory that the process has now."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _processor_seconds(process: int) -> float:
+    """Seconds of user and system time of the process and of its children that ended."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _be_the_command(words: list[str], log: Path) -> None:
