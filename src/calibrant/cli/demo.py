@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _RECIPES = ("gptq-w4a16-g64", "wanda-2:4")
 _SAMPLES, _LENGTH, _WINDOWS = 64, 256, 16
+_NEW_TOKENS = 48
 _PROMPT = "The three most important things about the sea are"
 
 
@@ -38,8 +39,8 @@ def demo(
 
         import calibrant as cb
         from calibrant.cli.compress import summary
-        from calibrant.cli.demo_model import continue_text, demo_model
         from calibrant.cli.evaluate import evaluation_table
+        from calibrant.modeling.demo_model import demo_model
 
         model = demo_model(cache, screen.progress)
         screen.note(f"model: SmolLM2-135M-Instruct in {model}")
@@ -65,3 +66,19 @@ def demo(
             evaluation_table(evaluations),
             *panels,
         )
+
+
+def continue_text(folder: Path, prompt: str) -> str:
+    """Greedy continuation of ``prompt`` by the model in ``folder``."""
+    import torch
+    import transformers
+
+    from calibrant.modeling.quietly import quietly
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    settings = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "pad_token_id": tokenizer.eos_token_id}
+    with quietly(), torch.inference_mode():
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
+        tokens = model.generate(**inputs, **settings)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

