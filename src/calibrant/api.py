@@ -9,6 +9,7 @@ from calibrant.engine.compress_blocks import Order
 from calibrant.engine.importance import input_squares, stored_names
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation, evaluate_models
+from calibrant.evaluation.original import WholeOriginal
 from calibrant.evaluation.text import evaluation_windows
 from calibrant.formats.gguf_names import gguf_library, gguf_names
 from calibrant.formats.imatrix import ImportanceMatrix, write_imatrix
@@ -170,5 +171,5 @@ def evaluate(
             f"{folder.path}: its tokenizer gives ids beyond the model's vocabulary of {folder.vocabulary}"
         )
     loaded = load_whole(folder, device, dtype)
-    original = load_whole(reference, device, dtype) if reference is not None else None
+    original = WholeOriginal(load_whole(reference, device, dtype)) if reference is not None else None
     return evaluate_models(loaded, original, found, progress or NoProgress())

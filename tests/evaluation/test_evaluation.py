@@ -8,9 +8,14 @@ import transformers
 import calibrant as cb
 from calibrant.calibration.corpus import Corpus
 from calibrant.evaluation.comparison import evaluate_models
+from calibrant.evaluation.original import StoredOriginal, WholeOriginal, store_states, stored_windows
 from calibrant.evaluation.text import evaluation_windows
+from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress
+
+from ..conftest import ARCHITECTURES
 
 
 @pytest.fixture
@@ -53,7 +58,7 @@ def test_divergence_equals_its_definition(model_folder, llama: Path, text: Path)
     other = transformers.AutoModelForCausalLM.from_pretrained(model_folder("mistral")).eval()
     text_windows = evaluation_windows(Corpus(text), Tokenizer(llama), 32, 5)
     windows = text_windows.windows
-    found = evaluate_models(other, original, text_windows, NoProgress()).divergence
+    found = evaluate_models(other, WholeOriginal(original), text_windows, NoProgress()).divergence
     with torch.no_grad():
         p = original(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
         q = other(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
@@ -85,3 +90,32 @@ def test_a_text_that_is_too_long_to_be_tokenized_at_once_is_refused(llama: Path,
     with pytest.raises(cb.CalibrantError, match="more than 1,000 characters of text; give a part of it"):
         evaluation_windows(cb.Corpus(["word " * 100] * 3), Tokenizer(llama), 32, 1)
     assert len(evaluation_windows(cb.Corpus(["word " * 100] * 2), Tokenizer(llama), 32, 1).windows) == 1
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if not name.startswith("bert")])
+def test_stored_states_compare_as_the_whole_original_does(
+    architecture: str, model_folder, text: Path, tmp_path: Path
+) -> None:
+    folder = ModelFolder(model_folder(architecture))
+    original = load_whole(folder, "cpu", "float32")
+    windows = evaluation_windows(Corpus(text), Tokenizer(folder.path), 32, 3)
+    store_states(original, folder, windows.windows, tmp_path, NoProgress())
+    assert stored_windows(tmp_path).equal(windows.windows)
+    stored = StoredOriginal(folder, tmp_path, torch.device("cpu"))
+    other = _perturbed(load_whole(folder, "cpu", "float32"))
+    expected = evaluate_models(other, WholeOriginal(original), windows, NoProgress())
+    found = evaluate_models(other, stored, windows, NoProgress())
+    assert expected.divergence is not None
+    assert found.divergence is not None
+    assert expected.divergence.kl_mean > 1e-4
+    assert found.divergence.kl_by_window == pytest.approx(expected.divergence.kl_by_window, rel=1e-3)
+    assert found.loss_by_window == expected.loss_by_window
+
+
+def _perturbed(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += 0.1 * parameter.std(correction=0) * noise
+    return model

@@ -1,12 +1,13 @@
 """Rows of a corpus file: text, JSON Lines or Parquet, each also packed with gzip."""
 
 import codecs
+import io
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from calibrant.calibration.corpus_files import suffix_of
 from calibrant.calibration.document import TOOLS, Document, Row, Unusable, row_document
@@ -20,7 +21,7 @@ _LONGEST_LINE_BYTES = 32 << 20
 _ROWS_AT_ONCE = 1024
 
 
-def file_rows(path: Path, raw: BinaryIO, name: str, field: str, longest: int) -> Iterator[Row]:
+def file_rows(path: Path, raw: io.BufferedReader, name: str, field: str, longest: int) -> Iterator[Row]:
     """The rows of the file ``path``, open as ``raw``.
 
     Args:
@@ -42,7 +43,7 @@ def file_rows(path: Path, raw: BinaryIO, name: str, field: str, longest: int) ->
         yield from _text_pieces(path, stream, name, longest)
 
 
-def _text_pieces(path: Path, stream: BinaryIO, name: str, longest: int) -> Iterator[Document]:
+def _text_pieces(path: Path, stream: io.BufferedReader, name: str, longest: int) -> Iterator[Document]:
     """The file as documents of at most ``longest`` characters, cut at line ends where possible."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     number, rest, done = 0, "", False
@@ -60,7 +61,7 @@ def _text_pieces(path: Path, stream: BinaryIO, name: str, longest: int) -> Itera
             rest = rest[end:]
 
 
-def _json_lines(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Row]:
+def _json_lines(path: Path, stream: io.BufferedReader, name: str, field: str) -> Iterator[Row]:
     number = 0
     while line := stream.readline(_LONGEST_LINE_BYTES):
         number += 1
@@ -69,8 +70,24 @@ def _json_lines(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator
                 line = stream.readline(_BLOCK_BYTES)
             said = f"longer than {_LONGEST_LINE_BYTES >> 20} MiB"
             yield Unusable(f"{name}:{number}", f"{path}, line {number}", said, too_long=True)
-        elif not line.isspace():
+        elif line.isspace():
+            number += _skip_empty_lines(stream)
+        else:
             yield _json_row(line, number == 1, field, f"{name}:{number}", f"{path}, line {number}")
+
+
+def _skip_empty_lines(stream: io.BufferedReader) -> int:
+    """Read on to the next line that is not empty; the number of lines skipped.
+
+    A packed file of a megabyte may hold a hundred million of them.
+    """
+    skipped = 0
+    while block := stream.peek():
+        empty = len(block) - len(block.lstrip(b"\n"))
+        if not empty:
+            break
+        skipped += len(stream.read(empty))
+    return skipped
 
 
 def _json_row(line: bytes, is_first: bool, field: str, name: str, place: str) -> Row:
@@ -85,7 +102,7 @@ def _json_row(line: bytes, is_first: bool, field: str, name: str, place: str) ->
     return row_document(row, field, name, place)
 
 
-def _parquet_rows(path: Path, stream: BinaryIO, name: str, field: str) -> Iterator[Row]:
+def _parquet_rows(path: Path, stream: io.BufferedReader, name: str, field: str) -> Iterator[Row]:
     import pyarrow.parquet
 
     with tempfile.TemporaryFile() as plain:

@@ -26,7 +26,7 @@ def too_large(path: Path) -> CalibrantError:
     )
 
 
-def unpacked(path: Path, raw: BinaryIO) -> BinaryIO:
+def unpacked(path: Path, raw: BinaryIO) -> io.BufferedReader:
     """The bytes of the gzip file ``path``, open as ``raw``.
 
     Reading raises ``CalibrantError`` beyond ``largest_unpacked``.

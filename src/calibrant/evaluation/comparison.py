@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from calibrant.errors import CalibrantError
+from calibrant.evaluation.original import Original, window_logits
 from calibrant.evaluation.text import EvaluationText
 from calibrant.modeling.losses import divergences, negative_log_likelihoods
 from calibrant.progress import Progress
@@ -34,6 +35,7 @@ class Divergence:
     ``kl_mean`` is the mean of ``KL(original || compressed)`` in nats. Standard errors are over windows, since tokens of
     one window are not independent (ours). ``same_top`` is the share of positions where both models have the same most
     likely next token. ``log_ratio`` is ``log(ppl compressed / ppl original)``, paired by window, with a 95 % interval.
+    ``kl_by_window`` are the means of the windows, for paired comparisons of compressed models.
     Standard errors and intervals are None for a single window.
     """
 
@@ -46,6 +48,7 @@ class Divergence:
     log_ratio: float
     log_ratio_low: float | None
     log_ratio_high: float | None
+    kl_by_window: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Evaluation:
     """Results of one model.
 
     ``tokens`` is the number of predicted tokens, ``tokens_dropped`` that of the text's tokens outside the windows used.
-    ``original`` and ``divergence`` are None if there was no original to compare with.
+    ``loss_by_window`` are mean negative log-likelihoods in nats. ``original`` and ``divergence`` are None if there was no
+    original to compare with.
     """
 
     windows: int
@@ -61,17 +65,20 @@ class Evaluation:
     tokens: int
     tokens_dropped: int
     perplexity: Perplexity
+    loss_by_window: tuple[float, ...]
     original: Perplexity | None = None
     divergence: Divergence | None = None
 
 
 def evaluate_models(
     model: transformers.PreTrainedModel,
-    original: transformers.PreTrainedModel | None,
+    original: Original | None,
     text: EvaluationText,
     progress: Progress,
 ) -> Evaluation:
-    """Run both models over the windows of ``text``, one window at a time; statistics are float32.
+    """Run ``model`` over the windows of ``text``, one at a time, and compare it with ``original``.
+
+    Statistics are float32.
 
     Raises:
         CalibrantError: a model gives values that are not finite.
@@ -79,11 +86,11 @@ def evaluate_models(
     windows = text.windows
     losses, original_losses, kl, same_top = [], [], [], []
     with progress.task("evaluating", len(windows)) as task, torch.inference_mode():
-        for window in windows:
-            logits, targets = _logits(model, window), window[1:].to(model.device)
+        for index, window in enumerate(windows):
+            logits, targets = window_logits(model, window), window[1:].to(model.device)
             losses.append(_mean(_finite(negative_log_likelihoods(logits, targets), "the model")))
             if original is not None:
-                reference = _logits(original, window).to(model.device)
+                reference = original.logits(index, window).to(model.device)
                 original_losses.append(_mean(_finite(negative_log_likelihoods(reference, targets), "the original")))
                 kl.append(_finite(divergences(reference, logits), "the divergence").double().cpu().numpy())
                 same_top.append((reference.argmax(-1) == logits.argmax(-1)).cpu().numpy())
@@ -91,15 +98,9 @@ def evaluate_models(
     loss, original_loss = np.array(losses), np.array(original_losses)
     sizes = (len(windows), windows.shape[1], windows.shape[0] * (windows.shape[1] - 1), text.tokens_dropped)
     if original is None:
-        return Evaluation(*sizes, _perplexity(loss))
+        return Evaluation(*sizes, _perplexity(loss), tuple(losses))
     divergence = _divergence(np.stack(kl), np.stack(same_top), loss, original_loss)
-    return Evaluation(*sizes, _perplexity(loss), _perplexity(original_loss), divergence)
-
-
-def _logits(model: transformers.PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
-    """Logits ``[length - 1, vocabulary]`` that predict a window's tokens from the second on."""
-    logits: torch.Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
-    return logits
+    return Evaluation(*sizes, _perplexity(loss), tuple(losses), _perplexity(original_loss), divergence)
 
 
 def _finite(values: torch.Tensor, what: str) -> torch.Tensor:
@@ -151,4 +152,5 @@ def _divergence(kl: np.ndarray, same: np.ndarray, losses: np.ndarray, original_l
         log_ratio=float(difference.mean()),
         log_ratio_low=None if half is None else float(difference.mean()) - half,
         log_ratio_high=None if half is None else float(difference.mean()) + half,
+        kl_by_window=tuple(kl.mean(1).tolist()),
     )

@@ -164,6 +164,16 @@ class LazyModel:
         if not without_head:
             self.module.tie_weights()
 
+    def load_head(self) -> None:
+        """Load the weights of the head alone, or the embedding's that it is tied to."""
+        head = self.module.get_output_embeddings()
+        tied = self.module.all_tied_weights_keys
+        own = [name for name, module in self.module.named_modules() if module is head]
+        targets = [f"{name}.{leaf}" for name in own for leaf, _ in head.named_parameters()]
+        stored = [target if target in self._sources else tied[target] for target in targets]
+        self.load([name for target in stored for name in self._sources[target]])
+        self.module.tie_weights()
+
     def drop(self, module: nn.Module) -> None:
         """Free the module's parameters and reset their dtypes, so that casts do not affect the next load."""
         for child in module.modules():

@@ -1,0 +1,163 @@
+"""The original model's next-token logits on fixed windows: from the model, or from hidden states stored once.
+
+Logits of a whole vocabulary are a thousand times larger than what is left of the model after its last block: the final
+hidden state, of which the head makes the logits again. So a study runs an original once, and a comparison needs its
+head alone.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers.modeling_outputs import BaseModelOutput
+
+from calibrant.errors import CalibrantError
+from calibrant.formats.safetensors_file import save_tensors
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.lazy_model import LazyModel
+from calibrant.progress import Progress
+
+_FILE, _BEFORE = "states.safetensors", "calibrant.before_head"
+
+
+class Original(Protocol):
+    """Gives the logits that compressed models are compared with."""
+
+    def logits(self, index: int, window: torch.Tensor) -> torch.Tensor:
+        """Logits ``[length - 1, vocabulary]`` that predict the tokens of ``window``, number ``index``, from the second
+        on."""
+
+
+class WholeOriginal:
+    """Runs the model on every window."""
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        self._model = model
+
+    def logits(self, index: int, window: torch.Tensor) -> torch.Tensor:
+        """See ``Original``."""
+        return window_logits(self._model, window)
+
+
+class StoredOriginal:
+    """Makes logits of stored hidden states by the model's head; the blocks are not loaded.
+
+    Args:
+        folder: the original model.
+        states: a folder that ``store_states`` filled.
+        device: where the head runs.
+
+    Raises:
+        CalibrantError: the model cannot be read.
+    """
+
+    def __init__(self, folder: ModelFolder, states: Path, device: torch.device) -> None:
+        self._file = states / _FILE
+        with safe_open(self._file, framework="pt") as file:
+            self._head = _Head(folder, file.metadata()[_BEFORE], device)
+
+    def logits(self, index: int, window: torch.Tensor) -> torch.Tensor:
+        """See ``Original``."""
+        with safe_open(self._file, framework="pt") as file:
+            state = file.get_slice("states")[index]
+        return self._head.logits(state, window)
+
+
+class _Head:
+    """What a model computes after the module called ``before``, which gives its last hidden states; in float32."""
+
+    def __init__(self, folder: ModelFolder, before: str, device: torch.device) -> None:
+        lazy = LazyModel(folder, torch.float32, device)
+        lazy.load_head()
+        self._model, self._before, self._device = lazy.module, lazy.module.get_submodule(before), device
+
+    def logits(self, state: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+        """Logits ``[length - 1, vocabulary]`` of hidden states ``[length - 1, width]`` of ``window``."""
+        output = _Output(last_hidden_state=state[None].to(self._device))
+        forward = self._before.forward
+        self._before.forward = lambda *_, **__: output
+        try:
+            ids = window[None, :-1].to(self._device)
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            self._before.forward = forward
+        return logits
+
+
+class _Output(BaseModelOutput):
+    """An output with hidden states, and None for whatever else a model asks of it."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def window_logits(model: transformers.PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+    """Logits ``[length - 1, vocabulary]`` that predict the tokens of ``window`` from the second on."""
+    logits: torch.Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+    return logits
+
+
+@torch.inference_mode()
+def store_states(
+    model: transformers.PreTrainedModel, folder: ModelFolder, windows: torch.Tensor, target: Path, progress: Progress
+) -> None:
+    """Run ``model`` over ``windows`` (int64 ``[n, length]``) and store them and its final hidden states in ``target``.
+
+    Raises:
+        CalibrantError: the head makes other logits of the stored states than the model does.
+    """
+    before = _module_before_head(model, windows[0])
+    states: list[torch.Tensor] = []
+    hook = model.get_submodule(before).register_forward_hook(
+        lambda _, __, output: states.append(output[0][0, :-1].cpu())
+    )
+    try:
+        with progress.task("original", len(windows)) as task:
+            for window in windows:
+                logits = window_logits(model, window)
+                if len(states) == 1:
+                    _check(_Head(folder, before, model.device).logits(states[0], window), logits, folder)
+                task.advance()
+    finally:
+        hook.remove()
+    save_tensors({"states": torch.stack(states), "windows": windows}, target / _FILE, {_BEFORE: before})
+
+
+def _module_before_head(model: transformers.PreTrainedModel, window: torch.Tensor) -> str:
+    """Name of the outermost module whose output the head reads: the last to end of those that gave its input."""
+    given: list[tuple[str, torch.Tensor]] = []
+    found: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _, __, output: given.append((name, output if isinstance(output, torch.Tensor) else output[0]))
+
+    def choose(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        same = [name for name, tensor in given if tensor is inputs[0] or tensor.data_ptr() == inputs[0].data_ptr()]
+        found.extend(same[-1:])
+
+    head = model.get_output_embeddings()
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if module is not head]
+    hooks.append(head.register_forward_pre_hook(choose))
+    try:
+        window_logits(model, window)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0]
+
+
+def stored_windows(states: Path) -> torch.Tensor:
+    """The windows in a folder that ``store_states`` filled, int64 ``[n, length]``."""
+    with safe_open(states / _FILE, framework="pt") as file:
+        windows: torch.Tensor = file.get_tensor("windows")
+    return windows
+
+
+def _check(again: torch.Tensor, logits: torch.Tensor, folder: ModelFolder) -> None:
+    # Products of matrices of other shapes are rounded in another order.
+    if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-4, atol=1e-4):
+        raise CalibrantError(f"{folder.path}: its logits do not follow from its last hidden states alone")
