@@ -42,16 +42,7 @@ class RayExecutor:
     """
 
     def __init__(self) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise CalibrantError("the Ray executor needs the extra: pip install 'calibrant[cluster]'") from error
-        if not ray.is_initialized():
-            try:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            except Exception as error:  # Ray raises many unrelated classes if there is no cluster
-                raise CalibrantError(f"Ray cannot be started or reached ({error})") from error
-        self._ray: Any = ray
+        self._ray: Any = start_ray()
 
     @property
     def slots(self) -> int:
@@ -68,6 +59,24 @@ class RayExecutor:
             if isinstance(error.cause, CalibrantError):
                 raise error.cause from error
             raise
+
+
+def start_ray() -> Any:
+    """The library Ray, connected to the cluster of this process, or to a new one on this machine.
+
+    Raises:
+        CalibrantError: Ray is not installed or cannot be started.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise CalibrantError("the Ray executor needs the extra: pip install 'calibrant[cluster]'") from error
+    if not ray.is_initialized():
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray raises many unrelated classes if there is no cluster
+            raise CalibrantError(f"Ray cannot be started or reached ({error})") from error
+    return ray
 
 
 def make_executor(name: str) -> Executor:

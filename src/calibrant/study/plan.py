@@ -1,0 +1,211 @@
+"""What a study's YAML file says: models, sources, draws, sizes, recipes, and what the results are measured on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from calibrant.calibration.corpus import BUILTIN
+from calibrant.calibration.corpus_sources import HUB
+from calibrant.calibration.generate import SOURCES
+from calibrant.calibration.selection.request import LEXICAL, FilterRequest, MixRequest, StrategyName
+from calibrant.calibration.sources.self_calibration import FirstTokens
+from calibrant.calibration.windows import Policy
+from calibrant.errors import CalibrantError
+from calibrant.modeling.hub import DEMO
+from calibrant.recipes.recipe import builtin_recipes
+from calibrant.strict import Strict
+from calibrant.yaml_file import parse_yaml, read_yaml_file
+
+# A label names rows of tables and marks of plots.
+_LABEL = r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,79}$"
+_MOST = 10_000
+Label = Annotated[str, Field(pattern=_LABEL)]
+_Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Temperature(Strict):
+    """Temperatures of a generation; see ``TemperatureSchedule``."""
+
+    initial: float = Field(default=1.0, ge=0)
+    final: float = Field(default=1.0, ge=0)
+    steps: int = Field(default=0, ge=0)
+
+
+class GeneratedSource(Strict):
+    """A source that a model writes, or random tokens; the fields are those of ``generate``."""
+
+    strategy: Literal["self", "llm-qat", "prefix", "vocabulary"]
+    temperature: Temperature | None = None
+    first_tokens: FirstTokens = "any"
+    corpus: str | None = None
+    field: str = "text"
+    percentile: float = Field(default=80.0, gt=0, le=100)
+
+
+class SelectedSource(Strict):
+    """A source that is selected from texts; the fields are those of ``select``.
+
+    ``corpus`` is one location or several.
+    """
+
+    corpus: str | tuple[str, ...]
+    field: str = "text"
+    strategy: StrategyName = "uniform"
+    windows: Policy = "pack"
+    pool: int | None = Field(default=None, ge=1)
+    keep: Literal["lowest", "middle", "below"] = "below"
+    percentile: float = Field(default=80.0, gt=0, le=100)
+    embedding: str = LEXICAL
+    mask: Literal["all", "assistant", "no-special"] = "all"
+    weights: tuple[float, ...] | None = None
+    mix: MixRequest = MixRequest()
+    filters: FilterRequest = FilterRequest()
+
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """The locations."""
+        return (self.corpus,) if isinstance(self.corpus, str) else self.corpus
+
+
+class GivenSource(Strict):
+    """A source of saved calibration sets: draw k is the k-th."""
+
+    sets: Annotated[tuple[str, ...], Field(min_length=1, max_length=_MOST)]
+
+
+def _kind(value: Any) -> str:
+    found = value if isinstance(value, Mapping) else vars(value)
+    if "sets" in found:
+        return "given"
+    return "generated" if found.get("strategy") in SOURCES else "selected"
+
+
+Source = Annotated[
+    Annotated[GivenSource, Tag("given")]
+    | Annotated[GeneratedSource, Tag("generated")]
+    | Annotated[SelectedSource, Tag("selected")],
+    Discriminator(_kind),
+]
+
+
+class Text(Strict):
+    """A held-out text: the first ``windows`` windows of ``length`` tokens of ``corpus``."""
+
+    corpus: str
+    field: str = "text"
+    length: int = Field(default=512, ge=2)
+    windows: int = Field(default=32, ge=1)
+
+
+class Plan(Strict):
+    """A grid of runs and what is measured of each.
+
+    Attributes:
+        name: names the study's folder.
+        description: what the study asks.
+        models: model folders, ``hub:owner/name`` or "demo".
+        sources: calibration data by label.
+        draws: independent sets of every source.
+        most_draws: draws that the corpora are divided for where draws are disjoint parts of a corpus; as many more can
+            be added later without making earlier ones again. By default 10, or ``draws`` if that is more.
+        samples: rows of the sets; of each set the first rows are taken, so that sets of growing size are nested.
+        length: tokens per row.
+        recipes: names of recipes or recipe files.
+        texts: held-out texts by label, for perplexity and divergence.
+        seeds: seeds of sets and trainings.
+        repeat: run one cell of every recipe twice, which measures the noise of the implementation.
+        keep_outputs: keep the compressed models in the cache after they are measured.
+        dtype: of the forward passes of compression and generation.
+        device: where everything runs.
+    """
+
+    name: Label
+    description: str = ""
+    models: Annotated[tuple[str, ...], Field(min_length=1, max_length=_MOST)]
+    sources: Annotated[dict[Label, Source], Field(min_length=1, max_length=_MOST)]
+    draws: int = Field(default=5, ge=1, le=_MOST)
+    most_draws: int | None = Field(default=None, ge=1, le=_MOST)
+    samples: Annotated[tuple[_Count, ...], Field(min_length=1)] = (128,)
+    length: Annotated[tuple[Annotated[int, Field(ge=2, le=1_000_000)], ...], Field(min_length=1)] = (512,)
+    recipes: Annotated[tuple[str, ...], Field(min_length=1, max_length=_MOST)]
+    texts: Annotated[dict[Label, Text], Field(min_length=1, max_length=_MOST)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=_MOST)] = (0,)
+    repeat: bool = True
+    keep_outputs: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "cpu"
+
+    @field_validator("samples", "length", "seeds", "models", "recipes", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | str) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Plan":
+        for name in ("samples", "length", "seeds", "models", "recipes"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names one value twice")
+        if self.most_draws is not None and self.most_draws < self.draws:
+            raise ValueError(f"most_draws is {self.most_draws}, fewer than the {self.draws} draws")
+        for label, source in self.sources.items():
+            if isinstance(source, GivenSource) and len(source.sets) < self.draws:
+                raise ValueError(f"source {label} has {len(source.sets)} sets for {self.draws} draws")
+        return self
+
+    @property
+    def shards(self) -> int:
+        """Disjoint parts of a corpus for selections without random draws."""
+        return self.most_draws or max(10, self.draws)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a study's YAML file; relative paths in it start at its folder.
+
+    Raises:
+        CalibrantError: the file cannot be read, or a key or value is wrong; the message names the key.
+    """
+    file = Path(path)
+    return _rooted(_validate(parse_yaml(read_yaml_file(file, "study"), str(file), "study"), str(file)), file.parent)
+
+
+def _validate(value: object, origin: str) -> Plan:
+    try:
+        return Plan.model_validate(value)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        place = ".".join(str(part) for part in first["loc"] if part not in ("generated", "selected", "given"))
+        said = "no such key" if first["type"] == "extra_forbidden" else str(first["msg"]).removeprefix("Value error, ")
+        raise CalibrantError(f"{origin}: {place or 'the study'}: {said}") from error
+
+
+def _rooted(plan: Plan, folder: Path) -> Plan:
+    """The plan with its relative paths made to start at ``folder``."""
+
+    def place(name: str, *names: str) -> str:
+        return name if name in names or name.startswith(HUB) else str(folder / Path(name).expanduser())
+
+    def source(one: Source) -> Source:
+        if isinstance(one, GivenSource):
+            return one.model_copy(update={"sets": tuple(map(place, one.sets))})
+        if isinstance(one, SelectedSource):
+            leakage = tuple(place(name, BUILTIN) for name in one.filters.leakage)
+            filters = one.filters.model_copy(update={"leakage": leakage})
+            return one.model_copy(
+                update={"corpus": tuple(place(name, BUILTIN) for name in one.corpora), "filters": filters}
+            )
+        return one.model_copy(update={"corpus": None if one.corpus is None else place(one.corpus, BUILTIN)})
+
+    def text(one: Text) -> Text:
+        return one.model_copy(update={"corpus": place(one.corpus, BUILTIN)})
+
+    return plan.model_copy(
+        update={
+            "models": tuple(place(name, DEMO) for name in plan.models),
+            "recipes": tuple(place(name, *builtin_recipes()) for name in plan.recipes),
+            "sources": {label: source(one) for label, one in plan.sources.items()},
+            "texts": {label: text(one) for label, one in plan.texts.items()},
+        }
+    )

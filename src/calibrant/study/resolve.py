@@ -1,0 +1,275 @@
+"""A plan with everything it names found and checked, and the steps that carry it out."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibrant.calibration.calibration_set import read_manifest
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.generate import check_length
+from calibrant.calibration.selection.request import WITH_DRAWS, WITH_MODEL, selection_request
+from calibrant.errors import CalibrantError
+from calibrant.hashing import sha256_json
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.hub import model_path
+from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
+from calibrant.modeling.whole_model import torch_device, torch_dtype
+from calibrant.pipeline.prepare import PreparedRun, SetSize, prepare
+from calibrant.pipeline.record import library_versions
+from calibrant.progress import Progress
+from calibrant.recipes.recipe import Recipe, load_recipe
+from calibrant.study.cache import Cache
+from calibrant.study.cells import Cell, grid
+from calibrant.study.plan import GeneratedSource, GivenSource, Plan, SelectedSource, Source
+from calibrant.study.steps import CellStep, OriginalStep, SetStep
+from calibrant.version import __version__
+
+# The label of an original's own scores in the store, beside those of recipes.
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a study: its label, folder and identity."""
+
+    label: str
+    path: Path
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CellWork:
+    """A cell and the steps that it needs: its set, the originals by the text's label, and the cell itself."""
+
+    cell: Cell
+    set_step: SetStep
+    originals: dict[str, OriginalStep]
+    step: CellStep
+    model_sha256: str
+
+    @property
+    def needs(self) -> list[SetStep | OriginalStep]:
+        """The steps that must be done before the cell's."""
+        return [self.set_step, *self.originals.values()]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked study: its ``cells``, and the prepared run of every model and recipe, which can be estimated."""
+
+    plan: Plan
+    models: dict[str, Model]
+    recipes: dict[str, Recipe]
+    cells: list[CellWork]
+    prepared: dict[tuple[str, str], PreparedRun]
+
+    def originals(self, model: str) -> dict[str, OriginalStep]:
+        """The steps of a model's originals, by the text's label."""
+        return next(work.originals for work in self.cells if work.cell.model == model)
+
+
+def resolve(plan: Plan, cache: Cache, progress: Progress) -> Resolved:
+    """Find and check the plan's models, recipes, sources and texts, without running anything.
+
+    Raises:
+        CalibrantError: something does not exist or does not fit; the message names it.
+    """
+    place = torch_device(plan.device)
+    dtype = str(torch_dtype(plan.dtype, place)).removeprefix("torch.")
+    models = {one.label: one for one in map(_model, plan.models)}
+    recipes = {one.name: one for one in map(load_recipe, plan.recipes)}
+    if len(models) < len(plan.models) or len(recipes) < len(plan.recipes) or ORIGINAL in recipes:
+        raise CalibrantError(
+            f"study {plan.name}: two models' folders or two recipes have one name, or a recipe is called {ORIGINAL}; "
+            "rename one"
+        )
+    for label, source in plan.sources.items():
+        _check_source(label, source, plan, models)
+    prepared = {}
+    with progress.task("checking", len(models) * len(recipes)) as task:
+        for model in models.values():
+            for name, recipe in recipes.items():
+                prepared[model.label, name] = _prepared(model, recipe, plan, cache)
+                task.advance()
+    steps = _Steps(plan, models, recipes, place, dtype)
+    cells = [steps.work(cell) for cell in grid(plan, list(models), list(recipes))]
+    return Resolved(plan, models, recipes, cells, prepared)
+
+
+def _model(name: str) -> Model:
+    folder = ModelFolder(model_path(name))
+    tokenizer = tokenizer_files_sha256(folder.path) or Tokenizer(folder.path).sha256
+    return Model(folder.name, folder.path, {**folder.identity(), "tokenizer_sha256": tokenizer})
+
+
+def _prepared(model: Model, recipe: Recipe, plan: Plan, cache: Cache) -> PreparedRun:
+    output = cache.folder / "outputs" / "estimate"
+    run = prepare(
+        model.path,
+        output=output,
+        recipe=recipe,
+        samples=max(plan.samples),
+        length=max(plan.length),
+        seed=plan.seeds[0],
+        device=plan.device,
+        dtype=plan.dtype,
+    )
+    return replace(run, own_set=SetSize(max(plan.samples), max(plan.length), plan.seeds[0], 0))
+
+
+def _check_source(label: str, source: Source, plan: Plan, models: dict[str, Model]) -> None:
+    try:
+        if isinstance(source, GivenSource):
+            _check_given(source, plan)
+        elif isinstance(source, SelectedSource):
+            _check_selected(source, plan)
+        elif source.corpus is not None:
+            Corpus(source.corpus, source.field)
+        for model in models.values():
+            check_length(ModelFolder(model.path), max(plan.length))
+    except CalibrantError as error:
+        raise CalibrantError(f"source {label}: {error}") from error
+
+
+def _check_given(source: GivenSource, plan: Plan) -> None:
+    for folder in source.sets[: plan.draws]:
+        manifest = read_manifest(folder)
+        if plan.length != (manifest.length,) or manifest.samples < max(plan.samples):
+            raise CalibrantError(
+                f"{folder}: has {manifest.samples} rows of {manifest.length} tokens, where the study takes "
+                f"{max(plan.samples)} rows of {' and '.join(map(str, plan.length))}"
+            )
+
+
+def _check_selected(source: SelectedSource, plan: Plan) -> None:
+    selection_request(
+        **{name: getattr(source, name) for name in ("strategy", "windows", "pool", "keep", "percentile", "embedding")},
+        **{name: getattr(source, name) for name in ("mask", "weights", "mix", "filters")},
+        samples=max(plan.samples),
+        length=max(plan.length),
+        draw=plan.draws - 1,
+        shards=1 if source.strategy in WITH_DRAWS else plan.shards,
+    )
+    for location in source.corpora:
+        Corpus(location, source.field)
+
+
+class _Steps:
+    """Makes the steps of cells; equal steps are one object."""
+
+    def __init__(
+        self, plan: Plan, models: dict[str, Model], recipes: dict[str, Recipe], device: torch.device, dtype: str
+    ) -> None:
+        self._plan, self._models, self._recipes = plan, models, recipes
+        self._device, self._dtype = plan.device, dtype
+        self._made_by = {
+            "calibrant": __version__,
+            "libraries": library_versions(),
+            "device": device.type,
+        }
+        self._corpora: dict[tuple[str, str], dict[str, Any]] = {}
+        self._sets: dict[tuple[Any, ...], SetStep] = {}
+        self._originals: dict[str, dict[str, OriginalStep]] = {}
+
+    def work(self, cell: Cell) -> CellWork:
+        """The steps of a cell."""
+        made = self._set(cell)
+        originals = self._originals_of(cell.model)
+        model, recipe = self._models[cell.model], self._recipes[cell.recipe].with_seed(cell.seed)
+        key = sha256_json(
+            {
+                **self._made_by,
+                "dtype": self._dtype,
+                "model": model.identity,
+                "recipe": recipe.model_dump(mode="json"),
+                "set": made.key,
+                "samples": cell.samples,
+                "repeat": cell.repeat,
+            }
+        )
+        step = CellStep(
+            key=key,
+            model=str(model.path),
+            recipe=recipe,
+            set_key=made.key,
+            samples=cell.samples,
+            seed=cell.seed,
+            texts=tuple(originals.values()),
+            keep_output=self._plan.keep_outputs,
+            device=self._device,
+            dtype=self._dtype,
+        )
+        return CellWork(cell, made, originals, step, sha256_json(model.identity))
+
+    def _set(self, cell: Cell) -> SetStep:
+        place = (cell.model, cell.source, cell.draw, cell.length, cell.seed)
+        if place not in self._sets:
+            self._sets[place] = self._new_set(cell)
+        return self._sets[place]
+
+    def _new_set(self, cell: Cell) -> SetStep:
+        source, model = self._plan.sources[cell.source], self._models[cell.model]
+        size = {"draw": cell.draw, "samples": max(self._plan.samples), "length": cell.length, "seed": cell.seed}
+        if isinstance(source, GivenSource):
+            identity: dict[str, Any] = {"given": read_manifest(source.sets[cell.draw]).set_sha256}
+        else:
+            with_model = isinstance(source, GeneratedSource) or source.strategy in WITH_MODEL
+            identity = {
+                **self._made_by,
+                **size,
+                "source": source.model_dump(mode="json", exclude={"corpus": True, "filters": {"leakage": True}}),
+                "corpora": [self._corpus(name, source.field) for name in _locations(source)],
+                "leakage": self._leakage(source),
+                "shards": self._plan.shards,
+                "model": {**model.identity, "dtype": self._dtype} if with_model else None,
+                "tokenizer": model.identity["tokenizer_sha256"],
+            }
+        return SetStep(
+            key=sha256_json(identity),
+            model=str(model.path),
+            source=source,
+            shards=self._plan.shards,
+            device=self._device,
+            dtype=self._dtype,
+            **size,
+        )
+
+    def _originals_of(self, label: str) -> dict[str, OriginalStep]:
+        if label not in self._originals:
+            model = self._models[label]
+            self._originals[label] = {
+                name: OriginalStep(
+                    key=sha256_json(
+                        {
+                            **self._made_by,
+                            "model": model.identity,
+                            "text": self._corpus(text.corpus, text.field),
+                            "length": text.length,
+                            "windows": text.windows,
+                        }
+                    ),
+                    model=str(model.path),
+                    text=text,
+                    device=self._device,
+                )
+                for name, text in self._plan.texts.items()
+            }
+        return self._originals[label]
+
+    def _leakage(self, source: Source) -> list[dict[str, Any]]:
+        if not isinstance(source, SelectedSource):
+            return []
+        return [self._corpus(name, source.filters.leakage_field) for name in source.filters.leakage]
+
+    def _corpus(self, location: str, field: str) -> dict[str, Any]:
+        if (location, field) not in self._corpora:
+            self._corpora[location, field] = Corpus(location, field).describe()
+        return self._corpora[location, field]
+
+
+def _locations(source: GeneratedSource | SelectedSource) -> tuple[str, ...]:
+    if isinstance(source, SelectedSource):
+        return source.corpora
+    return () if source.corpus is None else (source.corpus,)

@@ -1,0 +1,155 @@
+"""Runs a study: first what is missing of its sets and originals, then of its cells."""
+
+import fcntl
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from calibrant.errors import CalibrantError
+from calibrant.hashing import sha256_json
+from calibrant.pipeline.record import library_versions
+from calibrant.progress import Progress
+from calibrant.study.cache import Cache
+from calibrant.study.cells import Cell
+from calibrant.study.resolve import ORIGINAL, CellWork, Model, Resolved
+from calibrant.study.steps import OriginalStep, Step
+from calibrant.study.store import STORE_NAME, CellResult, CellRow, Failure, Store
+from calibrant.study.workers import Finished, Workers
+from calibrant.version import __version__
+
+_LOCK = ".calibrant.lock"
+_Step = TypeVar("_Step", bound=Step)
+
+
+def run_cells(resolved: Resolved, folder: Path, cache: Cache, workers: Workers, progress: Progress) -> list[Failure]:
+    """Run what is missing, store the results in ``folder``, and return the cells that failed.
+
+    Raises:
+        CalibrantError: another process runs the study, or its folder cannot be written.
+    """
+    with _locked(folder), closing(Store(folder / STORE_NAME)) as store:
+        originals = {model.label: resolved.originals(model.label) for model in resolved.models.values()}
+        rows = [_original_row(model, originals[model.label]) for model in resolved.models.values()]
+        store.set_cells([*rows, *map(_row, resolved.cells)], _about(resolved))
+        done = store.done()
+        missing = [work for work in resolved.cells if work.cell not in done]
+        unfinished = [row.cell for row in rows if row.cell not in done]
+        needed: list[Step] = [work.set_step for work in missing]
+        needed += [step for work in missing for step in work.originals.values()]
+        needed += [step for cell in unfinished for step in originals[cell.model].values()]
+        failed = _run(needed, cache, workers, progress, "sets and originals", lambda _: None)
+        for cell in unfinished:
+            steps = originals[cell.model]
+            if not any(step.key in failed for step in steps.values()):
+                store.finish(cell, _original_result(cache, steps))
+        cells: dict[str, list[CellWork]] = {}
+        for work in missing:
+            if not any(step.key in failed for step in work.needs):
+                cells.setdefault(work.step.key, []).append(work)
+
+        def finish(step: Step) -> None:
+            for work in cells[step.key]:
+                store.finish(work.cell, _cell_result(cache, work))
+
+        failed |= _run([works[0].step for works in cells.values()], cache, workers, progress, "cells", finish)
+        failures = []
+        for work in missing:
+            ended = next((failed[step.key] for step in (*work.needs, work.step) if step.key in failed), None)
+            if ended is not None:
+                failures.append(Failure(work.cell, ended.error or "", ended.traceback))
+                store.fail(failures[-1])
+        return failures
+
+
+def _run(
+    steps: Iterable[Step],
+    cache: Cache,
+    workers: Workers,
+    progress: Progress,
+    label: str,
+    finish: Callable[[Step], None],
+) -> dict[str, Finished]:
+    """Run the steps whose results the cache lacks, ``finish`` each, and return those that failed by their key."""
+    unique = list({step.key: step for step in steps}.values())
+    failed = {}
+    with progress.task(label, len(unique)) as task:
+        waiting = []
+        for step in unique:
+            if step.is_done(cache):
+                finish(step)
+                task.advance()
+            else:
+                waiting.append(step)
+        with closing(workers.run(waiting)) as results:
+            for finished in results:
+                step = waiting[finished.number]
+                if finished.error is None:
+                    finish(step)
+                else:
+                    failed[step.key] = finished
+                    progress.note(f"failed: {finished.error}")
+                task.advance()
+    return failed
+
+
+def _original_row(model: Model, steps: dict[str, OriginalStep]) -> CellRow:
+    key = sha256_json([step.key for step in steps.values()])
+    return CellRow(Cell(model.label, ORIGINAL, "", 0, 0, 0, 0), key, "", sha256_json(model.identity), "")
+
+
+def _row(work: CellWork) -> CellRow:
+    recipe = sha256_json(work.step.recipe.model_dump(mode="json"))
+    return CellRow(work.cell, sha256_json(work.step.result_keys()), work.set_step.key, work.model_sha256, recipe)
+
+
+def _original_result(cache: Cache, steps: dict[str, OriginalStep]) -> CellResult:
+    return _gathered(cache, {label: step.key for label, step in steps.items()}, {})
+
+
+def _cell_result(cache: Cache, work: CellWork) -> CellResult:
+    compression, *texts = work.step.result_keys()
+    made, ran = cache.result(work.set_step.key) or {}, cache.result(compression) or {}
+    costs = {f"seconds: {stage}": seconds for stage, seconds in ran["seconds"].items()}
+    costs |= {"seconds": sum(ran["seconds"].values()), "seconds: making the set": made["seconds"]}
+    costs["peak_memory_bytes"] = ran["peak_memory_bytes"]
+    keys = {"": compression, **dict(zip(work.originals, texts, strict=True))}
+    found = _gathered(cache, keys, costs)
+    return CellResult(found.measures, found.items, costs, ran["set_sha256"], ran["fallbacks"], tuple(ran["notes"]))
+
+
+def _gathered(cache: Cache, keys: dict[str, str], costs: dict[str, float]) -> CellResult:
+    """The results with these keys, by data set."""
+    measures, items = {}, {}
+    for dataset, key in keys.items():
+        result = cache.result(key) or {}
+        measures |= {(dataset, name): tuple(value) for name, value in result["measures"].items()}
+        items |= {(dataset, name): values for name, values in result["items"].items()}
+    return CellResult(measures, items, costs)
+
+
+def _about(resolved: Resolved) -> dict[str, str]:
+    """What the store says about the study."""
+    return {
+        "name": resolved.plan.name,
+        "description": resolved.plan.description,
+        "plan": resolved.plan.model_dump_json(),
+        "calibrant": __version__,
+        "libraries": json.dumps(library_versions(), sort_keys=True),
+    }
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the study's folder for this process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CalibrantError(f"{folder}: another process runs this study; wait for it, or end it") from error
+            yield
+    except OSError as error:
+        raise CalibrantError(f"{folder}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,216 @@
+"""The work of a study: calibration sets, originals and cells. A step finds what it needs in the cache, and puts what it
+made there, so that it can run in any process that sees the same files."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibrant.api import compress
+from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.generate import check_length, generate
+from calibrant.calibration.select import select
+from calibrant.calibration.selection.request import WITH_DRAWS
+from calibrant.calibration.sources.self_calibration import TemperatureSchedule
+from calibrant.evaluation.comparison import Evaluation, evaluate_models
+from calibrant.evaluation.original import StoredOriginal, store_states, stored_windows
+from calibrant.evaluation.text import EvaluationText, evaluation_windows
+from calibrant.hashing import sha256_json
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.modeling.whole_model import load_whole, torch_device
+from calibrant.progress import NoProgress
+from calibrant.recipes.recipe import Recipe
+from calibrant.study.cache import Cache
+from calibrant.study.plan import GeneratedSource, GivenSource, Source, Text
+
+SETS, ORIGINALS, OUTPUTS = "sets", "originals", "outputs"
+# Divergences are computed from float32 logits (docs/methods.md), whatever the compression computed in.
+_DTYPE = "float32"
+
+
+@dataclass(frozen=True)
+class SetStep:
+    """Makes draw ``draw`` of a source: the largest set, of which smaller ones are the first rows."""
+
+    key: str
+    model: str
+    source: Source
+    draw: int
+    samples: int
+    length: int
+    seed: int
+    shards: int
+    device: str
+    dtype: str
+
+    def is_done(self, cache: Cache) -> bool:
+        """Whether its result is in the cache."""
+        return cache.place(SETS, self.key).is_dir() and cache.result(self.key) is not None
+
+    def run(self, cache: Cache) -> None:
+        """Make the set."""
+        begin = time.perf_counter()
+        cache.make(SETS, self.key, self._make().save)
+        cache.keep(self.key, {"seconds": time.perf_counter() - begin})
+
+    def _make(self) -> CalibrationSet:
+        source = self.source
+        if isinstance(source, GivenSource):
+            return CalibrationSet.load(source.sets[self.draw])
+        size: dict[str, Any] = {
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+            "draw": self.draw,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+        if isinstance(source, GeneratedSource):
+            schedule = source.temperature
+            return generate(
+                self.model,
+                strategy=source.strategy,
+                temperature=None if schedule is None else TemperatureSchedule(**schedule.model_dump()),
+                first_tokens=source.first_tokens,
+                corpus=None if source.corpus is None else Corpus(source.corpus, source.field),
+                percentile=source.percentile,
+                **size,
+            )
+        return select(
+            [Corpus(location, source.field) for location in source.corpora],
+            tokenizer=self.model,
+            **({"stride": self.samples} if source.strategy in WITH_DRAWS else {"shards": self.shards}),
+            **{name: getattr(source, name) for name in _SELECTION},
+            **size,
+        )
+
+
+_SELECTION = ("strategy", "windows", "pool", "keep", "percentile", "embedding", "mask", "weights", "mix", "filters")
+
+
+@dataclass(frozen=True)
+class OriginalStep:
+    """Runs an original model over a held-out text, once for all cells."""
+
+    key: str
+    model: str
+    text: Text
+    device: str
+
+    def is_done(self, cache: Cache) -> bool:
+        """Whether its results are in the cache."""
+        return cache.place(ORIGINALS, self.key).is_dir() and cache.result(self.key) is not None
+
+    def run(self, cache: Cache) -> None:
+        """Store the windows, the original's hidden states and its perplexity."""
+        folder = ModelFolder(Path(self.model))
+        check_length(folder, self.text.length)
+        corpus = Corpus(self.text.corpus, self.text.field)
+        windows = evaluation_windows(corpus, Tokenizer(folder.path), self.text.length, self.text.windows)
+        model = load_whole(folder, self.device, _DTYPE)
+        cache.make(
+            ORIGINALS,
+            self.key,
+            lambda target: store_states(model, folder, windows.windows, target, NoProgress()),
+        )
+        found = evaluate_models(model, None, windows, NoProgress())
+        cache.keep(self.key, _measured(found))
+
+
+@dataclass(frozen=True)
+class CellStep:
+    """Compresses a model on the first rows of a set, and measures what came of it.
+
+    ``key`` identifies the compression; ``texts`` are the originals that it is compared with.
+    """
+
+    key: str
+    model: str
+    recipe: Recipe
+    set_key: str
+    samples: int
+    seed: int
+    texts: tuple[OriginalStep, ...]
+    keep_output: bool
+    device: str
+    dtype: str
+
+    def result_keys(self) -> tuple[str, ...]:
+        """Keys of its results in the cache: the compression's, then one of each text."""
+        return (self.key, *(self._measure_key(text) for text in self.texts))
+
+    def is_done(self, cache: Cache) -> bool:
+        """Whether its results are in the cache."""
+        kept = not self.keep_output or cache.place(OUTPUTS, self.key).is_dir()
+        return kept and all(cache.result(key) is not None for key in self.result_keys())
+
+    def run(self, cache: Cache) -> None:
+        """Compress, unless the output was kept, and measure."""
+        kept = cache.place(OUTPUTS, self.key)
+        if kept.is_dir() and cache.result(self.key) is not None:
+            self._measure(cache, kept)
+            return
+        with cache.scratch(OUTPUTS, self.key) as own:
+            self._compress(cache, own / "new")
+            self._measure(cache, own / "new")
+            if self.keep_output:
+                cache.publish(own / "new", OUTPUTS, self.key)
+
+    def _compress(self, cache: Cache, output: Path) -> None:
+        calibration = CalibrationSet.load(cache.place(SETS, self.set_key)).head(self.samples)
+        report = compress(
+            self.model,
+            output=output,
+            recipe=self.recipe,
+            calibration=calibration,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        cache.keep(
+            self.key,
+            {
+                "measures": {"output_bytes": (report.bytes_after, None)},
+                "items": {},
+                "set_sha256": calibration.sha256,
+                "notes": report.notes,
+                "fallbacks": len(report.fallbacks),
+                "seconds": report.seconds,
+                "peak_memory_bytes": report.peak_memory_bytes,
+            },
+        )
+
+    def _measure(self, cache: Cache, output: Path) -> None:
+        folder = ModelFolder(output, allow_quantized=True)
+        model = load_whole(folder, self.device, _DTYPE)
+        original = ModelFolder(Path(self.model))
+        for text in self.texts:
+            key = self._measure_key(text)
+            if cache.result(key) is not None:
+                continue
+            states = cache.place(ORIGINALS, text.key)
+            windows = stored_windows(states)
+            stored = StoredOriginal(original, states, torch_device(self.device))
+            found = evaluate_models(model, stored, EvaluationText(windows, windows.numel(), 0), NoProgress())
+            cache.keep(key, _measured(found))
+
+    def _measure_key(self, text: OriginalStep) -> str:
+        return sha256_json({"compression": self.key, "original": text.key})
+
+
+Step = SetStep | OriginalStep | CellStep
+
+
+def _measured(found: Evaluation) -> dict[str, Any]:
+    """An evaluation as a result: measures with their standard errors, and the values of each window."""
+    measures: dict[str, tuple[float, float | None]] = {"perplexity": (found.perplexity.value, None)}
+    items = {"loss": list(found.loss_by_window)}
+    divergence = found.divergence
+    if divergence is not None:
+        measures["kl"] = (divergence.kl_mean, divergence.kl_standard_error)
+        measures["log_perplexity_ratio"] = (divergence.log_ratio, None)
+        measures["same_top"] = (divergence.same_top, divergence.same_top_standard_error)
+        items["kl"] = list(divergence.kl_by_window)
+    return {"measures": measures, "items": items}

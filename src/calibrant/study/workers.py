@@ -1,0 +1,195 @@
+"""Where the steps of a study run: in processes of this machine, or on a Ray cluster. Workers may die."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+from calibrant.errors import CalibrantError, first_line
+from calibrant.executors import start_ray
+from calibrant.study.cache import Cache
+from calibrant.study.steps import Step
+
+_DIED = "the process that ran it died ({said}), as of too little memory; {times} times"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A step that ended: its number among the steps given, and what it failed of, in a sentence and in full."""
+
+    number: int
+    error: str | None = None
+    traceback: str | None = None
+
+
+class Workers(Protocol):
+    """Run independent steps."""
+
+    def run(self, steps: Sequence[Step]) -> Iterator[Finished]:
+        """Run all steps in any order; what fails stops nothing else."""
+
+
+class LocalWorkers:
+    """Processes of this machine.
+
+    Args:
+        count: processes at a time; they share the processors.
+        retries: how often a step is tried again after the process that ran it died.
+    """
+
+    def __init__(self, cache: Cache, count: int, retries: int = 1) -> None:
+        self._cache, self._count, self._retries = cache, count, retries
+        self._threads = max(1, len(os.sched_getaffinity(0)) // count)
+
+    def run(self, steps: Sequence[Step]) -> Iterator[Finished]:
+        """See ``Workers``."""
+        waiting = deque(range(len(steps)))
+        deaths = [0] * len(steps)
+        running: list[_Process] = []
+        try:
+            while waiting or any(one.number is not None for one in running):
+                while waiting and len(running) < self._count:
+                    running.append(_Process(self._cache.folder, self._threads))
+                for one in running:
+                    if one.number is None and waiting:
+                        one.start(waiting.popleft(), steps)
+                for one in _ready(running):
+                    number = one.number
+                    finished = one.finished()
+                    if finished is None:
+                        running.remove(one)
+                        if number is not None:
+                            deaths[number] += 1
+                            if deaths[number] <= self._retries:
+                                waiting.appendleft(number)
+                            else:
+                                yield Finished(number, _DIED.format(said=one.end, times=deaths[number]))
+                    else:
+                        yield finished
+        finally:
+            for one in running:
+                one.kill()
+
+
+class _Process:
+    """One worker process and the step it runs."""
+
+    def __init__(self, cache: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.number: int | None = None
+        self._process: BaseProcess = context.Process(target=_work, args=(theirs, cache, threads), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    @property
+    def end(self) -> str:
+        """How the process ended."""
+        self._process.join()
+        code = self._process.exitcode or 0
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+    def start(self, number: int, steps: Sequence[Step]) -> None:
+        """Send the step with that number."""
+        self.number = number
+        with contextlib.suppress(BrokenPipeError):  # it died; its connection says so next
+            self.connection.send((number, steps[number]))
+
+    def finished(self) -> Finished | None:
+        """What the process sent, None if it died."""
+        try:
+            found: Finished = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return None
+        self.number = None
+        return found
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+
+
+def _ready(running: list[_Process]) -> list[_Process]:
+    connections = wait([one.connection for one in running])
+    return [one for one in running if one.connection in connections]
+
+
+def _work(connection: Connection, cache: Path, threads: int) -> None:
+    """Run steps until the other end of the connection is closed, also by the death of its process."""
+    # The terminal sends Ctrl-C to all processes; the one that was asked to run the study ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _prepare(threads)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            number, step = connection.recv()
+            connection.send(_run(number, step, cache))
+
+
+def _prepare(threads: int) -> None:
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _run(number: int, step: Step, cache: Path) -> Finished:
+    try:
+        step.run(Cache(cache))
+    except CalibrantError as error:
+        return Finished(number, str(error))
+    except Exception as error:  # one cell's failure must not stop the others, whatever it is
+        return Finished(number, f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())
+    return Finished(number)
+
+
+class RayWorkers:
+    """Tasks of a Ray cluster; every node needs the models, texts and the cache under the same paths.
+
+    Args:
+        processors, devices: what each step needs of a node.
+        retries: how often a step is tried again after its worker died.
+
+    Raises:
+        CalibrantError: Ray is not installed or cannot be started.
+    """
+
+    def __init__(self, cache: Cache, processors: int, devices: int, retries: int = 3) -> None:
+        self._ray: Any = start_ray()
+        self._cache, self._processors = cache, processors
+        options = {"num_cpus": processors, "num_gpus": devices, "max_retries": retries}
+        self._remote = self._ray.remote(**options)(_run_with_threads)
+
+    def run(self, steps: Sequence[Step]) -> Iterator[Finished]:
+        """See ``Workers``."""
+        running = {
+            self._remote.remote(number, step, self._cache.folder.absolute(), self._processors): number
+            for number, step in enumerate(steps)
+        }
+        try:
+            while running:
+                ready, _ = self._ray.wait(list(running))
+                for one in ready:
+                    number = running.pop(one)
+                    try:
+                        yield self._ray.get(one)
+                    except self._ray.exceptions.RayError as error:
+                        yield Finished(number, f"its Ray worker died ({first_line(error)})")
+        finally:
+            for one in running:
+                self._ray.cancel(one, force=True)
+
+
+def _run_with_threads(number: int, step: Step, cache: Path, threads: int) -> Finished:
+    _prepare(threads)
+    return _run(number, step, cache)
