@@ -174,7 +174,7 @@ def test_unigram_rows_are_the_words_of_the_corpus(tmp_path: Path, llama: Path) -
     made = cb.select(path, tokenizer=llama, strategy="unigram", samples=2, length=30)
     text = Tokenizer(llama).decode(made.tokens.flatten().tolist())
     assert set(text.split()[1:-1]) == {"alpha", "beta", "gamma"}
-    other = cb.select(path, tokenizer=llama, strategy="unigram", samples=2, length=30, draw=1)
+    other = cb.select(path, tokenizer=llama, strategy="unigram", samples=2, length=30, draw=1, stride=2)
     together = cb.select(path, tokenizer=llama, strategy="unigram", samples=4, length=30)
     assert torch.equal(torch.cat([made.tokens, other.tokens]), together.tokens)
     with pytest.raises(CalibrantError, match="100 words give 5"):
@@ -225,6 +225,8 @@ def test_generated_sets_can_be_made_again(tmp_path: Path, llama: Path, strategy:
     ({"samples": 10_000}, "only 1"),
     ({"strategy": "zipcal", "samples": 10_000}, "10000 are needed"),
     ({"shards": 2}, "leave out `shards`"),
+    ({"stride": 2}, "would overlap: use `stride=3` or more"),
+    ({"strategy": "zipcal", "stride": 128}, "stride is for uniform and unigram only"),
     ({"weights": [float("inf")]}, "finite"),
     ({"weights": []}, "finite"),
     ({"strategy": "zipcal-multi", "weights": [1]}, "leave out `weights`"),
@@ -258,7 +260,7 @@ def test_a_mix_shares_the_rows_between_lengths(llama: Path, corpus: Path) -> Non
     lengths = {document.id: len(document.text) for document in cb.Corpus(corpus)}
     groups = [np.digitize(lengths[segments[0].document], (50, 120)) for segments in made.manifest.rows]
     assert groups == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    again = cb.select(corpus, tokenizer=llama, samples=9, length=8, mix=mix, windows="document", draw=1)
+    again = cb.select(corpus, tokenizer=llama, samples=9, length=8, mix=mix, windows="document", draw=1, stride=9)
     documents = [{s.document for row in one.manifest.rows for s in row} for one in (made, again)]
     assert not documents[0] & documents[1]
 
@@ -424,6 +426,6 @@ def test_a_seed_that_can_shuffle_nothing_is_said_so(corpus: Path, llama: Path, t
         cb.select(source, tokenizer=llama, samples=2, length=16, seed=seed, progress=listener)
         assert any("is one document, so every seed" in note for note in listener.notes) == said
     first, second = (cb.select(one, tokenizer=llama, samples=2, length=16, seed=seed) for seed in (0, 1))
-    other = cb.select(one, tokenizer=llama, samples=2, length=16, draw=1)
+    other = cb.select(one, tokenizer=llama, samples=2, length=16, draw=1, stride=2)
     assert torch.equal(first.tokens, second.tokens)
     assert not torch.equal(first.tokens, other.tokens)

@@ -78,7 +78,7 @@ def test_uniform_windows_are_what_the_manifest_says(corpus: Path, llama: Path, w
 @given(st.integers(0, 50))
 def test_draws_of_one_shuffle_share_no_window_and_do_not_depend_on_each_other(llama_and_corpus, seed: int) -> None:
     llama, corpus = llama_and_corpus
-    draws = [cb.select(corpus, tokenizer=llama, samples=4, length=50, seed=seed, draw=k) for k in range(3)]
+    draws = [cb.select(corpus, tokenizer=llama, samples=4, length=50, seed=seed, draw=k, stride=4) for k in range(3)]
     together = cb.select(corpus, tokenizer=llama, samples=12, length=50, seed=seed)
     assert torch.equal(torch.cat([draw.tokens for draw in draws]), together.tokens)
     places = [{(s.document, s.offset) for row in draw.manifest.rows for s in row} for draw in draws]

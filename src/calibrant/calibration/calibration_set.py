@@ -29,6 +29,9 @@ MANIFEST_NAME = "manifest.json"
 _LIBRARIES = ("jinja2", "numpy", "pyarrow", "scipy", "tokenizers", "torch", "transformers")
 # They decide a result only where they are installed.
 _OPTIONAL_LIBRARIES = ("datasets", "protobuf", "sentence-transformers", "sentencepiece", "tiktoken")
+# What is counted over a set's rows, where it is not all tokens.
+_COUNTS_OF_ROWS = ("classes_covered", "clusters", "generations", "rows_")
+EMPTY_ROWS = "rows_without_a_counted_token"
 # Ids of four bytes; more than 100,000 rows of 8,192 tokens.
 _MOST_TOKENS = 1 << 30
 
@@ -92,6 +95,8 @@ class Manifest(BaseModel):
         rows: segments of every row; empty if no corpus was read. With several corpora, a segment's document begins with
             the corpus's number.
         counts: numbers of documents, candidates and tokens that were read, dropped and used.
+        head_of: the set is the first ``samples`` rows of one of this many rows, which is what ``parameters``, seed and
+            draw make, and whose documents and candidates ``counts`` counts; None if it was made as it is.
         set_sha256: hash of shape, token ids and mask.
     """
 
@@ -116,12 +121,16 @@ class Manifest(BaseModel):
     versions: dict[str, str] = {}
     rows: list[list[Segment]] = []
     counts: dict[str, int] = {}
+    head_of: int | None = None
     set_sha256: str = ""
 
     @model_validator(mode="after")
     def _is_of_a_size(self) -> "Manifest":
-        if self.samples * self.length > _MOST_TOKENS:
-            raise ValueError(f"{self.samples} samples of {self.length} tokens are more than {_MOST_TOKENS:,} tokens")
+        rows = self.samples if self.head_of is None else self.head_of
+        if rows < self.samples:
+            raise ValueError(f"the first {self.samples} of {rows} rows")
+        if rows * self.length > _MOST_TOKENS:
+            raise ValueError(f"{rows} samples of {self.length} tokens are more than {_MOST_TOKENS:,} tokens")
         return self
 
 
@@ -227,6 +236,39 @@ class CalibrationSet:
         versions = {"calibrant": __version__, "python": platform.python_version(), **_library_versions()}
         manifest = self.manifest.model_copy(update={"locations": locations, "versions": versions})
         return CalibrationSet(self.tokens, self.mask, manifest)
+
+    def head(self, samples: int) -> "CalibrationSet":
+        """The first ``samples`` rows, as a set of its own.
+
+        Heads of one set are nested, whatever made it. With several corpora or a mix the first rows are those of the
+        first corpus or group. The manifest says of how many rows the set is the head (``head_of``), and ``rebuild``
+        makes those and takes the head again; counts that only hold for all rows are left out.
+
+        Raises:
+            CalibrantError: the set has fewer rows, or no token of the first ones counts.
+        """
+        whole = self.manifest
+        if not 1 <= samples <= whole.samples:
+            raise CalibrantError(f"the first {samples} rows of a set of {whole.samples}: use 1 to {whole.samples}")
+        if samples == whole.samples:
+            return self
+        tokens, mask = self.tokens[:samples], self.mask[:samples]
+        if not bool(mask.any()):
+            raise CalibrantError(f"no token of the set's first {samples} rows counts; take more rows or another mask")
+        corpora, before = [], 0
+        for corpus in whole.corpora:
+            corpora.append({**corpus, "rows": min(max(samples - before, 0), corpus["rows"])})
+            before += corpus["rows"]
+        counts = {name: count for name, count in whole.counts.items() if not name.startswith(_COUNTS_OF_ROWS)}
+        empty = int((~mask.any(1)).sum())
+        changed = {
+            "samples": samples,
+            "head_of": whole.head_of or whole.samples,
+            "corpora": corpora,
+            "rows": whole.rows[:samples],
+            "counts": {**counts, **({EMPTY_ROWS: empty} if empty else {})},
+        }
+        return CalibrationSet.build(tokens, mask, whole.model_copy(update=changed))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write ``tokens.safetensors`` and ``manifest.json`` into ``folder``; equal sets give equal bytes.

@@ -11,7 +11,7 @@ from calibrant.calibration.calibration_set import CalibrationSet, Manifest, read
 from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.generate import DEFAULT_PERCENTILE, SOURCES, generate
 from calibrant.calibration.select import run_selection
-from calibrant.calibration.selection.request import SelectionRequest, selection_request
+from calibrant.calibration.selection.request import WITH_DRAWS, SelectionRequest, selection_request
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule
 from calibrant.errors import CalibrantError
 from calibrant.executors import LocalExecutor
@@ -58,7 +58,8 @@ def rebuild(
     given = list(corpora) if corpora is not None else wanted.locations.get("corpora", [])
     if len(given) != len(wanted.corpora):
         raise CalibrantError(f"{len(given)} corpora are given, the set was made from {len(wanted.corpora)}")
-    request = None if wanted.strategy in SOURCES else _selection(wanted, manifest, leakage)
+    whole = wanted if wanted.head_of is None else wanted.model_copy(update={"samples": wanted.head_of})
+    request = None if wanted.strategy in SOURCES else _selection(whole, manifest, leakage)
     for what, option, where in (
         ("model", "model", [place]),
         ("corpus", "corpora", [str(one) for one in given if not isinstance(one, Corpus)]),
@@ -75,11 +76,12 @@ def rebuild(
     ]
     listener = progress or NoProgress()
     if request is None:
-        made = _generate_again(wanted, manifest, place, opened, listener)
+        made = _generate_again(whole, manifest, place, opened, listener)
     else:
         scored = wanted.model or {}
         device, dtype = scored.get("device", "cpu"), scored.get("dtype", "auto")
         made = run_selection(opened, place, request, device, dtype, LocalExecutor(), listener)
+    made = made.head(wanted.samples)
     changes = _changes(wanted, made.manifest)
     if made.sha256 != wanted.set_sha256:
         what = "; ".join(changes) or "nothing that is recorded: the processor or its number of threads may differ"
@@ -114,8 +116,10 @@ def _exists(place: str) -> bool:
 def _selection(wanted: Manifest, manifest: str | Path, leakage: Sequence[str | Path] | None) -> SelectionRequest:
     """The request in ``wanted``, with the evaluation texts at ``leakage``."""
     fields = wanted.model_dump(include={"samples", "length", "seed", "draw", "strategy"})
+    # Before strides were recorded, draws followed one another.
+    usual = {"stride": wanted.samples} if wanted.strategy in WITH_DRAWS else {}
     try:
-        request = selection_request(**{**wanted.parameters, **fields})
+        request = selection_request(**{**usual, **wanted.parameters, **fields})
     except CalibrantError as error:
         raise CalibrantError(f"{manifest}: not a calibration manifest ({error})") from error
     if leakage is None:

@@ -36,6 +36,7 @@ def select(
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
     draw: int = 0,
+    stride: int | None = None,
     windows: Policy = "pack",
     shards: int = 1,
     parts: int | None = None,
@@ -60,12 +61,14 @@ def select(
     "k-centre" and "unigram".
 
     Draw k shares no window with draw j: "uniform" cuts all draws from one shuffle, and draws of most other strategies
-    see disjoint parts of the corpus (``shards``). "perplexity" and "cola" run the model in the tokenizer's folder over
-    every candidate, on ``device`` in ``dtype``. Conversations go through the tokenizer's chat template; ``mask`` says
-    which tokens count: "all", those an "assistant" wrote, or all but special ones ("no-special"). Several corpora share
-    the samples by ``weights``, groups of a corpus's documents (scripts or lengths) by ``mix``. ``parts`` splits the
-    work of "zipcal" into two rounds over random parts of the corpus, which ``executor`` "ray" runs on a cluster; by
-    default ``parts`` is 1, or with Ray the cluster's number of processors.
+    see disjoint parts of the corpus (``shards``). Draws of "uniform" and "unigram" begin every ``stride`` rows, by
+    default 128 or ``samples`` if that is more, so that sets of one draw and of growing size are nested. "perplexity"
+    and "cola" run the model in the tokenizer's folder over every candidate, on ``device`` in ``dtype``. Conversations
+    go through the tokenizer's chat template; ``mask`` says which tokens count: "all", those an "assistant" wrote, or
+    all but special ones ("no-special"). Several corpora share the samples by ``weights``, groups of a corpus's
+    documents (scripts or lengths) by ``mix``. ``parts`` splits the work of "zipcal" into two rounds over random parts
+    of the corpus, which ``executor`` "ray" runs on a cluster; by default ``parts`` is 1, or with Ray the cluster's
+    number of processors.
 
     Raises:
         CalibrantError: a corpus cannot be read, is empty or too small, or the options do not fit together.
@@ -82,6 +85,7 @@ def select(
         length=length,
         seed=seed,
         draw=draw,
+        stride=stride,
         shards=shards,
         parts=parts if parts is not None else runner.slots,
         pool=pool,

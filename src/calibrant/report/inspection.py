@@ -162,7 +162,8 @@ def _facts(calibration: CalibrationSet) -> dict[str, str]:
     facts = {
         "strategy": manifest.strategy,
         "corpora": sources,
-        "size": f"{manifest.samples} rows of {manifest.length} tokens",
+        "size": f"{manifest.samples} rows of {manifest.length} tokens"
+        + (f", the first of {manifest.head_of}" if manifest.head_of is not None else ""),
         "seed and draw": f"{manifest.seed}, {manifest.draw}",
         "parameters": _changed_parameters(manifest.parameters, SelectionRequest().recorded()),
         "counts": ", ".join(f"{name} {value:,}" for name, value in manifest.counts.items()),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from calibrant.calibration.calibration_set import CalibrationSet, Manifest, Segment
+from calibrant.calibration.calibration_set import EMPTY_ROWS, CalibrationSet, Manifest, Segment
 from calibrant.calibration.corpus import Corpus, corpus_record
 from calibrant.calibration.document_stream import Findings
 from calibrant.calibration.selection.embeddings import embedding_sha256
@@ -125,5 +125,5 @@ def _counts(parts: Sequence[SelectedRows], mask: torch.Tensor, tokenizer: Tokeni
         counts["evaluation_texts_too_short"] //= sum("evaluation_texts_too_short" in part.counts for part in parts)
     empty = int((~mask.any(1)).sum())
     if empty:
-        counts["rows_without_a_counted_token"] = empty
+        counts[EMPTY_ROWS] = empty
     return dict(counts)

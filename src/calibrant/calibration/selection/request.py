@@ -19,7 +19,10 @@ StrategyName = Strategy | Literal["k-center", "words_dataset"]
 LEXICAL = "lexical"
 # Draws of these are cut from one permutation; draws of all others see disjoint shards of the corpus.
 WITH_DRAWS = ("uniform", "unigram")
+# Rows of the papers' sets; draws this far apart hold nested sets of any size up to it.
+DEFAULT_STRIDE = 128
 _USED_BY = {
+    "stride": WITH_DRAWS,
     "parts": ("zipcal",),
     "pool": ("zipcal", "zipcal-multi"),
     "keep": ("perplexity",),
@@ -157,6 +160,9 @@ class SelectionRequest(BaseModel):
         length: tokens per row.
         seed: seed of every random choice.
         draw: number of the set among the disjoint sets of one seed.
+        stride: for "uniform" and "unigram", the rows between the beginnings of successive draws, at least ``samples``;
+            by default 128, or ``samples`` if that is more. Sets of one draw and stride are nested: the smaller one is
+            the first rows of the larger one. Several corpora and the groups of a mix share it as they share the rows.
         shards: number of disjoint random parts of the corpus, of which draw k sees part k; not for "uniform" and
             "unigram", whose draws are disjoint anyway.
         parts: random parts in which "zipcal" selects before it selects among their choices (arXiv 1411.0541).
@@ -180,6 +186,7 @@ class SelectionRequest(BaseModel):
     length: int = Field(default=512, ge=2)
     seed: int = Field(default=0, ge=0)
     draw: int = Field(default=0, ge=0)
+    stride: int | None = Field(default=None, ge=1)
     shards: int = Field(default=1, ge=1)
     parts: int = Field(default=1, ge=1)
     pool: int | None = Field(default=None, ge=1)
@@ -217,6 +224,11 @@ class SelectionRequest(BaseModel):
             raise ValueError(f"percentile goes with keep below, not with keep {self.keep}")
         if self.parts > 1 and (self.shards > 1 or self.pool is not None):
             raise ValueError("parts go with neither shards nor a pool")
+        if self.stride is not None and self.stride < self.samples:
+            raise ValueError(
+                f"draws of {self.samples} samples that begin every {self.stride} rows would overlap: use "
+                f"`stride={self.samples}` or more, or fewer samples"
+            )
         if self.strategy in WITH_DRAWS and self.shards != 1:
             raise ValueError(f"{self.strategy} draws are disjoint anyway; leave out `shards`")
         if self.mask == "assistant" and (self.strategy in ("unigram", "zipcal-multi") or self.parts > 1):
@@ -225,9 +237,15 @@ class SelectionRequest(BaseModel):
             raise ValueError("unigram draws words, it cuts no windows; leave out `windows`")
         return self
 
+    @property
+    def rows_between_draws(self) -> int:
+        """``stride``, or its default."""
+        return self.stride if self.stride is not None else max(DEFAULT_STRIDE, self.samples)
+
     def recorded(self) -> dict[str, Any]:
-        """The fields that a manifest records under ``parameters``."""
-        return self.model_dump(mode="json", exclude={"strategy", "samples", "length", "seed", "draw"})
+        """The fields that a manifest records under ``parameters``; ``stride`` only for strategies that use it."""
+        fields = self.model_dump(mode="json", exclude={"strategy", "samples", "length", "seed", "draw", "stride"})
+        return {**fields, "stride": self.rows_between_draws} if self.strategy in WITH_DRAWS else fields
 
 
 def selection_request(**fields: Any) -> SelectionRequest:

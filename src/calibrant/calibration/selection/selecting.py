@@ -59,8 +59,8 @@ def select_from(
     asked, request = request, request.model_copy(update={"length": request.length - len(tokenizer.prefix)})
     if request.parts > 1:
         results = [
-            zipcal_in_parts(corpus, model, request.model_copy(update={"samples": share}), executor, progress)
-            for corpus, share in zip(corpora, _shares(request.samples, request.weights, len(corpora)), strict=True)
+            zipcal_in_parts(corpus, model, share, executor, progress)
+            for corpus, share in zip(corpora, _shared(request, request.weights, len(corpora)), strict=True)
         ]
         parts = [
             SelectedRows(
@@ -77,12 +77,11 @@ def select_from(
     if request.strategy == "zipcal-multi":
         parts = _multi_domain(corpora, tokenizer, request, filters, load_model, progress)
         return _assembled(corpora, parts, asked, tokenizer, progress)
-    shares = _shares(request.samples, request.weights, len(corpora))
     parts = [
-        _select_mix(corpus, tokenizer, request.model_copy(update={"samples": share}), filters, load_model, progress)
-        if share
+        _select_mix(corpus, tokenizer, share, filters, load_model, progress)
+        if share.samples
         else SelectedRows([], [], {})
-        for corpus, share in zip(corpora, shares, strict=True)
+        for corpus, share in zip(corpora, _shared(request, request.weights, len(corpora)), strict=True)
     ]
     return _assembled(corpora, parts, asked, tokenizer, progress)
 
@@ -97,6 +96,17 @@ def _assembled(
     for note in dict.fromkeys(note for part in parts for note in part.findings.notes):
         progress.note(note)
     return assemble(corpora, parts, request, tokenizer)
+
+
+def _shared(request: SelectionRequest, weights: tuple[float, ...] | None, count: int) -> list[SelectionRequest]:
+    """``request`` with the samples and the stride of each of ``count`` corpora or groups."""
+    samples = _shares(request.samples, weights, count)
+    strides = _shares(request.rows_between_draws, weights, count)
+    # Largest remainders may give a part fewer rows of a larger total; its draws must not overlap.
+    return [
+        request.model_copy(update={"samples": own, "stride": max(own, stride)})
+        for own, stride in zip(samples, strides, strict=True)
+    ]
 
 
 def _shares(samples: int, weights: tuple[float, ...] | None, count: int) -> list[int]:
@@ -124,11 +134,10 @@ def _select_mix(
     if not groups:
         return _select(corpus, tokenizer, request, filters, load_model, progress)
     parts: list[tuple[str, SelectedRows]] = []
-    for (name, group), share in zip(groups, _shares(request.samples, request.mix.weights, len(groups)), strict=True):
-        if share:
-            asked = request.model_copy(update={"samples": share})
+    for (name, group), share in zip(groups, _shared(request, request.mix.weights, len(groups)), strict=True):
+        if share.samples:
             try:
-                parts.append((name, _select(corpus, tokenizer, asked, [group, *filters], load_model, progress)))
+                parts.append((name, _select(corpus, tokenizer, share, [group, *filters], load_model, progress)))
             except CalibrantError as error:
                 raise CalibrantError(f"{name.replace('_', ' ')}: {error}") from error
     return SelectedRows(
@@ -153,16 +162,16 @@ def _select(
     shard = 0 if drawn else request.draw
     stream = DocumentStream(corpus, filters, make_rng(request.seed, "shard"), shard, request.shards)
     offsets = make_rng(request.seed, "offset")
-    samples, draw = request.samples, request.draw
+    samples, draw, stride = request.samples, request.draw, request.rows_between_draws
     windows: list[Window] = []
     rows: list[list[int]] = []
     if request.strategy == "unigram":
         rng = make_rng(request.seed, "unigram")
-        rows = unigram_rows(stream, tokenizer, samples, request.length, draw, rng, progress)
+        rows = unigram_rows(stream, tokenizer, samples, request.length, draw, stride, rng, progress)
     elif request.strategy == "uniform":
         rng = make_rng(request.seed, "shuffle")
         cutting = cutting_of(request, tokenizer)
-        windows = uniform_windows(stream, tokenizer, cutting, samples, draw, rng, offsets, progress)
+        windows = uniform_windows(stream, tokenizer, cutting, samples, draw, stride, rng, offsets, progress)
         if request.seed and request.windows == "pack" and stream.counts["documents"] == 1:
             progress.note(
                 f"{corpus.location} is one document, so every seed gives the same rows: use other draws, or a "

@@ -119,10 +119,13 @@ def _read_again(
     ]
 
 
-def too_few(stream: DocumentStream, cutting: Cutting, found: int, wanted: int) -> CalibrantError:
-    """The error for a corpus with fewer windows than wanted."""
+def too_few(
+    stream: DocumentStream, cutting: Cutting, found: int, wanted: int, *, smaller_stride: bool = False
+) -> CalibrantError:
+    """The error for a corpus with fewer windows than wanted; ``smaller_stride`` says that one could help."""
     short = stream.counts["documents_too_short"]
-    remedy = '`windows="pack"`, ' if cutting.policy == "window" and short else ""
+    remedy = "a smaller `stride`, " if smaller_stride else ""
+    remedy += '`windows="pack"`, ' if cutting.policy == "window" and short else ""
     return CalibrantError(
         f"{stream.corpus.location}: only {found} windows of {cutting.length} tokens in "
         f"{stream.counts['documents']} documents"

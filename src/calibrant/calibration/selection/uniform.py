@@ -19,32 +19,34 @@ def uniform_windows(
     cutting: Cutting,
     samples: int,
     draw: int,
+    stride: int,
     rng: np.random.Generator,
     offsets: np.random.Generator,
     progress: Progress,
 ) -> list[Window]:
-    """Windows ``draw * samples`` to ``(draw + 1) * samples`` of one shuffle of the documents.
+    """``samples`` windows of one shuffle of the documents, from window ``draw * stride`` on.
 
-    Draws share no window, and their union does not depend on the number of draws. The corpus is read once to count it
-    and once for every doubling of the documents needed; only those are kept in memory.
+    Draws share no window if ``stride`` is at least ``samples``, and sets of one draw and stride are nested. The corpus
+    is read once to count it and once for every doubling of the documents needed; only those are kept in memory.
 
     Raises:
         CalibrantError: the corpus is empty or too small for this draw; the message says how many windows it has.
     """
     kept = array("q", (ordinal for ordinal, _ in stream.kept(progress)))
     order = np.asarray(kept)[rng.permutation(len(kept))]
-    wanted = (draw + 1) * samples
+    begin = draw * stride
+    wanted = begin + samples
     documents = stream.tokenized(_shuffled(stream, order, 2 * wanted), tokenizer)
     chosen: list[Window] = []
     found = 0
     with progress.task("selecting windows", wanted) as task:
         for found, window in enumerate(cutting.windows(documents, offsets, stream.counts), start=1):
-            if found > draw * samples:
+            if found > begin:
                 chosen.append(window)
             task.advance()
             if found == wanted:
                 return chosen
-    raise too_few(stream, cutting, found, wanted)
+    raise too_few(stream, cutting, found, wanted, smaller_stride=draw > 0 and stride > samples)
 
 
 def _shuffled(stream: DocumentStream, order: np.ndarray, size: int) -> Iterator[tuple[int, Document]]:

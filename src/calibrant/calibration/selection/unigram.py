@@ -19,13 +19,15 @@ def unigram_rows(
     samples: int,
     length: int,
     draw: int,
+    stride: int,
     rng: np.random.Generator,
     progress: Progress,
 ) -> list[list[int]]:
     """Rows of exactly ``length`` tokens: words of a seeded permutation of the pool, joined by spaces.
 
     Words are lower case, split at white space. All draws are cut from one permutation, so they share no occurrence of a
-    word. Keeps four bytes per word of the corpus, and each different word once.
+    word if ``stride``, the rows between the beginnings of draws, is at least ``samples``. Sets of one draw and stride
+    are nested, unless tokens reach across words. Keeps four bytes per word of the corpus, and each different word once.
 
     Raises:
         CalibrantError: the corpus has too few words; the message says how many tokens they give.
@@ -37,7 +39,7 @@ def unigram_rows(
     stream.counts |= {"words": len(pool), "different_words": len(numbers)}
     words = list(numbers)
     order = np.asarray(pool)[rng.permutation(len(pool))]
-    wanted = (draw + 1) * samples * length
+    wanted = (draw * stride + samples) * length
     tokens: list[int] = []
     begin = 0
     # Most words are at least one token, so the first part is usually enough.
@@ -46,9 +48,10 @@ def unigram_rows(
         tokens += tokenizer.encode((" " if begin else "") + " ".join(words[number] for number in part))
         begin += wanted
     if len(tokens) < wanted:
+        remedy = "a smaller `stride`, " if draw > 0 and stride > samples else ""
         raise CalibrantError(
             f"{stream.corpus.location}: its {len(pool)} words give {len(tokens)} tokens, {wanted} are needed; "
-            "use fewer samples, a shorter length or more text"
+            f"use {remedy}fewer samples, a shorter length or more text"
         )
-    first = draw * samples * length
+    first = draw * stride * length
     return [tokens[first + row * length : first + (row + 1) * length] for row in range(samples)]

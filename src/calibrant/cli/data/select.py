@@ -58,6 +58,14 @@ def select(
     length: LengthOption = 512,
     seed: SeedOption = 0,
     draw: DrawOption = 0,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            help="uniform and unigram: rows between the beginnings of draws; 128 by default, or the number of samples "
+            "if that is more. Sets of one draw and stride are nested.",
+        ),
+    ] = None,
     shards: Annotated[
         int, typer.Option("--shards", help="Number of disjoint random parts of the corpus; draw k sees part k.")
     ] = 1,
@@ -158,6 +166,7 @@ def select(
             length=length,
             seed=seed,
             draw=draw,
+            stride=stride,
             windows=windows,  # type: ignore[arg-type]  # likewise
             shards=shards,
             parts=parts,
