@@ -56,8 +56,8 @@ class Evaluation:
     """Results of one model.
 
     ``tokens`` is the number of predicted tokens, ``tokens_dropped`` that of the text's tokens outside the windows used.
-    ``loss_by_window`` are mean negative log-likelihoods in nats. ``original`` and ``divergence`` are None if there was no
-    original to compare with.
+    ``loss_by_window`` are mean negative log-likelihoods in nats. ``original`` and ``divergence`` are None if there was
+    no original to compare with.
     """
 
     windows: int

@@ -28,10 +28,11 @@ class Cache:
         return self.folder / kind / key
 
     def make(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
-        """The folder; ``fill`` fills it if it does not exist."""
+        """The folder; ``fill`` fills an empty one if it does not exist."""
         place = self.place(kind, key)
         if not place.is_dir():
             with self.scratch(kind, key) as own:
+                (own / "new").mkdir()
                 fill(own / "new")
                 self.publish(own / "new", kind, key)
         return place

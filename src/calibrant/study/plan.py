@@ -14,7 +14,6 @@ from calibrant.calibration.sources.self_calibration import FirstTokens
 from calibrant.calibration.windows import Policy
 from calibrant.errors import CalibrantError
 from calibrant.modeling.hub import DEMO
-from calibrant.recipes.recipe import builtin_recipes
 from calibrant.strict import Strict
 from calibrant.yaml_file import parse_yaml, read_yaml_file
 
@@ -68,6 +67,11 @@ class SelectedSource(Strict):
         """The locations."""
         return (self.corpus,) if isinstance(self.corpus, str) else self.corpus
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether the first rows of a set are such a set: not of clusters, nor of several corpora or groups."""
+        return self.strategy != "cola" and len(self.corpora) == 1 and self.mix == MixRequest()
+
 
 class GivenSource(Strict):
     """A source of saved calibration sets: draw k is the k-th."""
@@ -110,9 +114,10 @@ class Plan(Strict):
         draws: independent sets of every source.
         most_draws: draws that the corpora are divided for where draws are disjoint parts of a corpus; as many more can
             be added later without making earlier ones again. By default 10, or ``draws`` if that is more.
-        samples: rows of the sets; of each set the first rows are taken, so that sets of growing size are nested.
+        samples: rows of the sets. The first rows of the largest are taken, so that sets of growing size are nested; of
+            clusters (cola), several corpora or a mix every size is made for itself.
         length: tokens per row.
-        recipes: names of recipes or recipe files.
+        recipes: names of recipes, or recipe files, which end in .yaml.
         texts: held-out texts by label, for perplexity and divergence.
         seeds: seeds of sets and trainings.
         repeat: run one cell of every recipe twice, which measures the noise of the implementation.
@@ -204,7 +209,7 @@ def _rooted(plan: Plan, folder: Path) -> Plan:
     return plan.model_copy(
         update={
             "models": tuple(place(name, DEMO) for name in plan.models),
-            "recipes": tuple(place(name, *builtin_recipes()) for name in plan.recipes),
+            "recipes": tuple(place(name) if name.endswith((".yaml", ".yml")) else name for name in plan.recipes),
             "sources": {label: source(one) for label, one in plan.sources.items()},
             "texts": {label: text(one) for label, one in plan.texts.items()},
         }

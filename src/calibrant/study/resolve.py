@@ -1,6 +1,6 @@
 """A plan with everything it names found and checked, and the steps that carry it out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +9,22 @@ import torch
 from calibrant.calibration.calibration_set import read_manifest
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.generate import check_length
-from calibrant.calibration.selection.request import WITH_DRAWS, WITH_MODEL, selection_request
+from calibrant.calibration.selection.request import WITH_DRAWS, selection_request
+from calibrant.calibration.selection.selecting import WITH_MODEL
 from calibrant.errors import CalibrantError
 from calibrant.hashing import sha256_json
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.modeling.whole_model import torch_device, torch_dtype
-from calibrant.pipeline.prepare import PreparedRun, SetSize, prepare
+from calibrant.pipeline.prepare import PreparedRun, prepare
 from calibrant.pipeline.record import library_versions
 from calibrant.progress import Progress
 from calibrant.recipes.recipe import Recipe, load_recipe
 from calibrant.study.cache import Cache
 from calibrant.study.cells import Cell, grid
 from calibrant.study.plan import GeneratedSource, GivenSource, Plan, SelectedSource, Source
-from calibrant.study.steps import CellStep, OriginalStep, SetStep
+from calibrant.study.steps import SELECTION, CellStep, OriginalStep, SetStep
 from calibrant.version import __version__
 
 # The label of an original's own scores in the store, beside those of recipes.
@@ -105,18 +106,19 @@ def _model(name: str) -> Model:
 
 
 def _prepared(model: Model, recipe: Recipe, plan: Plan, cache: Cache) -> PreparedRun:
-    output = cache.folder / "outputs" / "estimate"
-    run = prepare(
-        model.path,
-        output=output,
-        recipe=recipe,
-        samples=max(plan.samples),
-        length=max(plan.length),
-        seed=plan.seeds[0],
-        device=plan.device,
-        dtype=plan.dtype,
-    )
-    return replace(run, own_set=SetSize(max(plan.samples), max(plan.length), plan.seeds[0], 0))
+    try:
+        return prepare(
+            model.path,
+            output=cache.folder / "outputs" / "estimate",
+            recipe=recipe,
+            samples=max(plan.samples),
+            length=max(plan.length),
+            seed=plan.seeds[0],
+            device=plan.device,
+            dtype=plan.dtype,
+        )
+    except CalibrantError as error:
+        raise CalibrantError(f"recipe {recipe.name} on {model.label}: {error}") from error
 
 
 def _check_source(label: str, source: Source, plan: Plan, models: dict[str, Model]) -> None:
@@ -144,14 +146,9 @@ def _check_given(source: GivenSource, plan: Plan) -> None:
 
 
 def _check_selected(source: SelectedSource, plan: Plan) -> None:
-    selection_request(
-        **{name: getattr(source, name) for name in ("strategy", "windows", "pool", "keep", "percentile", "embedding")},
-        **{name: getattr(source, name) for name in ("mask", "weights", "mix", "filters")},
-        samples=max(plan.samples),
-        length=max(plan.length),
-        draw=plan.draws - 1,
-        shards=1 if source.strategy in WITH_DRAWS else plan.shards,
-    )
+    size = {"samples": max(plan.samples), "length": max(plan.length), "draw": plan.draws - 1}
+    shards = 1 if source.strategy in WITH_DRAWS else plan.shards
+    selection_request(**{name: getattr(source, name) for name in SELECTION}, **size, shards=shards)
     for location in source.corpora:
         Corpus(location, source.field)
 
@@ -204,14 +201,17 @@ class _Steps:
         return CellWork(cell, made, originals, step, sha256_json(model.identity))
 
     def _set(self, cell: Cell) -> SetStep:
-        place = (cell.model, cell.source, cell.draw, cell.length, cell.seed)
+        source = self._plan.sources[cell.source]
+        is_nested = not isinstance(source, SelectedSource) or source.is_nested
+        samples = max(self._plan.samples) if is_nested else cell.samples
+        place = (cell.model, cell.source, cell.draw, samples, cell.length, cell.seed)
         if place not in self._sets:
-            self._sets[place] = self._new_set(cell)
+            self._sets[place] = self._new_set(cell, samples)
         return self._sets[place]
 
-    def _new_set(self, cell: Cell) -> SetStep:
+    def _new_set(self, cell: Cell, samples: int) -> SetStep:
         source, model = self._plan.sources[cell.source], self._models[cell.model]
-        size = {"draw": cell.draw, "samples": max(self._plan.samples), "length": cell.length, "seed": cell.seed}
+        size = {"draw": cell.draw, "samples": samples, "length": cell.length, "seed": cell.seed}
         if isinstance(source, GivenSource):
             identity: dict[str, Any] = {"given": read_manifest(source.sets[cell.draw]).set_sha256}
         else:

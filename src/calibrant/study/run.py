@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from calibrant.errors import CalibrantError
 from calibrant.hashing import sha256_json
@@ -20,7 +19,6 @@ from calibrant.study.workers import Finished, Workers
 from calibrant.version import __version__
 
 _LOCK = ".calibrant.lock"
-_Step = TypeVar("_Step", bound=Step)
 
 
 def run_cells(resolved: Resolved, folder: Path, cache: Cache, workers: Workers, progress: Progress) -> list[Failure]:
@@ -121,10 +119,11 @@ def _cell_result(cache: Cache, work: CellWork) -> CellResult:
 
 def _gathered(cache: Cache, keys: dict[str, str], costs: dict[str, float]) -> CellResult:
     """The results with these keys, by data set."""
-    measures, items = {}, {}
+    measures: dict[tuple[str, str], tuple[float, float | None]] = {}
+    items: dict[tuple[str, str], list[float]] = {}
     for dataset, key in keys.items():
         result = cache.result(key) or {}
-        measures |= {(dataset, name): tuple(value) for name, value in result["measures"].items()}
+        measures |= {(dataset, name): (value[0], value[1]) for name, value in result["measures"].items()}
         items |= {(dataset, name): values for name, values in result["items"].items()}
     return CellResult(measures, items, costs)
 

@@ -25,6 +25,8 @@ from calibrant.recipes.recipe import Recipe
 from calibrant.study.cache import Cache
 from calibrant.study.plan import GeneratedSource, GivenSource, Source, Text
 
+# The fields of a source that ``select`` takes as they are.
+SELECTION = ("strategy", "windows", "pool", "keep", "percentile", "embedding", "mask", "weights", "mix", "filters")
 SETS, ORIGINALS, OUTPUTS = "sets", "originals", "outputs"
 # Divergences are computed from float32 logits (docs/methods.md), whatever the compression computed in.
 _DTYPE = "float32"
@@ -78,16 +80,9 @@ class SetStep:
                 percentile=source.percentile,
                 **size,
             )
-        return select(
-            [Corpus(location, source.field) for location in source.corpora],
-            tokenizer=self.model,
-            **({"stride": self.samples} if source.strategy in WITH_DRAWS else {"shards": self.shards}),
-            **{name: getattr(source, name) for name in _SELECTION},
-            **size,
-        )
-
-
-_SELECTION = ("strategy", "windows", "pool", "keep", "percentile", "embedding", "mask", "weights", "mix", "filters")
+        size |= {"stride": self.samples} if source.strategy in WITH_DRAWS else {"shards": self.shards}
+        corpora = [Corpus(location, source.field) for location in source.corpora]
+        return select(corpora, tokenizer=self.model, **{name: getattr(source, name) for name in SELECTION}, **size)
 
 
 @dataclass(frozen=True)

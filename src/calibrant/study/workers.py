@@ -6,9 +6,9 @@ import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from calibrant.errors import CalibrantError, first_line
 from calibrant.executors import start_ray
 from calibrant.study.cache import Cache
 from calibrant.study.steps import Step
+from calibrant.study.worker_process import PASSIVE, WAIT_POLICY, passive_threads, prepare_process, work
 
 _DIED = "the process that ran it died ({said}), as of too little memory; {times} times"
 
@@ -33,7 +34,7 @@ class Finished:
 class Workers(Protocol):
     """Run independent steps."""
 
-    def run(self, steps: Sequence[Step]) -> Iterator[Finished]:
+    def run(self, steps: Sequence[Step]) -> Generator[Finished]:
         """Run all steps in any order; what fails stops nothing else."""
 
 
@@ -49,7 +50,7 @@ class LocalWorkers:
         self._cache, self._count, self._retries = cache, count, retries
         self._threads = max(1, len(os.sched_getaffinity(0)) // count)
 
-    def run(self, steps: Sequence[Step]) -> Iterator[Finished]:
+    def run(self, steps: Sequence[Step]) -> Generator[Finished]:
         """See ``Workers``."""
         waiting = deque(range(len(steps)))
         deaths = [0] * len(steps)
@@ -86,8 +87,9 @@ class _Process:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.number: int | None = None
-        self._process: BaseProcess = context.Process(target=_work, args=(theirs, cache, threads), daemon=True)
-        self._process.start()
+        self._process: BaseProcess = context.Process(target=work, args=(theirs, cache, threads), daemon=True)
+        with passive_threads():
+            self._process.start()
         theirs.close()
 
     @property
@@ -123,27 +125,8 @@ def _ready(running: list[_Process]) -> list[_Process]:
     return [one for one in running if one.connection in connections]
 
 
-def _work(connection: Connection, cache: Path, threads: int) -> None:
-    """Run steps until the other end of the connection is closed, also by the death of its process."""
-    # The terminal sends Ctrl-C to all processes; the one that was asked to run the study ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _prepare(threads)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            number, step = connection.recv()
-            connection.send(_run(number, step, cache))
-
-
-def _prepare(threads: int) -> None:
-    import torch
-    import transformers
-
-    torch.set_num_threads(threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _run(number: int, step: Step, cache: Path) -> Finished:
+def run_step(number: int, step: Step, cache: Path) -> Finished:
+    """Run a step in this process."""
     try:
         step.run(Cache(cache))
     except CalibrantError as error:
@@ -167,10 +150,11 @@ class RayWorkers:
     def __init__(self, cache: Cache, processors: int, devices: int, retries: int = 3) -> None:
         self._ray: Any = start_ray()
         self._cache, self._processors = cache, processors
-        options = {"num_cpus": processors, "num_gpus": devices, "max_retries": retries}
-        self._remote = self._ray.remote(**options)(_run_with_threads)
+        environment = {"env_vars": {WAIT_POLICY: PASSIVE}}
+        options = {"num_cpus": processors, "num_gpus": devices, "max_retries": retries, "runtime_env": environment}
+        self._remote = self._ray.remote(**options)(_run_on_ray)
 
-    def run(self, steps: Sequence[Step]) -> Iterator[Finished]:
+    def run(self, steps: Sequence[Step]) -> Generator[Finished]:
         """See ``Workers``."""
         running = {
             self._remote.remote(number, step, self._cache.folder.absolute(), self._processors): number
@@ -190,6 +174,6 @@ class RayWorkers:
                 self._ray.cancel(one, force=True)
 
 
-def _run_with_threads(number: int, step: Step, cache: Path, threads: int) -> Finished:
-    _prepare(threads)
-    return _run(number, step, cache)
+def _run_on_ray(number: int, step: Step, cache: Path, threads: int) -> Finished:
+    prepare_process(threads)
+    return run_step(number, step, cache)

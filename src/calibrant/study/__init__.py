@@ -1,0 +1,1 @@
+"""Studies: a grid of runs over calibration data, its store, its statistics."""

@@ -1,0 +1,49 @@
+"""What runs in a worker's process, and the environment that it starts with."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+# Numba and torch have a team of threads each. Threads that wait by spinning take the processors from the other team:
+# a cell of a small model then takes five times as long.
+WAIT_POLICY, PASSIVE = "OMP_WAIT_POLICY", "passive"
+
+
+@contextlib.contextmanager
+def passive_threads() -> Iterator[None]:
+    """Processes that start within the context have threads that wait passively."""
+    before = os.environ.get(WAIT_POLICY)
+    os.environ[WAIT_POLICY] = PASSIVE
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WAIT_POLICY]
+        else:
+            os.environ[WAIT_POLICY] = before
+
+
+def work(connection: Connection, cache: Path, threads: int) -> None:
+    """Run steps until the other end of the connection is closed, also by the death of its process."""
+    # The terminal sends Ctrl-C to all processes; the one that was asked to run the study ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare_process(threads)
+    from calibrant.study.workers import run_step
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            number, step = connection.recv()
+            connection.send(run_step(number, step, cache))
+
+
+def prepare_process(threads: int) -> None:
+    """Let torch compute with ``threads`` threads, and transformers write nothing."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
