@@ -8,6 +8,7 @@ import numpy as np
 from scipy import special
 
 from calibrant.errors import CalibrantError
+from calibrant.study.statistics.bootstrap import RESAMPLES
 from calibrant.study.statistics.describe import Interval, mean_and_sd, t_interval
 from calibrant.study.statistics.draws_needed import ALPHA
 from calibrant.study.statistics.holm import holm
@@ -44,7 +45,12 @@ class Comparison:
 
 
 def compare_sources(
-    values: Mapping[str, np.ndarray], rng: np.random.Generator, *, higher_is_better: bool, paired: bool
+    values: Mapping[str, np.ndarray],
+    rng: np.random.Generator,
+    *,
+    higher_is_better: bool,
+    paired: bool,
+    resamples: int = RESAMPLES,
 ) -> list[Comparison]:
     """All pairs of sources, from their values ``[draws]``; the order of the names does not matter.
 
@@ -61,14 +67,19 @@ def compare_sources(
     names = sorted(values, key=lambda name: (sign * means[name], name))
     groups = [values[name] for name in names]
     pairs = list(combinations(range(len(names)), 2))
-    together = simultaneous_intervals(groups, pairs, rng, paired=paired)
+    together = simultaneous_intervals(groups, pairs, rng, paired=paired, resamples=resamples)
     tests = [_test(groups[first], groups[second], paired) for first, second in pairs]
     adjusted = iter(holm([test[1] for test in tests if test is not None]))
     found = []
     for number, ((first, second), test) in enumerate(zip(pairs, tests, strict=True)):
         corrected = next(adjusted) if test is not None else None
         improvement = probability_of_improvement(
-            groups[first], groups[second], rng, higher_is_better=higher_is_better, paired=paired
+            groups[first],
+            groups[second],
+            rng,
+            higher_is_better=higher_is_better,
+            paired=paired,
+            resamples=resamples,
         )
         found.append(
             Comparison(

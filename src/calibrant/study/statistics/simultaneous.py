@@ -8,18 +8,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from calibrant.study.statistics.bootstrap import RESAMPLES
 from calibrant.study.statistics.describe import LEVEL, Interval, mean_and_sd
 
 # With three draws the intervals would cover all differences in 26 to 96 % of studies only.
 FEWEST_DRAWS = 5
-_RESAMPLES = 10_000
 # Resamples whose t are computed at a time.
 _CHUNK = 1_000
 Pair = tuple[int, int]
 
 
 def simultaneous_intervals(
-    groups: Sequence[np.ndarray], pairs: Sequence[Pair], rng: np.random.Generator, *, paired: bool
+    groups: Sequence[np.ndarray],
+    pairs: Sequence[Pair],
+    rng: np.random.Generator,
+    *,
+    paired: bool,
+    resamples: int = RESAMPLES,
 ) -> list[Interval] | None:
     """Intervals of the differences of means that all hold together in 95 % of studies.
 
@@ -29,6 +34,7 @@ def simultaneous_intervals(
         rng: draws the signs.
         paired: one sign for all sources of a draw, and standard errors of paired differences; otherwise a sign for
             every value, and Welch's standard errors.
+        resamples: number of resamples.
 
     None if a source has fewer than 5 draws. At 5 draws all differences of 4 sources are covered together in about 95 %
     of studies, also where their spreads differ (docs/statistics.md "Coverage").
@@ -39,8 +45,10 @@ def simultaneous_intervals(
     residuals = [group - mean_and_sd(group)[0] for group in groups]
     largest = np.concatenate(
         [
-            _statistics(_with_signs(residuals, rng, _CHUNK, paired), first, second, paired).max(axis=0)
-            for _ in range(0, _RESAMPLES, _CHUNK)
+            _statistics(_with_signs(residuals, rng, min(_CHUNK, resamples - done), paired), first, second, paired).max(
+                0
+            )
+            for done in range(0, resamples, _CHUNK)
         ]
     )
     reach = float(np.quantile(largest, LEVEL))

@@ -1,4 +1,4 @@
-"""Source against draw: variance components of one-way random effects (Searle, Casella and McCulloch 1992, chapter 3)."""
+"""Source against draw: variance components of one-way random effects (Searle, Casella, McCulloch 1992, chapter 3)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
