@@ -7,20 +7,22 @@ from scipy import special
 
 ALPHA = 0.05
 POWER = 0.8
+# Standard errors beyond which the power is 1 with any number of draws.
+_CERTAIN = 100.0
 
 
 def power_of_t_test(draws: int, difference: float, sd: float, *, paired: bool) -> float:
     """The chance that a two-sided t test at 5 % finds a true ``difference`` with ``draws`` draws of each.
 
-    ``sd`` is the standard deviation of a source's draws, or of the paired differences. Noncentral t with ``2n - 2``
-    degrees of freedom and ``difference / (sd sqrt(2 / n))``; paired with ``n - 1`` and ``difference / (sd / sqrt(n))``
-    (Cohen 1988, ch. 2). ``sd`` must be above 0.
+    ``sd`` is the standard deviation of a source's draws, or of the paired differences; it must be above 0. Noncentral t
+    with ``2n - 2`` degrees of freedom and ``difference / (sd sqrt(2 / n))``; paired with ``n - 1`` and
+    ``difference / (sd / sqrt(n))`` (Cohen 1988, chapter 2).
     """
     degrees = draws - 1 if paired else 2 * draws - 2
-    shift = abs(difference) / sd * math.sqrt(draws / (1 if paired else 2))
+    shift = min(abs(difference) / sd * math.sqrt(draws / (1 if paired else 2)), _CERTAIN)
     critical = float(special.stdtrit(degrees, 1 - ALPHA / 2))
-    missed = special.nctdtr(degrees, shift, critical) - special.nctdtr(degrees, shift, -critical)
-    return float(1 - missed)
+    # Its square is a noncentral F; scipy's noncentral t is not a number where its left tail is almost nothing.
+    return float(1 - special.ncfdtr(1, degrees, shift**2, critical**2))
 
 
 def draws_needed(difference: float, sd: float, *, paired: bool) -> int | None:
