@@ -22,9 +22,11 @@ class VarianceComponents:
         draws: number of draws of all sources together, ``N``.
         balanced: every source has the same number of draws.
         draw_variance: variance between draws of a source, ``MS_w``.
-        draw_interval: ``(N - k) MS_w`` over quantiles of chi-square; exact for normal draws of equal variance.
+        draw_interval: ``(N - k) MS_w`` over quantiles of chi-square; exact for normal draws of equal variance at any
+            number of draws.
         source_variance: ``(MS_b - MS_w) / n0`` with ``n0 = (N - sum n_i^2 / N) / (k - 1)``.
-        source_interval: Williams's interval (1962), which covers slightly more than it says.
+        source_interval: Williams's interval (1962), which covers slightly more than it says, 95 to 96 % at 5 draws of 5
+            sources.
         share: ``source_variance / (source_variance + draw_variance)``, the intraclass correlation; None if all values
             are equal.
         share_interval: from quantiles of F; exact for normal values if balanced, otherwise the approximation of Thomas
