@@ -177,12 +177,22 @@ def test_paired_sources_are_compared_over_the_draws_that_all_have() -> None:
     (apart,) = checked(analyse(cells, LOWER, paired=True)).settings
     assert apart.comparisons[0].told_apart
     assert apart.best_two.draws == 3
+    assert apart.comparisons[0].draws == (5, 5)
     (blurred,) = analyse(cells, LOWER).settings
     assert not blurred.comparisons[0].told_apart
     (disjoint,) = checked(analyse([*table(values)[:3], *table(values)[9:]], LOWER, paired=True)).settings
     assert disjoint.comparisons == ()
     assert disjoint.best_two is None
     assert "share no draw" in disjoint.headline
+
+
+def test_the_headline_of_pairs_goes_by_the_draws_that_all_have() -> None:
+    """Over all draws b is best; over the shared ones a is, with b close."""
+    values = {"a": [1.0, 2.0, 3.0], "b": [1.1, 2.3, 3.0, -9.0], "c": [2.0, 3.1, 4.0]}
+    (found,) = checked(analyse(table(values), LOWER, paired=True)).settings
+    assert found.sources[0].source == "b"
+    assert found.comparisons[0].better == "a"
+    assert "a and b cannot be told apart with 3 draws" in found.headline
 
 
 def test_recipes_are_compared_on_the_same_sets() -> None:

@@ -29,8 +29,6 @@ from calibrant.study.statistics.paired_difference import paired_difference
 from calibrant.study.statistics.rank_stability import rank_stability
 from calibrant.study.statistics.variance_components import variance_components
 
-# Running the same command twice takes different times.
-_TIMED = "seconds"
 _Table = dict[Setting, SettingScores]
 
 
@@ -39,6 +37,7 @@ def analyse(
     higher_is_better: Mapping[str, bool],
     *,
     data_free: Collection[str] = (),
+    timed: Collection[str] = ("seconds",),
     left_out: str | None = None,
     paired: bool = False,
     seed: int = 0,
@@ -51,7 +50,8 @@ def analyse(
     Args:
         scores: the table.
         higher_is_better: direction of every measure in the table.
-        data_free: recipes that read no data; their scores must be equal over all sets, except "seconds".
+        data_free: recipes that read no data; their scores must be equal over all sets, except those of ``timed``.
+        timed: measures of speed, which differ whenever the same command runs again.
         left_out: a source, usually random vocabulary, without which variance components are computed as well.
         paired: draw ``i`` of all sources shares documents or what else moves the score; comparisons of sources then
             use the draws that all of them have. Recipes are always compared on the same sets.
@@ -68,7 +68,7 @@ def analyse(
         )
     findings = []
     for setting, own in table.items():
-        is_control = setting.recipe in data_free and setting.measure != _TIMED
+        is_control = setting.recipe in data_free and setting.measure not in timed
         higher = higher_is_better[setting.measure]
         found = _finding(setting, own, higher, is_control, left_out, paired, seed)
         findings.append(replace(found, headline=headline(found)))

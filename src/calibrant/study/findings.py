@@ -55,11 +55,11 @@ class SettingFinding:
         sources: every source with a usable score, best mean first.
         components: source against draw.
         components_without: the same without the source that was to be left out.
-        comparisons: all pairs of sources, best first.
+        comparisons: all pairs of sources, those of the best first.
         rank_stability: over the sets that every source has.
         best_two: the draws that a finding about the best source needs.
         zero_control: for recipes that read no data.
-        implementation_noise: of cells that were run twice on one set.
+        implementation_noise: of cells that were run twice on one set; of times, the noise of the clock.
         missing: source, seed and draw of every set without a score, where another source has one.
         unusable: source, seed and draw of every score left out because it is not finite, or beyond 1e100.
         headline: the finding in one English sentence.

@@ -62,9 +62,9 @@ def _share(measured: str, found: SettingFinding) -> str:
 
 
 def _told_apart(found: SettingFinding) -> str:
-    best = found.sources[0].source
     if not found.comparisons:
         return "its sources share no draw, so that they cannot be compared in pairs"
+    best = found.comparisons[0].better
     alike = [one.worse for one in found.comparisons if one.better == best and not one.told_apart]
     if not alike:
         return f"{best} is better than {'the other source' if len(found.sources) == 2 else 'every other source'}"
@@ -76,7 +76,7 @@ def _told_apart(found: SettingFinding) -> str:
 
 
 def _draws(found: SettingFinding) -> str:
-    numbers = [one.description.n for one in found.sources]
+    numbers = [number for one in found.comparisons for number in one.draws]
     least, most = min(numbers), max(numbers)
     return f"{most} draw{'s' * (most > 1)}" if least == most else f"{least} to {most} draws"
 

@@ -22,6 +22,7 @@ class Comparison:
 
     Attributes:
         better, worse: names of the sources.
+        draws: numbers of draws of ``better`` and of ``worse`` that were compared.
         difference: mean of ``better`` less mean of ``worse``; negative where lower is better.
         interval: Student's interval of the difference, of this pair alone.
         p_value: two-sided, of Welch's t test, or of the paired t test.
@@ -35,6 +36,7 @@ class Comparison:
 
     better: str
     worse: str
+    draws: tuple[int, int]
     difference: float
     interval: Interval | None
     p_value: float | None
@@ -86,6 +88,7 @@ def compare_sources(
             Comparison(
                 better=names[first],
                 worse=names[second],
+                draws=(len(groups[first]), len(groups[second])),
                 difference=means[names[first]] - means[names[second]],
                 interval=test[0] if test is not None else None,
                 p_value=test[1] if test is not None else None,

@@ -57,14 +57,17 @@ def probability_of_improvement(
     probability = float(wins.mean())
     if min(len(first), len(second)) == 1:
         return Improvement(probability, None, "no evidence")
-    rows = resampled(len(first), rng, resamples)
-    if paired:
-        estimates = wins[rows].mean(axis=1)
-    else:
-        columns = resampled(len(second), rng, resamples)
-        estimates = wins[rows[:, :, None], columns[:, None, :]].mean(axis=(1, 2))
+    estimates = _counts(len(first), rng, resamples) @ wins / len(first)
+    if not paired:
+        estimates = (estimates * _counts(len(second), rng, resamples)).sum(axis=1) / len(second)
     interval = percentile_interval(estimates)
     return Improvement(probability, interval, _verdict(probability, interval.low))
+
+
+def _counts(draws: int, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """How often each draw is in each resample, int64 ``[resamples, draws]``."""
+    places = resampled(draws, rng, resamples) + draws * np.arange(resamples)[:, None]
+    return np.bincount(places.ravel(), minlength=resamples * draws).reshape(resamples, draws)
 
 
 def _verdict(probability: float, low: float) -> Verdict:
