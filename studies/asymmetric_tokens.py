@@ -34,12 +34,14 @@ def measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
     """One cell: rows, share, draw."""
     rows, share, draw = label.split(", ")
     begin = time.perf_counter()
+    samples = int(rows.removesuffix(" rows"))
     made = cb.select(
         options.corpus,
         tokenizer=options.model,
-        samples=int(rows.removesuffix(" rows")),
+        samples=samples,
         length=options.length,
         draw=int(draw.removeprefix("draw ")),
+        stride=samples,
     )
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"

@@ -54,7 +54,14 @@ def main() -> None:
         harmed = Path(name) / "harmed"
         planted = plant(options.model, harmed, options.channels, options.factor)
         for draw in range(options.draws):
-            data = cb.select(options.corpus, tokenizer=options.model, samples=options.samples, length=512, draw=draw)
+            data = cb.select(
+                options.corpus,
+                tokenizer=options.model,
+                samples=options.samples,
+                length=512,
+                draw=draw,
+                stride=options.samples,
+            )
             for label, transforms in {CLEAN: [], **TRANSFORMS, "Quadapter": [quadapter]}.items():
                 if any((run["method"], run["draw"]) == (label, draw) for run in runs):
                     continue

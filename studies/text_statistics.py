@@ -53,7 +53,9 @@ def sets_of(model: Path, options: argparse.Namespace) -> dict[str, list[Made]]:
         for text in options.text:
             corpus = paragraphs(text, Path(folder) / "paragraphs.jsonl")
             kind = text.name.partition(".")[0]
-            made[kind] = [cb.select(corpus, tokenizer=model, draw=draw, **size) for draw in draws]
+            made[kind] = [
+                cb.select(corpus, tokenizer=model, draw=draw, stride=options.samples, **size) for draw in draws
+            ]
     return made
 
 

@@ -44,6 +44,21 @@ def test_select_and_rebuild(run, llama: Path, tmp_path: Path) -> None:
     refused(status, out, err, "strategy 'best'", tmp_path)
 
 
+def test_draws_begin_a_stride_apart(run, llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "c.jsonl"
+    text.write_text("".join(json.dumps({"text": f"number {i} and some words"}) + "\n" for i in range(90)))
+    select = ("data", "select", text, "-m", llama, "-l", 32, "-q", "--draw", 1)
+    for name, samples in (("two", 2), ("eight", 8)):
+        assert run(*select, "-o", tmp_path / name, "-n", samples, "--stride", 10)[0] == 0
+    two, eight = (CalibrationSet.load(tmp_path / name) for name in ("two", "eight"))
+    assert two.sha256 == eight.head(2).sha256
+    assert two.manifest.parameters["stride"] == 10
+    status, out, err = run(*select, "-o", tmp_path / "out", "-n", 8, "--stride", 4)
+    refused(status, out, err, "use --stride 8 or more", tmp_path)
+    status, out, err = run(*select, "-o", tmp_path / "out", "-n", 8)
+    refused(status, out, err, "use a smaller --stride", tmp_path)
+
+
 def test_the_summary_names_what_matters(run, llama: Path, tmp_path: Path) -> None:
     status, shown, _ = run("compress", llama, "-o", tmp_path / "out", "-n", 4, "-l", 16)
     assert status == 0

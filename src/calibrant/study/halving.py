@@ -1,0 +1,167 @@
+"""Which source to take, with few cells: draws are added only for sources that are not yet known to be worse.
+
+Successive halving (Jamieson and Talwalkar 2016) with tests in place of a fixed share: a source is dropped when a
+simultaneous interval says that it is worse than the best, so that cells go to what is still open.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import special
+
+from calibrant.errors import CalibrantError
+from calibrant.study.statistics.describe import LEVEL, Interval, mean_and_sd
+
+FIRST_DRAWS = 3
+# The score of a source at a draw.
+ScoreOf = Callable[[str, int], float]
+
+
+@dataclass(frozen=True)
+class AgainstBest:
+    """One source against the best one when it was last looked at.
+
+    ``difference`` is the source's mean less that of ``best`` over ``draws`` paired draws; ``interval`` holds together
+    with all others of the search. Both are None where a score of the source was not finite.
+    """
+
+    source: str
+    best: str
+    draws: int
+    difference: float | None
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The end of a search.
+
+    Attributes:
+        recommended: the source to take; None if those in ``alike`` cannot be told apart, or every source failed.
+        alike: the sources that remain, best mean first; any will do.
+        against_best: every other remaining source against the first of ``alike``.
+        dropped: sources that are worse, or whose scores are not finite, in the order they were dropped.
+        cells: number of scores that were asked for.
+        ended: why the search ended: one source is left, all differences are too small to matter, or the next round
+            would go beyond the budget.
+        scores: all scores, by source and draw.
+    """
+
+    recommended: str | None
+    alike: tuple[str, ...]
+    against_best: tuple[AgainstBest, ...]
+    dropped: tuple[AgainstBest, ...]
+    cells: int
+    ended: Literal["one is left", "too small to matter", "budget"]
+    scores: dict[str, tuple[float, ...]]
+
+    @property
+    def sentence(self) -> str:
+        """What to take, in one sentence."""
+        if not self.alike:
+            return "No source can be recommended: the scores of every source are not finite."
+        if self.recommended is not None:
+            failed = any(one.interval is None for one in self.dropped)
+            return f"Take {self.recommended}: every other source {'failed or ' * failed}is worse ({self.cells} cells)."
+        names = f"{', '.join(self.alike[:-1])} and {self.alike[-1]}"
+        draws = len(self.scores[self.alike[0]])
+        return f"{names} cannot be told apart with {draws} draws: any will do ({self.cells} cells)."
+
+
+def recommend(
+    sources: Sequence[str],
+    score_of: ScoreOf,
+    *,
+    higher_is_better: bool,
+    budget: int,
+    smallest_difference: float = 0.0,
+) -> Recommendation:
+    """Find the source to take with at most ``budget`` scores.
+
+    Every source gets 3 draws; every round doubles the draws of those that remain, as far as the budget reaches. After
+    round ``r`` a source is dropped if it is worse than the best by a paired t interval of level
+    ``1 - 0.05 / (r (r + 1) m)`` with ``m`` the number of all pairs of sources. These add up to 5 % over all pairs and
+    rounds (Bonferroni), so that for normal differences the best source is dropped in at most 5 % of searches, however
+    long they are and whatever the spreads.
+
+    Args:
+        sources: names of the candidates.
+        score_of: gives the score of a source's draw 0, 1, ...; one that is not finite drops the source.
+        higher_is_better: direction of the score.
+        budget: most scores to ask for.
+        smallest_difference: the search ends when all intervals of the remaining sources lie within this distance of 0.
+
+    Raises:
+        CalibrantError: there are no sources, one is named twice, or the budget is too small for the first round.
+    """
+    if not sources or len(set(sources)) < len(sources):
+        raise CalibrantError("name every source once, and at least one")
+    if len(sources) > 1 and budget < FIRST_DRAWS * len(sources):
+        raise CalibrantError(
+            f"{budget} cells are too few for {len(sources)} sources: use a `budget` of {FIRST_DRAWS * len(sources)} "
+            "or more, or fewer sources"
+        )
+    scores: dict[str, list[float]] = {source: [] for source in sources}
+    remaining, against, dropped = sorted(sources), list[AgainstBest](), list[AgainstBest]()
+    draws, cells, look = 0, 0, 0
+    ended: Literal["one is left", "too small to matter", "budget"] = "one is left"
+    while len(remaining) > 1:
+        more = min(max(draws, FIRST_DRAWS), (budget - cells) // len(remaining))
+        if more == 0:
+            ended = "budget"
+            break
+        for source in remaining:
+            scores[source] += [score_of(source, draw) for draw in range(draws, draws + more)]
+        draws, cells, look = draws + more, cells + more * len(remaining), look + 1
+        failed = [source for source in remaining if not all(map(math.isfinite, scores[source]))]
+        remaining = [source for source in remaining if source not in failed]
+        error = (1 - LEVEL) / (look * (look + 1) * math.comb(len(sources), 2))
+        remaining, against = _against_best(scores, remaining, higher_is_better, error)
+        dropped += [AgainstBest(source, remaining[0] if remaining else "", draws, None, None) for source in failed]
+        worse = [one for one in against if _is_worse(one, higher_is_better)]
+        dropped += worse
+        against = [one for one in against if one not in worse]
+        remaining = [source for source in remaining if source not in [one.source for one in worse]]
+        if len(remaining) > 1 and all(_is_small(one, smallest_difference) for one in against):
+            ended = "too small to matter"
+            break
+    return Recommendation(
+        remaining[0] if len(remaining) == 1 else None,
+        tuple(remaining),
+        tuple(against),
+        tuple(dropped),
+        cells,
+        ended,
+        {source: tuple(own) for source, own in scores.items()},
+    )
+
+
+def _against_best(
+    scores: dict[str, list[float]], remaining: list[str], higher_is_better: bool, error: float
+) -> tuple[list[str], list[AgainstBest]]:
+    """The remaining sources, best mean first, and all but the first against it."""
+    sign = -1 if higher_is_better else 1
+    values = {source: np.array(scores[source]) for source in remaining}
+    ranked = sorted(remaining, key=lambda source: (sign * mean_and_sd(values[source])[0], source))
+    against = []
+    for source in ranked[1:]:
+        difference, sd = mean_and_sd(values[source] - values[ranked[0]])
+        draws = len(values[source])
+        assert sd is not None  # every round has at least three draws
+        reach = float(special.stdtrit(draws - 1, 1 - error / 2)) * sd / math.sqrt(draws)
+        interval = Interval(difference - reach, difference + reach)
+        against.append(AgainstBest(source, ranked[0], draws, difference, interval))
+    return ranked, against
+
+
+def _is_worse(one: AgainstBest, higher_is_better: bool) -> bool:
+    assert one.interval is not None
+    return one.interval.high < 0 if higher_is_better else one.interval.low > 0
+
+
+def _is_small(one: AgainstBest, smallest_difference: float) -> bool:
+    assert one.interval is not None
+    return max(-one.interval.low, one.interval.high) <= smallest_difference
