@@ -11,6 +11,7 @@ from calibrant.cli.demo import demo
 from calibrant.cli.evaluate import evaluate
 from calibrant.cli.imatrix import imatrix
 from calibrant.cli.recipes import recipes
+from calibrant.cli.study import app as study_app
 from calibrant.cli.wording import as_options
 from calibrant.errors import CalibrantError
 
@@ -30,6 +31,7 @@ app.command()(compress)
 app.add_typer(data_app, name="data")
 app.command()(evaluate)
 app.command()(imatrix)
+app.add_typer(study_app, name="study")
 app.command()(recipes)
 app.command()(demo)
 

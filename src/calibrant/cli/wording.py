@@ -13,7 +13,19 @@ _SPELLED_OTHERWISE = {
     "tokenizer": "--model",
 }
 _SPELLED_ALIKE = (
-    *("batch_size", "bits", "calibration", "corpus", "device", "draw", "dtype", "duplicates", "embedding", "executor"),
+    *(
+        "batch_size",
+        "bits",
+        "cache",
+        "calibration",
+        "corpus",
+        "device",
+        "draw",
+        "dtype",
+        "duplicates",
+        "embedding",
+        "executor",
+    ),
     *("field", "first_tokens", "group_size", "html", "keep", "keep_leaked", "leakage", "leakage_field", "leakage_run"),
     *("length", "limit", "mask", "max_characters", "max_repetition", "min_characters", "model", "order", "output"),
     *("overwrite", "parts", "percentile", "pool", "recipe", "samples", "script", "seed", "shards", "strategy"),

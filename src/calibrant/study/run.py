@@ -109,8 +109,8 @@ def _original_result(cache: Cache, steps: dict[str, OriginalStep]) -> CellResult
 def _cell_result(cache: Cache, work: CellWork) -> CellResult:
     compression, *texts = work.step.result_keys()
     made, ran = cache.result(work.set_step.key) or {}, cache.result(compression) or {}
-    costs = {f"seconds: {stage}": seconds for stage, seconds in ran["seconds"].items()}
-    costs |= {"seconds": sum(ran["seconds"].values()), "seconds: making the set": made["seconds"]}
+    costs = {f"seconds of {stage}": seconds for stage, seconds in ran["seconds"].items()}
+    costs |= {"seconds": sum(ran["seconds"].values()), "set_seconds": made["seconds"]}
     costs["peak_memory_bytes"] = ran["peak_memory_bytes"]
     keys = {"": compression, **dict(zip(work.originals, texts, strict=True))}
     found = _gathered(cache, keys, costs)
@@ -135,6 +135,7 @@ def _about(resolved: Resolved) -> dict[str, str]:
         "description": resolved.plan.description,
         "plan": resolved.plan.model_dump_json(),
         "calibrant": __version__,
+        "data_free": json.dumps([name for name, recipe in resolved.recipes.items() if not recipe.needs_data]),
         "libraries": json.dumps(library_versions(), sort_keys=True),
     }
 

@@ -13,7 +13,7 @@ from calibrant.study.cells import Cell
 
 STORE_NAME = "study.sqlite"
 _VERSION = 1
-_PLACE = "model, recipe, source, draw, samples, length, seed, repeat"
+PLACE = "model, recipe, source, draw, samples, length, seed, repeat"
 _SCHEMA = """
 CREATE TABLE study (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE cells (
@@ -133,7 +133,7 @@ class Store:
         with self._transaction():
             found = {
                 Cell(*place): (number, key)
-                for number, key, *place in self._connection.execute(f"SELECT cell, key, {_PLACE} FROM cells")
+                for number, key, *place in self._connection.execute(f"SELECT cell, key, {PLACE} FROM cells")
             }
             wanted = {row.cell: row for row in rows}
             gone = [(number,) for cell, (number, key) in found.items() if cell not in wanted or wanted[cell].key != key]
@@ -145,7 +145,7 @@ class Store:
                     number += 1
                     hashes = (row.key, row.set_key, row.model_sha256, row.recipe_sha256)
                     self._connection.execute(
-                        f"INSERT INTO cells (cell, state, key, set_key, model_sha256, recipe_sha256, {_PLACE}) "
+                        f"INSERT INTO cells (cell, state, key, set_key, model_sha256, recipe_sha256, {PLACE}) "
                         f"VALUES (?, 'waiting', {', '.join('?' * 12)})",
                         (number, *hashes, *asdict(row.cell).values()),
                     )
@@ -154,7 +154,7 @@ class Store:
 
     def done(self) -> set[Cell]:
         """The cells with results."""
-        return {Cell(*place) for place in self._connection.execute(f"SELECT {_PLACE} FROM cells WHERE state = 'done'")}
+        return {Cell(*place) for place in self._connection.execute(f"SELECT {PLACE} FROM cells WHERE state = 'done'")}
 
     def finish(self, cell: Cell, result: CellResult) -> None:
         """Store a cell's results."""

@@ -7,6 +7,7 @@ from calibrant.errors import CalibrantError
 from calibrant.executors import ExecutorName
 from calibrant.progress import NoProgress, Progress
 from calibrant.study.cache import DEFAULT_CACHE, Cache
+from calibrant.study.estimate import StudyEstimate, estimate_study
 from calibrant.study.plan import Plan, load_plan
 from calibrant.study.resolve import resolve
 from calibrant.study.run import run_cells
@@ -55,13 +56,14 @@ def run_study(
     listener = progress or NoProgress()
     if workers < 1 or processors < 1 or devices < 0:
         raise CalibrantError("a study needs at least 1 worker, 1 processor a cell, and 0 devices")
-    wanted = plan if isinstance(plan, Plan) else load_plan(plan)
+    wanted = _loaded(plan)
     if output is None:
         if isinstance(plan, Plan):
             raise CalibrantError("a plan without a file needs `output`, the study's folder")
         output = Path(plan).parent / wanted.name
-    store = Cache(Path(cache).expanduser().absolute())
+    store = _cache(cache)
     resolved = resolve(wanted, store, listener)
+    estimate_study(resolved, store, workers, listener)
     runner: Workers
     if executor == "local":
         runner = LocalWorkers(store, workers)
@@ -71,3 +73,27 @@ def run_study(
         raise CalibrantError(f"{executor}: no executor of that name; there are local, ray")
     failures = run_cells(resolved, Path(output), store, runner, listener)
     return StudyRun(Path(output), len(resolved.cells), failures)
+
+
+def plan_study(
+    plan: Plan | str | Path,
+    *,
+    cache: str | Path = DEFAULT_CACHE,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> StudyEstimate:
+    """Check a study and estimate what it takes; the arguments are those of ``run_study``.
+
+    Raises:
+        CalibrantError: see ``run_study``.
+    """
+    store, listener = _cache(cache), progress or NoProgress()
+    return estimate_study(resolve(_loaded(plan), store, listener), store, workers, listener)
+
+
+def _loaded(plan: Plan | str | Path) -> Plan:
+    return plan if isinstance(plan, Plan) else load_plan(plan)
+
+
+def _cache(folder: str | Path) -> Cache:
+    return Cache(Path(folder).expanduser().absolute())

@@ -1,0 +1,122 @@
+"""Reads a study's store: scores, failures, the analysis, and tables for other programs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from calibrant.output_folder import whole_file
+from calibrant.study.analysis import analyse
+from calibrant.study.cells import Cell
+from calibrant.study.findings import Analysis
+from calibrant.study.plan import GeneratedSource, Plan
+from calibrant.study.resolve import ORIGINAL
+from calibrant.study.scores import Score
+from calibrant.study.store import PLACE, STORE_NAME, Failure, read_only, rows
+
+# The costs that are compared as scores are; times of stages and memory stay in the store.
+SECONDS, SET_SECONDS = "seconds", "set_seconds"
+_HIGHER_IS_BETTER = {
+    "kl": False,
+    "perplexity": False,
+    "log_perplexity_ratio": False,
+    "same_top": True,
+    "output_bytes": False,
+    SECONDS: False,
+    SET_SECONDS: False,
+}
+TABLES = ("cells", "scores", "items")
+
+
+class Study:
+    """The results of a study in its folder, as they are now.
+
+    Raises:
+        CalibrantError: the folder has no store; messages name it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._file = self.folder / STORE_NAME
+        about = {row["name"]: row["value"] for row in self._rows("SELECT name, value FROM study")}
+        self.plan = Plan.model_validate_json(about["plan"])
+        self.versions: dict[str, str] = {"calibrant": about["calibrant"], **json.loads(about["libraries"])}
+        self._data_free = tuple(json.loads(about["data_free"]))
+
+    def scores(self) -> list[Score]:
+        """Scores of all compressed models."""
+        return self._scores("recipe <> ?")
+
+    def originals(self) -> list[Score]:
+        """Scores of the original models."""
+        return self._scores("recipe = ?")
+
+    def failures(self) -> list[Failure]:
+        """Cells that failed when they ran last."""
+        found = self._rows(f"SELECT {PLACE}, error, traceback FROM cells WHERE state = 'failed' ORDER BY cell")
+        return [Failure(_cell(row), row["error"], row["traceback"]) for row in found]
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of cells that are done, failed and waiting."""
+        found = self._rows("SELECT state, count(*) AS cells FROM cells WHERE recipe <> ? GROUP BY state", ORIGINAL)
+        return {"done": 0, "failed": 0, "waiting": 0, **{row["state"]: row["cells"] for row in found}}
+
+    def analyse(self, *, paired: bool = False, seed: int = 0) -> Analysis:
+        """All statistics; see ``docs/statistics.md``.
+
+        ``paired`` compares sources draw by draw, for sources whose draws share documents. ``seed`` is the bootstrap's.
+        """
+        known = [score for score in self.scores() if score.measure in _HIGHER_IS_BETTER]
+        random = [label for label, one in self.plan.sources.items() if _is_vocabulary(one)]
+        return analyse(
+            known,
+            _HIGHER_IS_BETTER,
+            data_free=self._data_free,
+            timed=(SECONDS, SET_SECONDS),
+            left_out=random[0] if random else None,
+            paired=paired,
+            seed=seed,
+        )
+
+    def export(self, folder: str | Path) -> list[Path]:
+        """Write the tables of cells, scores and items as Parquet and CSV; files of these names are replaced.
+
+        Raises:
+            CalibrantError: the folder cannot be written.
+        """
+        import pyarrow as pa
+        import pyarrow.csv
+        import pyarrow.parquet
+
+        written = []
+        for name in TABLES:
+            query = "SELECT * FROM items JOIN cells USING (cell)" if name == "items" else f"SELECT * FROM {name}"
+            table = pa.Table.from_pylist(self._rows(query))
+            for ending, write in ((".parquet", pyarrow.parquet.write_table), (".csv", pyarrow.csv.write_csv)):
+                target = Path(folder) / f"{name}{ending}"
+                with whole_file(target) as beside:
+                    write(table, beside)
+                written.append(target)
+        return written
+
+    def _scores(self, condition: str) -> list[Score]:
+        query = f"SELECT {PLACE}, dataset, measure, value FROM scores WHERE {condition}"
+        return [
+            Score(**_place(row), measure=row["measure"], on=row["dataset"], value=row["value"])
+            for row in self._rows(query, ORIGINAL)
+        ]
+
+    def _rows(self, query: str, *values: str) -> list[dict[str, Any]]:
+        with read_only(self._file) as connection:
+            return rows(connection, query, values)
+
+
+def _place(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in PLACE.split(", ")}
+
+
+def _cell(row: dict[str, Any]) -> Cell:
+    return Cell(**_place(row))
+
+
+def _is_vocabulary(source: object) -> bool:
+    return isinstance(source, GeneratedSource) and source.strategy == "vocabulary"
