@@ -87,7 +87,9 @@ def resolve(plan: Plan, cache: Cache, progress: Progress) -> Resolved:
             "rename one"
         )
     for label, source in plan.sources.items():
-        _check_source(label, source, plan, models)
+        _check_source(label, source, plan)
+    for model in models.values():
+        check_length(ModelFolder(model.path), max(*plan.length, *(text.length for text in plan.texts.values())))
     prepared = {}
     with progress.task("checking", len(models) * len(recipes)) as task:
         for model in models.values():
@@ -121,7 +123,7 @@ def _prepared(model: Model, recipe: Recipe, plan: Plan, cache: Cache) -> Prepare
         raise CalibrantError(f"recipe {recipe.name} on {model.label}: {error}") from error
 
 
-def _check_source(label: str, source: Source, plan: Plan, models: dict[str, Model]) -> None:
+def _check_source(label: str, source: Source, plan: Plan) -> None:
     try:
         if isinstance(source, GivenSource):
             _check_given(source, plan)
@@ -129,8 +131,6 @@ def _check_source(label: str, source: Source, plan: Plan, models: dict[str, Mode
             _check_selected(source, plan)
         elif source.corpus is not None:
             Corpus(source.corpus, source.field)
-        for model in models.values():
-            check_length(ModelFolder(model.path), max(plan.length))
     except CalibrantError as error:
         raise CalibrantError(f"source {label}: {error}") from error
 

@@ -27,6 +27,7 @@ def run_cells(resolved: Resolved, folder: Path, cache: Cache, workers: Workers, 
     Raises:
         CalibrantError: another process runs the study, or its folder cannot be written.
     """
+    cache.clean()
     with _locked(folder), closing(Store(folder / STORE_NAME)) as store:
         originals = {model.label: resolved.originals(model.label) for model in resolved.models.values()}
         rows = [_original_row(model, originals[model.label]) for model in resolved.models.values()]
