@@ -27,19 +27,34 @@ def evaluate(
         str | None, typer.Option("--against", help="Original model; the divergence from it is measured.")
     ] = None,
     text: Annotated[
-        str, typer.Option("--text", help="Held-out text: a file, a folder, hub:owner/name or builtin.")
+        str, typer.Option("--text", help="Held-out text: a file, a folder, hub:owner/name or builtin; none for none.")
     ] = "builtin",
     field: FieldOption = "text",
     length: LengthOption = 512,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first windows of the text.")] = None,
+    wikitext: Annotated[
+        str | None,
+        typer.Option(
+            "--wikitext", help="WikiText's raw file: perplexity as papers report it, windows of 2,048 tokens."
+        ),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, as in piqa,arc_easy.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Folder of the tasks' files, or hub: for each task's hub data set.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Use only the first windows of texts and items of tasks.")
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option("--task-limit", min=1, help="Items of each task, where --limit is for windows only.")
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity on fixed windows of a text and, with --against, the divergence from the original model.
+    """Measure perplexity on fixed windows of a text, scores on tasks and, with --against, the change from the original.
 
-    Example: calibrant evaluate ./SmolLM2-w4 --against ./SmolLM2-135M --text wiki.txt
+    Example: calibrant evaluate ./SmolLM2-w4 --against ./SmolLM2-135M --tasks piqa,arc_easy --data ./data
     """
     with terminal(quiet, as_json) as screen:
         from dataclasses import asdict
@@ -49,30 +64,42 @@ def evaluate(
         found = cb.evaluate(
             model,
             against=against,
-            text=cb.Corpus(text, field),
+            text=None if text == "none" else cb.Corpus(text, field),
             length=length,
+            wikitext=wikitext,
+            tasks=[] if tasks is None else [name.strip() for name in tasks.split(",")],
+            data=data,
             limit=limit,
+            task_limit=task_limit,
             device=device,
             dtype=dtype,
             progress=screen.progress,
         )
-        screen.result(asdict(found), evaluation_table({model: found}))
+        tables = []
+        if found.windows:
+            tables.append(evaluation_table({model: found}))
+        if found.wikitext is not None:
+            tables.append(evaluation_table({model: found.wikitext}, "WikiText by the papers' protocol: "))
+        if found.tasks:
+            tables.append(task_table(found))
+        screen.result(asdict(found), *tables)
 
 
-def evaluation_table(found: "dict[str, Evaluation]") -> "Table":
+def evaluation_table(found: "dict[str, Evaluation]", title: str = "") -> "Table":
     """Table of evaluations: one row per measure, one column per model."""
     from rich.table import Table
     from rich.text import Text
 
     first = next(iter(found.values()))
-    table = Table(title=f"{first.windows} windows of {first.length} tokens")
+    table = Table(title=f"{title}{first.windows} windows of {first.length} tokens")
     table.add_column("")
     rows: dict[str, list[str]] = {}
     for name, evaluation in found.items():
         table.add_column(Text(name), justify="right")
-        cells = {
-            "perplexity": _interval(evaluation.perplexity.value, evaluation.perplexity.low, evaluation.perplexity.high)
-        }
+        cells = {}
+        if evaluation.perplexity is not None:
+            own = evaluation.perplexity
+            cells["perplexity"] = _interval(own.value, own.low, own.high)
         if evaluation.original is not None and evaluation.divergence is not None:
             original, divergence = evaluation.original, evaluation.divergence
             cells["perplexity of the original"] = _interval(original.value, original.low, original.high)
@@ -87,6 +114,32 @@ def evaluation_table(found: "dict[str, Evaluation]") -> "Table":
             rows.setdefault(label, []).append(cell)
     for label, values in rows.items():
         table.add_row(label, *values)
+    return table
+
+
+def task_table(found: "Evaluation") -> "Table":
+    """Table of tasks: one row per metric; the main metric is compared with the original, item by item."""
+    from rich.table import Table
+
+    table = Table(title="tasks")
+    columns = ["task", "items", "shots", "metric", "score"]
+    if found.task_comparisons:
+        columns += ["original", "difference", "only original right", "only model right", "p (McNemar)"]
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number in (0, 3) else "right")
+    originals = {result.name: result for result in found.original_tasks}
+    comparisons = {(one.name, one.metric): one for one in found.task_comparisons}
+    for result in found.tasks:
+        for metric, own in result.metrics.items():
+            cells = [result.name, str(result.items), str(result.shots), metric]
+            cells.append(_with_error(own.value, own.standard_error, ".4f"))
+            if result.name in originals:
+                other = originals[result.name].metrics[metric]
+                cells.append(_with_error(other.value, other.standard_error, ".4f"))
+            if one := comparisons.get((result.name, metric)):
+                cells.append(_interval(one.difference, one.low, one.high))
+                cells += [str(one.only_original_right), str(one.only_model_right), f"{one.p_value:.3g}"]
+            table.add_row(*cells)
     return table
 
 
