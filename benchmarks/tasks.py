@@ -28,7 +28,7 @@ from calibrant.modeling.whole_model import load_whole
 
 def run(model: Any, name: str, data: Path, items: int) -> tuple[float, list[Any], dict[str, list[Any]]]:
     """Seconds from requests to answers, the answers, and the items' scores."""
-    members = load_tasks(name, data)
+    members = load_tasks(name, data, items)
     requests = build_requests(members, items)
     with quiet_lm_eval():
         begin = time.perf_counter()

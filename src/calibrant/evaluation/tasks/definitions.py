@@ -18,7 +18,7 @@ from calibrant.evaluation.tasks.data_files import HUB, TASKS, Row, read_split
 
 # lm-eval draws the examples of few-shot prompts with this seed unless told otherwise.
 _FEW_SHOT_SEED = 1234
-_SPLITS = ("train", "validation", "test", "dev")
+_EXAMPLES, _EVALUATED = ("train", "dev"), ("validation", "test")
 
 
 @contextmanager
@@ -34,11 +34,11 @@ def quiet_lm_eval() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def load_tasks(name: str, data: str | Path) -> list[ConfigurableTask]:
+def load_tasks(name: str, data: str | Path, limit: int | None = None) -> list[ConfigurableTask]:
     """lm-eval's task ``name``, or the tasks of the group ``name`` in the order of their names.
 
     Prompts, choices, targets, metrics and few-shot examples are those of the installed lm-eval; only where documents
-    come from is replaced, unless ``data`` is "hub:".
+    come from is replaced, unless ``data`` is "hub:". Of files, only the first ``limit`` items are kept of each task.
 
     Raises:
         CalibrantError: a file of the data folder does not fit, or the hub does not give a data set.
@@ -50,8 +50,8 @@ def load_tasks(name: str, data: str | Path) -> list[ConfigurableTask]:
         if str(data) == HUB:
             changes = [_revision(manager, member) for member in members]
         else:
-            rows = {split: read_split(name, split, Path(data)) for split in _SPLITS}
-            changes = [{"custom_dataset": _documents(rows, _subject(manager, member))} for member in members]
+            rows = {split: read_split(name, split, Path(data)) for split in (*_EXAMPLES, *_EVALUATED)}
+            changes = [{"custom_dataset": _documents(rows, _subject(manager, member), limit, f"{data}: {name}")} for member in members]
         # A group of one's own is lm-eval's way to change a registered definition.
         specs = [{"task": member, **change} for member, change in zip(members, changes, strict=True)]
         try:
@@ -76,13 +76,20 @@ def _subject(manager: Any, member: str) -> str | None:
     return str(config["dataset_name"]) if member.startswith("mmlu_") else None
 
 
-def _documents(rows: dict[str, list[Row]], subject: str | None) -> Callable[..., dict[str, Dataset]]:
+def _documents(
+    rows: dict[str, list[Row]], subject: str | None, limit: int | None, place: str
+) -> Callable[..., dict[str, Dataset]]:
     """What lm-eval calls in place of ``datasets.load_dataset``; splits that are not needed are empty."""
 
     def load(**_: Any) -> dict[str, Dataset]:
-        return {
-            split: Dataset.from_list([row for row in found if subject is None or row["subject"] == subject])
+        own = {
+            split: [row for row in found if subject is None or row["subject"] == subject]
             for split, found in rows.items()
+        }
+        if not any(own[split] for split in _EVALUATED):
+            raise CalibrantError(f"{place}: its file has no rows{f' of the subject {subject}' if subject else ''}")
+        return {
+            split: Dataset.from_list(found[:limit] if split in _EVALUATED else found) for split, found in own.items()
         }
 
     return load

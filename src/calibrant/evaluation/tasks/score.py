@@ -56,7 +56,7 @@ def _score(
     limit: int | None,
     progress: Progress,
 ) -> TaskResult:
-    members = load_tasks(name, data)
+    members = load_tasks(name, data, limit)
     requests = build_requests(members, limit)
     with progress.task(name, len(requests)) as task:
         scorer = SharingModel(model, tokenizer, task.advance)
