@@ -26,14 +26,14 @@ from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 
 
-def run(model: Any, name: str, data: Path, items: int) -> tuple[float, list[Any], dict[str, list[Any]]]:
-    """Seconds from requests to answers, the answers, and the items' scores."""
+def run(model: Any, name: str, data: Path, items: int) -> tuple[list[float], list[Any], dict[str, list[Any]]]:
+    """Wall and processor seconds from requests to answers, the answers, and the items' scores."""
     members = load_tasks(name, data, items)
     requests = build_requests(members, items)
     with quiet_lm_eval():
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         answers = getattr(model, requests[0].request_type)(requests, disable_tqdm=True)
-        seconds = time.perf_counter() - begin
+        seconds = [time.perf_counter() - begin[0], time.process_time() - begin[1]]
     for request, answer in zip(requests, answers, strict=True):
         request.resps.append(answer)
     scores: dict[str, list[Any]] = {}
@@ -44,28 +44,36 @@ def run(model: Any, name: str, data: Path, items: int) -> tuple[float, list[Any]
 
 
 def compare(name: str, models: dict[str, Any], data: Path, items: int) -> dict[str, Any]:
-    """One task: seconds of each model, the ratio to the fastest of lm-eval's, and what differs from each of them."""
+    """One task: wall and processor seconds of each model, the ratios to the fastest of lm-eval's, and what differs."""
     found = {label: run(model, name, data, items) for label, model in models.items()}
-    seconds, answers, scores = found.pop("calibrant")
-    main = {metric: values for metric, values in scores.items() if metric != "perplexity"}
-    differing, largest = 0, 0.0
-    for _, other_answers, other_scores in found.values():
-        differing += sum(
-            any(main[metric][item] != other_scores[metric][item] for metric in main)
-            for item in range(len(next(iter(main.values()))))
-        )
-        if not isinstance(answers[0], str):
-            largest = max(largest, *(abs(a[0] - b[0]) for a, b in zip(answers, other_answers, strict=True)))
-        else:
-            largest = max(largest, sum(a != b for a, b in zip(answers, other_answers, strict=True)))
+    _, answers, scores = found["calibrant"]
+    right = {metric: values for metric, values in scores.items() if metric != "perplexity"}
+    count = len(next(iter(right.values())))
+    others = [found[label] for label in models if label != "calibrant"]
+    differing = sum(
+        any(values[item] != other[metric][item] for metric, values in right.items())
+        for _, _, other in others
+        for item in range(count)
+    )
+    pairs = [pair for _, other, _ in others for pair in zip(answers, other, strict=True)]
+    if isinstance(answers[0], str):
+        answers_differ = {"texts_that_differ": sum(mine != theirs for mine, theirs in pairs)}
+    else:
+        answers_differ = {"largest_difference": max(abs(mine[0] - theirs[0]) for mine, theirs in pairs)}
     return {
-        "items": len(next(iter(main.values()))),
+        "items": count,
         "requests": len(answers),
-        "seconds": {"calibrant": seconds, **{label: other[0] for label, other in found.items()}},
-        "ratio": min(other[0] for other in found.values()) / seconds,
+        "seconds": {label: one[0][0] for label, one in found.items()},
+        "processor_seconds": {label: one[0][1] for label, one in found.items()},
         "items_with_other_scores": differing,
-        "differing_texts" if isinstance(answers[0], str) else "largest_difference": largest,
+        **answers_differ,
     }
+
+
+def ratio(tasks: list[dict[str, Any]], what: str) -> float:
+    """Seconds of the fastest of lm-eval's models in each task over ours."""
+    theirs = sum(min(value for label, value in task[what].items() if label != "calibrant") for task in tasks)
+    return float(theirs / sum(task[what]["calibrant"] for task in tasks))
 
 
 def main() -> None:
@@ -93,25 +101,28 @@ def main() -> None:
     for name in options.tasks.split(","):
         items = {"mmlu": options.mmlu_items, "gsm8k": options.gsm8k_items}.get(name, options.items)
         chosen = models if name != "gsm8k" else {label: models[label] for label in ("calibrant", list(theirs)[-1])}
-        tasks[name] = compare(name, chosen, options.data, items)
-        Console().print(name, tasks[name])
-    total = {label: sum(task["seconds"].get(label, 0.0) for task in tasks.values()) for label in models}
-    fastest = sum(min(v for label, v in task["seconds"].items() if label != "calibrant") for task in tasks.values())
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[1],
-        "threads": torch.get_num_threads(),
-        "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "lm_eval")},
-        "model": options.model.name,
-        "dtype": "float32",
-        "tasks": tasks,
-        "seconds": total,
-        "ratio": fastest / total["calibrant"],
-    }
-    Console().print(f"all tasks: {total}, ratio to the faster of lm-eval's {result['ratio']:.2f}")
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
+        tasks[name] = task = compare(name, chosen, options.data, items)
+        task |= {"ratio": ratio([task], "seconds"), "processor_ratio": ratio([task], "processor_seconds")}
+        Console().print(name, task)
+        done = list(tasks.values())
+        result = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "cores": os.cpu_count(),
+            "load_average": os.getloadavg()[1],
+            "threads": torch.get_num_threads(),
+            "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "lm_eval")},
+            "model": options.model.name,
+            "dtype": "float32",
+            "tasks": tasks,
+            "ratio": ratio(done, "seconds"),
+            "processor_ratio": ratio(done, "processor_seconds"),
+        }
+        # After every task, so that a run that is stopped leaves what it measured.
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    Console().print(
+        f"all tasks: {result['ratio']:.2f} times as fast, {result['processor_ratio']:.2f} by processor time"
+    )
 
 
 if __name__ == "__main__":
