@@ -27,7 +27,7 @@ SUBJECTS = tuple(
 )
 _MMLU = [
     {"question": f" What is {n} in {subject}? ", "subject": subject, "choices": ["a", "bc", "d", "ef"], "answer": n % 4}
-    for n in range(2)
+    for n in range(3)
     for subject in SUBJECTS
 ]
 _PASSAGES = [f"Cats number {n} sleep. They dream of" for n in range(4)]

@@ -12,13 +12,15 @@ import pytest
 import torch
 import transformers as hf
 from datasets import Dataset, DatasetDict
+from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
+from lm_eval.config.group import AggMetricConfig
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 
 import calibrant as cb
 from calibrant.evaluation.tasks.batches import batches, shared_prefixes
-from calibrant.evaluation.tasks.data_files import TASKS, check_tasks
+from calibrant.evaluation.tasks.data_files import TASKS, check_tasks, read_split
 from calibrant.evaluation.tasks.definitions import build_requests, load_tasks
 from calibrant.evaluation.tasks.results import Metric, TaskResult, compare_tasks
 from calibrant.evaluation.tasks.score import score_tasks
@@ -26,7 +28,7 @@ from calibrant.evaluation.tasks.sharing_model import SharingModel
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import NoProgress
 from tests.conftest import ARCHITECTURES, CONTEXT, VOCABULARY, random_set, write_tokenizer
-from tests.evaluation.task_rows import FILES, SUBJECTS, write_rows
+from tests.evaluation.task_rows import FILES, write_rows
 
 _LONG = 2048
 
@@ -70,6 +72,7 @@ def test_prompts_choices_and_targets_are_those_of_lm_eval_on_the_hubs_rows(
     monkeypatch.setattr("datasets.load_dataset", hub)
     wanted = _manager().load([name])["tasks"]
     assert [task.task_name for task in ours] == sorted(wanted)
+    assert len(ours) == (57 if name == "mmlu" else 1)
     for mine in ours:
         theirs = wanted[mine.task_name]
         theirs.set_fewshot_seed(1234)
@@ -88,10 +91,6 @@ def _manager() -> lm_eval.tasks.TaskManager:
     root = Path(lm_eval.tasks.__file__).parent
     folders = {str(root / files.definition) for files in TASKS.values()}
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=sorted(folders))
-
-
-def test_mmlu_has_all_its_subjects(data: Path) -> None:
-    assert len(load_tasks("mmlu", data)) == len(SUBJECTS) == 57
 
 
 def _long_context(architecture: str) -> hf.PreTrainedModel:
@@ -160,7 +159,7 @@ def test_generated_answers_are_those_of_lm_evals_own_model(architecture: str, tm
     theirs = HFLM(model, tokenizer=Tokenizer(tmp_path).hf, batch_size=1)
     ours = SharingModel(model, Tokenizer(tmp_path), lambda _: None)
     given = [(str(context), {"until": [until], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0})
-             for context, _ in _pairs() if context for until in ("e", "zz")]  # fmt: skip
+             for context, _ in _pairs()[::4] if context for until in ("e", "zz")]  # fmt: skip
     found = ours.generate_until(_requests("generate_until", given), disable_tqdm=True)
     assert found == theirs.generate_until(_requests("generate_until", given), disable_tqdm=True)
 
@@ -199,28 +198,33 @@ def test_a_model_whose_states_cannot_be_copied_runs_every_request_alone(tmp_path
 @pytest.mark.parametrize("name", ["arc_easy", "lambada_openai", "winogrande", "mmlu", "gsm8k", "boolq"])
 def test_results_are_those_of_lm_eval(name: str, data: Path, reader: Path, tmp_path: Path) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(reader).eval()
-    found = score_tasks(model, Tokenizer(reader), [name], data, None, NoProgress())[0]
+    limit = 2 if name == "mmlu" else None
+    found = score_tasks(model, Tokenizer(reader), [name], data, limit, NoProgress())[0]
     tasks = {task.task_name: task for task in load_tasks(name, data)}
+    group = Group(name, aggregate_metric_list=[AggMetricConfig(metric="acc", weight_by_size=True)])
+    for task in tasks.values():
+        group.add(task)
     theirs = lm_eval.evaluator.evaluate(
-        HFLM(model, tokenizer=Tokenizer(reader).hf, batch_size=1), {"tasks": tasks}, bootstrap_iters=2
+        HFLM(model, tokenizer=Tokenizer(reader).hf, batch_size=1),
+        {"tasks": tasks, "groups": {name: group} if name == "mmlu" else {}},
+        limit=limit,
+        bootstrap_iters=2,
     )
-    results = [theirs["results"][task] for task in tasks]
+    result = theirs["results"][name]
     for metric, own in found.metrics.items():
         key = metric if "," in metric else f"{metric},none"
-        sizes = [result["sample_len"] for result in results]
-        value = sum(result[key] * size for result, size in zip(results, sizes, strict=True)) / sum(sizes)
-        assert own.value == pytest.approx(value, rel=1e-4)
-        if metric != "perplexity" and len(results) == 1:
-            error = results[0][key.replace(",", "_stderr,")]
-            assert own.standard_error == pytest.approx(error)
+        assert own.value == pytest.approx(result[key], rel=1e-4)
+        if metric != "perplexity":
+            assert own.standard_error == pytest.approx(result[key.replace(",", "_stderr,")])
     tracker = EvaluationTracker(output_path=str(tmp_path))
     tracker.general_config_tracker.model_name_sanitized = "m"
     tracker.save_results_aggregated(dict(theirs), theirs["samples"])
     written = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["task_hashes"]
-    if len(tasks) == 1:
+    if name != "mmlu":
         assert found.sha256 == written[name]
     assert found.shots == (5 if name == "gsm8k" else 0)
-    assert found.items == len(found.scores) == sum(len(task.eval_docs) for task in tasks.values())
+    assert found.items == len(found.scores) == result["sample_len"]
+    assert found.items == (114 if name == "mmlu" else len(tasks[name].eval_docs))
 
 
 def test_the_error_of_a_perplexity_is_that_of_its_logarithm(data: Path, reader: Path) -> None:
@@ -284,12 +288,12 @@ def test_every_output_format_is_scored_against_the_original(
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_limit_of_tasks_takes_precedence_and_counts_each_subject(data: Path, reader: Path) -> None:
+def test_the_limit_of_tasks_takes_precedence(data: Path, reader: Path) -> None:
     found = cb.evaluate(
-        reader, text=cb.Corpus(["many words " * 99]), length=16, tasks=["mmlu", "rte"], data=data, limit=3, task_limit=1
+        reader, text=cb.Corpus(["many words " * 99]), length=16, tasks=["copa", "rte"], data=data, limit=3, task_limit=1
     )
     assert found.windows == 3
-    assert [result.items for result in found.tasks] == [57, 1]
+    assert [result.items for result in found.tasks] == [1, 1]
 
 
 @pytest.mark.parametrize(("tasks", "where", "said"), [
@@ -334,6 +338,13 @@ def test_answers_longer_than_the_context_are_refused(llama: Path, tmp_path: Path
     (tmp_path / "piqa" / "validation.jsonl").write_text(json.dumps(row))
     with pytest.raises(cb.CalibrantError, match="piqa: an answer of 101 tokens is longer than the model's context"):
         cb.evaluate(llama, text=None, tasks=["piqa"], data=tmp_path)
+
+
+def test_contexts_without_room_for_an_answer_are_refused(llama: Path, data: Path) -> None:
+    with pytest.raises(
+        cb.CalibrantError, match="gsm8k: answers of up to 256 tokens do not fit the model's context of 64"
+    ):
+        cb.evaluate(llama, text=None, tasks=["gsm8k"], data=data)
 
 
 def test_tasks_from_the_hub_are_loaded_at_their_revision(monkeypatch: pytest.MonkeyPatch, reader: Path) -> None:
@@ -406,8 +417,5 @@ def test_wikitext_is_measured_as_the_papers_do(reader: Path, tmp_path: Path) -> 
     ("mmlu", 14042),
 ])  # fmt: skip
 def test_the_shared_data_is_read_whole(name: str, items: int, shared_data: Path) -> None:
-    if name == "hellaswag":  # lm-eval cleans its rows up in seconds
-        tasks = load_tasks(name, shared_data, 20)
-        assert build_requests(tasks, None)[0].arguments[0] == "Roof shingle removal: A man is sitting on a roof. He"
-        return
-    assert sum(len(task.eval_docs) for task in load_tasks(name, shared_data)) == items
+    check_tasks([name], shared_data)
+    assert sum(len(read_split(name, split, shared_data)) for split in ("validation", "test")) == items

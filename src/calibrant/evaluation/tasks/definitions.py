@@ -51,7 +51,10 @@ def load_tasks(name: str, data: str | Path, limit: int | None = None) -> list[Co
             changes = [_revision(manager, member) for member in members]
         else:
             rows = {split: read_split(name, split, Path(data)) for split in (*_EXAMPLES, *_EVALUATED)}
-            changes = [{"custom_dataset": _documents(rows, _subject(manager, member), limit, f"{data}: {name}")} for member in members]
+            changes = [
+                {"custom_dataset": _documents(rows, _subject(manager, member), limit, f"{data}: {name}")}
+                for member in members
+            ]
         # A group of one's own is lm-eval's way to change a registered definition.
         specs = [{"task": member, **change} for member, change in zip(members, changes, strict=True)]
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.tasks.batches import Sequences, batches, shared_prefixes
@@ -46,6 +47,8 @@ class SharingModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
         with quiet_lm_eval():
             super().__init__(pretrained=model, tokenizer=tokenizer.hf, batch_size=_GENERATED_ROWS[kind])
         self._most_tokens = _MOST_TOKENS[kind]
+        embeddings: Any = model.get_input_embeddings()
+        self._vocabulary = int(embeddings.weight.shape[0])
         self.advance = advance
         self.truncated = 0
         self._picks, self._shares = self._probe()
@@ -62,6 +65,7 @@ class SharingModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
                     f"an answer of {len(continuation)} tokens is longer than the model's context of {self.max_length}"
                 )
             whole = context + continuation
+            self._check_ids(whole)
             self.truncated += len(whole) > self.max_length + 1
             of_input[tuple(whole[-(self.max_length + 1) :][:-1])].append(index)
         inputs = list(of_input)
@@ -75,6 +79,35 @@ class SharingModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
                 answers[index] = _answer(logits, requests[index][2])
             self.advance(len(of_input[inputs[row]]))
         return answers
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """``HFLM``'s greedy generation, one batch of like lengths after the other."""
+        lengths = []
+        for request in requests:
+            context, settings = request.args
+            tokens = self.tok_encode(context)
+            self._check_ids(tokens)
+            most = int(normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"])
+            if most >= self.max_length:
+                raise CalibrantError(
+                    f"answers of up to {most} tokens do not fit the model's context of {self.max_length}"
+                )
+            self.truncated += len(tokens) > self.max_length - most
+            lengths.append(len(tokens))
+        answers = [""] * len(requests)
+        order = sorted(range(len(requests)), key=lambda index: (-lengths[index], index))
+        for begin in range(0, len(order), self.batch_size):
+            part = order[begin : begin + self.batch_size]
+            with quiet_lm_eval():
+                found = super().generate_until([requests[index] for index in part], disable_tqdm=True)
+            for index, answer in zip(part, found, strict=True):
+                answers[index] = answer
+            self.advance(len(part))
+        return answers
+
+    def _check_ids(self, tokens: list[int]) -> None:
+        if max(tokens, default=0) >= self._vocabulary:
+            raise CalibrantError(f"its tokenizer gives ids beyond the model's vocabulary of {self._vocabulary}")
 
     def _outputs(
         self, inputs: list[tuple[int, ...]], scored: list[int], groups: list[Sequences]
@@ -134,7 +167,7 @@ class SharingModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def _probe(self) -> tuple[bool, bool]:
         """Whether the head takes single positions, and whether a prefix's states can be copied for several rows."""
         self._picks = False
-        count = min(int(self.model.get_input_embeddings().weight.shape[0]), len(self.tokenizer))
+        count = min(self._vocabulary, len(self.tokenizer))
         draw = torch.Generator().manual_seed(0)
         stems = torch.randint(count, (2, _PROBE_PREFIX), generator=draw).tolist()
         ends = [torch.randint(count, (length,), generator=draw).tolist() for length in _PROBE_REST]
