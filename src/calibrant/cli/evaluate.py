@@ -81,7 +81,7 @@ def evaluate(
         if found.wikitext is not None:
             tables.append(evaluation_table({model: found.wikitext}, "WikiText by the papers' protocol: "))
         if found.tasks:
-            tables.append(task_table(found))
+            tables += task_tables(found)
         screen.result(asdict(found), *tables)
 
 
@@ -117,30 +117,31 @@ def evaluation_table(found: "dict[str, Evaluation]", title: str = "") -> "Table"
     return table
 
 
-def task_table(found: "Evaluation") -> "Table":
-    """Table of tasks: one row per metric; the main metric is compared with the original, item by item."""
+def task_tables(found: "Evaluation") -> "list[Table]":
+    """The scores of every metric; with an original, the comparisons item by item as well."""
     from rich.table import Table
 
-    table = Table(title="tasks")
-    columns = ["task", "items", "shots", "metric", "score"]
-    if found.task_comparisons:
-        columns += ["original", "difference", "only original right", "only model right", "p (McNemar)"]
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number in (0, 3) else "right")
-    originals = {result.name: result for result in found.original_tasks}
-    comparisons = {(one.name, one.metric): one for one in found.task_comparisons}
+    scores = Table(title="tasks")
+    for name in ("task", "items", "metric", "score", *(["original"] if found.original_tasks else [])):
+        scores.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    originals = {result.name: result.metrics for result in found.original_tasks}
     for result in found.tasks:
         for metric, own in result.metrics.items():
-            cells = [result.name, str(result.items), str(result.shots), metric]
-            cells.append(_with_error(own.value, own.standard_error, ".4f"))
-            if result.name in originals:
-                other = originals[result.name].metrics[metric]
-                cells.append(_with_error(other.value, other.standard_error, ".4f"))
-            if one := comparisons.get((result.name, metric)):
-                cells.append(_interval(one.difference, one.low, one.high))
-                cells += [str(one.only_original_right), str(one.only_model_right), f"{one.p_value:.3g}"]
-            table.add_row(*cells)
-    return table
+            both = (own, originals[result.name][metric]) if originals else (own,)
+            cells = [_with_error(one.value, one.standard_error, ".4f") for one in both]
+            scores.add_row(result.name, str(result.items), metric, *cells)
+    if not found.task_comparisons:
+        return [scores]
+    meaning = "gained, lost: only the model, only the original has them right; p: McNemar's exact test"
+    compared = Table(title="the same items against the original", caption=meaning)
+    for name in ("task", "metric", "difference", "gained", "lost", "p"):
+        compared.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for one in found.task_comparisons:
+        right = str(one.only_model_right), str(one.only_original_right)
+        compared.add_row(
+            one.name, one.metric, _interval(one.difference, one.low, one.high), *right, f"{one.p_value:.3g}"
+        )
+    return [scores, compared]
 
 
 def _interval(value: float, low: float | None, high: float | None) -> str:
