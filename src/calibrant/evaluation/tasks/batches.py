@@ -6,7 +6,7 @@ from dataclasses import dataclass
 # Sharing fewer tokens does not pay for the further pass.
 _LEAST_SAVED = 8
 # What a batch may waste on rows of other lengths, as a part of its tokens: about what another pass costs.
-_WASTED_PART = 32
+_WASTED_PART = 64
 
 
 @dataclass(frozen=True)
