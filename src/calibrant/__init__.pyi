@@ -19,6 +19,9 @@ from .errors import CalibrantError as CalibrantError
 from .evaluation.comparison import Divergence as Divergence
 from .evaluation.comparison import Evaluation as Evaluation
 from .evaluation.comparison import Perplexity as Perplexity
+from .evaluation.tasks.results import Metric as Metric
+from .evaluation.tasks.results import TaskComparison as TaskComparison
+from .evaluation.tasks.results import TaskResult as TaskResult
 from .formats.imatrix import ImportanceMatrix as ImportanceMatrix
 from .methods.solvers.adpq import Adpq as Adpq
 from .methods.solvers.gptq import Gptq as Gptq

@@ -125,10 +125,10 @@ def test_controls_are_zero(folder: Path) -> None:
             continue
         if finding.setting.recipe == "rtn":
             assert finding.zero_control is not None
-            assert finding.zero_control.largest == 0
+            assert finding.zero_control.largest_difference == 0
         if finding.setting.samples == 4:
             assert finding.implementation_noise is not None
-            assert finding.implementation_noise.largest == 0
+            assert finding.implementation_noise.largest_difference == 0
 
 
 def test_a_failure_stops_nothing_else(folder: Path) -> None:
