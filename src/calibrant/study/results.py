@@ -16,7 +16,7 @@ from calibrant.study.store import PLACE, STORE_NAME, Failure, read_only, rows
 
 # The costs that are compared as scores are; times of stages and memory stay in the store.
 SECONDS, SET_SECONDS = "seconds", "set_seconds"
-_LOWER_IS_BETTER = ("kl", "perplexity", "log_perplexity_ratio", "output_bytes", SECONDS, SET_SECONDS)
+LOWER_IS_BETTER = ("kl", "perplexity", "log_perplexity_ratio", "output_bytes", SECONDS, SET_SECONDS)
 # Costs that the analysis leaves out: parts of the seconds, and memory, which is that of the worker so far.
 _LEFT_OUT = ("seconds of ", "peak_memory")
 # The unweighted mean over tasks of each one's main metric, the papers' number.
@@ -81,7 +81,7 @@ class Study:
         random = [label for label, one in self.plan.sources.items() if _is_vocabulary(one)]
         return analyse(
             known,
-            {score.measure: score.measure not in _LOWER_IS_BETTER for score in known},
+            {score.measure: score.measure not in LOWER_IS_BETTER for score in known},
             data_free=self._data_free,
             timed=(SECONDS, SET_SECONDS),
             left_out=random[0] if random else None,
