@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +35,36 @@ _TIMES = ("seconds", "set_seconds")
 
 @pytest.fixture
 def folder(llama: Path, tmp_path: Path) -> Path:
-    """A folder with recipes, a short text, and a study of twelve cells and two repeats."""
-    (tmp_path / "rtn.yaml").write_text(
-        _RECIPE.format(name="rtn", method="rtn", scheme="weights: {bits: 4, symmetric: true, group_size: 16}")
-    )
-    (tmp_path / "wanda.yaml").write_text(_RECIPE.format(name="wanda", method="wanda", scheme='sparsity: "2:4"'))
+    """A folder with recipes, a short text, and a study of eight cells and two repeats."""
+    return fill(tmp_path, llama)
+
+
+def fill(folder: Path, model: Path) -> Path:
+    weights = "weights: {bits: 4, symmetric: true, group_size: 16}"
+    (folder / "rtn.yaml").write_text(_RECIPE.format(name="rtn", method="rtn", scheme=weights))
+    (folder / "wanda.yaml").write_text(_RECIPE.format(name="wanda", method="wanda", scheme='sparsity: "2:4"'))
     words = random.Random(0)
     lines = [" ".join(words.choices(["red", "dog", "sun", "runs", "far", "of", "a"], k=40)) for _ in range(30)]
-    (tmp_path / "text.txt").write_text("\n".join(lines))
-    write_plan(tmp_path / "study.yaml", models=str(llama))
-    return tmp_path
+    (folder / "text.txt").write_text("\n".join(lines))
+    write_plan(folder / "study.yaml", models=str(model))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that study, run without interruption; its cache lies beside it."""
+    folder = fill(tmp_path_factory.mktemp("whole"), model_folder("llama"))
+    ran = cb.run_study(folder / "study.yaml", cache=folder / "cache")
+    assert ran.failures == []
+    return ran.folder
 
 
 def write_plan(path: Path, **changes: Any) -> Path:
     plan = {
         "name": "small",
         "sources": {"text": {"corpus": "text.txt"}, "vocabulary": {"strategy": "vocabulary"}},
-        "draws": 2,
+        "draws": 1,
+        "most_draws": 2,
         "samples": [2, 4],
         "length": 16,
         "recipes": ["rtn.yaml", "wanda.yaml"],
@@ -64,43 +78,36 @@ def write_plan(path: Path, **changes: Any) -> Path:
 
 
 def content(study: Path) -> list[Any]:
-    """Everything in a store but the times."""
+    """Everything in a store but the times, and the plan's path."""
     with contextlib.closing(sqlite3.connect(study / "study.sqlite")) as connection:
-        tables = ("study", "cells", "measures", "items")
-        return [sorted(connection.execute(f"SELECT * FROM {table}"), key=str) for table in tables]
+        found = [list(connection.execute(f"SELECT * FROM {table}")) for table in ("cells", "measures", "items")]
+    return [sorted(rows, key=str) for rows in found]
 
 
 def results(cache: Path) -> set[str]:
     return {path.name for path in (cache / "results").glob("*.json")}
 
 
-def test_a_study_goes_on_where_it_was_and_shares_what_is_the_same(folder: Path) -> None:
-    cache = folder / "cache"
+def test_a_study_goes_on_where_it_was_and_shares_what_is_the_same(folder: Path, whole: Path) -> None:
+    cache = Path(shutil.copytree(whole.parent / "cache", folder / "cache"))
+    made = results(cache)
     ran = cb.run_study(folder / "study.yaml", cache=cache)
-    assert ran.failures == []
-    assert ran.cells == 18
-    study = cb.Study(ran.folder)
-    assert study.counts() == {"done": 18, "failed": 0, "waiting": 0}
-    first, made = content(ran.folder), results(cache)
-
-    cb.run_study(folder / "study.yaml", cache=cache)
-    assert content(ran.folder) == first
+    assert ran.cells == 10
+    assert cb.Study(ran.folder).counts() == {"done": 10, "failed": 0, "waiting": 0}
+    assert content(ran.folder) == content(whole)
     assert results(cache) == made
 
-    other = cb.run_study(folder / "study.yaml", output=folder / "other", cache=cache)
-    assert content(other.folder) == first
-    assert results(cache) == made
-
-    write_plan(folder / "study.yaml", draws=3)
+    write_plan(folder / "study.yaml", draws=2)
     larger = cb.run_study(folder / "study.yaml", cache=cache)
-    assert larger.cells == 26
-    new = results(cache) - made
-    assert len(new) == 2 + 2 * 8  # a set of each source, and the compression and the text of each cell
-    assert set(map(str, first[2])) < set(map(str, content(larger.folder)[2]))
+    assert larger.cells == 18
+    assert (
+        len(results(cache) - made) == 2 + 2 * 8
+    )  # a set of each source, and the compression and the text of each cell
+    assert set(content(whole)[1]) < set(content(larger.folder)[1])
 
 
 def test_scores_are_those_of_the_commands(folder: Path, llama: Path) -> None:
-    write_plan(folder / "study.yaml", recipes=["wanda.yaml"], samples=4, draws=1, keep_outputs=True)
+    write_plan(folder / "study.yaml", recipes=["wanda.yaml"], samples=4, keep_outputs=True)
     ran = cb.run_study(folder / "study.yaml", cache=folder / "cache")
     study = cb.Study(ran.folder)
     data = cb.select(folder / "text.txt", tokenizer=llama, samples=4, length=16, stride=4)
@@ -118,9 +125,8 @@ def test_scores_are_those_of_the_commands(folder: Path, llama: Path) -> None:
     assert weights in kept
 
 
-def test_controls_are_zero(folder: Path) -> None:
-    study = cb.Study(cb.run_study(folder / "study.yaml", cache=folder / "cache").folder)
-    for finding in study.analyse().settings:
+def test_controls_are_zero(whole: Path) -> None:
+    for finding in cb.Study(whole).analyse().settings:
         if finding.setting.measure in _TIMES:
             continue
         if finding.setting.recipe == "rtn":
@@ -139,18 +145,17 @@ def test_a_failure_stops_nothing_else(folder: Path) -> None:
     assert {one.cell.source for one in ran.failures} == {"short"}
     assert all("short.txt" in one.error for one in ran.failures)
     study = cb.Study(ran.folder)
-    assert study.counts()["done"] == 5
+    assert study.counts()["done"] == 7
     assert study.failures() == ran.failures
     (folder / "short.txt").write_text((folder / "text.txt").read_text() + "more")
     assert cb.run_study(folder / "study.yaml", cache=folder / "cache").failures == []
 
 
-def test_killed_anywhere_it_ends_with_the_same_store(folder: Path) -> None:
+def test_killed_anywhere_it_ends_with_the_same_store(folder: Path, whole: Path) -> None:
     cache = folder / "cache"
-    whole = cb.run_study(folder / "study.yaml", output=folder / "whole", cache=folder / "cache-whole")
     main = [sys.executable, "-c", "from calibrant.cli.main import main; main()"]
     command = ["study", "run", folder / "study.yaml", "-o", folder / "killed", "--cache", cache, "-q"]
-    for results_before in (3, 20):
+    for results_before in (2, 13):
         process = subprocess.Popen([*main, *map(str, command)])
         while process.poll() is None and len(results(cache)) < results_before:
             time.sleep(0.01)
@@ -158,18 +163,18 @@ def test_killed_anywhere_it_ends_with_the_same_store(folder: Path) -> None:
         process.wait()
     assert cb.Study(folder / "killed").counts()["waiting"] > 0
     cb.run_study(folder / "study.yaml", output=folder / "killed", cache=cache)
-    assert content(folder / "killed") == content(whole.folder)
+    assert content(folder / "killed") == content(whole)
     assert [path for kind in ("sets", "originals", "outputs") for path in (cache / kind).glob(".*")] == []
 
 
 def test_a_worker_that_dies_is_replaced(folder: Path) -> None:
     cache = folder / "cache"
-    killer = threading.Thread(target=_kill_a_worker, args=(cache, 12))
+    killer = threading.Thread(target=_kill_a_worker, args=(cache, 9))
     killer.start()
     ran = cb.run_study(folder / "study.yaml", cache=cache, workers=2)
     killer.join()
     assert ran.failures == []
-    assert cb.Study(ran.folder).counts()["done"] == 18
+    assert cb.Study(ran.folder).counts()["done"] == 10
 
 
 def _kill_a_worker(cache: Path, results_before: int) -> None:
@@ -189,8 +194,15 @@ _BAD = {
     "a recipe that does not fit": ({"recipes": "rtn-w4a16-g128"}, "recipe rtn-w4a16-g128 on llama.*group size"),
     "too long": ({"length": 4096}, "context of 64"),
     "too long a text": ({"texts": {"a": {"corpus": "text.txt", "length": 4096}}}, "context of 64"),
-    "too few sets": ({"sources": {"a": {"sets": ["one"]}}}, "source a has 1 sets for 2 draws"),
+    "too few sets": ({"sources": {"a": {"sets": ["one"]}}, "draws": 2}, "source a has 1 sets for 2 draws"),
     "no set": ({"sources": {"a": {"sets": ["one", "two"]}}}, "source a: .*one"),
+    "no such task": ({"tasks": {"names": ["pica"], "data": "."}}, "pica: no such task"),
+    "no data of a task": ({"tasks": {"names": ["piqa"], "data": "."}}, "piqa/validation.jsonl: no such file"),
+    "nothing to measure on": ({"texts": {}}, "needs texts or tasks"),
+    "a text called like a task": (
+        {"tasks": {"names": ["held-out"], "data": "."}},
+        "a text has the name of a task",
+    ),
     "twice": ({"samples": [4, 4]}, "samples names one value twice"),
     "a bad label": ({"sources": {"../a": {"corpus": "text.txt"}}}, "sources"),
     "no draws": ({"draws": 0}, "draws"),
@@ -223,21 +235,19 @@ def test_a_study_runs_once_at_a_time(folder: Path) -> None:
             cb.run_study(folder / "study.yaml", cache=folder / "cache")
 
 
-def test_exported_tables_hold_the_scores(folder: Path) -> None:
-    write_plan(folder / "study.yaml", recipes=["rtn.yaml"], samples=2, draws=1)
-    study = cb.Study(cb.run_study(folder / "study.yaml", cache=folder / "cache").folder)
-    study.export(folder / "tables")
-    found = pyarrow.parquet.read_table(folder / "tables" / "scores.parquet").to_pylist()
+def test_exported_tables_hold_the_scores(whole: Path, tmp_path: Path) -> None:
+    study = cb.Study(whole)
+    study.export(tmp_path)
+    found = pyarrow.parquet.read_table(tmp_path / "scores.parquet").to_pylist()
     assert {(row["source"], row["measure"], row["value"]) for row in found if row["recipe"] != "original"} == {
         (one.source, one.measure, one.value) for one in study.scores()
     }
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-def test_a_cluster_whose_workers_are_killed_gives_the_same_store(folder: Path) -> None:
+def test_a_cluster_whose_workers_are_killed_gives_the_same_store(folder: Path, whole: Path) -> None:
     import ray
 
-    here = cb.run_study(folder / "study.yaml", output=folder / "here", cache=folder / "cache-here")
     cache = folder / "cache"
     ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     try:
@@ -248,7 +258,7 @@ def test_a_cluster_whose_workers_are_killed_gives_the_same_store(folder: Path) -
     finally:
         ray.shutdown()
     assert there.failures == []
-    assert content(there.folder) == content(here.folder)
+    assert content(there.folder) == content(whole)
 
 
 def _kill_a_ray_worker(cache: Path) -> None:
