@@ -102,7 +102,7 @@ def test_a_study_goes_on_where_it_was_and_shares_what_is_the_same(folder: Path, 
     assert larger.cells == 18
     assert (
         len(results(cache) - made) == 2 + 2 * 8
-    )  # a set of each source, and the compression and the text of each cell
+    )  # of sources: sets; of cells: compressions and texts
     assert set(content(whole)[1]) < set(content(larger.folder)[1])
 
 
