@@ -1,6 +1,7 @@
 """The finding of one setting in one plain sentence."""
 
 from calibrant.study.findings import SettingFinding, SourceFinding
+from calibrant.study.measures import measure_name
 
 
 def headline(found: SettingFinding) -> str:
@@ -35,8 +36,7 @@ def _finding(found: SettingFinding) -> str:
 
 def _measured(found: SettingFinding) -> str:
     setting = found.setting
-    measure = "KL" if setting.measure == "kl" else setting.measure.replace("_", " ")
-    return f"{measure}{f' on {setting.on}' if setting.on else ''} under {setting.recipe}"
+    return f"{measure_name(setting.measure, setting.on)} under {setting.recipe}"
 
 
 def _one_source(measured: str, only: SourceFinding) -> str:

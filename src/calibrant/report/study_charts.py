@@ -1,0 +1,163 @@
+"""Charts of a study's page as Vega-Lite; their rows are on the page, and its script picks those of one panel.
+
+Needs the extra ``report``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+
+# Readable on white and on black, also for most who see fewer colours; sources beyond these begin again.
+COLOURS = (
+    "#3b82c4",
+    "#e07b1a",
+    "#2f9e6e",
+    "#c9489b",
+    "#8a6fd1",
+    "#b8860b",
+    "#d1495b",
+    "#17a2b8",
+    "#7a8b99",
+    "#6b8e23",
+)
+# The script puts the name of the picked measure there.
+_MEASURE = "{measure}"
+_STEP = 30
+
+
+def chart_specs(colours: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Vega-Lite of every chart, by name, with the data set ``rows`` left open."""
+    colour = alt.Color("source:N", scale=alt.Scale(domain=[*colours], range=[*colours.values()]), legend=None)
+    charts = {
+        "scores": _scores(colour),
+        "share": _share(),
+        "dispersion": _dispersion(),
+        "sizes": _sizes(colour),
+        "ranks": _ranks(colour),
+        "cost": _cost(colour),
+    }
+    return {name: chart.properties(width="container").to_dict() for name, chart in charts.items()}
+
+
+def _scores(colour: alt.Color) -> alt.LayerChart:
+    y = alt.Y("source:N", sort=None, title=None)
+    axis = {"scale": alt.Scale(zero=False), "title": _MEASURE, "axis": alt.Axis(tickCount=5)}
+    means, draws = _rows("mean"), _rows("draw")
+    mean = means.mark_tick(thickness=3, size=22).encode(
+        x=alt.X("value:Q", **axis), y=y, color=colour, tooltip=_estimate("mean", "source:N", "draws:Q")
+    )
+    dots = draws.mark_circle(size=55, opacity=0.9).encode(
+        x=alt.X("value:Q", **axis), y=y, color=colour, tooltip=["source:N", "seed:Q", "draw:Q", _number("value")]
+    )
+    return alt.layer(*_bars(means, axis, y=y, color=colour), mean, dots).properties(height=alt.Step(_STEP))
+
+
+def _share() -> alt.LayerChart:
+    y = alt.Y("name:N", sort=None, title=None)
+    axis = {
+        "scale": alt.Scale(domain=[0, 100]),
+        "title": "variance that the source explains, %",
+        "axis": alt.Axis(values=[0, 25, 50, 75, 100]),
+    }
+    point = _rows().mark_point(filled=True, size=70, opacity=1, color=COLOURS[0])
+    point = point.encode(x=alt.X("value:Q", **axis), y=y, tooltip=_estimate("share", alt.Tooltip("name:N", title="of")))
+    return alt.layer(*_bars(_rows(), axis, y=y), point).properties(height=alt.Step(_STEP))
+
+
+def _dispersion() -> alt.LayerChart:
+    y, offset = alt.Y("task:N", sort=None, title=None), alt.YOffset("part:N", sort=None)
+    axis = {"scale": alt.Scale(zero=True), "title": "standard deviation of " + _MEASURE, "axis": alt.Axis(tickCount=5)}
+    parts = alt.Color(
+        "part:N",
+        scale=alt.Scale(domain=["between sources", "between draws"], range=[*COLOURS[:2]]),
+        legend=alt.Legend(title=None, orient="top"),
+    )
+    point = _rows().mark_point(filled=True, size=70, opacity=1)
+    point = point.encode(
+        x=alt.X("value:Q", **axis), y=y, yOffset=offset, color=parts, tooltip=_estimate("sd", "task:N", "part:N")
+    )
+    bars = _bars(_rows(), axis, y=y, yOffset=offset, color=parts)
+    return alt.layer(*bars, point).properties(height=alt.Step(_STEP * 0.7))
+
+
+def _sizes(colour: alt.Color) -> alt.LayerChart:
+    x, offset = alt.X("rows:O", title="rows of the set", axis=alt.Axis(labelAngle=0)), alt.XOffset("source:N")
+    axis = {"scale": alt.Scale(zero=False), "title": _MEASURE}
+    line = _rows().mark_line(opacity=0.6).encode(x=x, xOffset=offset, y=alt.Y("value:Q", **axis), color=colour)
+    point = _rows().mark_point(filled=True, size=70, opacity=1)
+    point = point.encode(
+        x=x,
+        xOffset=offset,
+        y=alt.Y("value:Q", **axis),
+        color=colour,
+        tooltip=_estimate("mean", "source:N", "rows:Q", "draws:Q"),
+    )
+    bars = _bars(_rows(), axis, upright=True, x=x, xOffset=offset, color=colour)
+    return alt.layer(*bars, line, point).properties(height=240)
+
+
+def _ranks(colour: alt.Color) -> alt.LayerChart:
+    base = _rows().encode(
+        x=alt.X("draw:N", sort=None, title="draw", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y(
+            "rank:Q",
+            scale=alt.Scale(reverse=True, zero=False, nice=False, padding=14),
+            title="rank (1 is best)",
+            axis=alt.Axis(tickMinStep=1, format="d"),
+        ),
+        color=colour,
+        tooltip=["source:N", alt.Tooltip("draw:N"), "rank:Q"],
+    )
+    return alt.layer(base.mark_line(strokeWidth=2.5), base.mark_circle(size=110, opacity=1)).properties(height=200)
+
+
+def _cost(colour: alt.Color) -> alt.LayerChart:
+    across = {"scale": alt.Scale(zero=False), "title": "seconds to make the set and compress", "axis": alt.Axis(tickCount=5)}
+    upright = {"scale": alt.Scale(zero=False), "title": _MEASURE}
+    shape = alt.Shape("recipe:N", sort=None, legend=alt.Legend(title=None, orient="bottom", columns=2, labelLimit=300))
+    means = _rows("mean")
+    x, y = alt.X("seconds:Q", **across), alt.Y("value:Q", **upright)
+    dots = _rows("draw").mark_point(filled=True, size=20, opacity=0.5)
+    dots = dots.encode(x=x, y=y, color=colour, shape=shape, tooltip=["source:N", "recipe:N", "seed:Q", "draw:Q", *_both()])
+    mean = means.mark_point(filled=True, size=130, opacity=1)
+    mean = mean.encode(x=x, y=y, color=colour, shape=shape, tooltip=["source:N", "recipe:N", "draws:Q", *_both()])
+    bars = _bars(means, upright, upright=True, x=x, color=colour)
+    bars += _bars(means, across, field="seconds_", y=y, color=colour)
+    return alt.layer(*bars, dots, mean).properties(height=300)
+
+
+def _rows(kind: str | None = None) -> alt.Chart:
+    chart = alt.Chart(alt.NamedData(name="rows"))
+    return chart if kind is None else chart.transform_filter(f"datum.kind === '{kind}'")
+
+
+def _bars(
+    rows: alt.Chart, axis: dict[str, Any], *, field: str = "", upright: bool = False, **encodings: Any
+) -> list[alt.Chart]:
+    """Intervals, from the fields ``low`` to ``high``, with arrows where they go on beyond the plot."""
+    low, high = f"{field}low", f"{field}high"
+    known = rows.transform_filter(f"isValid(datum.{low})")
+    ends = {"y": alt.Y(f"{low}:Q", **axis), "y2": f"{high}:Q"} if upright else {
+        "x": alt.X(f"{low}:Q", **axis),
+        "x2": f"{high}:Q",
+    }
+    bars = [known.mark_rule(strokeWidth=7, opacity=0.3, strokeCap="round").encode(**ends, **encodings)]
+    for end, arrow in ((low, "▾" if upright else "◂"), (high, "▴" if upright else "▸")):
+        place = {"y": alt.Y(f"{end}:Q", **axis)} if upright else {"x": alt.X(f"{end}:Q", **axis)}
+        cut = known.transform_filter(f"datum.{end}_cut").mark_text(text=arrow, fontSize=14)
+        bars.append(cut.encode(**place, **encodings))
+    return bars
+
+
+def _number(field: str, title: str | None = None) -> alt.Tooltip:
+    return alt.Tooltip(f"{field}:Q", title=title or field, format=".4~g")
+
+
+def _estimate(title: str, *fields: Any) -> list[Any]:
+    """A tooltip of a number with its whole interval."""
+    return [*fields, _number("value", title), alt.Tooltip("interval:N", title="95 % interval")]
+
+
+def _both() -> list[alt.Tooltip]:
+    return [_number("value"), _number("seconds")]
