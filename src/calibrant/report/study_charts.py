@@ -21,13 +21,17 @@ COLOURS = (
     "#7a8b99",
     "#6b8e23",
 )
-# The script puts the name of the picked measure there.
-_MEASURE = "{measure}"
-_STEP = 30
+# The script puts the name of the picked measure there, with its text or task and without.
+_MEASURE, _KIND = "{measure}", "{kind}"
+# Room in pixels for marks at the ends.
+_TIGHT = {"zero": False, "nice": False, "padding": 12}
 
 
 def chart_specs(colours: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Vega-Lite of every chart, by name, with the data set ``rows`` left open."""
+    """Vega-Lite of every chart, by name, with the data set ``rows`` left open.
+
+    Where ``usermeta`` names ``bands``, the script makes the plot high enough for all values of these fields.
+    """
     colour = alt.Color("source:N", scale=alt.Scale(domain=[*colours], range=[*colours.values()]), legend=None)
     charts = {
         "scores": _scores(colour),
@@ -42,7 +46,7 @@ def chart_specs(colours: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 def _scores(colour: alt.Color) -> alt.LayerChart:
     y = alt.Y("source:N", sort=None, title=None)
-    axis = {"scale": alt.Scale(zero=False), "title": _MEASURE, "axis": alt.Axis(tickCount=5)}
+    axis = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE, "axis": alt.Axis(tickCount=5)}
     means, draws = _rows("mean"), _rows("draw")
     mean = means.mark_tick(thickness=3, size=22).encode(
         x=alt.X("value:Q", **axis), y=y, color=colour, tooltip=_estimate("mean", "source:N", "draws:Q")
@@ -50,7 +54,7 @@ def _scores(colour: alt.Color) -> alt.LayerChart:
     dots = draws.mark_circle(size=55, opacity=0.9).encode(
         x=alt.X("value:Q", **axis), y=y, color=colour, tooltip=["source:N", "seed:Q", "draw:Q", _number("value")]
     )
-    return alt.layer(*_bars(means, axis, y=y, color=colour), mean, dots).properties(height=alt.Step(_STEP))
+    return alt.layer(*_bars(means, axis, y=y, color=colour), mean, dots).properties(usermeta={"bands": ["source"]})
 
 
 def _share() -> alt.LayerChart:
@@ -62,12 +66,12 @@ def _share() -> alt.LayerChart:
     }
     point = _rows().mark_point(filled=True, size=70, opacity=1, color=COLOURS[0])
     point = point.encode(x=alt.X("value:Q", **axis), y=y, tooltip=_estimate("share", alt.Tooltip("name:N", title="of")))
-    return alt.layer(*_bars(_rows(), axis, y=y), point).properties(height=alt.Step(_STEP))
+    return alt.layer(*_bars(_rows(), axis, y=y, color=alt.value(COLOURS[0])), point).properties(usermeta={"bands": ["name"]})
 
 
 def _dispersion() -> alt.LayerChart:
     y, offset = alt.Y("task:N", sort=None, title=None), alt.YOffset("part:N", sort=None)
-    axis = {"scale": alt.Scale(zero=True), "title": "standard deviation of " + _MEASURE, "axis": alt.Axis(tickCount=5)}
+    axis = {"scale": alt.Scale(zero=True), "title": f"standard deviation of {_KIND}", "axis": alt.Axis(tickCount=5)}
     parts = alt.Color(
         "part:N",
         scale=alt.Scale(domain=["between sources", "between draws"], range=[*COLOURS[:2]]),
@@ -78,12 +82,14 @@ def _dispersion() -> alt.LayerChart:
         x=alt.X("value:Q", **axis), y=y, yOffset=offset, color=parts, tooltip=_estimate("sd", "task:N", "part:N")
     )
     bars = _bars(_rows(), axis, y=y, yOffset=offset, color=parts)
-    return alt.layer(*bars, point).properties(height=alt.Step(_STEP * 0.7))
+    return alt.layer(*bars, point).properties(usermeta={"bands": ["task", "part"]})
 
 
 def _sizes(colour: alt.Color) -> alt.LayerChart:
-    x, offset = alt.X("rows:O", title="rows of the set", axis=alt.Axis(labelAngle=0)), alt.XOffset("source:N")
-    axis = {"scale": alt.Scale(zero=False), "title": _MEASURE}
+    gaps = alt.Scale(paddingInner=0.6, paddingOuter=0.3)
+    x = alt.X("rows:O", title="rows of the set", scale=gaps, axis=alt.Axis(labelAngle=0))
+    offset = alt.XOffset("source:N")
+    axis = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE}
     line = _rows().mark_line(opacity=0.6).encode(x=x, xOffset=offset, y=alt.Y("value:Q", **axis), color=colour)
     point = _rows().mark_point(filled=True, size=70, opacity=1)
     point = point.encode(
@@ -113,9 +119,9 @@ def _ranks(colour: alt.Color) -> alt.LayerChart:
 
 
 def _cost(colour: alt.Color) -> alt.LayerChart:
-    across = {"scale": alt.Scale(zero=False), "title": "seconds to make the set and compress", "axis": alt.Axis(tickCount=5)}
-    upright = {"scale": alt.Scale(zero=False), "title": _MEASURE}
-    shape = alt.Shape("recipe:N", sort=None, legend=alt.Legend(title=None, orient="bottom", columns=2, labelLimit=300))
+    across = {"scale": alt.Scale(**_TIGHT), "title": "seconds to make the set and compress", "axis": alt.Axis(tickCount=5)}
+    upright = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE}
+    shape = alt.Shape("recipe:N", sort=None, legend=alt.Legend(title=None, orient="bottom", columns=2, labelLimit=300, symbolOpacity=1))
     means = _rows("mean")
     x, y = alt.X("seconds:Q", **across), alt.Y("value:Q", **upright)
     dots = _rows("draw").mark_point(filled=True, size=20, opacity=0.5)

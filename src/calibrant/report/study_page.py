@@ -79,7 +79,8 @@ class StudyPage:
         facts: numbers of the study, by label.
         cards: findings by model and recipe.
         choices: what charts are picked by.
-        measures: name of every measure with a text as axes show it, and its kind, by value of the choice ``measure``.
+        measures: by value of the choice ``measure``: its ``kind`` in rows, that kind's ``name``, and the title of an
+            ``axis``, which names text or task as well.
         charts: the charts.
         tables: the tables.
         failures: cells that failed.
@@ -121,7 +122,7 @@ def study_page(page: StudyPage) -> str:
         "measures": page.measures,
         "recipes": page.recipes,
         "charts": {
-            one.name: {"rows": one.rows, "notes": one.notes, "byRecipe": one.by_recipe, "empty": one.empty}
+            one.name: {"rows": _packed(one.rows), "notes": _packed(one.notes), "empty": one.empty}
             for one in page.charts
         },
     }
@@ -166,6 +167,21 @@ def _cell(column: Column, value: Value, colours: dict[str, str]) -> dict[str, An
         "role": column.role,
         "colour": colours.get(value) if column.role == "source" and isinstance(value, str) else None,
     }
+
+
+def _packed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows as columns, of which those that repeat their values are places in a list of words: a tenth of the bytes."""
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [_rounded(row.get(name)) for row in rows]
+        words = {word: number for number, word in enumerate(dict.fromkeys(values))}
+        is_short = len(words) * 2 < len(values)
+        columns[name] = {"words": [*words], "at": [words[one] for one in values]} if is_short else {"values": values}
+    return {"length": len(rows), "columns": columns}
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 @cache

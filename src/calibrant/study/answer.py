@@ -72,20 +72,17 @@ def _best(settings: Sequence[SettingFinding]) -> str:
     best, times = Counter(one.sources[0].source for one in settings).most_common(1)[0]
     number = len(settings)
     led = [one for one in settings if one.sources[0].source == best]
-    clear = sum(bool(one.comparisons) and all(_is_told_apart(one, best)) for one in led)
     alike = Counter(
         pair.worse for one in led for pair in one.comparisons if pair.better == best and not pair.told_apart
     )
     lead = f"{best} has the best mean in {'all' if times == number else f'{times} of'} {number}"
-    if clear == times:
-        return f"{lead}, and is told apart from every other source in {'each' if times > 1 else 'that one'}."
-    rivals = f"; most often not from {alike.most_common(1)[0][0]}" if alike else ""
-    apart = f"is told apart from every other source in {clear or 'none'} of them with {_draws(led)}"
-    return f"{lead}, but {apart}{rivals}."
-
-
-def _is_told_apart(one: SettingFinding, best: str) -> list[bool]:
-    return [pair.told_apart for pair in one.comparisons if pair.better == best]
+    if not all(one.comparisons for one in led):
+        return f"{lead}; where sources share no draw, they cannot be compared."
+    if not alike:
+        return f"{lead}, and is told apart from every other source there."
+    rival, often = alike.most_common(1)[0]
+    where = "all of them" if often == times else f"{often} of them"
+    return f"{lead}, but cannot be told apart from {rival} with {_draws(led)} in {where}."
 
 
 def _draws(settings: Sequence[SettingFinding]) -> str:
@@ -98,7 +95,7 @@ def _reservations(settings: Sequence[SettingFinding], counts: Mapping[str, int])
     said = []
     total = sum(counts.values())
     if counts["failed"]:
-        said.append(f"{counts['failed']} of {total} cells failed and are missing from every number.")
+        said.append(f"{counts['failed']} of {total} cells failed; no number includes them.")
     if counts["waiting"]:
         said.append(f"{counts['waiting']} of {total} cells have not run yet: this is preliminary.")
     draws = [source.description.n for one in settings for source in one.sources]

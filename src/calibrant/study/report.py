@@ -63,6 +63,7 @@ def page_values(study: Study, found: Analysis) -> StudyPage:
         measures={
             measure_key(*one): {
                 "kind": one[0],
+                "name": measure_name(one[0]),
                 "axis": f"{measure_name(*one)} ({'higher' if higher[one] else 'lower'} is better)",
             }
             for one in measures

@@ -188,7 +188,7 @@ def _stability(one: SettingFinding) -> str:
     if ranks is None:
         return ""
     tau = "is undefined, as all sources tie" if ranks.tau is None else f"{ranks.tau:.2f}"
-    return f"Kendall's tau between draws: {tau}. The same source is best in {ranks.same_best:.0%} of pairs of draws."
+    return f"Kendall's tau between draws: {tau}. The same source is best in {100 * ranks.same_best:.0f} % of pairs of draws."
 
 
 def _cost(settings: Sequence[SettingFinding], table: dict[Setting, SettingScores], times: Collection[str]) -> _Rows:

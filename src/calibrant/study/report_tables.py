@@ -66,7 +66,7 @@ def _sources(found: Analysis) -> Table:
 def _comparisons(found: Analysis) -> Table:
     rows = []
     for setting in found.settings:
-        if setting.zero_control is not None:
+        if setting.zero_control is not None or _is_constant(setting):
             continue
         for one in setting.comparisons:
             p: Value = Undefined(_UNCOMPARED) if one.adjusted_p_value is None else one.adjusted_p_value
@@ -89,7 +89,7 @@ def _comparisons(found: Analysis) -> Table:
         "Pairs of sources: difference of means with its own 95 % interval, p-value after Holm's correction for all pairs "
         "of a setting, and the probability that a draw of the better source is better (the interval is of the bootstrap "
         "and too short for few draws). Pairs are told apart below 0.05.",
-        "There are no two sources to compare.",
+        "There are no two sources with different scores to compare.",
         (
             Column("better", role="source"),
             Column("worse", role="source"),
@@ -102,6 +102,10 @@ def _comparisons(found: Analysis) -> Table:
         ),
         tuple(rows),
     )
+
+
+def _is_constant(one: SettingFinding) -> bool:
+    return one.components is not None and one.components.share is None
 
 
 def _components(found: Analysis) -> Table:

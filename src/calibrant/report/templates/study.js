@@ -1,8 +1,24 @@
 (() => {
   "use strict";
+  const BAND = 28; // pixels of one row of a plot
   const data = JSON.parse(document.getElementById("study-data").textContent);
   const picks = [...document.querySelectorAll("select[data-field]")];
   const views = new Map();
+
+  function unpack({ length, columns }) {
+    const rows = Array.from({ length }, () => ({}));
+    for (const [name, { words, at, values }] of Object.entries(columns)) {
+      rows.forEach((row, number) => {
+        const value = at ? words[at[number]] : values[number];
+        if (value !== null) row[name] = value;
+      });
+    }
+    return rows;
+  }
+  for (const chart of Object.values(data.charts)) {
+    chart.rows = unpack(chart.rows);
+    chart.notes = unpack(chart.notes);
+  }
 
   const picked = () => {
     const fields = Object.fromEntries(picks.map((pick) => [pick.dataset.field, pick.value]));
@@ -15,14 +31,17 @@
     const rows = chart.rows.filter((row) => fits(row, fields));
     const note = chart.notes.find((one) => fits(one, fields))?.note ?? "";
     const plot = panel.querySelector(".plot");
-    panel.querySelector(".note").textContent = rows.length ? note : note || chart.empty;
+    panel.querySelector(".note").textContent = (note || (rows.length ? "" : chart.empty)).replaceAll(" %", "\u00a0%");
     plot.hidden = !rows.length;
     plot.replaceChildren();
     if (!rows.length) return;
-    const measure = data.measures[fields.measure]?.axis ?? "";
+    const { axis = "", name: kind = "" } = data.measures[fields.measure] ?? {};
     const spec = JSON.parse(JSON.stringify(data.specs[name]), (_, value) =>
-      typeof value === "string" ? value.replace("{measure}", measure) : value);
+      typeof value === "string" ? value.replace("{measure}", axis).replace("{kind}", kind) : value);
+    spec.description = [panel.closest("figure").querySelector("h3").textContent, fields.recipe, note].filter(Boolean).join(". ");
     spec.datasets = { rows };
+    const bands = spec.usermeta?.bands;
+    if (bands) spec.height = BAND * new Set(rows.map((row) => JSON.stringify(bands.map((name) => row[name])))).size;
     spec.autosize = { type: "fit-x", contains: "padding" };
     spec.background = null;
     const config = {
@@ -31,7 +50,8 @@
       legend: { labelFontSize: 12, symbolStrokeWidth: 0 },
       view: { stroke: null },
     };
-    const embedded = await vegaEmbed(plot, spec, { actions: false, renderer: "svg", config });
+    // Level 1 logs errors only: filters that leave a layer without rows are meant.
+    const embedded = await vegaEmbed(plot, spec, { actions: false, renderer: "svg", config, logLevel: 1 });
     views.set(panel, embedded);
   }
 
