@@ -51,10 +51,15 @@ def result(cell: Cell, texts: list[str]) -> CellResult:
 
 
 def write_study(
-    folder: Path, made: cb.Plan, *, failed: dict[int, str] | None = None, waiting: tuple[int, ...] = ()
+    folder: Path,
+    made: cb.Plan,
+    *,
+    model: str = "model",
+    failed: dict[int, str] | None = None,
+    waiting: tuple[int, ...] = (),
 ) -> cb.Study:
     """A study whose cells of the numbers ``failed`` failed, with these errors, and those in ``waiting`` did not run."""
-    cells = grid(made, ["model"], list(made.recipes))
+    cells = grid(made, [model], list(made.recipes))
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder / STORE_NAME)
     about = {

@@ -1,4 +1,4 @@
-"""What all pages share: one template environment, the libraries that draw charts, and which files a page may replace."""
+"""What all pages share: the template environment, the libraries that draw charts, and what a page may replace."""
 
 from pathlib import Path
 from typing import Any

@@ -24,7 +24,7 @@ COLOURS = (
 # The script puts the name of the picked measure there, with its text or task and without.
 _MEASURE, _KIND = "{measure}", "{kind}"
 # Room in pixels for marks at the ends.
-_TIGHT = {"zero": False, "nice": False, "padding": 12}
+_TIGHT: dict[str, Any] = {"zero": False, "nice": False, "padding": 12}
 
 
 def chart_specs(colours: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -44,9 +44,9 @@ def chart_specs(colours: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return {name: chart.properties(width="container").to_dict() for name, chart in charts.items()}
 
 
-def _scores(colour: alt.Color) -> alt.LayerChart:
+def _scores(colour: alt.Color) -> Any:
     y = alt.Y("source:N", sort=None, title=None)
-    axis = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE, "axis": alt.Axis(tickCount=5)}
+    axis: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE, "axis": alt.Axis(tickCount=5)}
     means, draws = _rows("mean"), _rows("draw")
     mean = means.mark_tick(thickness=3, size=22).encode(
         x=alt.X("value:Q", **axis), y=y, color=colour, tooltip=_estimate("mean", "source:N", "draws:Q")
@@ -57,21 +57,27 @@ def _scores(colour: alt.Color) -> alt.LayerChart:
     return alt.layer(*_bars(means, axis, y=y, color=colour), mean, dots).properties(usermeta={"bands": ["source"]})
 
 
-def _share() -> alt.LayerChart:
+def _share() -> Any:
     y = alt.Y("name:N", sort=None, title=None)
-    axis = {
+    axis: dict[str, Any] = {
         "scale": alt.Scale(domain=[0, 100]),
-        "title": "variance that the source explains, %",
+        "title": "share of the variance, %",
         "axis": alt.Axis(values=[0, 25, 50, 75, 100]),
     }
     point = _rows().mark_point(filled=True, size=70, opacity=1, color=COLOURS[0])
     point = point.encode(x=alt.X("value:Q", **axis), y=y, tooltip=_estimate("share", alt.Tooltip("name:N", title="of")))
-    return alt.layer(*_bars(_rows(), axis, y=y, color=alt.value(COLOURS[0])), point).properties(usermeta={"bands": ["name"]})
+    return alt.layer(*_bars(_rows(), axis, y=y, color=alt.value(COLOURS[0])), point).properties(
+        usermeta={"bands": ["name"]}
+    )
 
 
-def _dispersion() -> alt.LayerChart:
+def _dispersion() -> Any:
     y, offset = alt.Y("task:N", sort=None, title=None), alt.YOffset("part:N", sort=None)
-    axis = {"scale": alt.Scale(zero=True), "title": f"standard deviation of {_KIND}", "axis": alt.Axis(tickCount=5)}
+    axis: dict[str, Any] = {
+        "scale": alt.Scale(zero=True),
+        "title": f"standard deviation of {_KIND}",
+        "axis": alt.Axis(tickCount=5),
+    }
     parts = alt.Color(
         "part:N",
         scale=alt.Scale(domain=["between sources", "between draws"], range=[*COLOURS[:2]]),
@@ -85,11 +91,11 @@ def _dispersion() -> alt.LayerChart:
     return alt.layer(*bars, point).properties(usermeta={"bands": ["task", "part"]})
 
 
-def _sizes(colour: alt.Color) -> alt.LayerChart:
+def _sizes(colour: alt.Color) -> Any:
     gaps = alt.Scale(paddingInner=0.6, paddingOuter=0.3)
     x = alt.X("rows:O", title="rows of the set", scale=gaps, axis=alt.Axis(labelAngle=0))
     offset = alt.XOffset("source:N")
-    axis = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE}
+    axis: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE}
     line = _rows().mark_line(opacity=0.6).encode(x=x, xOffset=offset, y=alt.Y("value:Q", **axis), color=colour)
     point = _rows().mark_point(filled=True, size=70, opacity=1)
     point = point.encode(
@@ -103,7 +109,7 @@ def _sizes(colour: alt.Color) -> alt.LayerChart:
     return alt.layer(*bars, line, point).properties(height=240)
 
 
-def _ranks(colour: alt.Color) -> alt.LayerChart:
+def _ranks(colour: alt.Color) -> Any:
     base = _rows().encode(
         x=alt.X("draw:N", sort=None, title="draw", axis=alt.Axis(labelAngle=0)),
         y=alt.Y(
@@ -118,41 +124,41 @@ def _ranks(colour: alt.Color) -> alt.LayerChart:
     return alt.layer(base.mark_line(strokeWidth=2.5), base.mark_circle(size=110, opacity=1)).properties(height=200)
 
 
-def _cost(colour: alt.Color) -> alt.LayerChart:
-    across = {"scale": alt.Scale(**_TIGHT), "title": "seconds to make the set and compress", "axis": alt.Axis(tickCount=5)}
-    upright = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE}
-    shape = alt.Shape("recipe:N", sort=None, legend=alt.Legend(title=None, orient="bottom", columns=2, labelLimit=300, symbolOpacity=1))
+def _cost(colour: alt.Color) -> Any:
+    across: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": "seconds to make the set and compress"}
+    upright: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE}
+    legend = alt.Legend(title=None, orient="bottom", columns=2, labelLimit=300, symbolOpacity=1)
+    place: dict[str, Any] = {
+        "x": alt.X("seconds:Q", axis=alt.Axis(tickCount=5), **across),
+        "y": alt.Y("value:Q", **upright),
+        "color": colour,
+        "shape": alt.Shape("recipe:N", sort=None, legend=legend),
+    }
+    named = ["source:N", "recipe:N", _number("value"), _number("seconds")]
     means = _rows("mean")
-    x, y = alt.X("seconds:Q", **across), alt.Y("value:Q", **upright)
     dots = _rows("draw").mark_point(filled=True, size=20, opacity=0.5)
-    dots = dots.encode(x=x, y=y, color=colour, shape=shape, tooltip=["source:N", "recipe:N", "seed:Q", "draw:Q", *_both()])
     mean = means.mark_point(filled=True, size=130, opacity=1)
-    mean = mean.encode(x=x, y=y, color=colour, shape=shape, tooltip=["source:N", "recipe:N", "draws:Q", *_both()])
-    bars = _bars(means, upright, upright=True, x=x, color=colour)
-    bars += _bars(means, across, field="seconds_", y=y, color=colour)
-    return alt.layer(*bars, dots, mean).properties(height=300)
+    bars = _bars(means, upright, upright=True, x=place["x"], color=colour)
+    bars += _bars(means, across, field="seconds_", y=place["y"], color=colour)
+    dots = dots.encode(**place, tooltip=[*named, "seed:Q", "draw:Q"])
+    return alt.layer(*bars, dots, mean.encode(**place, tooltip=[*named, "draws:Q"])).properties(height=300)
 
 
-def _rows(kind: str | None = None) -> alt.Chart:
+def _rows(kind: str | None = None) -> Any:
     chart = alt.Chart(alt.NamedData(name="rows"))
     return chart if kind is None else chart.transform_filter(f"datum.kind === '{kind}'")
 
 
-def _bars(
-    rows: alt.Chart, axis: dict[str, Any], *, field: str = "", upright: bool = False, **encodings: Any
-) -> list[alt.Chart]:
+def _bars(rows: Any, axis: dict[str, Any], *, field: str = "", upright: bool = False, **encodings: Any) -> list[Any]:
     """Intervals, from the fields ``low`` to ``high``, with arrows where they go on beyond the plot."""
     low, high = f"{field}low", f"{field}high"
+    along, channel = (alt.Y, "y") if upright else (alt.X, "x")
     known = rows.transform_filter(f"isValid(datum.{low})")
-    ends = {"y": alt.Y(f"{low}:Q", **axis), "y2": f"{high}:Q"} if upright else {
-        "x": alt.X(f"{low}:Q", **axis),
-        "x2": f"{high}:Q",
-    }
+    ends = {channel: along(f"{low}:Q", **axis), f"{channel}2": f"{high}:Q"}
     bars = [known.mark_rule(strokeWidth=7, opacity=0.3, strokeCap="round").encode(**ends, **encodings)]
-    for end, arrow in ((low, "▾" if upright else "◂"), (high, "▴" if upright else "▸")):
-        place = {"y": alt.Y(f"{end}:Q", **axis)} if upright else {"x": alt.X(f"{end}:Q", **axis)}
+    for end, arrow in zip((low, high), "▾▴" if upright else "◂▸", strict=True):
         cut = known.transform_filter(f"datum.{end}_cut").mark_text(text=arrow, fontSize=14)
-        bars.append(cut.encode(**place, **encodings))
+        bars.append(cut.encode(**{channel: along(f"{end}:Q", **axis)}, **encodings))
     return bars
 
 
@@ -163,7 +169,3 @@ def _number(field: str, title: str | None = None) -> alt.Tooltip:
 def _estimate(title: str, *fields: Any) -> list[Any]:
     """A tooltip of a number with its whole interval."""
     return [*fields, _number("value", title), alt.Tooltip("interval:N", title="95 % interval")]
-
-
-def _both() -> list[alt.Tooltip]:
-    return [_number("value"), _number("seconds")]

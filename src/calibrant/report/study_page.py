@@ -189,4 +189,4 @@ def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script; its making takes seconds."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle())
+    return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # the default is not in its stub

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+_DASH = "\N{EN DASH}"
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    "–": "--",
-    "×": r"$\times$",
+    _DASH: "--",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 _MARKDOWN = {character: f"\\{character}" for character in "\\|*_`[]<>"}
@@ -40,7 +40,8 @@ Value = str | int | float | Estimate | Undefined
 class Column:
     """A column: its values are texts, numbers, or estimates, which take three columns of a CSV file.
 
-    A page says a ``key`` once if it is the same in all rows, marks a ``source`` with its colour, and breaks ``long`` text.
+    A page says a ``key`` once if it is the same in all rows, marks a ``source`` with its colour, and wraps ``long``
+    text.
     """
 
     name: str
@@ -82,17 +83,16 @@ def value_text(value: Value) -> str:
         case str():
             return value
         case Undefined():
-            return "–"
-        case Estimate(number, None):
-            return number_text(number)
-        case Estimate(number, (low, high)):
-            return f"{number_text(number)} [{number_text(low)}, {number_text(high)}]"
+            return _DASH
+        case Estimate():
+            ends = "" if value.interval is None else f" [{', '.join(map(number_text, value.interval))}]"
+            return f"{number_text(value.value)}{ends}"
         case _:
             return number_text(value)
 
 
 def as_csv(table: Table) -> str:
-    """The table with all digits; an estimate takes columns for its value and both ends, and what is undefined is empty."""
+    """The table with all digits; an estimate takes columns for its value and both ends; what is undefined is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names: list[str] = []

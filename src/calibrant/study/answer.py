@@ -34,7 +34,7 @@ def answer(found: Analysis, counts: Mapping[str, int], costs: Collection[str]) -
     if not settings:
         said = ["There is no usable score of a recipe that reads data, so that nothing can be said of the sources."]
     elif len(settings) == 1:
-        said = [settings[0].headline]
+        said = [settings[0].headline, *_without(settings)]
     else:
         said = _over(settings)
     return Answer(said, [*_failed_controls(found, costs), *_reservations(settings, counts)])
@@ -60,12 +60,24 @@ def _over(settings: Sequence[SettingFinding]) -> list[str]:
     if not shares and any(one.components for one in compared):
         return [f"{measure[0].upper()}{measure[1:]} is the same with every source and draw in each of {over}."]
     if not shares:
-        return [f"No source has two draws in any of {over}, so that no difference of {measure} can be told from chance."]
-    low, high = f"{min(shares):.0f}", f"{max(shares):.0f}"
-    span = f"{low} %" if low == high else f"{low} to {high} % (median {median(shares):.0f} %)"
+        return [
+            f"No source has two draws in any of {over}, so that no difference of {measure} can be told from chance."
+        ]
     widest = f"{100 * min(end.low for end in ends):.0f} to {100 * max(end.high for end in ends):.0f} %"
-    first = f"The source explains {span} of the variance of {measure} over {over}; their 95 % intervals span {widest}."
-    return [first, _best(compared)]
+    first = f"The source explains {_span(shares)} of the variance of {measure} over {over}"
+    return [f"{first}; their 95 % intervals span {widest}.", *_without(settings), _best(compared)]
+
+
+def _without(settings: Sequence[SettingFinding]) -> list[str]:
+    """What is left without the source that would dominate the variance, such as random tokens."""
+    left = [one.components_without for one in settings if one.components_without is not None]
+    shares = [100 * one.components.share for one in left if one.components and one.components.share is not None]
+    return [f"Without {left[0].source} it explains {_span(shares)}."] if shares else []
+
+
+def _span(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.0f}", f"{max(shares):.0f}"
+    return f"{low} %" if low == high else f"{low} to {high} % (median {median(shares):.0f} %)"
 
 
 def _best(settings: Sequence[SettingFinding]) -> str:
@@ -118,9 +130,7 @@ def _failed_controls(found: Analysis, costs: Collection[str]) -> list[str]:
 
 
 def _varying(settings: Sequence[SettingFinding]) -> list[str]:
-    return [
-        label for name, label in _DIMENSIONS.items() if len({getattr(one.setting, name) for one in settings}) > 1
-    ]
+    return [label for name, label in _DIMENSIONS.items() if len({getattr(one.setting, name) for one in settings}) > 1]
 
 
 def _listed(names: Sequence[str]) -> str:

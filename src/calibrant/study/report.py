@@ -85,7 +85,7 @@ def _facts(plan: Plan, versions: dict[str, str], counts: dict[str, int]) -> dict
     return {
         "sources": f"{len(plan.sources)}",
         "draws": f"{plan.draws}" + (f" of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else ""),
-        "sets": f"{' / '.join(map(str, plan.samples))} × {' / '.join(map(str, plan.length))} tokens",
+        "sets": f"{' / '.join(map(str, plan.samples))} x {' / '.join(map(str, plan.length))} tokens",
         "models": f"{len(plan.models)}",
         "recipes": f"{len(plan.recipes)}",
         "texts": f"{len(plan.texts)}",
@@ -105,7 +105,7 @@ def _cards(findings: list[tuple[Setting, str]]) -> list[Card]:
     for (model, recipe), own in cards.items():
         own.sort(key=lambda one: (-one[0].samples, -one[0].length, one[0].on))
         said = [
-            f"{f'{setting.samples} × {setting.length}: ' if len(sizes) > 1 else ''}{headline}"
+            f"{f'{setting.samples} x {setting.length}: ' if len(sizes) > 1 else ''}{headline}"
             for setting, headline in own
         ]
         made.append(Card(recipe, model if len(models) > 1 else "", said))
@@ -126,6 +126,6 @@ def _choices(settings: list[Setting], measures: list[tuple[str, str]]) -> list[C
 def _place(cell: Cell) -> str:
     again = ", again" if cell.repeat else ""
     return (
-        f"{cell.model}, {cell.recipe}, {cell.source}, {cell.samples} × {cell.length}, seed {cell.seed}, draw "
+        f"{cell.model}, {cell.recipe}, {cell.source}, {cell.samples} x {cell.length}, seed {cell.seed}, draw "
         f"{cell.draw}{again}"
     )

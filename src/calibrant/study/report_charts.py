@@ -34,7 +34,8 @@ def charts(found: Analysis, scores: Sequence[Score], times: Collection[str], cos
         Chart(
             "scores",
             "Scores by source",
-            f"A dot is a draw, the upright line the mean, the band its 95 % interval. Every panel has its own scale. {_CUT}",
+            "A dot is a draw, the upright line the mean, the band its 95 % interval. Every panel has a scale of its "
+            f"own. {_CUT}",
             _EMPTY,
             [row for one in found.settings for row in _scores(one, table[one.setting])],
             _notes(found, lambda one: one.headline),
@@ -188,7 +189,8 @@ def _stability(one: SettingFinding) -> str:
     if ranks is None:
         return ""
     tau = "is undefined, as all sources tie" if ranks.tau is None else f"{ranks.tau:.2f}"
-    return f"Kendall's tau between draws: {tau}. The same source is best in {100 * ranks.same_best:.0f} % of pairs of draws."
+    same = f"The same source is best in {100 * ranks.same_best:.0f} % of pairs of draws."
+    return f"Kendall's tau between draws: {tau}. {same}"
 
 
 def _cost(settings: Sequence[SettingFinding], table: dict[Setting, SettingScores], times: Collection[str]) -> _Rows:

@@ -86,9 +86,9 @@ def _comparisons(found: Analysis) -> Table:
     return Table(
         "comparisons",
         "Comparisons",
-        "Pairs of sources: difference of means with its own 95 % interval, p-value after Holm's correction for all pairs "
-        "of a setting, and the probability that a draw of the better source is better (the interval is of the bootstrap "
-        "and too short for few draws). Pairs are told apart below 0.05.",
+        "Pairs of sources: difference of means with its own 95 % interval, p-value after Holm's correction for all "
+        "pairs of a setting, and the probability that a draw of the better source is better (its interval is of the "
+        "bootstrap and too short for few draws). Pairs are told apart below 0.05.",
         "There are no two sources with different scores to compare.",
         (
             Column("better", role="source"),
@@ -117,9 +117,9 @@ def _components(found: Analysis) -> Table:
     return Table(
         "components",
         "Variance",
-        "How much of the spread comes from the source and how much from the draw, with 95 % intervals; how alike single "
-        "draws rank the sources (Kendall's tau; share of pairs of draws with the same best source); and the draws of "
-        "each that would tell the two best apart in 80 % of studies.",
+        "How much of the spread comes from the source and how much from the draw, with 95 % intervals; how alike "
+        "single draws rank the sources (Kendall's tau; share of pairs of draws with the same best source); and the "
+        "draws of each that would tell the two best apart in 80 % of studies.",
         "Fewer than two sources have a usable score.",
         (
             *_KEYS,
@@ -162,7 +162,9 @@ def _of_components(one: SettingFinding) -> list[Value]:
     if one.best_two is None:
         said.append(Undefined(_UNCOMPARED))
     else:
-        said.append(Undefined("the two best are equal, or nearly") if one.best_two.draws is None else one.best_two.draws)
+        said.append(
+            Undefined("the two best are equal, or nearly") if one.best_two.draws is None else one.best_two.draws
+        )
     return said
 
 

@@ -31,7 +31,7 @@ TABLES = ("cells", "scores", "items")
 
 @dataclass(frozen=True)
 class CellState:
-    """A cell that is done, failed or waiting, with its error if it failed and notes of its compression if it is done."""
+    """A cell that is done, failed or waiting, its error if it failed, and notes of its compression if it is done."""
 
     cell: Cell
     state: str
