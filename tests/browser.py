@@ -23,7 +23,8 @@ def seen(page: str, probe: str, width: int, folder: Path, *, dark: bool = False)
         f"<script>(async () => {{ {probe} }})().catch((error) => ({{ error: String(error) }})).then((seen) =>"
         " parent.document.body.setAttribute('data-seen', JSON.stringify(seen)));</script>"
     )
-    framed = html.escape(page.replace("</body>", f"{script}</body>"))
+    before, _, after = page.rpartition("</body>")  # libraries on the page may have such a text
+    framed = html.escape(f"{before}{script}</body>{after}")
     file = folder / "framed.html"
     frame = f'<iframe width="{width}" height="900" style="border:0" srcdoc="{framed}"></iframe>'
     file.write_text(f'<!doctype html><meta charset="utf-8"><body>{frame}</body>', encoding="utf-8")
