@@ -168,7 +168,7 @@ def test_tables_hold_the_numbers_of_the_analysis(study: cb.Study, tmp_path: Path
     names = {path.name for path in (tmp_path / "tables").iterdir()}
     assert names == {
         f"{table}.{ending}"
-        for table in ("sources", "comparisons", "components", "recipes", "controls")
+        for table in ("sources", "comparisons", "components", "recipes", "controls", "cells")
         for ending in ("csv", "md", "tex")
     }
 

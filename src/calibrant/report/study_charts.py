@@ -20,9 +20,25 @@ COLOURS = (
     "#17a2b8",
     "#7a8b99",
     "#6b8e23",
+    "#1f5f99",
+    "#f5b041",
+    "#76c7a3",
+    "#e39ac8",
+    "#5b3fa8",
+    "#8c6d5a",
+    "#f08a8a",
+    "#0e7c86",
+    "#a9b4bf",
+    "#a3c644",
 )
 # The script puts the name of the picked measure there, with its text or task and without.
 _MEASURE, _KIND = "{measure}", "{kind}"
+_NUMBER = ".6~g"
+# Long names differ at their ends as often as at their beginnings.
+_NAMES = alt.Axis(
+    labelLimit=200,
+    labelExpr="length(datum.label) > 26 ? slice(datum.label, 0, 12) + '...' + slice(datum.label, -12) : datum.label",
+)
 # Room in pixels for marks at the ends.
 _TIGHT: dict[str, Any] = {"zero": False, "nice": False, "padding": 12}
 
@@ -45,8 +61,12 @@ def chart_specs(colours: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def _scores(colour: alt.Color) -> Any:
-    y = alt.Y("source:N", sort=None, title=None)
-    axis: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE, "axis": alt.Axis(tickCount=5)}
+    y = alt.Y("source:N", sort=None, title=None, axis=_NAMES)
+    axis: dict[str, Any] = {
+        "scale": alt.Scale(**_TIGHT),
+        "title": _MEASURE,
+        "axis": alt.Axis(tickCount=5, format=_NUMBER),
+    }
     means, draws = _rows("mean"), _rows("draw")
     mean = means.mark_tick(thickness=3, size=22).encode(
         x=alt.X("value:Q", **axis), y=y, color=colour, tooltip=_estimate("mean", "source:N", "draws:Q")
@@ -58,7 +78,7 @@ def _scores(colour: alt.Color) -> Any:
 
 
 def _share() -> Any:
-    y = alt.Y("name:N", sort=None, title=None)
+    y = alt.Y("name:N", sort=None, title=None, axis=_NAMES)
     axis: dict[str, Any] = {
         "scale": alt.Scale(domain=[0, 100]),
         "title": "share of the variance, %",
@@ -72,11 +92,11 @@ def _share() -> Any:
 
 
 def _dispersion() -> Any:
-    y, offset = alt.Y("task:N", sort=None, title=None), alt.YOffset("part:N", sort=None)
+    y, offset = alt.Y("task:N", sort=None, title=None, axis=_NAMES), alt.YOffset("part:N", sort=None)
     axis: dict[str, Any] = {
         "scale": alt.Scale(zero=True),
         "title": f"standard deviation of {_KIND}",
-        "axis": alt.Axis(tickCount=5),
+        "axis": alt.Axis(tickCount=5, format=_NUMBER),
     }
     parts = alt.Color(
         "part:N",
@@ -95,7 +115,7 @@ def _sizes(colour: alt.Color) -> Any:
     gaps = alt.Scale(paddingInner=0.6, paddingOuter=0.3)
     x = alt.X("rows:O", title="rows of the set", scale=gaps, axis=alt.Axis(labelAngle=0))
     offset = alt.XOffset("source:N")
-    axis: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE}
+    axis: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE, "axis": alt.Axis(format=_NUMBER)}
     line = _rows().mark_line(opacity=0.6).encode(x=x, xOffset=offset, y=alt.Y("value:Q", **axis), color=colour)
     point = _rows().mark_point(filled=True, size=70, opacity=1)
     point = point.encode(
@@ -126,10 +146,10 @@ def _ranks(colour: alt.Color) -> Any:
 
 def _cost(colour: alt.Color) -> Any:
     across: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": "seconds to make the set and compress"}
-    upright: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE}
+    upright: dict[str, Any] = {"scale": alt.Scale(**_TIGHT), "title": _MEASURE, "axis": alt.Axis(format=_NUMBER)}
     legend = alt.Legend(title=None, orient="bottom", columns=2, labelLimit=300, symbolOpacity=1)
     place: dict[str, Any] = {
-        "x": alt.X("seconds:Q", axis=alt.Axis(tickCount=5), **across),
+        "x": alt.X("seconds:Q", axis=alt.Axis(tickCount=5, format=_NUMBER), **across),
         "y": alt.Y("value:Q", **upright),
         "color": colour,
         "shape": alt.Shape("recipe:N", sort=None, legend=legend),

@@ -88,6 +88,8 @@ def _best(settings: Sequence[SettingFinding]) -> str:
         pair.worse for one in led for pair in one.comparisons if pair.better == best and not pair.told_apart
     )
     lead = f"{best} has the best mean in {'all' if times == number else f'{times} of'} {number}"
+    if 2 * times < number:
+        lead = f"No source leads: {best} has the best mean most often, in {times} of {number}"
     if not all(one.comparisons for one in led):
         return f"{lead}; where sources share no draw, they cannot be compared."
     if not alike:
@@ -111,7 +113,7 @@ def _reservations(settings: Sequence[SettingFinding], counts: Mapping[str, int])
     if counts["waiting"]:
         said.append(f"{counts['waiting']} of {total} cells have not run yet: this is preliminary.")
     draws = [source.description.n for one in settings for source in one.sources]
-    if draws and max(draws) < _FEW:
+    if any(one.comparisons for one in settings) and 1 < max(draws) < _FEW:
         said.append(
             f"With {_draws(settings)} a source only large differences can be seen: that two cannot be told apart does "
             "not make them equal."

@@ -3,6 +3,8 @@
 from calibrant.study.findings import SettingFinding, SourceFinding
 from calibrant.study.measures import measure_name
 
+_MOST_NAMED = 4
+
 
 def headline(found: SettingFinding) -> str:
     """What the scores of a setting show, and what they cannot show; ends with what is missing or was left out."""
@@ -71,6 +73,10 @@ def _told_apart(found: SettingFinding) -> str:
     draws = _draws(found)
     if len(alike) == 1:
         return f"{best} and {alike[0]} cannot be told apart with {draws}"
+    if len(alike) > _MOST_NAMED:
+        others = len(found.sources) - 1
+        some = f"all {others}" if len(alike) == others else f"{len(alike)} of the {others}"
+        return f"{some} other sources cannot be told apart from {best}, the best, with {draws}"
     listed = f"{', '.join(alike[:-1])} and {alike[-1]}"
     return f"{listed} cannot be told apart from {best}, the best, with {draws}"
 

@@ -20,8 +20,6 @@ from calibrant.study.results import OUTPUT_BYTES, SECONDS, SET_SECONDS, Study
 from calibrant.study.score_table import Setting
 
 COSTS = (SECONDS, SET_SECONDS, OUTPUT_BYTES)
-# Cells change with every run, and `export` writes them.
-_ON_PAGE_ONLY = ("cells",)
 
 
 def write_report(study: Study, folder: Path, *, paired: bool) -> Path:
@@ -33,9 +31,8 @@ def write_report(study: Study, folder: Path, *, paired: bool) -> Path:
     html = study_page(page)
     files = {target: html}
     for table in page.tables:
-        if table.name not in _ON_PAGE_ONLY:
-            for ending, write in ((".csv", as_csv), (".md", as_markdown), (".tex", as_latex)):
-                files[folder / "tables" / f"{table.name}{ending}"] = write(table)
+        for ending, write in ((".csv", as_csv), (".md", as_markdown), (".tex", as_latex)):
+            files[folder / "tables" / f"{table.name}{ending}"] = write(table)
     for file, text in files.items():
         with whole_file(file) as beside:
             beside.write_text(text, encoding="utf-8")
@@ -84,7 +81,7 @@ def _facts(plan: Plan, versions: dict[str, str], counts: dict[str, int]) -> dict
     cells = ", ".join(f"{number:,} {state}" for state, number in counts.items() if number)
     return {
         "sources": f"{len(plan.sources)}",
-        "draws": f"{plan.draws}" + (f" of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else ""),
+        "draws": f"{plan.draws}" + (f" for each of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else ""),
         "sets": f"{' / '.join(map(str, plan.samples))} x {' / '.join(map(str, plan.length))} tokens",
         "models": f"{len(plan.models)}",
         "recipes": f"{len(plan.recipes)}",

@@ -17,6 +17,7 @@ from calibrant.study.statistics.describe import Interval, describe
 
 _Rows = list[dict[str, Any]]
 _CUT = "An arrow marks an interval that goes on beyond the plot; the table has all of it."
+_READS_NOTHING = "The recipe reads no data; see the controls."
 _EMPTY = "No usable scores of this recipe, size and measure."
 
 
@@ -48,7 +49,7 @@ def charts(found: Analysis, scores: Sequence[Score], times: Collection[str], cos
             "The rest of the variance comes from the draw. The band is the 95 % interval; few sources make it wide.",
             "Undefined: it needs two sources, one of them with two draws, and scores that are not all equal.",
             [row for one in quality for row in _share(one)],
-            [],
+            [_without_measure(_where(one.setting)) | {"note": _READS_NOTHING} for one in quality if one.zero_control],
             True,
             "components",
             shows_sources=False,
@@ -112,6 +113,10 @@ def _where(setting: Setting) -> dict[str, Any]:
     }
 
 
+def _without_measure(where: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in where.items() if name != "measure"}
+
+
 def _scores(one: SettingFinding, scores: SettingScores) -> Iterator[dict[str, Any]]:
     where = _where(one.setting)
     limits = _limits(value for source in one.sources for value in source.values)
@@ -127,7 +132,7 @@ def _share(one: SettingFinding) -> Iterator[dict[str, Any]]:
     components = one.components
     if one.zero_control is None and components and components.share is not None and components.share_interval:
         ends = Interval(100 * components.share_interval.low, 100 * components.share_interval.high)
-        where = {name: value for name, value in _where(one.setting).items() if name != "measure"}
+        where = _without_measure(_where(one.setting))
         name = measure_name(one.setting.measure, one.setting.on)
         yield where | {"name": name, "value": 100 * components.share} | _bar(ends, (0.0, 100.0))
 
@@ -136,8 +141,10 @@ def _dispersion(one: SettingFinding, largest: float) -> Iterator[dict[str, Any]]
     components = one.components
     if components is None:
         return
-    where = {name: value for name, value in _where(one.setting).items() if name != "measure"}
-    where |= {"kind_of_measure": one.setting.measure, "task": one.setting.on or "every text"}
+    where = _without_measure(_where(one.setting)) | {
+        "kind_of_measure": one.setting.measure,
+        "task": one.setting.on or "every text",
+    }
     parts = {
         "between sources": (components.source_variance, components.source_interval),
         "between draws": (components.draw_variance, components.draw_interval),
@@ -186,6 +193,8 @@ def _ranks(one: SettingFinding, scores: SettingScores) -> Iterator[dict[str, Any
 
 def _stability(one: SettingFinding) -> str:
     ranks = one.rank_stability
+    if one.zero_control is not None:
+        return _READS_NOTHING
     if ranks is None:
         return ""
     tau = "is undefined, as all sources tie" if ranks.tau is None else f"{ranks.tau:.2f}"
