@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import calibrant as cb
+from calibrant.study.study import StudyRun
 from tests.cli.damage import refused
 from tests.report.study_store import plan, write_study
 
@@ -25,3 +27,17 @@ def test_report_names_the_extra_that_it_needs(run, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     status, out, err = run("study", "report", tmp_path / "study")
     refused(status, out, err, "pip install 'calibrant[report]'", tmp_path)
+
+
+def test_run_writes_the_report_or_says_why_not(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = StudyRun(write_study(tmp_path, plan(draws=1, samples=8)).folder, 7, [])
+    monkeypatch.setattr(cb, "run_study", lambda *arguments, **options: ran)
+    status, shown, _ = run("study", "run", tmp_path / "study.yaml", "--json")
+    assert status == 0
+    assert json.loads(shown)["report"] == str(tmp_path / "report.html")
+    assert "Study: made" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "altair", None)
+    status, shown, err = run("study", "run", tmp_path / "study.yaml", "--json")
+    assert status == 0
+    assert json.loads(shown)["report"] is None
+    assert err.count("no report: a page with charts needs the extra: pip install 'calibrant[report]'") == 1

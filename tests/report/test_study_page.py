@@ -125,25 +125,42 @@ def test_the_page_in_a_real_browser(page: str, tmp_path: Path, width: int, dark:
     assert found["names"] == [False, sorted(found["names"][1])]
 
 
-@needs_browser
-@pytest.mark.parametrize("kind", ["empty", "one cell", "one draw", "controls"])
+UNDEFINED = {
+    "empty": (plan(), tuple(range(50)), "50 of 50 cells have not run yet: this is preliminary."),
+    "one cell": (plan(**ONE, repeat=False), (), "from one draw, which says nothing of its spread"),
+    "one draw": (plan(draws=1, repeat=False), (), "no difference of KL can be told from chance"),
+    "controls": (plan(recipes=["rtn-w4"]), (), "A recipe that reads no data scores differently on different sets"),
+}
+
+
+def undefined(folder: Path, kind: str) -> str:
+    made, waiting, _ = UNDEFINED[kind]
+    return write_study(folder, made, waiting=waiting).report().read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", UNDEFINED)
 def test_what_is_undefined_has_a_reason(tmp_path: Path, kind: str) -> None:
-    made, waiting, expected = {
-        "empty": (plan(), tuple(range(50)), "50 of 50 cells have not run yet: this is preliminary."),
-        "one cell": (plan(**ONE, repeat=False), (), "from one draw, which says nothing of its spread"),
-        "one draw": (plan(draws=1, repeat=False), (), "no difference of KL can be told from chance"),
-        "controls": (plan(recipes=["rtn-w4"]), (), "A recipe that reads no data scores differently on different sets"),
-    }[kind]
-    html = write_study(tmp_path, made, waiting=waiting).report().read_text(encoding="utf-8")
-    found, console = seen(html, f"{DRAWN} return {{ text: document.body.innerText }};", 1280, tmp_path)
+    text = undefined(tmp_path, kind)
+    visible = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", text.replace("\xa0", " "), flags=re.S)
+    assert UNDEFINED[kind][2] in visible
+    assert not re.search(r"\b(NaN|nan|None|null|Infinity|inf)\b", visible)
+    assert ('title="one draw has no spread"' in text) == kind.startswith("one")
+
+
+@needs_browser
+def test_a_page_of_one_cell_is_drawn(tmp_path: Path) -> None:
+    probe = f"{DRAWN} return {{ plots: document.querySelectorAll('.plot svg').length, text: document.body.innerText }};"
+    found, console = seen(undefined(tmp_path, "one cell"), probe, 1280, tmp_path)
     assert console == []
-    text = found["text"].replace("\xa0", " ")
-    assert expected in text
-    assert not re.search(
-        r"\b(NaN|nan|None|undefined|Infinity|inf)\b", text.split("\nPlan\n")[0].replace("undefined:", "")
-    )
-    if kind == "one cell":
-        assert 'title="one draw has no spread"' in html
+    assert found["plots"] == 2  # its score, and its cost
+    assert "Undefined: it needs two sources and two draws that all of them have." in found["text"]
+
+
+@needs_browser
+def test_a_page_without_scores_is_shown(tmp_path: Path) -> None:
+    found, console = seen(undefined(tmp_path, "empty"), f"{DRAWN} return [document.body.innerText];", 1280, tmp_path)
+    assert console == []
+    assert "There are no scores to draw." in found[0]
 
 
 def test_tables_hold_the_numbers_of_the_analysis(study: cb.Study, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def _dispersion() -> Any:
     parts = alt.Color(
         "part:N",
         scale=alt.Scale(domain=["between sources", "between draws"], range=[*COLOURS[:2]]),
-        legend=alt.Legend(title=None, orient="top"),
+        legend=alt.Legend(title=None, orient="top", symbolOpacity=1),
     )
     point = _rows().mark_point(filled=True, size=70, opacity=1)
     point = point.encode(

@@ -36,7 +36,7 @@ class Chart:
         notes: fields as in ``rows``, and the finding of a panel as ``note``.
         by_recipe: one panel for each recipe.
         table: name of the table with the same numbers.
-        shows_sources: colours are sources.
+        shows_sources: colours are sources that the chart does not name.
     """
 
     name: str

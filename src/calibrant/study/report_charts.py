@@ -42,6 +42,7 @@ def charts(found: Analysis, scores: Sequence[Score], times: Collection[str], cos
             _notes(found, lambda one: one.headline),
             True,
             "sources",
+            shows_sources=False,
         ),
         Chart(
             "share",
