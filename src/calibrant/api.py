@@ -1,5 +1,7 @@
 """The public functions of the main job. Each joins rooms and contains no algorithm."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from calibrant.calibration.calibration_set import CalibrationSet
@@ -10,7 +12,9 @@ from calibrant.engine.importance import input_squares, stored_names
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation, evaluate_models
 from calibrant.evaluation.original import WholeOriginal
-from calibrant.evaluation.text import evaluation_windows
+from calibrant.evaluation.tasks.data_files import check_tasks
+from calibrant.evaluation.tasks.results import compare_tasks
+from calibrant.evaluation.text import EvaluationText, evaluation_windows, wikitext_windows
 from calibrant.formats.gguf_names import gguf_library, gguf_names
 from calibrant.formats.imatrix import ImportanceMatrix, write_imatrix
 from calibrant.formats.quantized import FormatName
@@ -133,43 +137,96 @@ def evaluate(
     model: str | Path,
     *,
     against: str | Path | None = None,
-    text: str | Path | Corpus = BUILTIN,
+    text: str | Path | Corpus | None = BUILTIN,
     length: int = DEFAULT_LENGTH,
+    wikitext: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    data: str | Path | None = None,
     limit: int | None = None,
+    task_limit: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of ``model`` on fixed windows of ``text`` and, with ``against``, its divergence from that model.
+    """Perplexity of ``model``, its scores on tasks and, with ``against``, its differences from that model.
 
-    ``limit`` uses the first windows only. Models are loaded by transformers, whole.
+    Models are loaded by transformers, whole.
+
+    Args:
+        model: a model folder, or ``hub:owner/name``.
+        against: the original, of which the same is measured: divergence of next-token distributions, paired
+            comparisons of tasks.
+        text: held-out text, cut into windows of ``length`` tokens; None for none.
+        length: tokens per window of ``text``.
+        wikitext: WikiText's raw file, measured by the papers' protocol (windows of 2,048 tokens) besides.
+        tasks: names of lm-eval's tasks, for example "piqa" and "arc_easy".
+        data: the folder of the tasks' files, or "hub:" to load each task's data set from the hub.
+        limit: use the first windows of each text and the first items of each task (of each subject of MMLU) only.
+        task_limit: items of each task in place of ``limit``.
+        device: "cpu" or "cuda".
+        dtype: what forward passes compute in: "bfloat16", "float32" or "auto".
+        progress: receives progress and notes; None for silence.
 
     Raises:
-        CalibrantError: a model or the text does not fit.
+        CalibrantError: a model, a text or a task does not fit.
     """
-    if length < 2 or (limit is not None and limit < 1):
+    if length < 2 or min(limit or 1, task_limit or 1) < 1 or 0 in (limit, task_limit):
         raise CalibrantError(
-            f"length {length}, limit {limit}: need windows of at least 2 tokens, and at least 1 window"
+            f"length {length}, limit {limit}, task limit {task_limit}: need windows of at least 2 tokens, "
+            "and at least 1 window or item"
         )
+    if text is None and wikitext is None and not tasks:
+        raise CalibrantError("nothing to evaluate on; give `text`, `wikitext` or `tasks`")
+    if tasks:
+        check_tasks(tasks, data)
+    progress = progress or NoProgress()
     folder = ModelFolder(model_path(model), allow_quantized=True)
-    check_length(folder, length)
     tokenizer = Tokenizer(folder.path)
-    reference = None
-    if against is not None:
-        reference = ModelFolder(model_path(against), allow_quantized=True)
-        same = Tokenizer(reference.path).sha256 == tokenizer.sha256 and reference.vocabulary == folder.vocabulary
-        if not same:
+    reference = None if against is None else _reference(against, folder, tokenizer)
+    windows = None if text is None else _windows(folder, tokenizer, text, length, limit, progress)
+    papers = None if wikitext is None else wikitext_windows(wikitext, tokenizer, folder.context_length, limit)
+    for found in (windows, papers):
+        if found is not None and int(found.windows.max()) >= folder.vocabulary:
             raise CalibrantError(
-                f"{against}: its tokenizer or vocabulary differs from {model}'s, so they cannot be compared"
+                f"{folder.path}: its tokenizer gives ids beyond the model's vocabulary of {folder.vocabulary}"
             )
+    loaded = load_whole(folder, device, dtype)
+    original = load_whole(reference, device, dtype) if reference is not None else None
+    compared = None if original is None else WholeOriginal(original)
+    result = Evaluation(0, 0, 0, 0) if windows is None else evaluate_models(loaded, compared, windows, progress)
+    if papers is not None:
+        result = replace(result, wikitext=evaluate_models(loaded, compared, papers, progress))
+    if tasks and data is not None:
+        from calibrant.evaluation.tasks.score import score_tasks  # lm-eval is an extra
+
+        items = limit if task_limit is None else task_limit
+        result = replace(result, tasks=score_tasks(loaded, tokenizer, tasks, data, items, progress))
+        if original is not None:
+            theirs = score_tasks(original, tokenizer, tasks, data, items, progress)
+            result = replace(result, original_tasks=theirs, task_comparisons=compare_tasks(result.tasks, theirs))
+    return result
+
+
+def _reference(against: str | Path, folder: ModelFolder, tokenizer: Tokenizer) -> ModelFolder:
+    reference = ModelFolder(model_path(against), allow_quantized=True)
+    if Tokenizer(reference.path).sha256 != tokenizer.sha256 or reference.vocabulary != folder.vocabulary:
+        raise CalibrantError(
+            f"{against}: its tokenizer or vocabulary differs from {folder.path}'s, so they cannot be compared"
+        )
+    return reference
+
+
+def _windows(
+    folder: ModelFolder,
+    tokenizer: Tokenizer,
+    text: str | Path | Corpus,
+    length: int,
+    limit: int | None,
+    progress: Progress,
+) -> EvaluationText:
+    check_length(folder, length)
     corpus = text if isinstance(text, Corpus) else Corpus(text)
     found = evaluation_windows(corpus, tokenizer, length, limit)
     for note in corpus.notes:
-        (progress or NoProgress()).note(note)
-    if int(found.windows.max()) >= folder.vocabulary:
-        raise CalibrantError(
-            f"{folder.path}: its tokenizer gives ids beyond the model's vocabulary of {folder.vocabulary}"
-        )
-    loaded = load_whole(folder, device, dtype)
-    original = WholeOriginal(load_whole(reference, device, dtype)) if reference is not None else None
-    return evaluate_models(loaded, original, found, progress or NoProgress())
+        progress.note(note)
+    return found

@@ -154,3 +154,9 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("text")
     with pytest.raises(CalibrantError, match="the file's name is not UTF-8"):
         Corpus(tmp_path)
+
+
+def test_rows_keep_their_line_numbers_after_runs_of_empty_lines(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b'\n{"text": "a"}\n' + b"\n" * 3_000_000 + b' \n\r\n{"text": "b"}\n\n')
+    assert [(one.id, one.text) for one in Corpus(path)] == [("c.jsonl:2", "a"), ("c.jsonl:3000005", "b")]

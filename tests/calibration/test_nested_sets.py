@@ -44,8 +44,8 @@ NESTED = [
     {"strategy": "zipcal"},
     {"strategy": "zipcal", "pool": 20},
     {"strategy": "zipf"},
-    {"strategy": "perplexity", "keep": "lowest"},
-    {"strategy": "perplexity", "keep": "below"},
+    {"strategy": "perplexity", "keep": "lowest", "windows": "document"},
+    {"strategy": "perplexity", "keep": "below", "windows": "document"},
     {"strategy": "k-centre"},
     {"strategy": "herding"},
 ]
@@ -131,7 +131,7 @@ def test_corpora_and_groups_share_the_stride(corpus: Path, tiny: Path, tmp_path:
 
 
 def test_a_head_is_the_first_rows_and_says_so(corpus: Path, tiny: Path, tmp_path: Path) -> None:
-    made = cb.select(corpus, tokenizer=tiny, samples=12, length=20, strategy="cola", dtype="float32")
+    made = cb.select(corpus, tokenizer=tiny, samples=12, length=20, strategy="cola", windows="document")
     head = made.head(5)
     assert torch.equal(head.tokens, made.tokens[:5])
     assert head.manifest.rows == made.manifest.rows[:5]
@@ -187,3 +187,9 @@ def test_a_manifest_of_a_head_of_fewer_rows_is_refused(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"head_of": 8', '"head_of": 1').replace('"head_of":8', '"head_of":1'))
     with pytest.raises(CalibrantError, match="the first 2 of 1 rows"):
         CalibrationSet.load(tmp_path / "set")
+
+
+def test_the_inspection_of_a_head_says_of_how_many_rows(tiny: Path, tmp_path: Path) -> None:
+    cb.generate(tiny, strategy="vocabulary", samples=6, length=20).head(2).save(tmp_path / "set")
+    (found,) = cb.inspect_sets([tmp_path / "set"], model=tiny).sets
+    assert found.facts["size"] == "2 rows of 20 tokens, the first of 6"

@@ -40,6 +40,7 @@ def test_a_file_is_no_model(run, tmp_path: Path) -> None:
     (edited_config(model_type="nonsense"), "config.json"),
     (edited_config(quantization_config={"quant_method": "gptq"}), "quantized already"),
     (edited_config(num_hidden_layers=3), "no weights for"),
+    (edited_config(intermediate_size=100_000), "stored with shape"),
 ])  # fmt: skip
 def test_damaged_models(run, llama: Path, tmp_path: Path, damage, said: str) -> None:
     model = shutil.copytree(llama, tmp_path / "model")
@@ -73,7 +74,7 @@ def test_missing_weights_are_not_made_up(run, llama: Path, tmp_path: Path) -> No
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     for command in (["evaluate", model, "--length", 32], ["data", "generate", model, "-o", tmp_path / "out"]):
         status, out, err = run(*command, "-q")
-        refused(status, out, err, "lack model.norm.weight", tmp_path)
+        refused(status, out, err, "no weights for model.norm.weight", tmp_path)
 
 
 @pytest.mark.parametrize("setting", ['"rope_theta": "x"', '"hidden_act": "none"', '"hidden_size": -64'])
@@ -92,6 +93,7 @@ def test_configs_that_make_no_model(run, llama: Path, tmp_path: Path, setting: s
     (no_weights, [], "only safetensors"),
     (edited_config(vocab_size=50), [], "vocabulary"),
     (edited_config(hidden_size="64"), [], "config.json"),
+    (edited_config(hidden_size=4096), [], "stored with shape"),
     (edited_config(architectures=5), [], "not a causal language model"),
     (edited_config(), ["--length", 65], "context of 64"),
     (edited_config(), ["--length", 1], "at least 2"),

@@ -18,8 +18,13 @@ def simulated(seed: int, means: list[float], sd: float | list[float] = 1.0, comm
     return lambda source, draw: float(values[int(source), draw])
 
 
+def all_of(score_of: Callable) -> Callable:
+    return lambda asked: [score_of(source, draw) for source, draw in asked]
+
+
 def search(score_of: Callable, count: int, **options) -> Recommendation:
-    return recommend([str(i) for i in range(count)], score_of, **{"higher_is_better": False, "budget": 200, **options})
+    names = [str(i) for i in range(count)]
+    return recommend(names, all_of(score_of), **{"higher_is_better": False, "budget": 200, **options})
 
 
 @pytest.mark.parametrize(("means", "sd"), [
@@ -104,7 +109,8 @@ def test_one_source_needs_no_cell() -> None:
 def test_the_order_of_sources_does_not_matter() -> None:
     score_of = simulated(3, [0.0, 0.5, 1.0])
     one, other = (
-        recommend(names, score_of, higher_is_better=False, budget=90) for names in (["0", "1", "2"], ["2", "0", "1"])
+        recommend(names, all_of(score_of), higher_is_better=False, budget=90)
+        for names in (["0", "1", "2"], ["2", "0", "1"])
     )
     assert (one.alike, one.cells, one.recommended) == (other.alike, other.cells, other.recommended)
 
@@ -114,4 +120,10 @@ def test_the_order_of_sources_does_not_matter() -> None:
 ])  # fmt: skip
 def test_searches_that_cannot_begin(sources: list[str], budget: int, said: str) -> None:
     with pytest.raises(CalibrantError, match=said):
-        recommend(sources, lambda source, draw: 0.0, higher_is_better=False, budget=budget)
+        recommend(sources, all_of(lambda source, draw: 0.0), higher_is_better=False, budget=budget)
+
+
+def test_the_search_ends_with_the_draws() -> None:
+    found = search(simulated(0, [0.0, 0.01]), 2, most_draws=5)
+    assert [len(own) for own in found.scores.values()] == [5, 5]
+    assert found.ended == "budget"

@@ -27,19 +27,34 @@ def evaluate(
         str | None, typer.Option("--against", help="Original model; the divergence from it is measured.")
     ] = None,
     text: Annotated[
-        str, typer.Option("--text", help="Held-out text: a file, a folder, hub:owner/name or builtin.")
+        str, typer.Option("--text", help="Held-out text: a file, a folder, hub:owner/name or builtin; none for none.")
     ] = "builtin",
     field: FieldOption = "text",
     length: LengthOption = 512,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first windows of the text.")] = None,
+    wikitext: Annotated[
+        str | None,
+        typer.Option(
+            "--wikitext", help="WikiText's raw file: perplexity as papers report it, windows of 2,048 tokens."
+        ),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, as in piqa,arc_easy.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Folder of the tasks' files, or hub: for each task's hub data set.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Use only the first windows of texts and items of tasks.")
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option("--task-limit", min=1, help="Items of each task, where --limit is for windows only.")
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity on fixed windows of a text and, with --against, the divergence from the original model.
+    """Measure perplexity on fixed windows of a text, scores on tasks and, with --against, the change from the original.
 
-    Example: calibrant evaluate ./SmolLM2-w4 --against ./SmolLM2-135M --text wiki.txt
+    Example: calibrant evaluate ./SmolLM2-w4 --against ./SmolLM2-135M --tasks piqa,arc_easy --data ./data
     """
     with terminal(quiet, as_json) as screen:
         from dataclasses import asdict
@@ -49,30 +64,42 @@ def evaluate(
         found = cb.evaluate(
             model,
             against=against,
-            text=cb.Corpus(text, field),
+            text=None if text == "none" else cb.Corpus(text, field),
             length=length,
+            wikitext=wikitext,
+            tasks=[] if tasks is None else [name.strip() for name in tasks.split(",")],
+            data=data,
             limit=limit,
+            task_limit=task_limit,
             device=device,
             dtype=dtype,
             progress=screen.progress,
         )
-        screen.result(asdict(found), evaluation_table({model: found}))
+        tables = []
+        if found.windows:
+            tables.append(evaluation_table({model: found}))
+        if found.wikitext is not None:
+            tables.append(evaluation_table({model: found.wikitext}, "WikiText by the papers' protocol: "))
+        if found.tasks:
+            tables += task_tables(found)
+        screen.result(asdict(found), *tables)
 
 
-def evaluation_table(found: "dict[str, Evaluation]") -> "Table":
+def evaluation_table(found: "dict[str, Evaluation]", title: str = "") -> "Table":
     """Table of evaluations: one row per measure, one column per model."""
     from rich.table import Table
     from rich.text import Text
 
     first = next(iter(found.values()))
-    table = Table(title=f"{first.windows} windows of {first.length} tokens")
+    table = Table(title=f"{title}{first.windows} windows of {first.length} tokens")
     table.add_column("")
     rows: dict[str, list[str]] = {}
     for name, evaluation in found.items():
         table.add_column(Text(name), justify="right")
-        cells = {
-            "perplexity": _interval(evaluation.perplexity.value, evaluation.perplexity.low, evaluation.perplexity.high)
-        }
+        cells = {}
+        if evaluation.perplexity is not None:
+            own = evaluation.perplexity
+            cells["perplexity"] = _interval(own.value, own.low, own.high)
         if evaluation.original is not None and evaluation.divergence is not None:
             original, divergence = evaluation.original, evaluation.divergence
             cells["perplexity of the original"] = _interval(original.value, original.low, original.high)
@@ -88,6 +115,33 @@ def evaluation_table(found: "dict[str, Evaluation]") -> "Table":
     for label, values in rows.items():
         table.add_row(label, *values)
     return table
+
+
+def task_tables(found: "Evaluation") -> "list[Table]":
+    """The scores of every metric; with an original, the comparisons item by item as well."""
+    from rich.table import Table
+
+    scores = Table(title="tasks")
+    for name in ("task", "items", "metric", "score", *(["original"] if found.original_tasks else [])):
+        scores.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    originals = {result.name: result.metrics for result in found.original_tasks}
+    for result in found.tasks:
+        for metric, own in result.metrics.items():
+            both = (own, originals[result.name][metric]) if originals else (own,)
+            cells = [_with_error(one.value, one.standard_error, ".4f") for one in both]
+            scores.add_row(result.name, str(result.items), metric, *cells)
+    if not found.task_comparisons:
+        return [scores]
+    meaning = "gained, lost: only the model, only the original has them right; p: McNemar's exact test"
+    compared = Table(title="the same items against the original", caption=meaning)
+    for name in ("task", "metric", "difference", "gained", "lost", "p"):
+        compared.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for one in found.task_comparisons:
+        right = str(one.only_model_right), str(one.only_original_right)
+        compared.add_row(
+            one.name, one.metric, _interval(one.difference, one.low, one.high), *right, f"{one.p_value:.3g}"
+        )
+    return [scores, compared]
 
 
 def _interval(value: float, low: float | None, high: float | None) -> str:

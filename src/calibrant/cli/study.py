@@ -27,6 +27,20 @@ CacheOption = Annotated[
 PairedOption = Annotated[
     bool, typer.Option("--paired", help="Compare sources draw by draw: their draws share documents.")
 ]
+FolderOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder of the study; by default the study's name, beside its file."),
+]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", help="local (processes of this machine) or ray (a Ray cluster).")
+]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", "-w", min=1, help="Processes that run cells, with --executor local.")
+]
+ProcessorsOption = Annotated[
+    int, typer.Option("--processors", min=1, help="Processors of each cell, with --executor ray.")
+]
+DevicesOption = Annotated[int, typer.Option("--devices", min=0, help="GPUs of each cell, with --executor ray.")]
 DEFAULT_CACHE = Path.home() / ".cache" / "calibrant" / "studies"
 _MOST_FAILURES = 5
 
@@ -35,7 +49,7 @@ _MOST_FAILURES = 5
 def plan(
     file: PlanArgument,
     cache: CacheOption = DEFAULT_CACHE,
-    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Processes that run cells.")] = 1,
+    workers: WorkersOption = 1,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,21 +75,12 @@ def plan(
 @app.command()
 def run(
     file: PlanArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder of the study; by default the study's name, beside its file."),
-    ] = None,
+    output: FolderOption = None,
     cache: CacheOption = DEFAULT_CACHE,
-    executor: Annotated[
-        str, typer.Option("--executor", help="local (processes of this machine) or ray (a Ray cluster).")
-    ] = "local",
-    workers: Annotated[
-        int, typer.Option("--workers", "-w", min=1, help="Processes that run cells, with --executor local.")
-    ] = 1,
-    processors: Annotated[
-        int, typer.Option("--processors", min=1, help="Processors of each cell, with --executor ray.")
-    ] = 1,
-    devices: Annotated[int, typer.Option("--devices", min=0, help="GPUs of each cell, with --executor ray.")] = 0,
+    executor: ExecutorOption = "local",
+    workers: WorkersOption = 1,
+    processors: ProcessorsOption = 1,
+    devices: DevicesOption = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,6 +117,52 @@ def run(
         )
         if failures:
             raise typer.Exit(1)
+
+
+@app.command()
+def recommend(
+    file: PlanArgument,
+    measure: Annotated[str, typer.Option("--measure", help="What decides: kl, perplexity, acc, ...")] = "kl",
+    on: Annotated[
+        str | None, typer.Option("--on", help="Text or task that it is measured on; by default the first.")
+    ] = None,
+    budget: Annotated[int, typer.Option("--budget", min=1, help="Most cells to run.")] = 60,
+    smallest_difference: Annotated[
+        float, typer.Option("--smallest-difference", min=0, help="Differences up to this do not matter.")
+    ] = 0.0,
+    output: FolderOption = None,
+    cache: CacheOption = DEFAULT_CACHE,
+    executor: ExecutorOption = "local",
+    workers: WorkersOption = 1,
+    processors: ProcessorsOption = 1,
+    devices: DevicesOption = 0,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which source to take, after just enough cells: sources that are worse get no more draws.
+
+    Example: calibrant study recommend studies/which.yaml --budget 30
+    """
+    with terminal(quiet, as_json) as screen:
+        from dataclasses import asdict
+
+        import calibrant as cb
+
+        found = cb.recommend_source(
+            file,
+            measure=measure,
+            on=on,
+            budget=budget,
+            smallest_difference=smallest_difference,
+            output=output,
+            cache=cache,
+            executor=executor,  # type: ignore[arg-type]  # checked by recommend_source, which names the choices
+            workers=workers,
+            processors=processors,
+            devices=devices,
+            progress=screen.progress,
+        )
+        screen.result({"sentence": found.sentence, **asdict(found)}, found.sentence)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import transformers
 
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.original import Original, window_logits
+from calibrant.evaluation.tasks.results import TaskComparison, TaskResult
 from calibrant.evaluation.text import EvaluationText
 from calibrant.modeling.losses import divergences, negative_log_likelihoods
 from calibrant.progress import Progress
@@ -55,19 +56,25 @@ class Divergence:
 class Evaluation:
     """Results of one model.
 
-    ``tokens`` is the number of predicted tokens, ``tokens_dropped`` that of the text's tokens outside the windows used.
-    ``loss_by_window`` are mean negative log-likelihoods in nats. ``original`` and ``divergence`` are None if there was
-    no original to compare with.
+    ``tokens`` is the number of predicted tokens, ``tokens_dropped`` that of the text's tokens outside the windows used;
+    without a text all numbers are 0 and ``perplexity`` is None. ``original`` and ``divergence`` are None if there was
+    no original to compare with. ``wikitext`` is the same for WikiText by the papers' protocol. ``tasks`` are the
+    model's results, ``original_tasks`` the original's, ``task_comparisons`` the two paired. ``loss_by_window``
+    are mean negative log-likelihoods in nats.
     """
 
     windows: int
     length: int
     tokens: int
     tokens_dropped: int
-    perplexity: Perplexity
-    loss_by_window: tuple[float, ...]
+    perplexity: Perplexity | None = None
+    loss_by_window: tuple[float, ...] = ()
     original: Perplexity | None = None
     divergence: Divergence | None = None
+    wikitext: "Evaluation | None" = None
+    tasks: tuple[TaskResult, ...] = ()
+    original_tasks: tuple[TaskResult, ...] = ()
+    task_comparisons: tuple[TaskComparison, ...] = ()
 
 
 def evaluate_models(

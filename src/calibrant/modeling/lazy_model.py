@@ -1,7 +1,7 @@
 """A model whose weights stay on disk: parameters are on the meta device, and parts are loaded and dropped as needed."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import transformers
@@ -32,8 +32,8 @@ class LazyModel:
         device: device of loaded parameters.
 
     Raises:
-        CalibrantError: the configuration makes no model, the checkpoint lacks weights of a parameter, or it holds
-            tensors that belong to a layer which does not take them.
+        CalibrantError: the configuration makes no model, the checkpoint lacks weights of a parameter or stores them in
+            another shape, or it holds tensors that belong to a layer which does not take them.
     """
 
     def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> None:
@@ -47,6 +47,17 @@ class LazyModel:
         self._rules = get_model_conversion_mapping(self.module)
         self._stored = account_for_tensors(self.module, self._rules, folder.tensors, folder.path)
         self._sources = self._stored.of
+        for name, parameter in self.module.named_parameters():
+            if self.is_stored_alone(name):
+                stored = self.stored_name(name)
+                self._check_shape(stored, folder.tensors[stored].shape, parameter.shape)
+
+    def _check_shape(self, name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(stored) != tuple(wanted):
+            raise CalibrantError(
+                f"{self.folder.path}: {name} is stored with shape {tuple(stored)}, where config.json describes "
+                f"{tuple(wanted)}; copy or download the model again"
+            )
 
     @property
     def notes(self) -> list[str]:
@@ -110,10 +121,7 @@ class LazyModel:
         with quietly():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, settings)
         for name, stored, wanted in info.mismatched_keys:
-            raise CalibrantError(
-                f"{self.folder.path}: {name} is stored with shape {tuple(stored)}, where config.json describes "
-                f"{tuple(wanted)}; copy or download the model again"
-            )
+            self._check_shape(name, stored, wanted)
         problems = [*info.error_msgs, *map(str, info.conversion_errors)]
         if problems:
             raise CalibrantError(f"{self.folder.path}: weights do not fit the configuration ({problems[0]})")

@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.dense import dense_weights
 from calibrant.formats.input_rounding import read_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder, model_class
 from calibrant.modeling.input_rounding import apply_input_rounding
+from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.quietly import quietly
-from calibrant.modeling.tensor_sources import account_for_tensors, layer_of
+from calibrant.modeling.tensor_sources import layer_of
 
 # Processor features whose bfloat16 products are faster than float32 (two of x86, one of Arm).
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -124,6 +124,8 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
     settings = folder.quantization
     if settings is not None and settings.get("quant_method") in ("gptq", "awq"):
         return _load_dequantized(folder, settings, place, torch_dtype(dtype, place))
+    if settings is None:
+        LazyModel(folder, torch_dtype(dtype, place), place)  # checks names and shapes before memory is taken
     load: Any = model_class(folder.architecture).from_pretrained  # transformers' types ignore output_loading_info
     try:
         with quietly():
@@ -141,8 +143,6 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
         raise CalibrantError(f"{folder.path}: transformers cannot load it ({first_line(error)})") from error
     _check_found(model, found, folder)
     loaded: transformers.PreTrainedModel = model.to(device=place).eval()
-    if settings is None:
-        account_for_tensors(loaded, get_model_conversion_mapping(loaded), folder.tensors, folder.path)
     _try(loaded, folder)
     apply_input_rounding(loaded, read_input_rounding(folder.path))
     return loaded

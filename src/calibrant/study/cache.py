@@ -27,6 +27,11 @@ class Cache:
         """Where the folder of ``kind`` ("sets", "originals", "outputs") with ``key`` is or will be."""
         return self.folder / kind / key
 
+    def clean(self) -> None:
+        """Remove what killed processes left."""
+        for folder in self.folder.glob("*"):
+            remove_abandoned(folder)
+
     def make(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
         """The folder; ``fill`` fills an empty one if it does not exist."""
         place = self.place(kind, key)
@@ -39,10 +44,9 @@ class Cache:
 
     @contextmanager
     def scratch(self, kind: str, key: str) -> Iterator[Path]:
-        """A temporary folder beside the one of ``kind`` with ``key``; what killed processes left there is removed."""
+        """A temporary folder beside the one of ``kind`` with ``key``."""
         parent = self.place(kind, key).parent
         parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(parent)
         with owned_folder(parent, key) as own:
             yield own
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from calibrant.study.plan import Plan
 
+# The label of an original's own scores, beside those of recipes.
+ORIGINAL = "original"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -20,6 +23,11 @@ class Cell:
     length: int
     seed: int
     repeat: int = 0
+
+
+def original(model: str) -> Cell:
+    """Where the scores of an uncompressed model stand."""
+    return Cell(model, ORIGINAL, "", 0, 0, 0, 0)
 
 
 def grid(plan: Plan, models: list[str], recipes: list[str]) -> list[Cell]:

@@ -15,10 +15,12 @@ from calibrant.pipeline.prepare import PreparedRun, SetSize
 from calibrant.progress import Progress
 from calibrant.study.cache import Cache
 from calibrant.study.resolve import CellWork, Resolved
-from calibrant.study.steps import OriginalStep
+from calibrant.study.steps import OriginalStep, Yardstick
 
 # Opening a model to measure it, and what attention and norms take beside products of matrices.
 _OPENING_SECONDS, _BESIDE_PRODUCTS = 1.0, 1.5
+# Tokens of an item with its choices, and items of a task, roughly (ours): they differ tenfold between tasks.
+_TASK_TOKENS, _TASK_ITEMS = 100, 2000
 # A whole model in float32, and the copy that its loading makes of the largest part.
 _MEASURING_BYTES = 4 * 1.3
 
@@ -59,7 +61,7 @@ def estimate_study(resolved: Resolved, cache: Cache, workers: int, progress: Pro
             prepared = resolved.prepared[model, recipe]
             found = replace(prepared, own_set=SetSize(samples, length, resolved.plan.seeds[0], 0)).estimate()
             weights = _parameters(prepared.model.folder)
-            measuring = sum(_measuring_seconds(one, weights, rate) for one in resolved.originals(model).values())
+            measuring = sum(_measuring_seconds(one, weights, rate) for one in resolved.yardsticks(model).values())
             least += count * (found.seconds_range[0] + measuring)
             most += count * (found.seconds_range[1] + measuring)
             memory = max(memory, found.memory_bytes, int(_MEASURING_BYTES * weights))
@@ -84,8 +86,11 @@ def estimate_study(resolved: Resolved, cache: Cache, workers: int, progress: Pro
     )
 
 
-def _measuring_seconds(original: OriginalStep, weights: int, rate: float) -> float:
-    tokens = original.text.windows * original.text.length
+def _measuring_seconds(yardstick: Yardstick, weights: int, rate: float) -> float:
+    if isinstance(yardstick, OriginalStep):
+        tokens = yardstick.text.windows * yardstick.text.length
+    else:
+        tokens = _TASK_TOKENS * (yardstick.limit or _TASK_ITEMS)
     return _OPENING_SECONDS + _BESIDE_PRODUCTS * 2.0 * weights * tokens / rate
 
 
@@ -93,8 +98,8 @@ def _unstored(left: dict[str, CellWork], resolved: Resolved, cache: Cache) -> li
     found = {
         one.key: (one, resolved.prepared[work.cell.model, work.cell.recipe])
         for work in left.values()
-        for one in work.originals.values()
-        if not one.is_done(cache)
+        for one in work.yardsticks.values()
+        if isinstance(one, OriginalStep) and not one.is_done(cache)
     }
     return list(found.values())
 

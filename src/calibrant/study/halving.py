@@ -16,8 +16,8 @@ from calibrant.errors import CalibrantError
 from calibrant.study.statistics.describe import LEVEL, Interval, mean_and_sd
 
 FIRST_DRAWS = 3
-# The score of a source at a draw.
-ScoreOf = Callable[[str, int], float]
+# The scores of sources at draws; what is asked for at once may be computed at once.
+ScoresOf = Callable[[Sequence[tuple[str, int]]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Recommendation:
         against_best: every other remaining source against the first of ``alike``.
         dropped: sources that are worse, or whose scores are not finite, in the order they were dropped.
         cells: number of scores that were asked for.
-        ended: why the search ended: one source is left, all differences are too small to matter, or the next round
-            would go beyond the budget.
+        ended: why the search ended: one source is left, all differences are too small to matter, or the budget or the
+            draws are used up.
         scores: all scores, by source and draw.
     """
 
@@ -73,10 +73,11 @@ class Recommendation:
 
 def recommend(
     sources: Sequence[str],
-    score_of: ScoreOf,
+    scores_of: ScoresOf,
     *,
     higher_is_better: bool,
     budget: int,
+    most_draws: int | None = None,
     smallest_difference: float = 0.0,
 ) -> Recommendation:
     """Find the source to take with at most ``budget`` scores.
@@ -89,9 +90,10 @@ def recommend(
 
     Args:
         sources: names of the candidates.
-        score_of: gives the score of a source's draw 0, 1, ...; one that is not finite drops the source.
+        scores_of: gives scores of sources at their draws 0, 1, ...; one that is not finite drops its source.
         higher_is_better: direction of the score.
         budget: most scores to ask for.
+        most_draws: number of draws that every source has.
         smallest_difference: the search ends when all intervals of the remaining sources lie within this distance of 0.
 
     Raises:
@@ -110,11 +112,13 @@ def recommend(
     ended: Literal["one is left", "too small to matter", "budget"] = "one is left"
     while len(remaining) > 1:
         more = min(max(draws, FIRST_DRAWS), (budget - cells) // len(remaining))
+        more = more if most_draws is None else min(more, most_draws - draws)
         if more == 0:
             ended = "budget"
             break
-        for source in remaining:
-            scores[source] += [score_of(source, draw) for draw in range(draws, draws + more)]
+        asked = [(source, draw) for draw in range(draws, draws + more) for source in remaining]
+        for (source, _), score in zip(asked, scores_of(asked), strict=True):
+            scores[source].append(score)
         draws, cells, look = draws + more, cells + more * len(remaining), look + 1
         failed = [source for source in remaining if not all(map(math.isfinite, scores[source]))]
         remaining = [source for source in remaining if source not in failed]

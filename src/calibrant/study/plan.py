@@ -95,12 +95,25 @@ Source = Annotated[
 
 
 class Text(Strict):
-    """A held-out text: the first ``windows`` windows of ``length`` tokens of ``corpus``."""
+    """A held-out text: its first ``windows`` windows.
+
+    ``protocol`` "windows" cuts windows of ``length`` tokens of a corpus; "wikitext" reads WikiText's raw file as the
+    papers do, in windows of 2,048 tokens or the model's context, whatever ``length`` says.
+    """
 
     corpus: str
     field: str = "text"
+    protocol: Literal["windows", "wikitext"] = "windows"
     length: int = Field(default=512, ge=2)
     windows: int = Field(default=32, ge=1)
+
+
+class Tasks(Strict):
+    """Tasks of lm-eval, see ``evaluate``: ``limit`` items of each, from the files in ``data`` or from "hub:"."""
+
+    names: Annotated[tuple[Label, ...], Field(min_length=1)]
+    data: str
+    limit: int | None = Field(default=None, ge=1)
 
 
 class Plan(Strict):
@@ -119,6 +132,7 @@ class Plan(Strict):
         length: tokens per row.
         recipes: names of recipes, or recipe files, which end in .yaml.
         texts: held-out texts by label, for perplexity and divergence.
+        tasks: tasks, for accuracy.
         seeds: seeds of sets and trainings.
         repeat: run one cell of every recipe twice, which measures the noise of the implementation.
         keep_outputs: keep the compressed models in the cache after they are measured.
@@ -135,7 +149,8 @@ class Plan(Strict):
     samples: Annotated[tuple[_Count, ...], Field(min_length=1)] = (128,)
     length: Annotated[tuple[Annotated[int, Field(ge=2, le=1_000_000)], ...], Field(min_length=1)] = (512,)
     recipes: Annotated[tuple[str, ...], Field(min_length=1, max_length=_MOST)]
-    texts: Annotated[dict[Label, Text], Field(min_length=1, max_length=_MOST)]
+    texts: Annotated[dict[Label, Text], Field(default_factory=dict, max_length=_MOST)]
+    tasks: Tasks | None = None
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=_MOST)] = (0,)
     repeat: bool = True
     keep_outputs: bool = False
@@ -153,6 +168,10 @@ class Plan(Strict):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names one value twice")
+        if not self.texts and self.tasks is None:
+            raise ValueError("a study needs texts or tasks to measure its models on")
+        if self.tasks is not None and set(self.tasks.names) & set(self.texts):
+            raise ValueError("a text has the name of a task; call the text something else")
         if self.most_draws is not None and self.most_draws < self.draws:
             raise ValueError(f"most_draws is {self.most_draws}, fewer than the {self.draws} draws")
         for label, source in self.sources.items():
@@ -212,5 +231,6 @@ def _rooted(plan: Plan, folder: Path) -> Plan:
             "recipes": tuple(place(name) if name.endswith((".yaml", ".yml")) else name for name in plan.recipes),
             "sources": {label: source(one) for label, one in plan.sources.items()},
             "texts": {label: text(one) for label, one in plan.texts.items()},
+            "tasks": plan.tasks and plan.tasks.model_copy(update={"data": place(plan.tasks.data)}),
         }
     )

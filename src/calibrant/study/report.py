@@ -86,6 +86,7 @@ def _facts(plan: Plan, versions: dict[str, str], counts: dict[str, int]) -> dict
         "models": f"{len(plan.models)}",
         "recipes": f"{len(plan.recipes)}",
         "texts": f"{len(plan.texts)}",
+        "tasks": f"{len(plan.tasks.names) if plan.tasks else 0}",
         "cells": cells or "none",
         "calibrant": versions["calibrant"],
     }

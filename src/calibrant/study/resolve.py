@@ -1,6 +1,7 @@
 """A plan with everything it names found and checked, and the steps that carry it out."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from calibrant.calibration.generate import check_length
 from calibrant.calibration.selection.request import WITH_DRAWS, selection_request
 from calibrant.calibration.selection.selecting import WITH_MODEL
 from calibrant.errors import CalibrantError
-from calibrant.hashing import sha256_json
+from calibrant.evaluation.tasks.data_files import HUB, check_tasks, task_files
+from calibrant.hashing import sha256_file, sha256_json
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
@@ -22,13 +24,10 @@ from calibrant.pipeline.record import library_versions
 from calibrant.progress import Progress
 from calibrant.recipes.recipe import Recipe, load_recipe
 from calibrant.study.cache import Cache
-from calibrant.study.cells import Cell, grid
-from calibrant.study.plan import GeneratedSource, GivenSource, Plan, SelectedSource, Source
-from calibrant.study.steps import SELECTION, CellStep, OriginalStep, SetStep
+from calibrant.study.cells import ORIGINAL, Cell, grid
+from calibrant.study.plan import GeneratedSource, GivenSource, Plan, SelectedSource, Source, Tasks, Text
+from calibrant.study.steps import SELECTION, CellStep, OriginalStep, SetStep, TaskStep, Yardstick
 from calibrant.version import __version__
-
-# The label of an original's own scores in the store, beside those of recipes.
-ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,18 @@ class Model:
 
 @dataclass(frozen=True)
 class CellWork:
-    """A cell and the steps that it needs: its set, the originals by the text's label, and the cell itself."""
+    """A cell and the steps that it needs: its set, the yardsticks by the label of text or task, and the cell itself."""
 
     cell: Cell
     set_step: SetStep
-    originals: dict[str, OriginalStep]
+    yardsticks: dict[str, Yardstick]
     step: CellStep
     model_sha256: str
 
     @property
-    def needs(self) -> list[SetStep | OriginalStep]:
+    def needs(self) -> list[SetStep | Yardstick]:
         """The steps that must be done before the cell's."""
-        return [self.set_step, *self.originals.values()]
+        return [self.set_step, *self.yardsticks.values()]
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class Resolved:
     cells: list[CellWork]
     prepared: dict[tuple[str, str], PreparedRun]
 
-    def originals(self, model: str) -> dict[str, OriginalStep]:
-        """The steps of a model's originals, by the text's label."""
-        return next(work.originals for work in self.cells if work.cell.model == model)
+    def yardsticks(self, model: str) -> dict[str, Yardstick]:
+        """The steps that measure an original, by the label of text or task."""
+        return next(work.yardsticks for work in self.cells if work.cell.model == model)
 
 
 def resolve(plan: Plan, cache: Cache, progress: Progress) -> Resolved:
@@ -87,7 +86,15 @@ def resolve(plan: Plan, cache: Cache, progress: Progress) -> Resolved:
             "rename one"
         )
     for label, source in plan.sources.items():
-        _check_source(label, source, plan, models)
+        _check_source(label, source, plan)
+    for text in plan.texts.values():
+        Corpus(text.corpus, text.field)
+    if plan.tasks is not None:
+        check_tasks(plan.tasks.names, plan.tasks.data)
+    lengths = (text.length for text in plan.texts.values() if text.protocol == "windows")
+    longest = max(*plan.length, *lengths, 0)
+    for model in models.values():
+        check_length(ModelFolder(model.path), longest)
     prepared = {}
     with progress.task("checking", len(models) * len(recipes)) as task:
         for model in models.values():
@@ -121,7 +128,7 @@ def _prepared(model: Model, recipe: Recipe, plan: Plan, cache: Cache) -> Prepare
         raise CalibrantError(f"recipe {recipe.name} on {model.label}: {error}") from error
 
 
-def _check_source(label: str, source: Source, plan: Plan, models: dict[str, Model]) -> None:
+def _check_source(label: str, source: Source, plan: Plan) -> None:
     try:
         if isinstance(source, GivenSource):
             _check_given(source, plan)
@@ -129,8 +136,6 @@ def _check_source(label: str, source: Source, plan: Plan, models: dict[str, Mode
             _check_selected(source, plan)
         elif source.corpus is not None:
             Corpus(source.corpus, source.field)
-        for model in models.values():
-            check_length(ModelFolder(model.path), max(plan.length))
     except CalibrantError as error:
         raise CalibrantError(f"source {label}: {error}") from error
 
@@ -168,12 +173,12 @@ class _Steps:
         }
         self._corpora: dict[tuple[str, str], dict[str, Any]] = {}
         self._sets: dict[tuple[Any, ...], SetStep] = {}
-        self._originals: dict[str, dict[str, OriginalStep]] = {}
+        self._yardsticks: dict[str, dict[str, Yardstick]] = {}
 
     def work(self, cell: Cell) -> CellWork:
         """The steps of a cell."""
         made = self._set(cell)
-        originals = self._originals_of(cell.model)
+        yardsticks = self._yardsticks_of(cell.model)
         model, recipe = self._models[cell.model], self._recipes[cell.recipe].with_seed(cell.seed)
         key = sha256_json(
             {
@@ -193,12 +198,12 @@ class _Steps:
             set_key=made.key,
             samples=cell.samples,
             seed=cell.seed,
-            texts=tuple(originals.values()),
+            yardsticks=tuple(yardsticks.values()),
             keep_output=self._plan.keep_outputs,
             device=self._device,
             dtype=self._dtype,
         )
-        return CellWork(cell, made, originals, step, sha256_json(model.identity))
+        return CellWork(cell, made, yardsticks, step, sha256_json(model.identity))
 
     def _set(self, cell: Cell) -> SetStep:
         source = self._plan.sources[cell.source]
@@ -236,27 +241,35 @@ class _Steps:
             **size,
         )
 
-    def _originals_of(self, label: str) -> dict[str, OriginalStep]:
-        if label not in self._originals:
-            model = self._models[label]
-            self._originals[label] = {
-                name: OriginalStep(
-                    key=sha256_json(
-                        {
-                            **self._made_by,
-                            "model": model.identity,
-                            "text": self._corpus(text.corpus, text.field),
-                            "length": text.length,
-                            "windows": text.windows,
-                        }
-                    ),
-                    model=str(model.path),
-                    text=text,
-                    device=self._device,
-                )
-                for name, text in self._plan.texts.items()
-            }
-        return self._originals[label]
+    def _yardsticks_of(self, label: str) -> dict[str, Yardstick]:
+        if label not in self._yardsticks:
+            model, plan = self._models[label], self._plan
+            found: dict[str, Yardstick] = {name: self._original(model, text) for name, text in plan.texts.items()}
+            if plan.tasks is not None:
+                found |= {name: self._task(model, name, plan.tasks) for name in plan.tasks.names}
+            self._yardsticks[label] = found
+        return self._yardsticks[label]
+
+    def _original(self, model: Model, text: Text) -> OriginalStep:
+        identity = {
+            **self._made_by,
+            "model": model.identity,
+            "text": self._corpus(text.corpus, text.field),
+            **text.model_dump(include={"protocol", "length", "windows"}),
+        }
+        return OriginalStep(sha256_json(identity), str(model.path), text, self._device)
+
+    def _task(self, model: Model, name: str, tasks: Tasks) -> TaskStep:
+        files = [] if tasks.data == HUB else task_files(name, Path(tasks.data))
+        identity = {
+            **self._made_by,
+            "model": model.identity,
+            "task": name,
+            "data": {path.name: sha256_file(path) for path in files} or HUB,
+            "limit": tasks.limit,
+            "lm_eval": version("lm_eval"),
+        }
+        return TaskStep(sha256_json(identity), str(model.path), name, tasks.data, tasks.limit, self._device)
 
     def _leakage(self, source: Source) -> list[dict[str, Any]]:
         if not isinstance(source, SelectedSource):

@@ -1,31 +1,27 @@
 """Reads a study's store: scores, failures, the analysis, the report, and tables for other programs."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from calibrant.evaluation.tasks.results import TaskComparison, compare_items
 from calibrant.output_folder import whole_file
 from calibrant.study.analysis import analyse
-from calibrant.study.cells import Cell
+from calibrant.study.cells import ORIGINAL, Cell, original
 from calibrant.study.findings import Analysis
 from calibrant.study.plan import GeneratedSource, Plan
-from calibrant.study.resolve import ORIGINAL
 from calibrant.study.scores import Score
 from calibrant.study.store import PLACE, STORE_NAME, Failure, read_only, rows
 
 # The costs that are compared as scores are; times of stages and memory stay in the store.
 SECONDS, SET_SECONDS = "seconds", "set_seconds"
 OUTPUT_BYTES = "output_bytes"
-_HIGHER_IS_BETTER = {
-    "kl": False,
-    "perplexity": False,
-    "log_perplexity_ratio": False,
-    "same_top": True,
-    OUTPUT_BYTES: False,
-    SECONDS: False,
-    SET_SECONDS: False,
-}
+LOWER_IS_BETTER = ("kl", "perplexity", "log_perplexity_ratio", OUTPUT_BYTES, SECONDS, SET_SECONDS)
+# Costs that the analysis leaves out: parts of the seconds, and memory, which is that of the worker so far.
+_LEFT_OUT = ("seconds of ", "peak_memory")
+# The unweighted mean over tasks of each one's main metric, the papers' number.
+ACCURACY = "accuracy"
 TABLES = ("cells", "scores", "items")
 
 
@@ -52,15 +48,30 @@ class Study:
         about = {row["name"]: row["value"] for row in self._rows("SELECT name, value FROM study")}
         self.plan = Plan.model_validate_json(about["plan"])
         self.versions: dict[str, str] = {"calibrant": about["calibrant"], **json.loads(about["libraries"])}
+        self.tasks: dict[str, dict[str, Any]] = json.loads(about.get("tasks", "{}"))
         self._data_free = tuple(json.loads(about["data_free"]))
 
     def scores(self) -> list[Score]:
-        """Scores of all compressed models."""
-        return self._scores("recipe <> ?")
+        """Scores of all compressed models, with the mean accuracy over tasks."""
+        return self._with_mean(self._scores("recipe <> ?"))
 
     def originals(self) -> list[Score]:
-        """Scores of the original models."""
-        return self._scores("recipe = ?")
+        """Scores of the original models, with the mean accuracy over tasks."""
+        return self._with_mean(self._scores("recipe = ?"))
+
+    def task_comparisons(self) -> list[tuple[Cell, TaskComparison]]:
+        """Every compressed model against its original on the same items of each task, by McNemar's test."""
+        query = f"SELECT {PLACE}, dataset, measure, value FROM items JOIN cells USING (cell) ORDER BY cell, item"
+        scores: dict[tuple[str, str], dict[Cell, list[float]]] = {}
+        for row in self._rows(query):
+            if row["dataset"] in self.tasks:
+                scores.setdefault((row["dataset"], row["measure"]), {}).setdefault(_cell(row), []).append(row["value"])
+        return [
+            (cell, compare_items(task, metric, own, of_cells[original(cell.model)]))
+            for (task, metric), of_cells in scores.items()
+            for cell, own in of_cells.items()
+            if cell.recipe != ORIGINAL and original(cell.model) in of_cells
+        ]
 
     def failures(self) -> list[Failure]:
         """Cells that failed when they ran last."""
@@ -85,11 +96,11 @@ class Study:
 
         ``paired`` compares sources draw by draw, for sources whose draws share documents. ``seed`` is the bootstrap's.
         """
-        known = [score for score in self.scores() if score.measure in _HIGHER_IS_BETTER]
+        known = [score for score in self.scores() if not score.measure.startswith(_LEFT_OUT)]
         random = [label for label, one in self.plan.sources.items() if _is_vocabulary(one)]
         return analyse(
             known,
-            _HIGHER_IS_BETTER,
+            {score.measure: score.measure not in LOWER_IS_BETTER for score in known},
             data_free=self._data_free,
             timed=(SECONDS, SET_SECONDS),
             left_out=random[0] if random else None,
@@ -144,6 +155,20 @@ class Study:
             Score(**_place(row), measure=row["measure"], on=row["dataset"], value=row["value"])
             for row in self._rows(query, ORIGINAL)
         ]
+
+    def _with_mean(self, scores: list[Score]) -> list[Score]:
+        """The scores, and the mean of those cells that have all tasks."""
+        found: dict[Cell, list[float]] = {}
+        for score in scores:
+            if self.tasks.get(score.on, {}).get("main") == score.measure:
+                found.setdefault(_cell(asdict(score)), []).append(score.value)
+        on = f"mean of {len(self.tasks)} tasks"
+        means = [
+            Score(**asdict(cell), measure=ACCURACY, on=on, value=sum(values) / len(values))
+            for cell, values in found.items()
+            if len(values) == len(self.tasks) > 1
+        ]
+        return scores + means
 
     def _rows(self, query: str, *values: str) -> list[dict[str, Any]]:
         with read_only(self._file) as connection:

@@ -5,15 +5,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from calibrant.errors import CalibrantError
 from calibrant.hashing import sha256_json
 from calibrant.pipeline.record import library_versions
 from calibrant.progress import Progress
 from calibrant.study.cache import Cache
-from calibrant.study.cells import Cell
-from calibrant.study.resolve import ORIGINAL, CellWork, Model, Resolved
-from calibrant.study.steps import OriginalStep, Step
+from calibrant.study.cells import original
+from calibrant.study.resolve import CellWork, Model, Resolved
+from calibrant.study.steps import Step, TaskStep, Yardstick
 from calibrant.study.store import STORE_NAME, CellResult, CellRow, Failure, Store
 from calibrant.study.workers import Finished, Workers
 from calibrant.version import __version__
@@ -27,21 +28,23 @@ def run_cells(resolved: Resolved, folder: Path, cache: Cache, workers: Workers, 
     Raises:
         CalibrantError: another process runs the study, or its folder cannot be written.
     """
+    cache.clean()
     with _locked(folder), closing(Store(folder / STORE_NAME)) as store:
-        originals = {model.label: resolved.originals(model.label) for model in resolved.models.values()}
+        originals = {model.label: resolved.yardsticks(model.label) for model in resolved.models.values()}
         rows = [_original_row(model, originals[model.label]) for model in resolved.models.values()]
         store.set_cells([*rows, *map(_row, resolved.cells)], _about(resolved))
         done = store.done()
         missing = [work for work in resolved.cells if work.cell not in done]
         unfinished = [row.cell for row in rows if row.cell not in done]
         needed: list[Step] = [work.set_step for work in missing]
-        needed += [step for work in missing for step in work.originals.values()]
+        needed += [step for work in missing for step in work.yardsticks.values()]
         needed += [step for cell in unfinished for step in originals[cell.model].values()]
         failed = _run(needed, cache, workers, progress, "sets and originals", lambda _: None)
         for cell in unfinished:
             steps = originals[cell.model]
             if not any(step.key in failed for step in steps.values()):
                 store.finish(cell, _original_result(cache, steps))
+                store.describe_tasks(_tasks(cache, steps))
         cells: dict[str, list[CellWork]] = {}
         for work in missing:
             if not any(step.key in failed for step in work.needs):
@@ -92,9 +95,9 @@ def _run(
     return failed
 
 
-def _original_row(model: Model, steps: dict[str, OriginalStep]) -> CellRow:
+def _original_row(model: Model, steps: dict[str, Yardstick]) -> CellRow:
     key = sha256_json([step.key for step in steps.values()])
-    return CellRow(Cell(model.label, ORIGINAL, "", 0, 0, 0, 0), key, "", sha256_json(model.identity), "")
+    return CellRow(original(model.label), key, "", sha256_json(model.identity), "")
 
 
 def _row(work: CellWork) -> CellRow:
@@ -102,19 +105,25 @@ def _row(work: CellWork) -> CellRow:
     return CellRow(work.cell, sha256_json(work.step.result_keys()), work.set_step.key, work.model_sha256, recipe)
 
 
-def _original_result(cache: Cache, steps: dict[str, OriginalStep]) -> CellResult:
+def _original_result(cache: Cache, steps: dict[str, Yardstick]) -> CellResult:
     return _gathered(cache, {label: step.key for label, step in steps.items()}, {})
 
 
 def _cell_result(cache: Cache, work: CellWork) -> CellResult:
-    compression, *texts = work.step.result_keys()
+    compression, *measured = work.step.result_keys()
     made, ran = cache.result(work.set_step.key) or {}, cache.result(compression) or {}
     costs = {f"seconds of {stage}": seconds for stage, seconds in ran["seconds"].items()}
     costs |= {"seconds": sum(ran["seconds"].values()), "set_seconds": made["seconds"]}
     costs["peak_memory_bytes"] = ran["peak_memory_bytes"]
-    keys = {"": compression, **dict(zip(work.originals, texts, strict=True))}
+    keys = {"": compression, **dict(zip(work.yardsticks, measured, strict=True))}
     found = _gathered(cache, keys, costs)
     return CellResult(found.measures, found.items, costs, ran["set_sha256"], ran["fallbacks"], tuple(ran["notes"]))
+
+
+def _tasks(cache: Cache, steps: dict[str, Yardstick]) -> dict[str, Any]:
+    """What lm-eval says of each task: the same for every model."""
+    results = {name: cache.result(step.key) or {} for name, step in steps.items() if isinstance(step, TaskStep)}
+    return {name: result["task"] for name, result in results.items()}
 
 
 def _gathered(cache: Cache, keys: dict[str, str], costs: dict[str, float]) -> CellResult:

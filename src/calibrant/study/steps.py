@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from calibrant.api import compress
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.generate import check_length, generate
+from calibrant.calibration.generate import generate
 from calibrant.calibration.select import select
 from calibrant.calibration.selection.request import WITH_DRAWS
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule
 from calibrant.evaluation.comparison import Evaluation, evaluate_models
 from calibrant.evaluation.original import StoredOriginal, store_states, stored_windows
-from calibrant.evaluation.text import EvaluationText, evaluation_windows
+from calibrant.evaluation.text import EvaluationText, evaluation_windows, wikitext_windows
 from calibrant.hashing import sha256_json
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.tokenizer import Tokenizer
@@ -101,9 +103,11 @@ class OriginalStep:
     def run(self, cache: Cache) -> None:
         """Store the windows, the original's hidden states and its perplexity."""
         folder = ModelFolder(Path(self.model))
-        check_length(folder, self.text.length)
-        corpus = Corpus(self.text.corpus, self.text.field)
-        windows = evaluation_windows(corpus, Tokenizer(folder.path), self.text.length, self.text.windows)
+        tokenizer, text = Tokenizer(folder.path), self.text
+        if text.protocol == "wikitext":
+            windows = wikitext_windows(text.corpus, tokenizer, folder.context_length, text.windows)
+        else:
+            windows = evaluation_windows(Corpus(text.corpus, text.field), tokenizer, text.length, text.windows)
         model = load_whole(folder, self.device, _DTYPE)
         cache.make(
             ORIGINALS,
@@ -115,10 +119,53 @@ class OriginalStep:
 
 
 @dataclass(frozen=True)
+class TaskStep:
+    """Scores an original model on a task, once for all cells."""
+
+    key: str
+    model: str
+    task: str
+    data: str
+    limit: int | None
+    device: str
+
+    def is_done(self, cache: Cache) -> bool:
+        """Whether its result is in the cache."""
+        return cache.result(self.key) is not None
+
+    def run(self, cache: Cache) -> None:
+        """Score the original."""
+        folder = ModelFolder(Path(self.model))
+        cache.keep(self.key, self.score(load_whole(folder, self.device, _DTYPE), folder))
+
+    def score(self, model: transformers.PreTrainedModel, folder: ModelFolder) -> dict[str, Any]:
+        """The result of ``model``, whose tokenizer is in ``folder``."""
+        from calibrant.evaluation.tasks.score import score_tasks  # lm-eval is an extra
+
+        (found,) = score_tasks(model, Tokenizer(folder.path), (self.task,), self.data, self.limit, NoProgress())
+        return {
+            "measures": {name: (one.value, one.standard_error) for name, one in found.metrics.items()},
+            "items": {found.main: list(found.scores)},
+            "task": {
+                "main": found.main,
+                "shots": found.shots,
+                "version": found.version,
+                "sha256": found.sha256,
+                "lm_eval": found.lm_eval_version,
+                "revision": found.revision,
+            },
+        }
+
+
+# What originals are measured on before cells are compared with them.
+Yardstick = OriginalStep | TaskStep
+
+
+@dataclass(frozen=True)
 class CellStep:
     """Compresses a model on the first rows of a set, and measures what came of it.
 
-    ``key`` identifies the compression; ``texts`` are the originals that it is compared with.
+    ``key`` identifies the compression; ``yardsticks`` are the texts and tasks that the original was measured on.
     """
 
     key: str
@@ -127,14 +174,14 @@ class CellStep:
     set_key: str
     samples: int
     seed: int
-    texts: tuple[OriginalStep, ...]
+    yardsticks: tuple[Yardstick, ...]
     keep_output: bool
     device: str
     dtype: str
 
     def result_keys(self) -> tuple[str, ...]:
-        """Keys of its results in the cache: the compression's, then one of each text."""
-        return (self.key, *(self._measure_key(text) for text in self.texts))
+        """Keys of its results in the cache: the compression's, then one of each yardstick."""
+        return (self.key, *map(self._measure_key, self.yardsticks))
 
     def is_done(self, cache: Cache) -> bool:
         """Whether its results are in the cache."""
@@ -180,27 +227,33 @@ class CellStep:
     def _measure(self, cache: Cache, output: Path) -> None:
         folder = ModelFolder(output, allow_quantized=True)
         model = load_whole(folder, self.device, _DTYPE)
-        original = ModelFolder(Path(self.model))
-        for text in self.texts:
-            key = self._measure_key(text)
-            if cache.result(key) is not None:
-                continue
-            states = cache.place(ORIGINALS, text.key)
-            windows = stored_windows(states)
-            stored = StoredOriginal(original, states, torch_device(self.device))
-            found = evaluate_models(model, stored, EvaluationText(windows, windows.numel(), 0), NoProgress())
-            cache.keep(key, _measured(found))
+        for yardstick in self.yardsticks:
+            key = self._measure_key(yardstick)
+            if cache.result(key) is None:
+                if isinstance(yardstick, TaskStep):
+                    cache.keep(key, yardstick.score(model, folder))
+                else:
+                    cache.keep(key, self._compare(cache, model, yardstick))
 
-    def _measure_key(self, text: OriginalStep) -> str:
-        return sha256_json({"compression": self.key, "original": text.key})
+    def _compare(self, cache: Cache, model: transformers.PreTrainedModel, original: OriginalStep) -> dict[str, Any]:
+        states = cache.place(ORIGINALS, original.key)
+        windows = stored_windows(states)
+        stored = StoredOriginal(ModelFolder(Path(self.model)), states, torch_device(self.device))
+        text = EvaluationText(windows, windows.numel(), 0)
+        return _measured(evaluate_models(model, stored, text, NoProgress()))
+
+    def _measure_key(self, yardstick: Yardstick) -> str:
+        return sha256_json({"compression": self.key, "original": yardstick.key})
 
 
-Step = SetStep | OriginalStep | CellStep
+Step = SetStep | OriginalStep | TaskStep | CellStep
 
 
 def _measured(found: Evaluation) -> dict[str, Any]:
     """An evaluation as a result: measures with their standard errors, and the values of each window."""
-    measures: dict[str, tuple[float, float | None]] = {"perplexity": (found.perplexity.value, None)}
+    measures: dict[str, tuple[float, float | None]] = {}
+    if found.perplexity is not None:
+        measures["perplexity"] = (found.perplexity.value, None)
     items = {"loss": list(found.loss_by_window)}
     divergence = found.divergence
     if divergence is not None:

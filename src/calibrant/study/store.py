@@ -149,8 +149,12 @@ class Store:
                         f"VALUES (?, 'waiting', {', '.join('?' * 12)})",
                         (number, *hashes, *asdict(row.cell).values()),
                     )
-            self._connection.execute("DELETE FROM study")
-            self._connection.executemany("INSERT INTO study VALUES (?, ?)", about.items())
+            self._connection.executemany("INSERT OR REPLACE INTO study VALUES (?, ?)", about.items())
+
+    def describe_tasks(self, tasks: dict[str, Any]) -> None:
+        """Store what lm-eval says of each task: versions, hashes, the main metric."""
+        about = ("tasks", json.dumps(tasks, sort_keys=True))
+        self._connection.execute("INSERT OR REPLACE INTO study VALUES (?, ?)", about)
 
     def done(self) -> set[Cell]:
         """The cells with results."""

@@ -8,7 +8,9 @@ from calibrant.executors import ExecutorName
 from calibrant.progress import NoProgress, Progress
 from calibrant.study.cache import DEFAULT_CACHE, Cache
 from calibrant.study.estimate import StudyEstimate, estimate_study
+from calibrant.study.halving import Recommendation
 from calibrant.study.plan import Plan, load_plan
+from calibrant.study.recommend import search, searchable
 from calibrant.study.resolve import resolve
 from calibrant.study.run import run_cells
 from calibrant.study.store import STORE_NAME, Failure
@@ -53,26 +55,51 @@ def run_study(
     Raises:
         CalibrantError: the plan names something that does not exist or does not fit; nothing has run then.
     """
-    listener = progress or NoProgress()
-    if workers < 1 or processors < 1 or devices < 0:
-        raise CalibrantError("a study needs at least 1 worker, 1 processor a cell, and 0 devices")
-    wanted = _loaded(plan)
-    if output is None:
-        if isinstance(plan, Plan):
-            raise CalibrantError("a plan without a file needs `output`, the study's folder")
-        output = Path(plan).parent / wanted.name
-    store = _cache(cache)
+    listener, store, wanted = progress or NoProgress(), _cache(cache), _loaded(plan)
+    folder = _folder(plan, wanted.name, output)
+    runner = _workers(store, executor, workers, processors, devices)
     resolved = resolve(wanted, store, listener)
     estimate_study(resolved, store, workers, listener)
-    runner: Workers
-    if executor == "local":
-        runner = LocalWorkers(store, workers)
-    elif executor == "ray":
-        runner = RayWorkers(store, processors, devices)
-    else:
-        raise CalibrantError(f"{executor}: no executor of that name; there are local, ray")
-    failures = run_cells(resolved, Path(output), store, runner, listener)
-    return StudyRun(Path(output), len(resolved.cells), failures)
+    failures = run_cells(resolved, folder, store, runner, listener)
+    return StudyRun(folder, len(resolved.cells), failures)
+
+
+def recommend_source(
+    plan: Plan | str | Path,
+    *,
+    measure: str = "kl",
+    on: str | None = None,
+    budget: int = 60,
+    smallest_difference: float = 0.0,
+    output: str | Path | None = None,
+    cache: str | Path = DEFAULT_CACHE,
+    executor: ExecutorName = "local",
+    workers: int = 1,
+    processors: int = 1,
+    devices: int = 0,
+    progress: Progress | None = None,
+) -> Recommendation:
+    """Say which of a plan's sources to take, after as few cells as that needs (``docs/studies.md``).
+
+    Args:
+        plan: a plan of one model, recipe and size, or its YAML file. Its draws and repeats do not count: sources get
+            draws, at most ``most_draws`` of the plan, until one is better or ``budget`` ends.
+        measure: what decides, such as "kl", "perplexity" or "acc".
+        on: the text or task it is measured on; by default the plan's first.
+        budget: most cells to run.
+        smallest_difference: differences up to this do not matter.
+        output: folder of the cells' results; by default one with the plan's name and ".recommend" beside the YAML file.
+        cache, executor, workers, processors, devices, progress: see ``run_study``.
+
+    Raises:
+        CalibrantError: see ``run_study``; or the plan has several models, recipes or sizes.
+    """
+    listener, store, wanted = progress or NoProgress(), _cache(cache), searchable(_loaded(plan))
+    folder = _folder(plan, f"{wanted.name}.recommend", output)
+    runner = _workers(store, executor, workers, processors, devices)
+    where = on if on is not None else next(iter([*wanted.texts, *(wanted.tasks.names if wanted.tasks else ())]))
+    resolved = resolve(wanted, store, listener)
+    return search(resolved, measure, where, budget, smallest_difference, folder, store, runner, listener)
 
 
 def plan_study(
@@ -97,3 +124,21 @@ def _loaded(plan: Plan | str | Path) -> Plan:
 
 def _cache(folder: str | Path) -> Cache:
     return Cache(Path(folder).expanduser().absolute())
+
+
+def _folder(plan: Plan | str | Path, name: str, output: str | Path | None) -> Path:
+    if output is not None:
+        return Path(output)
+    if isinstance(plan, Plan):
+        raise CalibrantError("a plan without a file needs `output`, the study's folder")
+    return Path(plan).parent / name
+
+
+def _workers(cache: Cache, executor: str, count: int, processors: int, devices: int) -> Workers:
+    if count < 1 or processors < 1 or devices < 0:
+        raise CalibrantError("a study needs at least 1 worker, 1 processor a cell, and 0 devices")
+    if executor == "local":
+        return LocalWorkers(cache, count)
+    if executor == "ray":
+        return RayWorkers(cache, processors, devices)
+    raise CalibrantError(f"{executor}: no executor of that name; there are local, ray")

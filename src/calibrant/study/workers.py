@@ -19,6 +19,7 @@ from calibrant.study.cache import Cache
 from calibrant.study.steps import Step
 from calibrant.study.worker_process import PASSIVE, WAIT_POLICY, passive_threads, prepare_process, work
 
+_PATIENCE_SECONDS = 10
 _DIED = "the process that ran it died ({said}), as of too little memory; {times} times"
 
 
@@ -77,7 +78,7 @@ class LocalWorkers:
                         yield finished
         finally:
             for one in running:
-                one.kill()
+                one.end_it()
 
 
 class _Process:
@@ -114,8 +115,11 @@ class _Process:
         self.number = None
         return found
 
-    def kill(self) -> None:
-        """End the process, whatever it does."""
+    def end_it(self) -> None:
+        """End the process: one that runs no step ends by itself."""
+        self.connection.close()
+        if self.number is None:
+            self._process.join(_PATIENCE_SECONDS)
         self._process.kill()
         self._process.join()
 

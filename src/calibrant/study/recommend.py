@@ -1,0 +1,74 @@
+"""Which of a plan's sources to take: runs just enough of its cells to say so."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from calibrant.errors import CalibrantError
+from calibrant.progress import Progress
+from calibrant.study.cache import Cache
+from calibrant.study.halving import Recommendation, recommend
+from calibrant.study.plan import GivenSource, Plan
+from calibrant.study.resolve import Resolved
+from calibrant.study.results import LOWER_IS_BETTER, Study
+from calibrant.study.run import run_cells
+from calibrant.study.workers import Workers
+
+
+def searchable(plan: Plan) -> Plan:
+    """The plan with all the draws that a search may use, and without repeats.
+
+    Raises:
+        CalibrantError: the plan has more than one model, recipe, size, length or seed.
+    """
+    for name in ("models", "recipes", "samples", "length", "seeds"):
+        if len(getattr(plan, name)) > 1:
+            raise CalibrantError(
+                f"study {plan.name}: a recommendation is for one model, recipe and size; {name} has several"
+            )
+    given = [len(source.sets) for source in plan.sources.values() if isinstance(source, GivenSource)]
+    return plan.model_copy(update={"draws": min([plan.shards, *given]), "repeat": False})
+
+
+def search(
+    resolved: Resolved,
+    measure: str,
+    on: str,
+    budget: int,
+    smallest_difference: float,
+    folder: Path,
+    cache: Cache,
+    workers: Workers,
+    progress: Progress,
+) -> Recommendation:
+    """Run cells of a ``searchable`` plan by successive halving over draws, and keep their results in ``folder``.
+
+    Raises:
+        CalibrantError: no cell has the measure, or the budget is too small.
+    """
+    plan = resolved.plan
+    asked: set[tuple[str, int]] = set()
+
+    def scores_of(wanted: Sequence[tuple[str, int]]) -> list[float]:
+        asked.update(wanted)
+        part = replace(resolved, cells=[one for one in resolved.cells if (one.cell.source, one.cell.draw) in asked])
+        failures = run_cells(part, folder, cache, workers, progress)
+        found = {
+            (score.source, score.draw): score.value
+            for score in Study(folder).scores()
+            if score.measure == measure and score.on == on
+        }
+        if not found and len(failures) < len(part.cells):
+            there = sorted({f"{score.measure} on {score.on}" for score in Study(folder).scores() if score.on})
+            raise CalibrantError(f"no cell has a {measure} on {on}; there are {', '.join(there)}")
+        return [found.get(one, math.nan) for one in wanted]
+
+    return recommend(
+        list(plan.sources),
+        scores_of,
+        higher_is_better=measure not in LOWER_IS_BETTER,
+        budget=budget,
+        most_draws=plan.draws,
+        smallest_difference=smallest_difference,
+    )

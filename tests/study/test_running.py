@@ -1,0 +1,272 @@
+"""Studies of a tiny model: what runs, what is not run again, what is shared, and what a failure stops."""
+
+import contextlib
+import fcntl
+import importlib.util
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet
+import pytest
+import yaml
+
+import calibrant as cb
+
+_RECIPE = """name: {name}
+description: d
+method: {{name: {method}}}
+scheme:
+  {scheme}
+"""
+_TIMES = ("seconds", "set_seconds")
+
+
+@pytest.fixture
+def folder(llama: Path, tmp_path: Path) -> Path:
+    """A folder with recipes, a short text, and a study of eight cells and two repeats."""
+    return fill(tmp_path, llama)
+
+
+def fill(folder: Path, model: Path) -> Path:
+    weights = "weights: {bits: 4, symmetric: true, group_size: 16}"
+    (folder / "rtn.yaml").write_text(_RECIPE.format(name="rtn", method="rtn", scheme=weights))
+    (folder / "wanda.yaml").write_text(_RECIPE.format(name="wanda", method="wanda", scheme='sparsity: "2:4"'))
+    words = random.Random(0)
+    lines = [" ".join(words.choices(["red", "dog", "sun", "runs", "far", "of", "a"], k=40)) for _ in range(30)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    write_plan(folder / "study.yaml", models=str(model))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that study, run without interruption; its cache lies beside it."""
+    folder = fill(tmp_path_factory.mktemp("whole"), model_folder("llama"))
+    ran = cb.run_study(folder / "study.yaml", cache=folder / "cache")
+    assert ran.failures == []
+    return ran.folder
+
+
+def write_plan(path: Path, **changes: Any) -> Path:
+    plan = {
+        "name": "small",
+        "sources": {"text": {"corpus": "text.txt"}, "vocabulary": {"strategy": "vocabulary"}},
+        "draws": 1,
+        "most_draws": 2,
+        "samples": [2, 4],
+        "length": 16,
+        "recipes": ["rtn.yaml", "wanda.yaml"],
+        "texts": {"held-out": {"corpus": "text.txt", "length": 16, "windows": 3}},
+        "dtype": "float32",
+        **(yaml.safe_load(path.read_text()) if path.is_file() else {}),
+        **changes,
+    }
+    path.write_text(yaml.safe_dump({name: value for name, value in plan.items() if value is not None}))
+    return path
+
+
+def content(study: Path) -> list[Any]:
+    """Everything in a store but the times, and the plan's path."""
+    with contextlib.closing(sqlite3.connect(study / "study.sqlite")) as connection:
+        found = [list(connection.execute(f"SELECT * FROM {table}")) for table in ("cells", "measures", "items")]
+    return [sorted(rows, key=str) for rows in found]
+
+
+def results(cache: Path) -> set[str]:
+    return {path.name for path in (cache / "results").glob("*.json")}
+
+
+def test_a_study_goes_on_where_it_was_and_shares_what_is_the_same(folder: Path, whole: Path) -> None:
+    cache = Path(shutil.copytree(whole.parent / "cache", folder / "cache"))
+    made = results(cache)
+    ran = cb.run_study(folder / "study.yaml", cache=cache)
+    assert ran.cells == 10
+    assert cb.Study(ran.folder).counts() == {"done": 10, "failed": 0, "waiting": 0}
+    assert content(ran.folder) == content(whole)
+    assert results(cache) == made
+
+    write_plan(folder / "study.yaml", draws=2)
+    larger = cb.run_study(folder / "study.yaml", cache=cache)
+    assert larger.cells == 18
+    assert len(results(cache) - made) == 2 + 2 * 8  # of sources: sets; of cells: compressions and texts
+    assert set(content(whole)[1]) < set(content(larger.folder)[1])
+
+
+def test_scores_are_those_of_the_commands(folder: Path, llama: Path) -> None:
+    write_plan(folder / "study.yaml", recipes=["wanda.yaml"], samples=4, keep_outputs=True)
+    ran = cb.run_study(folder / "study.yaml", cache=folder / "cache")
+    study = cb.Study(ran.folder)
+    data = cb.select(folder / "text.txt", tokenizer=llama, samples=4, length=16, stride=4)
+    cb.compress(llama, recipe=folder / "wanda.yaml", calibration=data, output=folder / "out", dtype="float32")
+    text = {"text": folder / "text.txt", "length": 16, "limit": 3}
+    expected = cb.evaluate(folder / "out", against=llama, **text)
+    assert expected.divergence is not None
+    found = {one.measure: one.value for one in study.scores() if one.source == "text" and one.repeat == 0}
+    assert found["kl"] == pytest.approx(expected.divergence.kl_mean, rel=1e-4)
+    assert found["perplexity"] == pytest.approx(expected.perplexity.value, rel=1e-6)
+    original = {one.measure: one.value for one in study.originals()}
+    assert original == {"perplexity": pytest.approx(cb.evaluate(llama, **text).perplexity.value, rel=1e-6)}
+    weights = (folder / "out" / "model.safetensors").read_bytes()
+    kept = [path.read_bytes() for path in (folder / "cache" / "outputs").glob("*/model.safetensors")]
+    assert weights in kept
+
+
+def test_controls_are_zero(whole: Path) -> None:
+    for finding in cb.Study(whole).analyse().settings:
+        if finding.setting.measure in _TIMES:
+            continue
+        if finding.setting.recipe == "rtn":
+            assert finding.zero_control is not None
+            assert finding.zero_control.largest_difference == 0
+        if finding.setting.samples == 4:
+            assert finding.implementation_noise is not None
+            assert finding.implementation_noise.largest_difference == 0
+
+
+def test_a_failure_stops_nothing_else(folder: Path) -> None:
+    sources = {"text": {"corpus": "text.txt"}, "short": {"corpus": "short.txt"}}
+    (folder / "short.txt").write_text("the red dog runs far in the sun and far in the sun again. " * 2)
+    write_plan(folder / "study.yaml", sources=sources, recipes=["wanda.yaml"], draws=2)
+    ran = cb.run_study(folder / "study.yaml", cache=folder / "cache")
+    assert {one.cell.source for one in ran.failures} == {"short"}
+    assert all("short.txt" in one.error for one in ran.failures)
+    study = cb.Study(ran.folder)
+    assert study.counts()["done"] == 7
+    assert study.failures() == ran.failures
+    (folder / "short.txt").write_text((folder / "text.txt").read_text() + "more")
+    assert cb.run_study(folder / "study.yaml", cache=folder / "cache").failures == []
+
+
+def test_killed_anywhere_it_ends_with_the_same_store(folder: Path, whole: Path) -> None:
+    cache = folder / "cache"
+    main = [sys.executable, "-c", "from calibrant.cli.main import main; main()"]
+    command = ["study", "run", folder / "study.yaml", "-o", folder / "killed", "--cache", cache, "-q"]
+    for results_before in (2, 13):
+        process = subprocess.Popen([*main, *map(str, command)])
+        while process.poll() is None and len(results(cache)) < results_before:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert cb.Study(folder / "killed").counts()["waiting"] > 0
+    cb.run_study(folder / "study.yaml", output=folder / "killed", cache=cache)
+    assert content(folder / "killed") == content(whole)
+    assert [path for kind in ("sets", "originals", "outputs") for path in (cache / kind).glob(".*")] == []
+
+
+def test_a_worker_that_dies_is_replaced(folder: Path) -> None:
+    cache = folder / "cache"
+    killer = threading.Thread(target=_kill_a_worker, args=(cache, 9))
+    killer.start()
+    ran = cb.run_study(folder / "study.yaml", cache=cache, workers=2)
+    killer.join()
+    assert ran.failures == []
+    assert cb.Study(ran.folder).counts()["done"] == 10
+
+
+def _kill_a_worker(cache: Path, results_before: int) -> None:
+    while len(results(cache)) < results_before:
+        time.sleep(0.01)
+    workers = [child for child in multiprocessing.active_children() if child.pid is not None]
+    os.kill(workers[0].pid or 0, signal.SIGKILL)
+
+
+_BAD = {
+    "no such key": ({"sauces": {}}, "sauces: no such key"),
+    "no such recipe": ({"recipes": "gptq-w4"}, "gptq-w4: no recipe of that name"),
+    "no such file": ({"sources": {"a": {"corpus": "nowhere.txt"}}}, "source a: .*nowhere.txt: no such corpus"),
+    "no such text": ({"texts": {"a": {"corpus": "nowhere.txt", "length": 16}}}, "nowhere.txt: no such corpus"),
+    "no such strategy": ({"sources": {"a": {"corpus": "text.txt", "strategy": "best"}}}, "sources.a.strategy"),
+    "no such model": ({"models": "nowhere"}, "nowhere"),
+    "a recipe that does not fit": ({"recipes": "rtn-w4a16-g128"}, "recipe rtn-w4a16-g128 on llama.*group size"),
+    "too long": ({"length": 4096}, "context of 64"),
+    "too long a text": ({"texts": {"a": {"corpus": "text.txt", "length": 4096}}}, "context of 64"),
+    "too few sets": ({"sources": {"a": {"sets": ["one"]}}, "draws": 2}, "source a has 1 sets for 2 draws"),
+    "no set": ({"sources": {"a": {"sets": ["one", "two"]}}}, "source a: .*one"),
+    "no such task": ({"tasks": {"names": ["pica"], "data": "."}}, "pica: no such task"),
+    "no data of a task": ({"tasks": {"names": ["piqa"], "data": "."}}, "piqa/validation.jsonl: no such file"),
+    "nothing to measure on": ({"texts": {}}, "needs texts or tasks"),
+    "a text called like a task": (
+        {"tasks": {"names": ["held-out"], "data": "."}},
+        "a text has the name of a task",
+    ),
+    "twice": ({"samples": [4, 4]}, "samples names one value twice"),
+    "a bad label": ({"sources": {"../a": {"corpus": "text.txt"}}}, "sources"),
+    "no draws": ({"draws": 0}, "draws"),
+    "an option of another": ({"sources": {"a": {"corpus": "text.txt", "pool": 5}}}, "source a: .*pool is for"),
+}
+
+
+@pytest.mark.parametrize("case", list(_BAD))
+def test_a_bad_plan_is_refused_before_anything_runs(folder: Path, case: str) -> None:
+    changes, said = _BAD[case]
+    write_plan(folder / "study.yaml", **changes)
+    with pytest.raises(cb.CalibrantError, match=said) as found:
+        cb.run_study(folder / "study.yaml", cache=folder / "cache")
+    assert "\n" not in str(found.value)
+    assert not (folder / "small").exists()
+
+
+def test_a_full_disk_is_seen_before_anything_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(cb.CalibrantError, match=r"needs about .* GB of disk, 0.0 GB are free"):
+        cb.run_study(folder / "study.yaml", cache=folder / "cache")
+
+
+def test_a_study_runs_once_at_a_time(folder: Path) -> None:
+    (folder / "small").mkdir()
+    with (folder / "small" / ".calibrant.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(cb.CalibrantError, match="another process runs this study"):
+            cb.run_study(folder / "study.yaml", cache=folder / "cache")
+
+
+def test_exported_tables_hold_the_scores(whole: Path, tmp_path: Path) -> None:
+    study = cb.Study(whole)
+    study.export(tmp_path)
+    found = pyarrow.parquet.read_table(tmp_path / "scores.parquet").to_pylist()
+    assert {(row["source"], row["measure"], row["value"]) for row in found if row["recipe"] != "original"} == {
+        (one.source, one.measure, one.value) for one in study.scores()
+    }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_a_cluster_whose_workers_are_killed_gives_the_same_store(folder: Path, whole: Path) -> None:
+    import ray
+
+    cache = folder / "cache"
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    try:
+        killer = threading.Thread(target=_kill_a_ray_worker, args=(cache,))
+        killer.start()
+        there = cb.run_study(folder / "study.yaml", output=folder / "there", cache=cache, executor="ray")
+        killer.join()
+    finally:
+        ray.shutdown()
+    assert there.failures == []
+    assert content(there.folder) == content(whole)
+
+
+def _kill_a_ray_worker(cache: Path) -> None:
+    """Kill what computes a cell, twice."""
+    killed = 0
+    while killed < 2:
+        for process in psutil.process_iter(["name"]):
+            if (process.info["name"] or "").startswith("ray::_run_on_ray") and len(results(cache)) > 4 * killed:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    killed += 1
+                break
+        time.sleep(0.2)
