@@ -11,7 +11,14 @@ from calibrant.study.measures import measure_name
 # The measure that the answer is about is the first of these that the study has, or the first by name.
 _FIRST = ("kl", "log_perplexity_ratio", "perplexity")
 _FEW = 5
-_DIMENSIONS = {"model": "model", "recipe": "recipe", "samples": "rows", "length": "length", "on": "text"}
+# What settings differ by: the name among several, and the name alone.
+_DIMENSIONS = {
+    "model": ("model", "models"),
+    "recipe": ("recipe", "recipes"),
+    "samples": ("rows", "sizes"),
+    "length": ("length", "lengths"),
+    "on": ("text", "texts"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def main_settings(found: Analysis, costs: Collection[str]) -> list[SettingFindin
 
 def _over(settings: Sequence[SettingFinding]) -> list[str]:
     measure, number = measure_name(settings[0].setting.measure), len(settings)
-    over = f"{number} combinations of {_listed(_varying(settings))}"
+    over = f"{number} {_combined(settings)}"
     compared = [one for one in settings if len(one.sources) > 1]
     if not compared:
         return [f"{settings[0].headline} The other {number - 1} of {over} are below."]
@@ -131,9 +138,12 @@ def _failed_controls(found: Analysis, costs: Collection[str]) -> list[str]:
     return said
 
 
-def _varying(settings: Sequence[SettingFinding]) -> list[str]:
-    return [label for name, label in _DIMENSIONS.items() if len({getattr(one.setting, name) for one in settings}) > 1]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _combined(settings: Sequence[SettingFinding]) -> str:
+    """What there are several of."""
+    varying = [
+        names for field, names in _DIMENSIONS.items() if len({getattr(one.setting, field) for one in settings}) > 1
+    ]
+    if len(varying) == 1:
+        return varying[0][1]
+    names = [name for name, _ in varying]
+    return f"combinations of {', '.join(names[:-1])} and {names[-1]}"
