@@ -95,7 +95,7 @@ def _histogram(rows: list[dict[str, Any]], axis: Any) -> str:
 def _svg(chart: Any) -> str:
     import vl_convert
 
-    sized = chart.properties(width=420, height=240).configure(font="system-ui, sans-serif")
+    sized = chart.properties(width=420, height=240).configure(font="system-ui, sans-serif", background="transparent")
     return str(vl_convert.vegalite_to_svg(sized.to_json()))
 
 

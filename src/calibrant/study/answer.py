@@ -7,6 +7,7 @@ from statistics import median
 
 from calibrant.study.findings import Analysis, SettingFinding
 from calibrant.study.measures import measure_name
+from calibrant.study.statistics.variance_components import VarianceComponents
 
 # The measure that the answer is about is the first of these that the study has, or the first by name.
 _FIRST = ("kl", "log_perplexity_ratio", "perplexity")
@@ -62,29 +63,36 @@ def _over(settings: Sequence[SettingFinding]) -> list[str]:
     compared = [one for one in settings if len(one.sources) > 1]
     if not compared:
         return [f"{settings[0].headline} The other {number - 1} of {over} are below."]
-    shares = [100 * one.components.share for one in settings if one.components and one.components.share is not None]
-    ends = [one.components.share_interval for one in settings if one.components and one.components.share_interval]
-    if not shares and any(one.components for one in compared):
+    found = [one.components for one in settings if one.components]
+    known = [one for one in found if one.share is not None]
+    if not known and found:
         return [f"{measure[0].upper()}{measure[1:]} is the same with every source and draw in each of {over}."]
-    if not shares:
+    if not known:
         return [
             f"No source has two draws in any of {over}, so that no difference of {measure} can be told from chance."
         ]
-    widest = f"{100 * min(end.low for end in ends):.0f} to {100 * max(end.high for end in ends):.0f} %"
-    first = f"The source explains {_span(shares)} of the variance of {measure} over {over}"
-    return [f"{first}; their 95 % intervals span {widest}.", *_without(settings), _best(compared)]
+    where = over if len(known) == number else f"{len(known)} of {over}"
+    first = f"The source explains {_shares(known)} of the variance of {measure} over {where}; {_intervals(known)}."
+    return [first, *_without(settings), _best(compared)]
 
 
 def _without(settings: Sequence[SettingFinding]) -> list[str]:
     """What is left without the source that would dominate the variance, such as random tokens."""
     left = [one.components_without for one in settings if one.components_without is not None]
-    shares = [100 * one.components.share for one in left if one.components and one.components.share is not None]
-    return [f"Without {left[0].source} it explains {_span(shares)}."] if shares else []
+    known = [one.components for one in left if one.components and one.components.share is not None]
+    return [f"Without {left[0].source} it explains {_shares(known)}; {_intervals(known)}."] if known else []
 
 
-def _span(shares: Sequence[float]) -> str:
+def _shares(known: Sequence[VarianceComponents]) -> str:
+    shares = [100 * one.share for one in known if one.share is not None]
     low, high = f"{min(shares):.0f}", f"{max(shares):.0f}"
     return f"{low} %" if low == high else f"{low} to {high} % (median {median(shares):.0f} %)"
+
+
+def _intervals(known: Sequence[VarianceComponents]) -> str:
+    ends = [one.share_interval for one in known if one.share_interval is not None]
+    span = f"{100 * min(end.low for end in ends):.0f} to {100 * max(end.high for end in ends):.0f} %"
+    return f"the 95 % intervals span {span}" if len(known) > 1 else f"the 95 % interval is {span}"
 
 
 def _best(settings: Sequence[SettingFinding]) -> str:
