@@ -61,6 +61,7 @@ from .study.findings import Analysis as Analysis
 from .study.halving import Recommendation as Recommendation
 from .study.plan import Plan as Plan
 from .study.plan import load_plan as load_plan
+from .study.results import CellState as CellState
 from .study.results import Study as Study
 from .study.scores import Score as Score
 from .study.store import Failure as Failure

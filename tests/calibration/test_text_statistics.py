@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -24,9 +22,8 @@ from calibrant.calibration.text_statistics import (
     zipf_likelihood,
 )
 from calibrant.report.inspection import inspect_sets
+from tests.browser import needs_browser, seen
 from tests.conftest import random_set
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def test_uniform_tokens_have_the_closed_forms() -> None:
@@ -126,27 +123,24 @@ def test_the_page_needs_nothing_else(sets: list[Path]) -> None:
     assert "noise &amp; &lt;b&gt;" in page
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@needs_browser
 def test_the_page_in_a_real_browser(sets: list[Path], tmp_path: Path) -> None:
     """It renders: every chart has an area on the screen, the tables have the sets' columns, no text is executed."""
     page = inspect_sets(sets, perplexity=True, dtype="float32").page()
-    probe = """<script>
+    probe = """
       const box = (e) => { const r = e.getBoundingClientRect(); return [r.width, r.height]; };
-      document.body.setAttribute("data-seen", JSON.stringify({
+      return {
         charts: [...document.querySelectorAll("figure svg")].map(box),
         columns: document.querySelectorAll("#numbers + table thead th").length,
         wide: document.documentElement.scrollWidth > window.innerWidth,
         rows: document.querySelectorAll("details.sample").length,
-        images: [...document.images].length }));
-    </script>"""
-    (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"))
-    for width in (1280, 500):
-        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri()]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-        seen = json.loads(re.search(r'data-seen="([^"]*)"', shown).group(1).replace("&quot;", '"'))
-        assert len(seen["charts"]) == 4
-        assert all(w > 200 and h > 100 for w, h in seen["charts"])
-        assert seen["columns"] == 3
-        assert not seen["wide"]
-        assert seen["rows"] == 10
+        images: [...document.images].length };
+    """
+    for width in (1280, 390):
+        found, console = seen(page, probe, width, tmp_path)
+        assert console == []
+        assert len(found["charts"]) == 4
+        assert all(w > 200 and h > 100 for w, h in found["charts"])
+        assert found["columns"] == 3
+        assert not found["wide"]
+        assert found["rows"] == 10

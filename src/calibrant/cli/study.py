@@ -1,4 +1,4 @@
-"""``calibrant study``: plan, run, show, export."""
+"""``calibrant study``: plan, run, show, report, export."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +23,9 @@ PlanArgument = Annotated[Path, typer.Argument(help="YAML file of the study.", sh
 StudyArgument = Annotated[Path, typer.Argument(help="Folder of the study.", show_default=False)]
 CacheOption = Annotated[
     Path, typer.Option("--cache", help="Folder for sets, originals and results, which studies share.")
+]
+PairedOption = Annotated[
+    bool, typer.Option("--paired", help="Compare sources draw by draw: their draws share documents.")
 ]
 FolderOption = Annotated[
     Path | None,
@@ -81,7 +84,7 @@ def run(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the cells of a study that have no results yet. Stopped in any way, the same command goes on.
+    """Run the cells of a study that have no results yet, then write its report. Stopped, the same command goes on.
 
     Example: calibrant study run studies/tiny.yaml
     """
@@ -101,10 +104,16 @@ def run(
             progress=screen.progress,
         )
         failures = [{**asdict(one.cell), "error": one.error} for one in ran.failures]
+        try:
+            page: str | None = str(cb.Study(ran.folder).report())
+        except cb.CalibrantError as error:  # the results are there; the page can be made at any time
+            page = None
+            screen.note(f"no report: {error}")
         screen.result(
-            {"folder": str(ran.folder), "cells": ran.cells, "failures": failures},
+            {"folder": str(ran.folder), "cells": ran.cells, "failures": failures, "report": page},
             *_failure_lines(failures),
             f"{ran.cells - len(failures)} of {ran.cells} cells are done: calibrant study show {ran.folder}",
+            *([f"report: {page}"] if page else []),
         )
         if failures:
             raise typer.Exit(1)
@@ -159,9 +168,7 @@ def recommend(
 @app.command()
 def show(
     folder: StudyArgument,
-    paired: Annotated[
-        bool, typer.Option("--paired", help="Compare sources draw by draw: their draws share documents.")
-    ] = False,
+    paired: PairedOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -178,6 +185,27 @@ def show(
             screen.note(f"{counts['done']} cells done, {counts['failed']} failed, {counts['waiting']} waiting")
         found = study.analyse(paired=paired)
         screen.result(found.as_json(), *tables(found))
+
+
+@app.command()
+def report(
+    folder: StudyArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; by default the study's.", show_default=False)
+    ] = None,
+    paired: PairedOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write what a study found as one HTML page that works offline, and its tables as CSV, Markdown and LaTeX.
+
+    Example: calibrant study report studies/tiny
+    """
+    with terminal(quiet, as_json) as screen:
+        import calibrant as cb
+
+        written = str(cb.Study(folder).report(output, paired=paired))
+        screen.result({"report": written}, written)
 
 
 @app.command()

@@ -18,10 +18,8 @@ from calibrant.modeling.losses import row_losses
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress, Progress
-from calibrant.report.inspection_page import PAGE_MARK, InspectedSet, check_chart_libraries, inspection_page
-
-# The page mark is within this many bytes from the start of a page.
-_PAGE_HEAD_BYTES = 500
+from calibrant.report.inspection_page import PAGE_MARK, InspectedSet, inspection_page
+from calibrant.report.page import check_chart_libraries, is_replaceable
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def check_page(path: Path) -> None:
             page, or its parent folder is missing.
     """
     check_chart_libraries()
-    if path.is_dir() or (path.exists() and PAGE_MARK.encode() not in path.read_bytes()[:_PAGE_HEAD_BYTES]):
+    if not is_replaceable(path, PAGE_MARK):
         raise CalibrantError(f"{path}: exists and is not an inspection page; choose another file")
     if not path.absolute().parent.is_dir():
         raise CalibrantError(f"{path.parent}: no such folder to write the page to")

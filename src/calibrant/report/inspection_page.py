@@ -4,11 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from calibrant.calibration.text_statistics import RowNumbers, SetStatistics
-from calibrant.errors import CalibrantError
+from calibrant.report.page import check_chart_libraries, render
 
 _SAMPLES = 5
 _SAMPLE_CHARACTERS = 1500
@@ -42,11 +41,9 @@ def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) ->
         CalibrantError: the extra ``report`` is not installed.
     """
     check_chart_libraries()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("calibrant.report"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     names = list(dict.fromkeys(name for one in sets for name in one.statistics.numbers))
-    return environment.get_template("inspection.html").render(
+    return render(
+        "inspection.html",
         sets=sets,
         names=names,
         overlaps=overlaps,
@@ -55,19 +52,6 @@ def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) ->
         charts=_charts(sets),
         titles=_TITLES,
     )
-
-
-def check_chart_libraries() -> None:
-    """Check that the libraries that draw charts are installed.
-
-    Raises:
-        CalibrantError: the extra ``report`` is not installed.
-    """
-    try:
-        import altair  # noqa: F401
-        import vl_convert  # noqa: F401
-    except ImportError as error:
-        raise CalibrantError("the inspection page needs the extra: pip install 'calibrant[report]'") from error
 
 
 def _charts(sets: list[InspectedSet]) -> dict[str, str]:
@@ -111,7 +95,7 @@ def _histogram(rows: list[dict[str, Any]], axis: Any) -> str:
 def _svg(chart: Any) -> str:
     import vl_convert
 
-    sized = chart.properties(width=420, height=240).configure(font="system-ui, sans-serif")
+    sized = chart.properties(width=420, height=240).configure(font="system-ui, sans-serif", background="transparent")
     return str(vl_convert.vegalite_to_svg(sized.to_json()))
 
 

@@ -1,6 +1,9 @@
 """The finding of one setting in one plain sentence."""
 
 from calibrant.study.findings import SettingFinding, SourceFinding
+from calibrant.study.measures import measure_name
+
+_MOST_NAMED = 4
 
 
 def headline(found: SettingFinding) -> str:
@@ -35,8 +38,7 @@ def _finding(found: SettingFinding) -> str:
 
 def _measured(found: SettingFinding) -> str:
     setting = found.setting
-    measure = "KL" if setting.measure == "kl" else setting.measure.replace("_", " ")
-    return f"{measure}{f' on {setting.on}' if setting.on else ''} under {setting.recipe}"
+    return f"{measure_name(setting.measure, setting.on)} under {setting.recipe}"
 
 
 def _one_source(measured: str, only: SourceFinding) -> str:
@@ -71,6 +73,10 @@ def _told_apart(found: SettingFinding) -> str:
     draws = _draws(found)
     if len(alike) == 1:
         return f"{best} and {alike[0]} cannot be told apart with {draws}"
+    if len(alike) > _MOST_NAMED:
+        others = len(found.sources) - 1
+        some = f"all {others}" if len(alike) == others else f"{len(alike)} of the {others}"
+        return f"{some} other sources cannot be told apart from {best}, the best, with {draws}"
     listed = f"{', '.join(alike[:-1])} and {alike[-1]}"
     return f"{listed} cannot be told apart from {best}, the best, with {draws}"
 

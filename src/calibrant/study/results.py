@@ -1,7 +1,7 @@
-"""Reads a study's store: scores, failures, the analysis, and tables for other programs."""
+"""Reads a study's store: scores, failures, the analysis, the report, and tables for other programs."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,23 @@ from calibrant.study.store import PLACE, STORE_NAME, Failure, read_only, rows
 
 # The costs that are compared as scores are; times of stages and memory stay in the store.
 SECONDS, SET_SECONDS = "seconds", "set_seconds"
-LOWER_IS_BETTER = ("kl", "perplexity", "log_perplexity_ratio", "output_bytes", SECONDS, SET_SECONDS)
+OUTPUT_BYTES = "output_bytes"
+LOWER_IS_BETTER = ("kl", "perplexity", "log_perplexity_ratio", OUTPUT_BYTES, SECONDS, SET_SECONDS)
 # Costs that the analysis leaves out: parts of the seconds, and memory, which is that of the worker so far.
 _LEFT_OUT = ("seconds of ", "peak_memory")
 # The unweighted mean over tasks of each one's main metric, the papers' number.
 ACCURACY = "accuracy"
 TABLES = ("cells", "scores", "items")
+
+
+@dataclass(frozen=True)
+class CellState:
+    """A cell that is done, failed or waiting, its error if it failed, and notes of its compression if it is done."""
+
+    cell: Cell
+    state: str
+    error: str | None
+    notes: tuple[str, ...]
 
 
 class Study:
@@ -72,6 +83,14 @@ class Study:
         found = self._rows("SELECT state, count(*) AS cells FROM cells WHERE recipe <> ? GROUP BY state", ORIGINAL)
         return {"done": 0, "failed": 0, "waiting": 0, **{row["state"]: row["cells"] for row in found}}
 
+    def cells(self) -> list[CellState]:
+        """All cells, as they stand."""
+        query = f"SELECT {PLACE}, state, error, notes FROM cells WHERE recipe <> ? ORDER BY cell"
+        return [
+            CellState(_cell(row), row["state"], row["error"], tuple(json.loads(row["notes"] or "[]")))
+            for row in self._rows(query, ORIGINAL)
+        ]
+
     def analyse(self, *, paired: bool = False, seed: int = 0) -> Analysis:
         """All statistics; see ``docs/statistics.md``.
 
@@ -109,6 +128,26 @@ class Study:
                     write(table, beside)
                 written.append(target)
         return written
+
+    def report(self, folder: str | Path | None = None, *, paired: bool = False) -> Path:
+        """Write ``report.html``, one page that works offline, and its tables as CSV, Markdown and LaTeX in ``tables/``.
+
+        Earlier files of these names are replaced.
+
+        Args:
+            folder: where to write; by default the study's folder.
+            paired: see ``analyse``.
+
+        Returns:
+            The page's file.
+
+        Raises:
+            CalibrantError: the extra ``report`` is not installed, the folder cannot be written, or its ``report.html``
+                is no page of a study.
+        """
+        from calibrant.study.report import write_report  # which reads studies
+
+        return write_report(self, self.folder if folder is None else Path(folder), paired=paired)
 
     def _scores(self, condition: str) -> list[Score]:
         query = f"SELECT {PLACE}, dataset, measure, value FROM scores WHERE {condition}"

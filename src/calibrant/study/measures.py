@@ -1,0 +1,14 @@
+"""How readers know the measures."""
+
+_NAMES = {
+    "kl": "KL",
+    "same_top": "same top token",
+    "output_bytes": "output size in bytes",
+    "seconds": "seconds of compression",
+    "set_seconds": "seconds to make the set",
+}
+
+
+def measure_name(measure: str, on: str = "") -> str:
+    """The name of a measure, and of the text or task that it was measured on."""
+    return f"{_NAMES.get(measure, measure.replace('_', ' '))}{f' on {on}' if on else ''}"

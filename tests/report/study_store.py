@@ -1,0 +1,80 @@
+"""Stores of studies that never ran, with scores of a known shape."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import calibrant as cb
+from calibrant.study.cells import Cell, grid
+from calibrant.study.store import STORE_NAME, CellResult, CellRow, Failure, Store
+
+RECIPES = ("gptq-w4a16-g64", "wanda-2:4")
+SHIFT = {"gptq-w4a16-g64": 0.05, "wanda-2:4": 0.4}
+SOURCE = {"c4": 0.0, "self": 0.002, "vocabulary": 0.2}
+
+
+def plan(**changed: object) -> cb.Plan:
+    """Three sources, four draws, two recipes, two sizes and two texts; ``changed`` replaces keys."""
+    values = {
+        "name": "made",
+        "description": "Does it matter what a model is calibrated on?",
+        "models": "demo",
+        "sources": {
+            "c4": {"corpus": "builtin"},
+            "self": {"strategy": "self"},
+            "vocabulary": {"strategy": "vocabulary"},
+        },
+        "draws": 4,
+        "samples": [8, 32],
+        "length": 128,
+        "recipes": RECIPES,
+        "texts": {"wiki": {"corpus": "builtin"}, "code": {"corpus": "builtin"}},
+    }
+    return cb.Plan.model_validate({**values, **changed})
+
+
+def result(cell: Cell, texts: list[str]) -> CellResult:
+    """Scores of a cell, the same whenever it runs."""
+    rng = np.random.default_rng([cell.draw, cell.samples, *cell.source.encode(), *cell.recipe.encode()])
+    measures: dict[tuple[str, str], tuple[float, float | None]] = {("", "output_bytes"): (12_345_678.0, None)}
+    for number, text in enumerate(texts):
+        kl = SHIFT.get(cell.recipe, 0.1) * (1 + number) + SOURCE.get(cell.source, 0.1) / cell.samples**0.5
+        kl += 0.004 * rng.normal()
+        measures[text, "kl"] = (kl, 0.001)
+        measures[text, "perplexity"] = (20 * np.exp(kl), None)
+        measures[text, "same_top"] = (float(np.exp(-kl)), None)
+    clock = np.random.default_rng([cell.repeat, cell.draw, *cell.source.encode()])
+    seconds = 12 + (6 if "gptq" in cell.recipe else 0) + clock.random()
+    set_seconds = {"self": 40.0}.get(cell.source, 1.0) + clock.random()
+    return CellResult(measures, {}, {"seconds": seconds, "set_seconds": set_seconds}, "0" * 64, 0, ())
+
+
+def write_study(
+    folder: Path,
+    made: cb.Plan,
+    *,
+    model: str = "model",
+    failed: dict[int, str] | None = None,
+    waiting: tuple[int, ...] = (),
+) -> cb.Study:
+    """A study whose cells of the numbers ``failed`` failed, with these errors, and those in ``waiting`` did not run."""
+    cells = grid(made, [model], list(made.recipes))
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Store(folder / STORE_NAME)
+    about = {
+        "name": made.name,
+        "description": made.description,
+        "plan": made.model_dump_json(),
+        "calibrant": "0.1.0",
+        "data_free": json.dumps([recipe for recipe in made.recipes if recipe.startswith("rtn")]),
+        "libraries": json.dumps({"numpy": "2.0.0", "torch": "2.9.0"}),
+    }
+    store.set_cells([CellRow(cell, str(number), "", "", "") for number, cell in enumerate(cells)], about)
+    for number, cell in enumerate(cells):
+        if failed is not None and number in failed:
+            store.fail(Failure(cell, failed[number], "Traceback (most recent call last):\n  somewhere\n"))
+        elif number not in waiting:
+            store.finish(cell, result(cell, list(made.texts)))
+    store.close()
+    return cb.Study(folder)
