@@ -72,6 +72,10 @@ def test_scores_are_those_of_the_commands(folder: Path, llama: Path) -> None:
     assert weights in kept
 
 
+def test_the_store_has_the_plan_as_it_was_written(whole: Path) -> None:
+    assert cb.Study(whole).plan.sources["text"].corpora == ("text.txt",)
+
+
 def test_controls_are_zero(whole: Path) -> None:
     for finding in cb.Study(whole).analyse().settings:
         if finding.setting.measure in _TIMES:

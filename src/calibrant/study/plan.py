@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, field_validator, model_validator
 
 from calibrant.calibration.corpus import BUILTIN
 from calibrant.calibration.corpus_sources import HUB
@@ -156,6 +156,12 @@ class Plan(Strict):
     keep_outputs: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "cpu"
+    _written: "Plan | None" = PrivateAttr(default=None)
+
+    @property
+    def as_written(self) -> "Plan":
+        """The plan with its paths as its file has them."""
+        return self._written or self
 
     @field_validator("samples", "length", "seeds", "models", "recipes", mode="before")
     @classmethod
@@ -192,7 +198,10 @@ def load_plan(path: str | Path) -> Plan:
         CalibrantError: the file cannot be read, or a key or value is wrong; the message names the key.
     """
     file = Path(path)
-    return _rooted(_validate(parse_yaml(read_yaml_file(file, "study"), str(file), "study"), str(file)), file.parent)
+    written = _validate(parse_yaml(read_yaml_file(file, "study"), str(file), "study"), str(file))
+    plan = _rooted(written, file.parent)
+    plan._written = written
+    return plan
 
 
 def _validate(value: object, origin: str) -> Plan:

@@ -42,9 +42,12 @@ def run_cells(resolved: Resolved, folder: Path, cache: Cache, workers: Workers, 
         failed = _run(needed, cache, workers, progress, "sets and originals", lambda _: None)
         for cell in unfinished:
             steps = originals[cell.model]
-            if not any(step.key in failed for step in steps.values()):
-                store.finish(cell, _original_result(cache, steps))
-                store.describe_tasks(_tasks(cache, steps))
+            ended = next((failed[step.key] for step in steps.values() if step.key in failed), None)
+            if ended is not None:
+                store.fail(Failure(cell, ended.error or "", ended.traceback))
+                continue
+            store.finish(cell, _original_result(cache, steps))
+            store.describe_tasks(_tasks(cache, steps))
         cells: dict[str, list[CellWork]] = {}
         for work in missing:
             if not any(step.key in failed for step in work.needs):
@@ -142,7 +145,7 @@ def _about(resolved: Resolved) -> dict[str, str]:
     return {
         "name": resolved.plan.name,
         "description": resolved.plan.description,
-        "plan": resolved.plan.model_dump_json(),
+        "plan": resolved.plan.as_written.model_dump_json(),
         "calibrant": __version__,
         "data_free": json.dumps([name for name, recipe in resolved.recipes.items() if not recipe.needs_data]),
         "libraries": json.dumps(library_versions(), sort_keys=True),
