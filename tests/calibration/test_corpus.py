@@ -160,3 +160,24 @@ def test_rows_keep_their_line_numbers_after_runs_of_empty_lines(tmp_path: Path) 
     path = tmp_path / "c.jsonl"
     path.write_bytes(b'\n{"text": "a"}\n' + b"\n" * 3_000_000 + b' \n\r\n{"text": "b"}\n\n')
     assert [(one.id, one.text) for one in Corpus(path)] == [("c.jsonl:2", "a"), ("c.jsonl:3000005", "b")]
+
+
+def test_the_texts_of_several_fields_are_joined(tmp_path: Path) -> None:
+    rows = [{"premise": "It rains.", "hypothesis": "It is wet."}, {"premise": "Sun.", "hypothesis": None}]
+    bad = [{"premise": "It rains."}, {"premise": "a", "hypothesis": 5}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + bad))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for source in (tmp_path / "c.jsonl", tmp_path / "c.parquet", rows):
+        corpus = Corpus(source, "premise, hypothesis")
+        assert [one.text for one in corpus] == ["It rains.\nIt is wet.", "Sun."]
+    corpus = Corpus(tmp_path / "c.jsonl", "premise,hypothesis")
+    assert len(list(corpus)) == 2
+    assert corpus.counts["documents_unusable"] == 2
+    assert corpus.first_unusable is not None
+    assert "no text under 'hypothesis'" in corpus.first_unusable
+    with pytest.raises(CalibrantError, match="no column 'answer'"):
+        list(Corpus(tmp_path / "c.parquet", "premise,answer"))
+
+
+def test_a_field_with_a_comma_in_its_name_is_one_field() -> None:
+    assert [one.text for one in Corpus([{"a,b": "x", "a": "y", "b": "z"}], "a,b")] == ["x"]

@@ -429,3 +429,12 @@ def test_a_seed_that_can_shuffle_nothing_is_said_so(corpus: Path, llama: Path, t
     other = cb.select(one, tokenizer=llama, samples=2, length=16, draw=1, stride=2)
     assert torch.equal(first.tokens, second.tokens)
     assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_short_texts_are_told_how_to_become_rows(tmp_path: Path, llama: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Why is {number} odd?"}) + "\n" for number in range(9)))
+    with pytest.raises(cb.CalibrantError, match=r"`windows=\"document\"` \(a shorter row for each\)"):
+        cb.select(path, tokenizer=llama, strategy="zipcal", samples=8, length=60)
+    made = cb.select(path, tokenizer=llama, strategy="zipcal", windows="document", samples=8, length=60)
+    assert made.tokens.shape[0] == 8

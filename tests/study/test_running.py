@@ -5,7 +5,6 @@ import fcntl
 import importlib.util
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import sqlite3
@@ -13,68 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.parquet
 import pytest
-import yaml
 
 import calibrant as cb
 
-_RECIPE = """name: {name}
-description: d
-method: {{name: {method}}}
-scheme:
-  {scheme}
-"""
+from .small_study import write_plan
+
 _TIMES = ("seconds", "set_seconds")
-
-
-@pytest.fixture
-def folder(llama: Path, tmp_path: Path) -> Path:
-    """A folder with recipes, a short text, and a study of eight cells and two repeats."""
-    return fill(tmp_path, llama)
-
-
-def fill(folder: Path, model: Path) -> Path:
-    weights = "weights: {bits: 4, symmetric: true, group_size: 16}"
-    (folder / "rtn.yaml").write_text(_RECIPE.format(name="rtn", method="rtn", scheme=weights))
-    (folder / "wanda.yaml").write_text(_RECIPE.format(name="wanda", method="wanda", scheme='sparsity: "2:4"'))
-    words = random.Random(0)
-    lines = [" ".join(words.choices(["red", "dog", "sun", "runs", "far", "of", "a"], k=40)) for _ in range(30)]
-    (folder / "text.txt").write_text("\n".join(lines))
-    write_plan(folder / "study.yaml", models=str(model))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of that study, run without interruption; its cache lies beside it."""
-    folder = fill(tmp_path_factory.mktemp("whole"), model_folder("llama"))
-    ran = cb.run_study(folder / "study.yaml", cache=folder / "cache")
-    assert ran.failures == []
-    return ran.folder
-
-
-def write_plan(path: Path, **changes: Any) -> Path:
-    plan = {
-        "name": "small",
-        "sources": {"text": {"corpus": "text.txt"}, "vocabulary": {"strategy": "vocabulary"}},
-        "draws": 1,
-        "most_draws": 2,
-        "samples": [2, 4],
-        "length": 16,
-        "recipes": ["rtn.yaml", "wanda.yaml"],
-        "texts": {"held-out": {"corpus": "text.txt", "length": 16, "windows": 3}},
-        "dtype": "float32",
-        **(yaml.safe_load(path.read_text()) if path.is_file() else {}),
-        **changes,
-    }
-    path.write_text(yaml.safe_dump({name: value for name, value in plan.items() if value is not None}))
-    return path
 
 
 def content(study: Path) -> list[Any]:

@@ -43,6 +43,8 @@ class Corpus:
     of functions come under "tools" beside the conversation, as a list or as JSON. Keys whose value is null are dropped.
     Messages of ShareGPT, with "from" and "value", are renamed: "human" is the user, "gpt" the assistant.
 
+    Several fields are named with commas: "premise,hypothesis" joins their texts by line ends.
+
     Rows that are neither a text nor a conversation, empty texts, and rows of more than ``LONGEST_TEXT`` characters are
     skipped and counted in ``counts``; ``notes`` says so.
 

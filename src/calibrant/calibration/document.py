@@ -4,7 +4,7 @@ import datetime
 import json
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,13 +52,29 @@ Row = Document | Unusable
 
 
 def row_document(row: Any, field: str, name: str, place: str) -> Row:
-    """The text or conversation under ``field`` of ``row``, as the document ``name``; ``place`` is for messages."""
+    """The text or conversation under ``field`` of ``row``, as the document ``name``; ``place`` is for messages.
+
+    Of several fields ("premise,hypothesis") the texts are joined by line ends.
+    """
     if not isinstance(row, Mapping):
         return Unusable(name, place, f"no object with a text under {field!r} (found: {type(row).__name__})")
-    if field not in row:
+    names = field_names(field, row)
+    missing = next((one for one in names if one not in row), None)
+    if missing is not None:
         found = ", ".join(map(str, row))
-        return Unusable(name, place, f"no text under {field!r} (found: {found}); name it with `field`")
-    return value_document(row[field], row.get(TOOLS), name, place)
+        return Unusable(name, place, f"no text under {missing!r} (found: {found}); name it with `field`")
+    if len(names) == 1:
+        return value_document(row[field], row.get(TOOLS), name, place)
+    values = [row[one] for one in names if row[one] is not None]
+    other = next((value for value in values if not isinstance(value, str)), None)
+    if other is not None:
+        return Unusable(name, place, f"only texts can be joined, and one of {field} is a {type(other).__name__}")
+    return value_document("\n".join(values), None, name, place)
+
+
+def field_names(field: str, known: Container[str]) -> list[str]:
+    """The fields that ``field`` names: itself, or those between its commas if there is no field of that name."""
+    return [field] if field in known else [one.strip() for one in field.split(",")]
 
 
 def value_document(value: Any, tools: Any, name: str, place: str) -> Row:

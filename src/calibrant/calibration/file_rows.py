@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrant.calibration.corpus_files import suffix_of
-from calibrant.calibration.document import TOOLS, Document, Row, Unusable, row_document
+from calibrant.calibration.document import TOOLS, Document, Row, Unusable, field_names, row_document
 from calibrant.calibration.packed import largest_unpacked, too_large, unpacked
 from calibrant.errors import CalibrantError, first_line
 
@@ -28,7 +28,7 @@ def file_rows(path: Path, raw: io.BufferedReader, name: str, field: str, longest
         path: the file; its suffix says the format.
         raw: its bytes.
         name: what ids of rows begin with.
-        field: key or column of the text.
+        field: key or column of the text, or several, with commas.
         longest: characters of the longest document that a text file is cut into.
 
     Raises:
@@ -113,9 +113,12 @@ def _parquet_rows(path: Path, stream: io.BufferedReader, name: str, field: str) 
         try:
             table = pyarrow.parquet.ParquetFile(source)
             columns = table.schema_arrow.names
-            if field not in columns:
-                raise CalibrantError(f"{path}: no column {field!r} (found: {', '.join(columns)}); name it with `field`")
-            read = [column for column in (field, TOOLS) if column in columns]
+            wanted = field_names(field, columns)
+            for one in wanted:
+                if one not in columns:
+                    found = ", ".join(columns)
+                    raise CalibrantError(f"{path}: no column {one!r} (found: {found}); name it with `field`")
+            read = [column for column in (*wanted, TOOLS) if column in columns]
             if _unpacked_bytes(table.metadata, read) > largest_unpacked(path):
                 raise too_large(path)
             number = 0
@@ -157,6 +160,7 @@ def _value(scalar: Any) -> Any:
 
 def _parquet_row(row: dict[str, Any], field: str, name: str, path: Path, number: int) -> Row:
     place = f"{path}, row {number}"
-    if isinstance(row[field], ValueError):
-        return Unusable(name, place, f"column {field!r} cannot be read ({first_line(row[field])})")
+    for column in field_names(field, row):
+        if isinstance(row[column], ValueError):
+            return Unusable(name, place, f"column {column!r} cannot be read ({first_line(row[column])})")
     return row_document(row, field, name, place)

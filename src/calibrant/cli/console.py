@@ -43,7 +43,11 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
 FieldOption = Annotated[
-    str, typer.Option("--field", help="Field or column that contains the text (JSON Lines, Parquet).")
+    str,
+    typer.Option(
+        "--field",
+        help="Field or column of the text (JSON Lines, Parquet); several, with commas, are joined",
+    ),
 ]
 
 

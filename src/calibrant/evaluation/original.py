@@ -1,6 +1,6 @@
 """The original model's next-token logits on fixed windows: from the model, or from hidden states stored once.
 
-Logits of a whole vocabulary are a thousand times larger than what is left of the model after its last block: the final
+Logits of a whole vocabulary are a hundred times larger than what is left of the model after its last block: the final
 hidden state, of which the head makes the logits again. So a study runs an original once, and a comparison needs its
 head alone.
 """

@@ -33,6 +33,8 @@ _FEW_ROWS, _MANY_ROWS, _MOST_COLUMNS, _TOKENS = 32, 288, 2048, 2048
 _INPUTS_PER_LINEAR = 4 / 7
 # What compiled kernels and their compiler add to the process.
 _KERNEL_BYTES = 80 * 2**20
+# Parts of the output stay until all are joined.
+_PARTS = 2
 # How far a run may be from the estimate, either way: the load and clock of the machine, disks slower than memory.
 _SPREAD = 1.35
 
@@ -68,6 +70,13 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
     )
 
 
+def disk_bytes(model: LazyModel, plan: Plan) -> tuple[int, int]:
+    """Bytes of the output, and peak disk space while it is made, for which nothing is measured."""
+    size = _Size(model, plan, 1, 1, torch.float32)
+    output, training = size.output_bytes(), plan.recipe.training
+    return output, _PARTS * output + (size.journal_bytes(training) if training is not None else 0)
+
+
 class _Size:
     """Sizes shared by the parts of an estimate; one method per part."""
 
@@ -81,17 +90,17 @@ class _Size:
         self._block = max(1, self._parameters // len(plan.blocks))
         self._hidden = int(model.folder.config.get_text_config().hidden_size)
         self._rate = cache(lambda dtype: measured_rate(dtype, model.device))
+        self._stored = _stored_bytes(model.folder, list(model.folder.tensors))
         self._copy_seconds = cache(copy_seconds)
 
     def blocks(self) -> Estimate:
         """Forward passes, statistics, searches and solves of all blocks, and the output files."""
-        stored = _stored_bytes(self._model.folder, list(self._model.folder.tensors))
-        output = self._output_bytes(stored)
-        seconds = self._forward_seconds() + self._solving_seconds() + self._file_seconds(stored, output)
+        output = self.output_bytes()
+        seconds = self._forward_seconds() + self._solving_seconds() + self._file_seconds(self._stored, output)
         # Opening and probing a block, and what a run does once.
         seconds += 0.05 * len(self._plan.blocks) + 2
-        # Parts of the output stay until all are joined.
-        return Estimate(seconds, resident_memory() + _KERNEL_BYTES + self._memory_bytes(), output, 2 * output)
+        memory = resident_memory() + _KERNEL_BYTES + self._memory_bytes()
+        return Estimate(seconds, memory, output, _PARTS * output)
 
     def _forward_seconds(self) -> float:
         """Forward passes of the blocks, and of AWQ's searches."""
@@ -140,9 +149,10 @@ class _Size:
         hashed = stored + 2 * output + 2 * codes
         return hashed * hash_seconds() + (3 * stored + 8 * output + 4 * codes) * self._copy_seconds()
 
-    def _output_bytes(self, stored: int) -> int:
+    def output_bytes(self) -> int:
+        """Bytes of the output's files of weights."""
         element = torch.empty(0, dtype=self._model.folder.dtype).element_size()
-        kept = stored - self._parameters * element
+        kept = self._stored - self._parameters * element
         return max(0, kept) + sum(_layer_bytes(layer, element) for layer in self._plan.layers.values())
 
     def _memory_bytes(self) -> int:
@@ -180,8 +190,11 @@ class _Size:
         # Teacher, weights, rounded weights, gradients of both, two moments, best weights so far; a generator's weights,
         # gradients and moments.
         memory = 4 * (8 * whole + 5 * generator + 6 * logits)
-        # Two copies of the journal: weights, moments and best weights so far; weights and moments of a generator.
-        return Estimate(seconds, memory, 0, 2 * 4 * (4 * self._parameters + 3 * generator))
+        return Estimate(seconds, memory, 0, self.journal_bytes(options))
+
+    def journal_bytes(self, options: TrainingOptions) -> int:
+        """Two copies of weights, moments and best weights so far, and of weights and moments of a generator."""
+        return 2 * 4 * (4 * self._parameters + 3 * self._generator_parameters(options))
 
     def _generator_parameters(self, options: TrainingOptions) -> int:
         if not isinstance(options, Zsaq) or options.inputs == "random":

@@ -4,19 +4,20 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.pipeline.estimate import measured_rate
+from calibrant.pipeline.estimate import disk_bytes, measured_rate
 from calibrant.pipeline.prepare import PreparedRun, SetSize
 from calibrant.progress import Progress
 from calibrant.study.cache import Cache
 from calibrant.study.resolve import CellWork, Resolved
 from calibrant.study.steps import OriginalStep, Yardstick
 
+# An int32 token id and its mask.
+_SET_BYTES = 5
 # Opening a model to measure it, and what attention and norms take beside products of matrices.
 _OPENING_SECONDS, _BESIDE_PRODUCTS = 1.0, 1.5
 # Tokens of an item with its choices, and items of a task, roughly (ours): they differ tenfold between tasks.
@@ -51,11 +52,11 @@ def estimate_study(resolved: Resolved, cache: Cache, workers: int, progress: Pro
     Raises:
         CalibrantError: the disk has not enough room.
     """
-    left = {work.step.key: work for work in resolved.cells if not work.step.is_done(cache)}
-    kinds = Counter((one.cell.model, one.cell.recipe, one.cell.samples, one.cell.length) for one in left.values())
+    left = _left(resolved, cache)
+    kinds = Counter((one.cell.model, one.cell.recipe, one.cell.samples, one.cell.length) for one in left)
     rate = measured_rate(torch.float32, torch.device(resolved.plan.device))
     least = most = 0.0
-    memory, disk, kept = 0, 0, 0
+    memory = 0
     with progress.task("estimating", len(kinds)) as task:
         for (model, recipe, samples, length), count in kinds.items():
             prepared = resolved.prepared[model, recipe]
@@ -65,25 +66,52 @@ def estimate_study(resolved: Resolved, cache: Cache, workers: int, progress: Pro
             least += count * (found.seconds_range[0] + measuring)
             most += count * (found.seconds_range[1] + measuring)
             memory = max(memory, found.memory_bytes, int(_MEASURING_BYTES * weights))
-            disk = max(disk, found.disk_bytes)
-            kept += count * found.output_bytes if resolved.plan.keep_outputs else 0
             task.advance()
-    sets = {work.set_step.key: work.set_step for work in left.values()}
-    disk = workers * disk + kept + sum(5 * one.samples * one.length for one in sets.values())
-    disk += sum(_state_bytes(one, prepared) for one, prepared in _unstored(left, resolved, cache))
-    _check_disk(cache.folder, disk)
     return StudyEstimate(
         models=len(resolved.models),
         recipes=len(resolved.recipes),
         sources=len(resolved.plan.sources),
         draws=resolved.plan.draws,
         cells=len(resolved.cells),
-        done=sum(work.step.key not in left for work in resolved.cells),
-        sets=sum(not one.is_done(cache) for one in sets.values()),
+        done=sum(work.step.is_done(cache) for work in resolved.cells),
+        sets=len({work.set_step.key for work in left if not work.set_step.is_done(cache)}),
         seconds=(least, most),
         memory_bytes=workers * memory,
-        disk_bytes=disk,
+        disk_bytes=check_disk(resolved, cache, workers),
     )
+
+
+def check_disk(resolved: Resolved, cache: Cache, workers: int) -> int:
+    """Bytes of disk that the cells which are left take in the cache.
+
+    Raises:
+        CalibrantError: there is not enough room, or the folder cannot be written.
+    """
+    left = _left(resolved, cache)
+    most = kept = 0
+    for work in left:
+        prepared = resolved.prepared[work.cell.model, work.cell.recipe]
+        output, running = disk_bytes(prepared.model, prepared.plan)
+        most = max(most, running)
+        kept += output if resolved.plan.keep_outputs else 0
+    sets = {work.set_step.key: work.set_step for work in left}
+    wanted = workers * most + kept + sum(_SET_BYTES * one.samples * one.length for one in sets.values())
+    wanted += sum(_state_bytes(one, prepared) for one, prepared in _unstored(left, resolved, cache))
+    place = next(path for path in (cache.folder, *cache.folder.parents) if path.exists())
+    if not os.access(place, os.W_OK):
+        raise CalibrantError(f"{cache.folder}: cannot be written; choose another folder with `cache`")
+    free = shutil.disk_usage(place).free
+    if wanted > free:
+        raise CalibrantError(
+            f"{cache.folder}: the study needs about {wanted / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; "
+            "free some, or choose another folder with `cache`"
+        )
+    return wanted
+
+
+def _left(resolved: Resolved, cache: Cache) -> list[CellWork]:
+    """The cells without results, once for each compression."""
+    return list({work.step.key: work for work in resolved.cells if not work.step.is_done(cache)}.values())
 
 
 def _measuring_seconds(yardstick: Yardstick, weights: int, rate: float) -> float:
@@ -94,10 +122,10 @@ def _measuring_seconds(yardstick: Yardstick, weights: int, rate: float) -> float
     return _OPENING_SECONDS + _BESIDE_PRODUCTS * 2.0 * weights * tokens / rate
 
 
-def _unstored(left: dict[str, CellWork], resolved: Resolved, cache: Cache) -> list[tuple[OriginalStep, PreparedRun]]:
+def _unstored(left: list[CellWork], resolved: Resolved, cache: Cache) -> list[tuple[OriginalStep, PreparedRun]]:
     found = {
         one.key: (one, resolved.prepared[work.cell.model, work.cell.recipe])
-        for work in left.values()
+        for work in left
         for one in work.yardsticks.values()
         if isinstance(one, OriginalStep) and not one.is_done(cache)
     }
@@ -111,15 +139,3 @@ def _state_bytes(original: OriginalStep, prepared: PreparedRun) -> int:
 
 def _parameters(folder: ModelFolder) -> int:
     return sum(torch.Size(info.shape).numel() for info in folder.tensors.values())
-
-
-def _check_disk(folder: Path, wanted: int) -> None:
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(place, os.W_OK):
-        raise CalibrantError(f"{folder}: cannot be written; choose another folder with `cache`")
-    free = shutil.disk_usage(place).free
-    if wanted > free:
-        raise CalibrantError(
-            f"{folder}: the study needs about {wanted / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; "
-            "free some, or choose another folder with `cache`"
-        )

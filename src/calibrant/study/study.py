@@ -7,7 +7,7 @@ from calibrant.errors import CalibrantError
 from calibrant.executors import ExecutorName
 from calibrant.progress import NoProgress, Progress
 from calibrant.study.cache import DEFAULT_CACHE, Cache
-from calibrant.study.estimate import StudyEstimate, estimate_study
+from calibrant.study.estimate import StudyEstimate, check_disk, estimate_study
 from calibrant.study.halving import Recommendation
 from calibrant.study.plan import Plan, load_plan
 from calibrant.study.recommend import search, searchable
@@ -59,7 +59,7 @@ def run_study(
     folder = _folder(plan, wanted.name, output)
     runner = _workers(store, executor, workers, processors, devices)
     resolved = resolve(wanted, store, listener)
-    estimate_study(resolved, store, workers, listener)
+    check_disk(resolved, store, workers)
     failures = run_cells(resolved, folder, store, runner, listener)
     return StudyRun(folder, len(resolved.cells), failures)
 

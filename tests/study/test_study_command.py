@@ -1,0 +1,53 @@
+"""The command line of studies."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ..cli.conftest import call
+from .small_study import write_plan
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    return lambda *arguments: call(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_a_plan_says_what_it_takes(run, folder: Path) -> None:
+    status, out, _ = run("study", "plan", folder / "study.yaml", "--cache", folder / "cache", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert (found["cells"], found["done"], found["sets"]) == (10, 0, 2)
+    assert 0 < found["seconds"][0] < found["seconds"][1]
+    assert not (folder / "cache").exists()
+
+
+def test_a_finished_study_is_shown_and_exported(run, whole: Path, tmp_path: Path) -> None:
+    status, out, _ = run("study", "show", whole)
+    assert status == 0
+    assert "kl on held-out: llama0, wanda, 4 x 16" in out
+    assert "vocabulary" in out
+    status, out, _ = run("study", "show", whole, "--json")
+    assert {one["setting"]["recipe"] for one in json.loads(out)["settings"]} == {"rtn", "wanda"}
+    status, out, _ = run("study", "export", whole, "-o", tmp_path / "tables")
+    assert status == 0
+    assert (tmp_path / "tables" / "scores.csv").is_file()
+
+
+def test_failed_cells_are_named_and_end_in_status_1(run, folder: Path) -> None:
+    (folder / "short.txt").write_text("the red dog")
+    sources = {"short": {"corpus": "short.txt"}}
+    write_plan(folder / "study.yaml", sources=sources, recipes="rtn.yaml", samples=2, repeat=False)
+    status, out, _ = run("study", "run", folder / "study.yaml", "--cache", folder / "cache")
+    assert status == 1
+    assert "failed: llama0, rtn, short, draw 0, 2 x 16:" in out
+    assert "0 of 1 cells are done" in out
+
+
+@pytest.mark.parametrize("command", ["show", "export"])
+def test_no_study_is_one_sentence(run, tmp_path: Path, command: str) -> None:
+    status, _, err = run("study", command, tmp_path, *(["-o", tmp_path / "out"] if command == "export" else []))
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "study.sqlite: does not exist; run the study first" in err
