@@ -92,7 +92,7 @@ class Study:
         ]
 
     def analyse(self, *, paired: bool = False, seed: int = 0) -> Analysis:
-        """All statistics; see ``docs/statistics.md``.
+        """All statistics; see docs/statistics.md "What is computed".
 
         ``paired`` compares sources draw by draw, for sources whose draws share documents. ``seed`` is the bootstrap's.
         """
