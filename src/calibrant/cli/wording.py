@@ -30,7 +30,7 @@ _SPELLED_ALIKE = (
     *("field", "first_tokens", "group_size", "html", "keep", "keep_leaked", "leakage", "leakage_field", "leakage_run"),
     *("length", "limit", "mask", "max_characters", "max_repetition", "min_characters", "model", "order", "output"),
     *("overwrite", "parts", "percentile", "pool", "recipe", "samples", "script", "seed", "shards", "strategy"),
-    *("task_limit", "tasks", "temperature", "text", "weights", "wikitext", "windows"),
+    *("stride", "task_limit", "tasks", "temperature", "text", "weights", "wikitext", "windows"),
 )
 PARAMETERS = {name: "--" + name.replace("_", "-") for name in _SPELLED_ALIKE} | _SPELLED_OTHERWISE
 _MENTION = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]+))?`")

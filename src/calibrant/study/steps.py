@@ -30,7 +30,7 @@ from calibrant.study.plan import GeneratedSource, GivenSource, Source, Text
 # The fields of a source that ``select`` takes as they are.
 SELECTION = ("strategy", "windows", "pool", "keep", "percentile", "embedding", "mask", "weights", "mix", "filters")
 SETS, ORIGINALS, OUTPUTS = "sets", "originals", "outputs"
-# Divergences are computed from float32 logits (docs/methods.md), whatever the compression computed in.
+# Divergences are of float32 logits, whatever the compression computed in.
 _DTYPE = "float32"
 
 

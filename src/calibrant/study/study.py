@@ -79,7 +79,8 @@ def recommend_source(
     devices: int = 0,
     progress: Progress | None = None,
 ) -> Recommendation:
-    """Say which of a plan's sources to take, after as few cells as that needs (``docs/studies.md``).
+    """Say which of a plan's sources to take, after as few cells as that needs
+    (docs/studies.md "Which source to take").
 
     Args:
         plan: a plan of one model, recipe and size, or its YAML file. Its draws and repeats do not count: sources get
