@@ -1,0 +1,21 @@
+"""The studies of the repository are plans that load."""
+
+from pathlib import Path
+
+import pytest
+
+import calibrant as cb
+
+STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+
+
+def test_there_are_studies() -> None:
+    assert STUDIES
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
+def test_a_committed_study_loads(file: Path) -> None:
+    plan = cb.load_plan(file)
+    assert plan.name == file.stem
+    for recipe in plan.recipes:
+        cb.load_recipe(recipe)
