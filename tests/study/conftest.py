@@ -12,7 +12,7 @@ from .small_study import fill
 
 @pytest.fixture
 def folder(llama: Path, tmp_path: Path) -> Path:
-    """A folder with recipes, a short text, and a study of eight cells and two repeats."""
+    """A folder with recipes, a short text, and a study of four cells and two repeats."""
     return fill(tmp_path, llama)
 
 

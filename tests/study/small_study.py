@@ -31,7 +31,7 @@ def write_plan(path: Path, **changes: Any) -> Path:
         "sources": {"text": {"corpus": "text.txt"}, "vocabulary": {"strategy": "vocabulary"}},
         "draws": 1,
         "most_draws": 2,
-        "samples": [2, 4],
+        "samples": 4,
         "length": 16,
         "recipes": ["rtn.yaml", "wanda.yaml"],
         "texts": {"held-out": {"corpus": "text.txt", "length": 16, "windows": 3}},

@@ -23,7 +23,7 @@ def test_a_search_runs_the_draws_that_it_asks_for(folder: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "options", "said"), [
     ({}, {}, "for one model, recipe and size; recipes has several"),
-    ({"recipes": "wanda.yaml"}, {}, "for one model, recipe and size; samples has several"),
+    ({"recipes": "wanda.yaml", "samples": [2, 4]}, {}, "for one model, recipe and size; samples has several"),
     ({"recipes": "wanda.yaml", "samples": 2}, {"budget": 5}, "5 cells are too few for 2 sources"),
     ({"recipes": "wanda.yaml", "samples": 2, "models": "nowhere"}, {}, "nowhere"),
 ])  # fmt: skip

@@ -18,7 +18,7 @@ def test_a_plan_says_what_it_takes(run, folder: Path) -> None:
     status, out, _ = run("study", "plan", folder / "study.yaml", "--cache", folder / "cache", "--json")
     found = json.loads(out)
     assert status == 0
-    assert (found["cells"], found["done"], found["sets"]) == (10, 0, 2)
+    assert (found["cells"], found["done"], found["sets"]) == (6, 0, 2)
     assert 0 < found["seconds"][0] < found["seconds"][1]
     assert not (folder / "cache").exists()
 

@@ -72,7 +72,7 @@ class Terminal:
 
             console = Console(markup=False)
             for renderable in renderables:
-                console.print(renderable)
+                console.print(renderable, soft_wrap=isinstance(renderable, str))  # paths stay in one piece
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The public functions of studies."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,10 +58,10 @@ def run_study(
     """
     listener, store, wanted = progress or NoProgress(), _cache(cache), _loaded(plan)
     folder = _folder(plan, wanted.name, output)
-    runner = _workers(store, executor, workers, processors, devices)
     resolved = resolve(wanted, store, listener)
     check_disk(resolved, store, workers)
-    failures = run_cells(resolved, folder, store, runner, listener)
+    with closing(_workers(store, executor, workers, processors, devices)) as runner:
+        failures = run_cells(resolved, folder, store, runner, listener)
     return StudyRun(folder, len(resolved.cells), failures)
 
 
@@ -97,10 +98,10 @@ def recommend_source(
     """
     listener, store, wanted = progress or NoProgress(), _cache(cache), searchable(_loaded(plan))
     folder = _folder(plan, f"{wanted.name}.recommend", output)
-    runner = _workers(store, executor, workers, processors, devices)
     where = on if on is not None else next(iter([*wanted.texts, *(wanted.tasks.names if wanted.tasks else ())]))
     resolved = resolve(wanted, store, listener)
-    return search(resolved, measure, where, budget, smallest_difference, folder, store, runner, listener)
+    with closing(_workers(store, executor, workers, processors, devices)) as runner:
+        return search(resolved, measure, where, budget, smallest_difference, folder, store, runner, listener)
 
 
 def plan_study(

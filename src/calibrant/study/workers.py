@@ -38,9 +38,12 @@ class Workers(Protocol):
     def run(self, steps: Sequence[Step]) -> Generator[Finished]:
         """Run all steps in any order; what fails stops nothing else."""
 
+    def close(self) -> None:
+        """End what is kept between runs."""
+
 
 class LocalWorkers:
-    """Processes of this machine.
+    """Processes of this machine, which stay until ``close``: they take seconds to start.
 
     Args:
         count: processes at a time; they share the processors.
@@ -50,35 +53,44 @@ class LocalWorkers:
     def __init__(self, cache: Cache, count: int, retries: int = 1) -> None:
         self._cache, self._count, self._retries = cache, count, retries
         self._threads = max(1, len(os.sched_getaffinity(0)) // count)
+        self._processes: list[_Process] = []
 
     def run(self, steps: Sequence[Step]) -> Generator[Finished]:
         """See ``Workers``."""
         waiting = deque(range(len(steps)))
         deaths = [0] * len(steps)
-        running: list[_Process] = []
         try:
-            while waiting or any(one.number is not None for one in running):
-                while waiting and len(running) < self._count:
-                    running.append(_Process(self._cache.folder, self._threads))
-                for one in running:
+            while waiting or self._busy():
+                while waiting and len(self._processes) < min(self._count, len(steps)):
+                    self._processes.append(_Process(self._cache.folder, self._threads))
+                for one in self._processes:
                     if one.number is None and waiting:
                         one.start(waiting.popleft(), steps)
-                for one in _ready(running):
+                for one in _ready(self._busy()):
                     number = one.number
                     finished = one.finished()
-                    if finished is None:
-                        running.remove(one)
-                        if number is not None:
-                            deaths[number] += 1
-                            if deaths[number] <= self._retries:
-                                waiting.appendleft(number)
-                            else:
-                                yield Finished(number, _DIED.format(said=one.end, times=deaths[number]))
-                    else:
+                    if finished is not None:
                         yield finished
+                        continue
+                    self._processes.remove(one)
+                    if number is not None:
+                        deaths[number] += 1
+                        if deaths[number] <= self._retries:
+                            waiting.appendleft(number)
+                        else:
+                            yield Finished(number, _DIED.format(said=one.end, times=deaths[number]))
         finally:
-            for one in running:
+            for one in self._busy():
                 one.end_it()
+                self._processes.remove(one)
+
+    def close(self) -> None:
+        """See ``Workers``."""
+        while self._processes:
+            self._processes.pop().end_it()
+
+    def _busy(self) -> list["_Process"]:
+        return [one for one in self._processes if one.number is not None]
 
 
 class _Process:
@@ -176,6 +188,9 @@ class RayWorkers:
         finally:
             for one in running:
                 self._ray.cancel(one, force=True)
+
+    def close(self) -> None:
+        """See ``Workers``; the cluster stays as it is."""
 
 
 def _run_on_ray(number: int, step: Step, cache: Path, threads: int) -> Finished:
