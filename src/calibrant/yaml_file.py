@@ -37,6 +37,7 @@ def parse_yaml(text: str, origin: str, kind: str) -> Any:
     """
     try:
         _check_structure(text)
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         value = yaml.safe_load(text)
         _check_scalars(value)
     except Exception as error:  # PyYAML's constructors raise any exception on malformed scalars
@@ -58,6 +59,20 @@ def _check_structure(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             raise ValueError(f"line {line}: nested deeper than {_DEEPEST} levels")
+
+
+def _check_keys(node: yaml.Node | None) -> None:
+    """Refuse keys that a mapping has twice, of which YAML would take the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value[:40]} stands there twice")
+            seen.add(str(key.value))
+            _check_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value)
 
 
 def _check_scalars(value: object) -> None:

@@ -72,6 +72,48 @@ def test_scores_are_those_of_the_commands(folder: Path, llama: Path) -> None:
     assert weights in kept
 
 
+def test_labels_and_kept_outputs_belong_to_a_cell(folder: Path, whole: Path) -> None:
+    cache = Path(shutil.copytree(whole.parent / "cache", folder / "cache"))
+    text = {"corpus": "text.txt", "length": 16, "windows": 3}
+    write_plan(folder / "study.yaml", recipes="wanda.yaml", repeat=False)
+    ran = cb.run_study(folder / "study.yaml", cache=cache)
+    write_plan(folder / "study.yaml", texts={"renamed": text}, keep_outputs=True)
+    cb.run_study(folder / "study.yaml", cache=cache)
+    assert {one.on for one in cb.Study(ran.folder).scores() if one.measure == "kl"} == {"renamed"}
+    assert len(list((cache / "outputs").glob("*/config.json"))) == 2
+
+
+def test_a_set_counts_once(folder: Path) -> None:
+    (folder / "one.txt").write_text((folder / "text.txt").read_text()[:70])
+    one = {"corpus": "one.txt", "windows": "document"}
+    write_plan(folder / "study.yaml", sources={"one": one}, samples=1, seeds=[0, 1], recipes="wanda.yaml", repeat=False)
+    ran = cb.run_study(folder / "study.yaml", cache=folder / "cache")
+    study = cb.Study(ran.folder)
+    assert [cell.seed for cell in study.same_sets()] == [1]
+    kl = next(one for one in study.analyse().settings if one.setting.measure == "kl")
+    assert [source.description.n for source in kl.sources] == [1]
+
+
+def test_another_studys_store_is_not_replaced(folder: Path, whole: Path) -> None:
+    study = shutil.copytree(whole, folder / "small")
+    write_plan(folder / "study.yaml", name="other")
+    with pytest.raises(cb.CalibrantError, match="holds the study small; choose another output for other"):
+        cb.run_study(
+            folder / "study.yaml", output=study, cache=shutil.copytree(whole.parent / "cache", folder / "cache")
+        )
+    assert content(study) == content(whole)
+
+
+def test_damaged_results_are_named(folder: Path, whole: Path) -> None:
+    cache = Path(shutil.copytree(whole.parent / "cache", folder / "cache"))
+    for file in cache.glob("originals/*/states.safetensors"):
+        file.write_bytes(b"")
+    write_plan(folder / "study.yaml", draws=2, recipes="rtn.yaml")
+    failures = cb.run_study(folder / "study.yaml", cache=cache).failures
+    assert failures
+    assert all("states.safetensors: damaged" in one.error and "delete its folder" in one.error for one in failures)
+
+
 def test_the_store_has_the_plan_as_it_was_written(whole: Path) -> None:
     assert cb.Study(whole).plan.sources["text"].corpora == ("text.txt",)
 
@@ -148,6 +190,14 @@ _BAD = {
     "no set": ({"sources": {"a": {"sets": ["one", "two"]}}}, "source a: .*one"),
     "no such task": ({"tasks": {"names": ["pica"], "data": "."}}, "pica: no such task"),
     "no data of a task": ({"tasks": {"names": ["piqa"], "data": "."}}, "piqa/validation.jsonl: no such file"),
+    "a source that is no mapping": ({"sources": {"a": "text.txt"}}, "sources.a"),
+    "a set twice": ({"sources": {"a": {"sets": ["one", "one"]}}}, "would count a set more than once"),
+    "a source without its corpus": ({"sources": {"a": {"strategy": "prefix"}}}, "source a: prefix continues"),
+    "an empty corpus": ({"sources": {"a": {"corpus": "empty.txt"}}}, "source a: .*empty.txt"),
+    "weights of other corpora": (
+        {"sources": {"a": {"corpus": ["text.txt", "rtn.yaml"], "weights": [1, 2, 3]}}},
+        "source a: 3 weights for 2 corpora",
+    ),
     "nothing to measure on": ({"texts": {}}, "needs texts or tasks"),
     "a text called like a task": (
         {"tasks": {"names": ["held-out"], "data": "."}},
@@ -163,11 +213,24 @@ _BAD = {
 @pytest.mark.parametrize("case", list(_BAD))
 def test_a_bad_plan_is_refused_before_anything_runs(folder: Path, case: str) -> None:
     changes, said = _BAD[case]
+    (folder / "empty.txt").write_text("")
     write_plan(folder / "study.yaml", **changes)
     with pytest.raises(cb.CalibrantError, match=said) as found:
         cb.run_study(folder / "study.yaml", cache=folder / "cache")
     assert "\n" not in str(found.value)
     assert not (folder / "small").exists()
+
+
+def test_a_key_that_stands_twice_is_refused(folder: Path) -> None:
+    (folder / "study.yaml").write_text((folder / "study.yaml").read_text() + "draws: 3\n")
+    with pytest.raises(cb.CalibrantError, match="the key draws stands there twice"):
+        cb.load_plan(folder / "study.yaml")
+
+
+def test_a_changed_plan_is_written_as_it_is(folder: Path) -> None:
+    changed = cb.load_plan(folder / "study.yaml").model_copy(update={"draws": 7})
+    assert changed.as_written.draws == 7
+    assert changed.as_written.recipes == ("rtn.yaml", "wanda.yaml")
 
 
 def test_a_full_disk_is_seen_before_anything_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ class CalibrationSet:
     def with_origin(self, model: str | None, corpora: list[str]) -> "CalibrationSet":
         """The set with the locations of its inputs and the versions of the libraries, to make it again."""
         locations = {**({"model": [model]} if model else {}), **({"corpora": corpora} if corpora else {})}
-        versions = {"calibrant": __version__, "python": platform.python_version(), **_library_versions()}
+        versions = {"calibrant": __version__, "python": platform.python_version(), **set_library_versions()}
         manifest = self.manifest.model_copy(update={"locations": locations, "versions": versions})
         return CalibrationSet(self.tokens, self.mask, manifest)
 
@@ -315,7 +315,8 @@ class CalibrationSet:
         return cls.build(tokens, mask, manifest)
 
 
-def _library_versions() -> dict[str, str]:
+def set_library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a set, those that are not installed left out."""
     found = {name: version(name) for name in _LIBRARIES}
     for name in _OPTIONAL_LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

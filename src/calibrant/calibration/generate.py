@@ -72,22 +72,9 @@ def generate(
     check_size(samples, length, seed, draw)
     check_length(folder, length)
     tokenizer = Tokenizer(folder.path)
-    if strategy not in SOURCES:
-        raise CalibrantError(f"{strategy}: no source of that name; there are {', '.join(SOURCES)}")
     if batch_size < 1:
         raise CalibrantError(f"batch size {batch_size}: must be at least 1")
-    if first_tokens not in ("any", "english"):
-        raise CalibrantError(f"{first_tokens}: no such first tokens; there are any, english")
-    if not 0 < percentile <= 100:
-        raise CalibrantError(f"percentile {percentile:g}: must be above 0 and at most 100")
-    if strategy == "prefix" and corpus is None:
-        raise CalibrantError("prefix continues the beginnings of a corpus's texts: name one with `corpus`")
-    if strategy != "prefix" and corpus is not None:
-        raise CalibrantError(f'{strategy} reads no corpus: leave out `corpus`, or choose `strategy="prefix"`')
-    if strategy != "self" and (temperature is not None or first_tokens != "any"):
-        raise CalibrantError(f'temperatures and first tokens are for `strategy="self"`, not for {strategy}')
-    if strategy != "prefix" and percentile != DEFAULT_PERCENTILE:
-        raise CalibrantError(f'`percentile` is for `strategy="prefix"`, not for {strategy}')
+    check_generation(strategy, corpus, temperature, first_tokens, percentile)
     size: dict[str, int] = {"samples": samples, "length": length, "seed": seed, "draw": draw}
     if strategy == "vocabulary":
         return draw_vocabulary(tokenizer, **size).with_origin(str(model), [])
@@ -107,6 +94,28 @@ def generate(
     schedule = temperature or TemperatureSchedule()
     made = generate_self_calibration(loaded, tokenizer, schedule=schedule, first_tokens=first_tokens, **common)
     return made.with_origin(str(model), [])
+
+
+def check_generation(strategy: str, corpus: object, temperature: object, first_tokens: str, percentile: float) -> None:
+    """Refuse options of ``generate`` that do not fit together; those that are not given are None or the default.
+
+    Raises:
+        CalibrantError: one of them belongs to another strategy, or is out of range.
+    """
+    if strategy not in SOURCES:
+        raise CalibrantError(f"{strategy}: no source of that name; there are {', '.join(SOURCES)}")
+    if first_tokens not in ("any", "english"):
+        raise CalibrantError(f"{first_tokens}: no such first tokens; there are any, english")
+    if not 0 < percentile <= 100:
+        raise CalibrantError(f"percentile {percentile:g}: must be above 0 and at most 100")
+    if strategy == "prefix" and corpus is None:
+        raise CalibrantError("prefix continues the beginnings of a corpus's texts: name one with `corpus`")
+    if strategy != "prefix" and corpus is not None:
+        raise CalibrantError(f'{strategy} reads no corpus: leave out `corpus`, or choose `strategy="prefix"`')
+    if strategy != "self" and (temperature is not None or first_tokens != "any"):
+        raise CalibrantError(f'temperatures and first tokens are for `strategy="self"`, not for {strategy}')
+    if strategy != "prefix" and percentile != DEFAULT_PERCENTILE:
+        raise CalibrantError(f'`percentile` is for `strategy="prefix"`, not for {strategy}')
 
 
 def check_size(samples: int, length: int, seed: int, draw: int) -> None:

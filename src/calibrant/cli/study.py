@@ -183,6 +183,9 @@ def show(
         counts = study.counts()
         if counts["failed"] or counts["waiting"]:
             screen.note(f"{counts['done']} cells done, {counts['failed']} failed, {counts['waiting']} waiting")
+        again = len(study.same_sets())
+        if again:
+            screen.note(f"{again} cells are left out: their set is that of an earlier draw or seed of their source")
         found = study.analyse(paired=paired)
         screen.result(found.as_json(), *tables(found))
 

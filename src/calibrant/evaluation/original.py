@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 from transformers.modeling_outputs import BaseModelOutput
 
-from calibrant.errors import CalibrantError
+from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.safetensors_file import save_tensors
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.lazy_model import LazyModel
@@ -56,8 +56,12 @@ class StoredOriginal:
 
     def __init__(self, folder: ModelFolder, states: Path, device: torch.device) -> None:
         self._file = states / _FILE
-        with safe_open(self._file, framework="pt") as file:
-            self._head = _Head(folder, file.metadata()[_BEFORE], device)
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                before = file.metadata()[_BEFORE]
+        except Exception as error:  # damaged files make the library raise many unrelated classes
+            raise _damaged(self._file, error) from error
+        self._head = _Head(folder, before, device)
 
     def logits(self, index: int, window: torch.Tensor) -> torch.Tensor:
         """See ``Original``."""
@@ -152,9 +156,16 @@ def _module_before_head(model: transformers.PreTrainedModel, window: torch.Tenso
 
 def stored_windows(states: Path) -> torch.Tensor:
     """The windows in a folder that ``store_states`` filled, int64 ``[n, length]``."""
-    with safe_open(states / _FILE, framework="pt") as file:
-        windows: torch.Tensor = file.get_tensor("windows")
+    try:
+        with safe_open(states / _FILE, framework="pt") as file:
+            windows: torch.Tensor = file.get_tensor("windows")
+    except Exception as error:  # damaged files make the library raise many unrelated classes
+        raise _damaged(states / _FILE, error) from error
     return windows
+
+
+def _damaged(file: Path, error: Exception) -> CalibrantError:
+    return CalibrantError(f"{file}: damaged ({first_line(error)}); delete its folder, it is made again")
 
 
 def _check(again: torch.Tensor, logits: torch.Tensor, folder: ModelFolder) -> None:

@@ -70,7 +70,9 @@ class Cache:
             return None
         try:
             found: dict[str, Any] = json.loads(file.read_bytes())
-        except ValueError as error:
+            if not {"measures", "items"} <= found.keys() and "seconds" not in found:
+                raise ValueError("it has no results")
+        except (ValueError, AttributeError) as error:
             raise CalibrantError(f"{file}: damaged ({first_line(error)}); delete it, it is made again") from error
         return found
 

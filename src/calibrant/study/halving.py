@@ -106,6 +106,8 @@ def recommend(
             f"{budget} cells are too few for {len(sources)} sources: use a `budget` of {FIRST_DRAWS * len(sources)} "
             "or more, or fewer sources"
         )
+    if most_draws is not None and most_draws < FIRST_DRAWS:
+        raise CalibrantError(f"{most_draws} draws are too few for a search: every source needs {FIRST_DRAWS}")
     scores: dict[str, list[float]] = {source: [] for source in sources}
     remaining, against, dropped = sorted(sources), list[AgainstBest](), list[AgainstBest]()
     draws, cells, look = 0, 0, 0

@@ -20,6 +20,7 @@ from calibrant.yaml_file import parse_yaml, read_yaml_file
 # A label names rows of tables and marks of plots.
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,79}$"
 _MOST = 10_000
+_WITH_PATHS = ("models", "sources", "recipes", "texts", "tasks")
 Label = Annotated[str, Field(pattern=_LABEL)]
 _Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -69,8 +70,12 @@ class SelectedSource(Strict):
 
     @property
     def is_nested(self) -> bool:
-        """Whether the first rows of a set are such a set: not of clusters, nor of several corpora or groups."""
-        return self.strategy != "cola" and len(self.corpora) == 1 and self.mix == MixRequest()
+        """Whether the first rows of a set are such a set.
+
+        They are not of clusters, of the middle of a ranking, and of several corpora or groups.
+        """
+        is_ranked = self.strategy == "perplexity" and self.keep == "middle"
+        return self.strategy != "cola" and not is_ranked and len(self.corpora) == 1 and self.mix == MixRequest()
 
 
 class GivenSource(Strict):
@@ -80,7 +85,7 @@ class GivenSource(Strict):
 
 
 def _kind(value: Any) -> str:
-    found = value if isinstance(value, Mapping) else vars(value)
+    found = vars(value) if isinstance(value, Strict) else value if isinstance(value, Mapping) else {}
     if "sets" in found:
         return "given"
     return "generated" if found.get("strategy") in SOURCES else "selected"
@@ -161,7 +166,10 @@ class Plan(Strict):
     @property
     def as_written(self) -> "Plan":
         """The plan with its paths as its file has them."""
-        return self._written or self
+        if self._written is None:
+            return self
+        changed = {name: getattr(self, name) for name in type(self).model_fields if name not in _WITH_PATHS}
+        return self._written.model_copy(update=changed)
 
     @field_validator("samples", "length", "seeds", "models", "recipes", mode="before")
     @classmethod
@@ -181,8 +189,12 @@ class Plan(Strict):
         if self.most_draws is not None and self.most_draws < self.draws:
             raise ValueError(f"most_draws is {self.most_draws}, fewer than the {self.draws} draws")
         for label, source in self.sources.items():
-            if isinstance(source, GivenSource) and len(source.sets) < self.draws:
+            if not isinstance(source, GivenSource):
+                continue
+            if len(source.sets) < self.draws:
                 raise ValueError(f"source {label} has {len(source.sets)} sets for {self.draws} draws")
+            if len(set(source.sets)) < len(source.sets) or len(self.seeds) > 1:
+                raise ValueError(f"source {label} would count a set more than once: name each once, and one seed")
         return self
 
     @property
@@ -226,9 +238,10 @@ def _rooted(plan: Plan, folder: Path) -> Plan:
         if isinstance(one, SelectedSource):
             leakage = tuple(place(name, BUILTIN) for name in one.filters.leakage)
             filters = one.filters.model_copy(update={"leakage": leakage})
-            return one.model_copy(
-                update={"corpus": tuple(place(name, BUILTIN) for name in one.corpora), "filters": filters}
-            )
+            corpora = tuple(place(name, BUILTIN) for name in one.corpora)
+            is_folder = (folder / Path(one.embedding).expanduser()).is_dir()
+            embedding = place(one.embedding) if is_folder else one.embedding
+            return one.model_copy(update={"corpus": corpora, "filters": filters, "embedding": embedding})
         return one.model_copy(update={"corpus": None if one.corpus is None else place(one.corpus, BUILTIN)})
 
     def text(one: Text) -> Text:

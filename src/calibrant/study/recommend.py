@@ -15,6 +15,8 @@ from calibrant.study.results import LOWER_IS_BETTER, Study
 from calibrant.study.run import run_cells
 from calibrant.study.workers import Workers
 
+TEXT_MEASURES = ("kl", "log_perplexity_ratio", "perplexity", "same_top")
+
 
 def searchable(plan: Plan) -> Plan:
     """The plan with all the draws that a search may use, and without repeats.
@@ -22,6 +24,8 @@ def searchable(plan: Plan) -> Plan:
     Raises:
         CalibrantError: the plan has more than one model, recipe, size, length or seed.
     """
+    if len(plan.sources) < 2:
+        raise CalibrantError(f"study {plan.name}: a recommendation needs at least two sources")
     for name in ("models", "recipes", "samples", "length", "seeds"):
         if len(getattr(plan, name)) > 1:
             raise CalibrantError(
@@ -48,6 +52,10 @@ def search(
         CalibrantError: no cell has the measure, or the budget is too small.
     """
     plan = resolved.plan
+    if on in plan.texts and measure not in TEXT_MEASURES:
+        raise CalibrantError(f"{measure} is no measure on the text {on}; there are {', '.join(TEXT_MEASURES)}")
+    if on not in plan.texts and (plan.tasks is None or on not in plan.tasks.names):
+        raise CalibrantError(f"{on}: no such text or task in the plan")
     asked: set[tuple[str, int]] = set()
 
     def scores_of(wanted: Sequence[tuple[str, int]]) -> list[float]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from calibrant.calibration.calibration_set import read_manifest
+from calibrant.calibration.calibration_set import read_manifest, set_library_versions
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.generate import check_length
+from calibrant.calibration.generate import check_generation, check_length
 from calibrant.calibration.selection.request import WITH_DRAWS, selection_request
 from calibrant.calibration.selection.selecting import WITH_MODEL
 from calibrant.errors import CalibrantError
@@ -27,6 +27,7 @@ from calibrant.study.cache import Cache
 from calibrant.study.cells import ORIGINAL, Cell, grid
 from calibrant.study.plan import GeneratedSource, GivenSource, Plan, SelectedSource, Source, Tasks, Text
 from calibrant.study.steps import SELECTION, CellStep, OriginalStep, SetStep, TaskStep, Yardstick
+from calibrant.training.train_model import generator_identity
 from calibrant.version import __version__
 
 
@@ -80,15 +81,15 @@ def resolve(plan: Plan, cache: Cache, progress: Progress) -> Resolved:
     dtype = str(torch_dtype(plan.dtype, place)).removeprefix("torch.")
     models = {one.label: one for one in map(_model, plan.models)}
     recipes = {one.name: one for one in map(load_recipe, plan.recipes)}
-    if len(models) < len(plan.models) or len(recipes) < len(plan.recipes) or ORIGINAL in recipes:
-        raise CalibrantError(
-            f"study {plan.name}: two models' folders or two recipes have one name, or a recipe is called {ORIGINAL}; "
-            "rename one"
-        )
+    for kind, found, named in (("models", models, plan.models), ("recipes", recipes, plan.recipes)):
+        if len(found) < len(named):
+            raise CalibrantError(f"study {plan.name}: two of the {kind} {', '.join(named)} have one name; rename one")
+    if ORIGINAL in recipes:
+        raise CalibrantError(f"study {plan.name}: {ORIGINAL} is the name of uncompressed models; rename the recipe")
     for label, source in plan.sources.items():
         _check_source(label, source, plan)
-    for text in plan.texts.values():
-        Corpus(text.corpus, text.field)
+    for label, text in plan.texts.items():
+        _check_corpus(f"text {label}", text.corpus, text.field)
     if plan.tasks is not None:
         check_tasks(plan.tasks.names, plan.tasks.data)
     lengths = (text.length for text in plan.texts.values() if text.protocol == "windows")
@@ -109,7 +110,9 @@ def resolve(plan: Plan, cache: Cache, progress: Progress) -> Resolved:
 def _model(name: str) -> Model:
     folder = ModelFolder(model_path(name))
     tokenizer = tokenizer_files_sha256(folder.path) or Tokenizer(folder.path).sha256
-    return Model(folder.name, folder.path, {**folder.identity(), "tokenizer_sha256": tokenizer})
+    templates = {path.name: sha256_file(path) for path in sorted(folder.path.glob("chat_template*")) if path.is_file()}
+    identity = {**folder.identity(), "tokenizer_sha256": tokenizer, "chat_templates": templates}
+    return Model(folder.name, folder.path, identity)
 
 
 def _prepared(model: Model, recipe: Recipe, plan: Plan, cache: Cache) -> PreparedRun:
@@ -134,8 +137,8 @@ def _check_source(label: str, source: Source, plan: Plan) -> None:
             _check_given(source, plan)
         elif isinstance(source, SelectedSource):
             _check_selected(source, plan)
-        elif source.corpus is not None:
-            Corpus(source.corpus, source.field)
+        else:
+            _check_generated(source, plan)
     except CalibrantError as error:
         raise CalibrantError(f"source {label}: {error}") from error
 
@@ -154,8 +157,22 @@ def _check_selected(source: SelectedSource, plan: Plan) -> None:
     size = {"samples": max(plan.samples), "length": max(plan.length), "draw": plan.draws - 1}
     shards = 1 if source.strategy in WITH_DRAWS else plan.shards
     selection_request(**{name: getattr(source, name) for name in SELECTION}, **size, shards=shards)
+    if source.weights is not None and len(source.weights) != len(source.corpora):
+        raise CalibrantError(f"{len(source.weights)} weights for {len(source.corpora)} corpora; give one for each")
     for location in source.corpora:
-        Corpus(location, source.field)
+        _check_corpus(location, location, source.field)
+
+
+def _check_generated(source: GeneratedSource, plan: Plan) -> None:
+    check_generation(source.strategy, source.corpus, source.temperature, source.first_tokens, source.percentile)
+    if source.corpus is not None:
+        _check_corpus(source.corpus, source.corpus, source.field)
+
+
+def _check_corpus(what: str, location: str, field: str) -> None:
+    """Refuse a corpus without a text under ``field``; the first one is read."""
+    if next(iter(Corpus(location, field)), None) is None:
+        raise CalibrantError(f"{what}: {location} has no text")
 
 
 class _Steps:
@@ -185,7 +202,8 @@ class _Steps:
                 **self._made_by,
                 "dtype": self._dtype,
                 "model": model.identity,
-                "recipe": recipe.model_dump(mode="json"),
+                "recipe": recipe.model_dump(mode="json", exclude={"description"}),
+                "generator": _generator(model, recipe),
                 "set": made.key,
                 "samples": cell.samples,
                 "repeat": cell.repeat,
@@ -227,9 +245,10 @@ class _Steps:
                 "source": source.model_dump(mode="json", exclude={"corpus": True, "filters": {"leakage": True}}),
                 "corpora": [self._corpus(name, source.field) for name in _locations(source)],
                 "leakage": self._leakage(source),
-                "shards": self._plan.shards,
+                **_chosen_by(source, self._plan.shards),
                 "model": {**model.identity, "dtype": self._dtype} if with_model else None,
-                "tokenizer": model.identity["tokenizer_sha256"],
+                "tokenizer": [model.identity["tokenizer_sha256"], model.identity["chat_templates"]],
+                "set_libraries": set_library_versions(),
             }
         return SetStep(
             key=sha256_json(identity),
@@ -280,6 +299,23 @@ class _Steps:
         if (location, field) not in self._corpora:
             self._corpora[location, field] = Corpus(location, field).describe()
         return self._corpora[location, field]
+
+
+def _generator(model: Model, recipe: Recipe) -> dict[str, str] | None:
+    """Identity of the other model that a training uses."""
+    if recipe.training is None:
+        return None
+    return generator_identity(ModelFolder(model.path), recipe.training)
+
+
+def _chosen_by(source: GeneratedSource | SelectedSource, shards: int) -> dict[str, Any]:
+    """What else decides a selection: the parts of its corpus, and the files of its embedding."""
+    if isinstance(source, GeneratedSource):
+        return {}
+    folder = Path(source.embedding)
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    embedding = {str(path.relative_to(folder)): sha256_file(path) for path in files}
+    return {"shards": None if source.strategy in WITH_DRAWS else shards, "embedding": embedding}
 
 
 def _locations(source: GeneratedSource | SelectedSource) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from calibrant.errors import CalibrantError
 from calibrant.evaluation.tasks.results import TaskComparison, compare_items
 from calibrant.output_folder import whole_file
 from calibrant.study.analysis import analyse
@@ -46,6 +47,8 @@ class Study:
         self.folder = Path(folder)
         self._file = self.folder / STORE_NAME
         about = {row["name"]: row["value"] for row in self._rows("SELECT name, value FROM study")}
+        if "plan" not in about:
+            raise CalibrantError(f"{self._file}: has no cells yet; run the study first")
         self.plan = Plan.model_validate_json(about["plan"])
         self.versions: dict[str, str] = {"calibrant": about["calibrant"], **json.loads(about["libraries"])}
         self.tasks: dict[str, dict[str, Any]] = json.loads(about.get("tasks", "{}"))
@@ -78,6 +81,21 @@ class Study:
         found = self._rows(f"SELECT {PLACE}, error, traceback FROM cells WHERE state = 'failed' ORDER BY cell")
         return [Failure(_cell(row), row["error"], row["traceback"]) for row in found]
 
+    def same_sets(self) -> list[Cell]:
+        """Cells whose set is that of an earlier draw or seed of their source, which the analysis leaves out.
+
+        Sources without randomness, or of a corpus that is too small to differ, give such sets.
+        """
+        seen: set[tuple[Any, ...]] = set()
+        found = []
+        query = f"SELECT {PLACE}, set_sha256 FROM cells WHERE state = 'done' AND recipe <> ? ORDER BY cell"
+        for row in self._rows(query, ORIGINAL):
+            what = (*(row[name] for name in ("model", "recipe", "source", "samples", "length", "repeat")),)
+            if (what, row["set_sha256"]) in seen:
+                found.append(_cell(row))
+            seen.add((what, row["set_sha256"]))
+        return found
+
     def counts(self) -> dict[str, int]:
         """Numbers of cells that are done, failed and waiting."""
         found = self._rows("SELECT state, count(*) AS cells FROM cells WHERE recipe <> ? GROUP BY state", ORIGINAL)
@@ -96,7 +114,9 @@ class Study:
 
         ``paired`` compares sources draw by draw, for sources whose draws share documents. ``seed`` is the bootstrap's.
         """
+        again = set(self.same_sets())
         known = [score for score in self.scores() if not score.measure.startswith(_LEFT_OUT)]
+        known = [score for score in known if _cell(asdict(score)) not in again]
         random = [label for label, one in self.plan.sources.items() if _is_vocabulary(one)]
         return analyse(
             known,

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -32,7 +33,9 @@ def run_cells(resolved: Resolved, folder: Path, cache: Cache, workers: Workers, 
     with _locked(folder), closing(Store(folder / STORE_NAME)) as store:
         originals = {model.label: resolved.yardsticks(model.label) for model in resolved.models.values()}
         rows = [_original_row(model, originals[model.label]) for model in resolved.models.values()]
-        store.set_cells([*rows, *map(_row, resolved.cells)], _about(resolved))
+        gone = store.set_cells([*rows, *map(_row, resolved.cells)], _about(resolved))
+        if gone:
+            progress.note(f"{gone} cells are no longer in the plan or have changed; their results stay in the cache")
         done = store.done()
         missing = [work for work in resolved.cells if work.cell not in done]
         unfinished = [row.cell for row in rows if row.cell not in done]
@@ -99,13 +102,15 @@ def _run(
 
 
 def _original_row(model: Model, steps: dict[str, Yardstick]) -> CellRow:
-    key = sha256_json([step.key for step in steps.values()])
+    key = sha256_json({label: step.key for label, step in steps.items()})
     return CellRow(original(model.label), key, "", sha256_json(model.identity), "")
 
 
 def _row(work: CellWork) -> CellRow:
     recipe = sha256_json(work.step.recipe.model_dump(mode="json"))
-    return CellRow(work.cell, sha256_json(work.step.result_keys()), work.set_step.key, work.model_sha256, recipe)
+    compression, *measured = work.step.result_keys()
+    keys = {"": compression, **dict(zip(work.yardsticks, measured, strict=True)), "kept": work.step.keep_output}
+    return CellRow(work.cell, sha256_json(keys), work.set_step.key, work.model_sha256, recipe)
 
 
 def _original_result(cache: Cache, steps: dict[str, Yardstick]) -> CellResult:
@@ -157,11 +162,15 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold the study's folder for this process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / _LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise CalibrantError(f"{folder}: another process runs this study; wait for it, or end it") from error
-            yield
+        file = (folder / _LOCK).open("w")
     except OSError as error:
         raise CalibrantError(f"{folder}: cannot be written ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CalibrantError(f"{folder}: another process runs this study; wait for it, or end it") from error
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise CalibrantError(f"{folder / STORE_NAME}: cannot be written ({error}); run the study again") from error

@@ -1,6 +1,7 @@
 """A study's results: one SQLite file that any program of SQL opens, written by one process, one transaction a cell."""
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -13,6 +14,8 @@ from calibrant.study.cells import Cell
 
 STORE_NAME = "study.sqlite"
 _VERSION = 1
+# How long a writer waits for a program that reads.
+_PATIENCE_SECONDS = 60
 PLACE = "model, recipe, source, draw, samples, length, seed, repeat"
 _SCHEMA = """
 CREATE TABLE study (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -97,7 +100,7 @@ class Store:
         self.file = file
         is_new = not file.exists()
         try:
-            self._connection = sqlite3.connect(file, isolation_level=None)
+            self._connection = sqlite3.connect(file, timeout=_PATIENCE_SECONDS, isolation_level=None)
             self._connection.execute("PRAGMA foreign_keys = ON")
             self._connection.execute("PRAGMA synchronous = FULL")
             if is_new or not self._tables():
@@ -128,8 +131,17 @@ class Store:
         """Close the file."""
         self._connection.close()
 
-    def set_cells(self, rows: Sequence[CellRow], about: dict[str, str]) -> None:
-        """Make the store hold exactly these cells; those that are already there with the same keys stay as they are."""
+    def set_cells(self, rows: Sequence[CellRow], about: dict[str, str]) -> int:
+        """Make the store hold exactly these cells; those that are already there with the same keys stay as they are.
+
+        Returns the number of finished cells that went.
+
+        Raises:
+            CalibrantError: the store is that of a study with another name.
+        """
+        name = self._connection.execute("SELECT value FROM study WHERE name = 'name'").fetchone()
+        if name is not None and name[0] != about["name"]:
+            raise CalibrantError(f"{self.file}: holds the study {name[0]}; choose another output for {about['name']}")
         with self._transaction():
             found = {
                 Cell(*place): (number, key)
@@ -137,6 +149,8 @@ class Store:
             }
             wanted = {row.cell: row for row in rows}
             gone = [(number,) for cell, (number, key) in found.items() if cell not in wanted or wanted[cell].key != key]
+            finished = {row[0] for row in self._connection.execute("SELECT cell FROM cells WHERE state = 'done'")}
+            lost = sum(number in finished for (number,) in gone)
             self._connection.executemany("DELETE FROM cells WHERE cell = ?", gone)
             kept = {cell for cell, (number, _) in found.items() if (number,) not in gone}
             number = self._connection.execute("SELECT coalesce(max(cell), 0) FROM cells").fetchone()[0]
@@ -150,6 +164,7 @@ class Store:
                         (number, *hashes, *asdict(row.cell).values()),
                     )
             self._connection.executemany("INSERT OR REPLACE INTO study VALUES (?, ?)", about.items())
+        return lost
 
     def describe_tasks(self, tasks: dict[str, Any]) -> None:
         """Store what lm-eval says of each task: versions, hashes, the main metric."""
@@ -216,7 +231,9 @@ def read_only(file: Path) -> Iterator[sqlite3.Connection]:
     if not file.is_file():
         raise CalibrantError(f"{file}: does not exist; run the study first")
     try:
-        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        # What a killed writer began is rolled back by the next to open the file, who must be able to write.
+        mode = "rw" if os.access(file, os.W_OK) else "ro"
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
             if connection.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
                 raise CalibrantError(f"{file}: not a study's store of this version of calibrant")
             yield connection

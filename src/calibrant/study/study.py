@@ -11,7 +11,7 @@ from calibrant.study.cache import DEFAULT_CACHE, Cache
 from calibrant.study.estimate import StudyEstimate, check_disk, estimate_study
 from calibrant.study.halving import Recommendation
 from calibrant.study.plan import Plan, load_plan
-from calibrant.study.recommend import search, searchable
+from calibrant.study.recommend import TEXT_MEASURES, search, searchable
 from calibrant.study.resolve import resolve
 from calibrant.study.run import run_cells
 from calibrant.study.store import STORE_NAME, Failure
@@ -98,7 +98,8 @@ def recommend_source(
     """
     listener, store, wanted = progress or NoProgress(), _cache(cache), searchable(_loaded(plan))
     folder = _folder(plan, f"{wanted.name}.recommend", output)
-    where = on if on is not None else next(iter([*wanted.texts, *(wanted.tasks.names if wanted.tasks else ())]))
+    tasks = wanted.tasks.names if wanted.tasks else ()
+    where = on if on is not None else [*(wanted.texts if measure in TEXT_MEASURES else ()), *tasks, *wanted.texts][0]
     resolved = resolve(wanted, store, listener)
     with closing(_workers(store, executor, workers, processors, devices)) as runner:
         return search(resolved, measure, where, budget, smallest_difference, folder, store, runner, listener)
@@ -125,7 +126,10 @@ def _loaded(plan: Plan | str | Path) -> Plan:
 
 
 def _cache(folder: str | Path) -> Cache:
-    return Cache(Path(folder).expanduser().absolute())
+    place = Path(folder).expanduser().absolute()
+    if place.exists() and not place.is_dir():
+        raise CalibrantError(f"{place}: is no folder; name one with `cache`")
+    return Cache(place)
 
 
 def _folder(plan: Plan | str | Path, name: str, output: str | Path | None) -> Path:

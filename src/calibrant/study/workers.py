@@ -20,7 +20,9 @@ from calibrant.study.steps import Step
 from calibrant.study.worker_process import PASSIVE, WAIT_POLICY, passive_threads, prepare_process, work
 
 _PATIENCE_SECONDS = 10
-_DIED = "the process that ran it died ({said}), as of too little memory; {times} times"
+_DIED = "the process that ran it died {times} times ({said})"
+_SAID = {"SIGKILL": "SIGKILL, as of too little memory"}
+_NO_GUARD = 'exit status 1; a script that runs a study needs the line if __name__ == "__main__":'
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ class _Process:
         """How the process ended."""
         self._process.join()
         code = self._process.exitcode or 0
-        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        if code >= 0:
+            return _NO_GUARD if code == 1 else f"exit status {code}"
+        name = signal.Signals(-code).name
+        return _SAID.get(name, name)
 
     def start(self, number: int, steps: Sequence[Step]) -> None:
         """Send the step with that number."""
