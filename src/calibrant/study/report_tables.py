@@ -119,7 +119,7 @@ def _components(found: Analysis) -> Table:
         "Variance",
         "How much of the spread comes from the source and how much from the draw, with 95 % intervals; how alike "
         "single draws rank the sources (Kendall's tau; share of pairs of draws with the same best source); and the "
-        "draws of each that would tell the two best apart in 80 % of studies.",
+        "draws of each with which a t test of the two best alone would find their difference in 80 % of studies.",
         "Fewer than two sources have a usable score.",
         (
             *_KEYS,
