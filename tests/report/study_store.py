@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import calibrant as cb
+from calibrant.hashing import sha256_json
 from calibrant.study.cells import Cell, grid
 from calibrant.study.store import STORE_NAME, CellResult, CellRow, Failure, Store
 
@@ -47,7 +48,8 @@ def result(cell: Cell, texts: list[str]) -> CellResult:
     clock = np.random.default_rng([cell.repeat, cell.draw, *cell.source.encode()])
     seconds = 12 + (6 if "gptq" in cell.recipe else 0) + clock.random()
     set_seconds = {"self": 40.0}.get(cell.source, 1.0) + clock.random()
-    return CellResult(measures, {}, {"seconds": seconds, "set_seconds": set_seconds}, "0" * 64, 0, ())
+    set_sha256 = sha256_json([cell.source, cell.draw, cell.samples, cell.seed])
+    return CellResult(measures, {}, {"seconds": seconds, "set_seconds": set_seconds}, set_sha256, 0, ())
 
 
 def write_study(
