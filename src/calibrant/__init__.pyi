@@ -59,8 +59,8 @@ from .study.cells import Cell as Cell
 from .study.estimate import StudyEstimate as StudyEstimate
 from .study.findings import Analysis as Analysis
 from .study.halving import Recommendation as Recommendation
-from .study.plan import Plan as Plan
-from .study.plan import load_plan as load_plan
+from .study.plan import StudyPlan as StudyPlan
+from .study.plan import load_study_plan as load_study_plan
 from .study.results import CellState as CellState
 from .study.results import Study as Study
 from .study.scores import Score as Score

@@ -15,7 +15,7 @@ SHIFT = {"gptq-w4a16-g64": 0.05, "wanda-2:4": 0.4}
 SOURCE = {"c4": 0.0, "self": 0.002, "vocabulary": 0.2}
 
 
-def plan(**changed: object) -> cb.Plan:
+def plan(**changed: object) -> cb.StudyPlan:
     """Three sources, four draws, two recipes, two sizes and two texts; ``changed`` replaces keys."""
     values = {
         "name": "made",
@@ -32,7 +32,7 @@ def plan(**changed: object) -> cb.Plan:
         "recipes": RECIPES,
         "texts": {"wiki": {"corpus": "builtin"}, "code": {"corpus": "builtin"}},
     }
-    return cb.Plan.model_validate({**values, **changed})
+    return cb.StudyPlan.model_validate({**values, **changed})
 
 
 def result(cell: Cell, texts: list[str]) -> CellResult:
@@ -54,7 +54,7 @@ def result(cell: Cell, texts: list[str]) -> CellResult:
 
 def write_study(
     folder: Path,
-    made: cb.Plan,
+    made: cb.StudyPlan,
     *,
     model: str = "model",
     failed: dict[int, str] | None = None,

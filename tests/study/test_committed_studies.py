@@ -15,7 +15,7 @@ def test_there_are_studies() -> None:
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
 def test_a_committed_study_loads(file: Path) -> None:
-    plan = cb.load_plan(file)
+    plan = cb.load_study_plan(file)
     assert plan.name == file.stem
     for recipe in plan.recipes:
         cb.load_recipe(recipe)

@@ -86,12 +86,14 @@ def test_labels_and_kept_outputs_belong_to_a_cell(folder: Path, whole: Path) -> 
 def test_a_set_counts_once(folder: Path) -> None:
     (folder / "one.txt").write_text((folder / "text.txt").read_text()[:70])
     one = {"corpus": "one.txt", "windows": "document"}
-    write_plan(folder / "study.yaml", sources={"one": one}, samples=1, seeds=[0, 1], recipes="wanda.yaml", repeat=False)
+    sources = {"one": one, "vocabulary": {"strategy": "vocabulary"}}
+    write_plan(folder / "study.yaml", sources=sources, samples=1, seeds=[0, 1], recipes="wanda.yaml", repeat=False)
     ran = cb.run_study(folder / "study.yaml", cache=folder / "cache")
     study = cb.Study(ran.folder)
     assert [cell.seed for cell in study.same_sets()] == [1]
     kl = next(one for one in study.analyse().settings if one.setting.measure == "kl")
-    assert [source.description.n for source in kl.sources] == [1]
+    assert {source.source: source.description.n for source in kl.sources} == {"one": 1, "vocabulary": 2}
+    assert kl.missing == ()
 
 
 def test_another_studys_store_is_not_replaced(folder: Path, whole: Path) -> None:
@@ -161,19 +163,22 @@ def test_killed_anywhere_it_ends_with_the_same_store(folder: Path, whole: Path) 
 
 def test_a_worker_that_dies_is_replaced(folder: Path) -> None:
     cache = folder / "cache"
-    killer = threading.Thread(target=_kill_a_worker, args=(cache, 5))
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_a_worker, args=(cache, 5, killed))
     killer.start()
     ran = cb.run_study(folder / "study.yaml", cache=cache, workers=2)
     killer.join()
+    assert killed
     assert ran.failures == []
     assert cb.Study(ran.folder).counts()["done"] == 6
 
 
-def _kill_a_worker(cache: Path, results_before: int) -> None:
+def _kill_a_worker(cache: Path, results_before: int, killed: list[int]) -> None:
     while len(results(cache)) < results_before:
         time.sleep(0.01)
-    workers = [child for child in multiprocessing.active_children() if child.pid is not None]
-    os.kill(workers[0].pid or 0, signal.SIGKILL)
+    pids = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+    os.kill(pids[0], signal.SIGKILL)
+    killed.append(pids[0])
 
 
 _BAD = {
@@ -224,11 +229,11 @@ def test_a_bad_plan_is_refused_before_anything_runs(folder: Path, case: str) -> 
 def test_a_key_that_stands_twice_is_refused(folder: Path) -> None:
     (folder / "study.yaml").write_text((folder / "study.yaml").read_text() + "draws: 3\n")
     with pytest.raises(cb.CalibrantError, match="the key draws stands there twice"):
-        cb.load_plan(folder / "study.yaml")
+        cb.load_study_plan(folder / "study.yaml")
 
 
 def test_a_changed_plan_is_written_as_it_is(folder: Path) -> None:
-    changed = cb.load_plan(folder / "study.yaml").model_copy(update={"draws": 7})
+    changed = cb.load_study_plan(folder / "study.yaml").model_copy(update={"draws": 7})
     assert changed.as_written.draws == 7
     assert changed.as_written.recipes == ("rtn.yaml", "wanda.yaml")
 

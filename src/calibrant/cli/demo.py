@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calibrant.cli.console import JsonOption, QuietOption, SeedOption, terminal
+from calibrant.user_cache import USER_CACHE
 
 if TYPE_CHECKING:
     from calibrant import Evaluation
@@ -22,7 +23,7 @@ def demo(
     ),
     cache: Annotated[
         Path, typer.Option("--cache", help="Folder in which the demo model is unpacked, once.")
-    ] = Path.home() / ".cache" / "calibrant",
+    ] = USER_CACHE,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,

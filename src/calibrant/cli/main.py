@@ -57,5 +57,5 @@ def main() -> None:
         sys.exit(_USAGE)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
-            print("calibrant: interrupted, no output was left behind", file=sys.stderr)
+            print("calibrant: interrupted, no unfinished output was left behind", file=sys.stderr)
         raise

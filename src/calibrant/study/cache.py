@@ -11,8 +11,6 @@ from calibrant.hashing import canonical_json
 from calibrant.output_folder import whole_file
 from calibrant.owned_folder import owned_folder, remove_abandoned
 
-DEFAULT_CACHE = Path.home() / ".cache" / "calibrant" / "studies"
-
 
 class Cache:
     """Folders and results that appear complete or not at all; processes may share them.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from calibrant.study.plan import Plan
+from calibrant.study.plan import StudyPlan
 
 # The label of an original's own scores, beside those of recipes.
 ORIGINAL = "original"
@@ -30,7 +30,7 @@ def original(model: str) -> Cell:
     return Cell(model, ORIGINAL, "", 0, 0, 0, 0)
 
 
-def grid(plan: Plan, models: list[str], recipes: list[str]) -> list[Cell]:
+def grid(plan: StudyPlan, models: list[str], recipes: list[str]) -> list[Cell]:
     """All cells; ``models`` and ``recipes`` are labels in the plan's order.
 
     Draws come last to be finished: whenever a study stops, its sources have about as many draws each.

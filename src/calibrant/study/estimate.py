@@ -116,7 +116,7 @@ def _left(resolved: Resolved, cache: Cache) -> list[CellWork]:
 
 def _measuring_seconds(yardstick: Yardstick, weights: int, rate: float) -> float:
     if isinstance(yardstick, OriginalStep):
-        tokens = yardstick.text.windows * yardstick.text.length
+        tokens = yardstick.text.most_tokens
     else:
         tokens = _TASK_TOKENS * (yardstick.limit or _TASK_ITEMS)
     return _OPENING_SECONDS + _BESIDE_PRODUCTS * 2.0 * weights * tokens / rate
@@ -134,7 +134,7 @@ def _unstored(left: list[CellWork], resolved: Resolved, cache: Cache) -> list[tu
 
 def _state_bytes(original: OriginalStep, prepared: PreparedRun) -> int:
     width = int(prepared.model.folder.config.get_text_config().hidden_size)
-    return 4 * width * original.text.windows * original.text.length
+    return 4 * width * original.text.most_tokens
 
 
 def _parameters(folder: ModelFolder) -> int:

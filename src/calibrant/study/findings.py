@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from calibrant.study.score_table import Cell, Setting
+from calibrant.study.score_table import Setting, SourceUnit
 from calibrant.study.statistics.comparisons import Comparison
 from calibrant.study.statistics.controls import Control
 from calibrant.study.statistics.describe import Description
@@ -75,8 +75,8 @@ class SettingFinding:
     best_two: BestTwo | None
     zero_control: Control | None
     implementation_noise: Control | None
-    missing: tuple[Cell, ...]
-    unusable: tuple[Cell, ...]
+    missing: tuple[SourceUnit, ...]
+    unusable: tuple[SourceUnit, ...]
     headline: str = ""
 
 

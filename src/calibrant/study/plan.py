@@ -13,6 +13,7 @@ from calibrant.calibration.selection.request import LEXICAL, FilterRequest, MixR
 from calibrant.calibration.sources.self_calibration import FirstTokens
 from calibrant.calibration.windows import Policy
 from calibrant.errors import CalibrantError
+from calibrant.evaluation.text import PAPERS_LENGTH
 from calibrant.modeling.hub import DEMO
 from calibrant.strict import Strict
 from calibrant.yaml_file import parse_yaml, read_yaml_file
@@ -112,6 +113,11 @@ class Text(Strict):
     length: int = Field(default=512, ge=2)
     windows: int = Field(default=32, ge=1)
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of all windows, at most."""
+        return self.windows * (self.length if self.protocol == "windows" else PAPERS_LENGTH)
+
 
 class Tasks(Strict):
     """Tasks of lm-eval, see ``evaluate``: ``limit`` items of each, from the files in ``data`` or from "hub:"."""
@@ -121,7 +127,7 @@ class Tasks(Strict):
     limit: int | None = Field(default=None, ge=1)
 
 
-class Plan(Strict):
+class StudyPlan(Strict):
     """A grid of runs and what is measured of each.
 
     Attributes:
@@ -161,10 +167,10 @@ class Plan(Strict):
     keep_outputs: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "cpu"
-    _written: "Plan | None" = PrivateAttr(default=None)
+    _written: "StudyPlan | None" = PrivateAttr(default=None)
 
     @property
-    def as_written(self) -> "Plan":
+    def as_written(self) -> "StudyPlan":
         """The plan with its paths as its file has them."""
         if self._written is None:
             return self
@@ -177,7 +183,7 @@ class Plan(Strict):
         return (value,) if isinstance(value, int | str) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
-    def _fits(self) -> "Plan":
+    def _fits(self) -> "StudyPlan":
         for name in ("samples", "length", "seeds", "models", "recipes"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -203,7 +209,7 @@ class Plan(Strict):
         return self.most_draws or max(10, self.draws)
 
 
-def load_plan(path: str | Path) -> Plan:
+def load_study_plan(path: str | Path) -> StudyPlan:
     """Read a study's YAML file; relative paths in it start at its folder.
 
     Raises:
@@ -216,9 +222,9 @@ def load_plan(path: str | Path) -> Plan:
     return plan
 
 
-def _validate(value: object, origin: str) -> Plan:
+def _validate(value: object, origin: str) -> StudyPlan:
     try:
-        return Plan.model_validate(value)
+        return StudyPlan.model_validate(value)
     except ValidationError as error:
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         place = ".".join(str(part) for part in first["loc"] if part not in ("generated", "selected", "given"))
@@ -226,7 +232,7 @@ def _validate(value: object, origin: str) -> Plan:
         raise CalibrantError(f"{origin}: {place or 'the study'}: {said}") from error
 
 
-def _rooted(plan: Plan, folder: Path) -> Plan:
+def _rooted(plan: StudyPlan, folder: Path) -> StudyPlan:
     """The plan with its relative paths made to start at ``folder``."""
 
     def place(name: str, *names: str) -> str:

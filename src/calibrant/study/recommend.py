@@ -9,7 +9,7 @@ from calibrant.errors import CalibrantError
 from calibrant.progress import Progress
 from calibrant.study.cache import Cache
 from calibrant.study.halving import Recommendation, recommend
-from calibrant.study.plan import GivenSource, Plan
+from calibrant.study.plan import GivenSource, StudyPlan
 from calibrant.study.resolve import Resolved
 from calibrant.study.results import LOWER_IS_BETTER, Study
 from calibrant.study.run import run_cells
@@ -18,7 +18,7 @@ from calibrant.study.workers import Workers
 TEXT_MEASURES = ("kl", "log_perplexity_ratio", "perplexity", "same_top")
 
 
-def searchable(plan: Plan) -> Plan:
+def searchable(plan: StudyPlan) -> StudyPlan:
     """The plan with all the draws that a search may use, and without repeats.
 
     Raises:
@@ -49,7 +49,7 @@ def search(
     """Run cells of a ``searchable`` plan by successive halving over draws, and keep their results in ``folder``.
 
     Raises:
-        CalibrantError: no cell has the measure, or the budget is too small.
+        CalibrantError: no cell has the measure, the budget is too small, or a source's draws are one set.
     """
     plan = resolved.plan
     if on in plan.texts and measure not in TEXT_MEASURES:
@@ -62,13 +62,14 @@ def search(
         asked.update(wanted)
         part = replace(resolved, cells=[one for one in resolved.cells if (one.cell.source, one.cell.draw) in asked])
         failures = run_cells(part, folder, cache, workers, progress)
-        found = {
-            (score.source, score.draw): score.value
-            for score in Study(folder).scores()
-            if score.measure == measure and score.on == on
-        }
+        study = Study(folder)
+        again = study.same_sets()
+        if again:
+            raise CalibrantError(f"source {again[0].source} gives the same set for several draws, so it has no spread")
+        scores = study.scores()
+        found = {(one.source, one.draw): one.value for one in scores if one.measure == measure and one.on == on}
         if not found and len(failures) < len(part.cells):
-            there = sorted({f"{score.measure} on {score.on}" for score in Study(folder).scores() if score.on})
+            there = sorted({f"{one.measure} on {one.on}" for one in scores if one.on})
             raise CalibrantError(f"no cell has a {measure} on {on}; there are {', '.join(there)}")
         return [found.get(one, math.nan) for one in wanted]
 

@@ -13,7 +13,7 @@ from calibrant.study.answer import answer, main_settings
 from calibrant.study.cells import Cell
 from calibrant.study.findings import Analysis
 from calibrant.study.measures import measure_name
-from calibrant.study.plan import Plan
+from calibrant.study.plan import StudyPlan
 from calibrant.study.report_charts import charts, measure_key
 from calibrant.study.report_tables import tables
 from calibrant.study.results import OUTPUT_BYTES, SECONDS, SET_SECONDS, Study
@@ -77,7 +77,7 @@ def page_values(study: Study, found: Analysis) -> StudyPage:
     )
 
 
-def _facts(plan: Plan, versions: dict[str, str], counts: dict[str, int]) -> dict[str, str]:
+def _facts(plan: StudyPlan, versions: dict[str, str], counts: dict[str, int]) -> dict[str, str]:
     cells = ", ".join(f"{number:,} {state}" for state, number in counts.items() if number)
     return {
         "sources": f"{len(plan.sources)}",

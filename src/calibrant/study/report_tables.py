@@ -233,7 +233,7 @@ def _cells(cells: Sequence[CellState], scores: Sequence[Score]) -> Table:
     measures = sorted({(one.measure, one.on) for one in scores if one.on or one.measure in ("seconds", "set_seconds")})
     values: dict[Cell, dict[tuple[str, str], float]] = {}
     for one in scores:
-        values.setdefault(_cell(one), {})[one.measure, one.on] = one.value
+        values.setdefault(one.cell, {})[one.measure, one.on] = one.value
     rows = []
     for state in sorted(cells, key=lambda one: _STATES.index(one.state)):
         cell, own = state.cell, values.get(state.cell, {})
@@ -262,19 +262,6 @@ def _cells(cells: Sequence[CellState], scores: Sequence[Score]) -> Table:
 
 def _finite(value: float) -> Value:
     return value if isfinite(value) else Undefined("not finite")
-
-
-def _cell(score: Score) -> Cell:
-    return Cell(
-        score.model,
-        score.recipe,
-        score.source,
-        score.draw,
-        score.samples,
-        score.length,
-        score.seed,
-        score.repeat,
-    )
 
 
 def _keys(setting: Setting, *, recipe: bool = True) -> tuple[Value, ...]:

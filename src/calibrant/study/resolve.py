@@ -25,7 +25,7 @@ from calibrant.progress import Progress
 from calibrant.recipes.recipe import Recipe, load_recipe
 from calibrant.study.cache import Cache
 from calibrant.study.cells import ORIGINAL, Cell, grid
-from calibrant.study.plan import GeneratedSource, GivenSource, Plan, SelectedSource, Source, Tasks, Text
+from calibrant.study.plan import GeneratedSource, GivenSource, SelectedSource, Source, StudyPlan, Tasks, Text
 from calibrant.study.steps import SELECTION, CellStep, OriginalStep, SetStep, TaskStep, Yardstick
 from calibrant.training.train_model import generator_identity
 from calibrant.version import __version__
@@ -60,7 +60,7 @@ class CellWork:
 class Resolved:
     """A checked study: its ``cells``, and the prepared run of every model and recipe, which can be estimated."""
 
-    plan: Plan
+    plan: StudyPlan
     models: dict[str, Model]
     recipes: dict[str, Recipe]
     cells: list[CellWork]
@@ -71,7 +71,7 @@ class Resolved:
         return next(work.yardsticks for work in self.cells if work.cell.model == model)
 
 
-def resolve(plan: Plan, cache: Cache, progress: Progress) -> Resolved:
+def resolve(plan: StudyPlan, cache: Cache, progress: Progress) -> Resolved:
     """Find and check the plan's models, recipes, sources and texts, without running anything.
 
     Raises:
@@ -89,6 +89,8 @@ def resolve(plan: Plan, cache: Cache, progress: Progress) -> Resolved:
     for label, source in plan.sources.items():
         _check_source(label, source, plan)
     for label, text in plan.texts.items():
+        if text.protocol == "wikitext" and not Path(text.corpus).is_file():
+            raise CalibrantError(f"text {label}: {text.corpus}: no such file; protocol wikitext reads one")
         _check_corpus(f"text {label}", text.corpus, text.field)
     if plan.tasks is not None:
         check_tasks(plan.tasks.names, plan.tasks.data)
@@ -115,7 +117,7 @@ def _model(name: str) -> Model:
     return Model(folder.name, folder.path, identity)
 
 
-def _prepared(model: Model, recipe: Recipe, plan: Plan, cache: Cache) -> PreparedRun:
+def _prepared(model: Model, recipe: Recipe, plan: StudyPlan, cache: Cache) -> PreparedRun:
     try:
         return prepare(
             model.path,
@@ -131,7 +133,7 @@ def _prepared(model: Model, recipe: Recipe, plan: Plan, cache: Cache) -> Prepare
         raise CalibrantError(f"recipe {recipe.name} on {model.label}: {error}") from error
 
 
-def _check_source(label: str, source: Source, plan: Plan) -> None:
+def _check_source(label: str, source: Source, plan: StudyPlan) -> None:
     try:
         if isinstance(source, GivenSource):
             _check_given(source, plan)
@@ -143,7 +145,7 @@ def _check_source(label: str, source: Source, plan: Plan) -> None:
         raise CalibrantError(f"source {label}: {error}") from error
 
 
-def _check_given(source: GivenSource, plan: Plan) -> None:
+def _check_given(source: GivenSource, plan: StudyPlan) -> None:
     for folder in source.sets[: plan.draws]:
         manifest = read_manifest(folder)
         if plan.length != (manifest.length,) or manifest.samples < max(plan.samples):
@@ -153,7 +155,7 @@ def _check_given(source: GivenSource, plan: Plan) -> None:
             )
 
 
-def _check_selected(source: SelectedSource, plan: Plan) -> None:
+def _check_selected(source: SelectedSource, plan: StudyPlan) -> None:
     size = {"samples": max(plan.samples), "length": max(plan.length), "draw": plan.draws - 1}
     shards = 1 if source.strategy in WITH_DRAWS else plan.shards
     selection_request(**{name: getattr(source, name) for name in SELECTION}, **size, shards=shards)
@@ -163,7 +165,7 @@ def _check_selected(source: SelectedSource, plan: Plan) -> None:
         _check_corpus(location, location, source.field)
 
 
-def _check_generated(source: GeneratedSource, plan: Plan) -> None:
+def _check_generated(source: GeneratedSource, plan: StudyPlan) -> None:
     check_generation(source.strategy, source.corpus, source.temperature, source.first_tokens, source.percentile)
     if source.corpus is not None:
         _check_corpus(source.corpus, source.corpus, source.field)
@@ -179,7 +181,7 @@ class _Steps:
     """Makes the steps of cells; equal steps are one object."""
 
     def __init__(
-        self, plan: Plan, models: dict[str, Model], recipes: dict[str, Recipe], device: torch.device, dtype: str
+        self, plan: StudyPlan, models: dict[str, Model], recipes: dict[str, Recipe], device: torch.device, dtype: str
     ) -> None:
         self._plan, self._models, self._recipes = plan, models, recipes
         self._device, self._dtype = plan.device, dtype

@@ -11,7 +11,7 @@ from calibrant.output_folder import whole_file
 from calibrant.study.analysis import analyse
 from calibrant.study.cells import ORIGINAL, Cell, original
 from calibrant.study.findings import Analysis
-from calibrant.study.plan import GeneratedSource, Plan
+from calibrant.study.plan import GeneratedSource, StudyPlan
 from calibrant.study.scores import Score
 from calibrant.study.store import PLACE, STORE_NAME, Failure, read_only, rows
 
@@ -49,7 +49,7 @@ class Study:
         about = {row["name"]: row["value"] for row in self._rows("SELECT name, value FROM study")}
         if "plan" not in about:
             raise CalibrantError(f"{self._file}: has no cells yet; run the study first")
-        self.plan = Plan.model_validate_json(about["plan"])
+        self.plan = StudyPlan.model_validate_json(about["plan"])
         self.versions: dict[str, str] = {"calibrant": about["calibrant"], **json.loads(about["libraries"])}
         self.tasks: dict[str, dict[str, Any]] = json.loads(about.get("tasks", "{}"))
         self._data_free = tuple(json.loads(about["data_free"]))
@@ -114,13 +114,12 @@ class Study:
 
         ``paired`` compares sources draw by draw, for sources whose draws share documents. ``seed`` is the bootstrap's.
         """
-        again = set(self.same_sets())
         known = [score for score in self.scores() if not score.measure.startswith(_LEFT_OUT)]
-        known = [score for score in known if _cell(asdict(score)) not in again]
         random = [label for label, one in self.plan.sources.items() if _is_vocabulary(one)]
         return analyse(
             known,
             {score.measure: score.measure not in LOWER_IS_BETTER for score in known},
+            repeated=set(self.same_sets()),
             data_free=self._data_free,
             timed=(SECONDS, SET_SECONDS),
             left_out=random[0] if random else None,
@@ -181,7 +180,7 @@ class Study:
         found: dict[Cell, list[float]] = {}
         for score in scores:
             if self.tasks.get(score.on, {}).get("main") == score.measure:
-                found.setdefault(_cell(asdict(score)), []).append(score.value)
+                found.setdefault(score.cell, []).append(score.value)
         on = f"mean of {len(self.tasks)} tasks"
         means = [
             Score(**asdict(cell), measure=ACCURACY, on=on, value=sum(values) / len(values))

@@ -1,16 +1,17 @@
 """The table of scores, taken apart into settings: what is compared with each other."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from calibrant.errors import CalibrantError
+from calibrant.study.cells import Cell
 from calibrant.study.scores import Score
 
 # Squares of larger numbers are not finite; no measure of a model that works comes near.
 _LARGEST = 1e100
 # Seed and draw of a set, and its source before them.
 Unit = tuple[int, int]
-Cell = tuple[str, int, int]
+SourceUnit = tuple[str, int, int]
 
 
 @dataclass(frozen=True, order=True)
@@ -33,18 +34,20 @@ class SettingScores:
         values: value of every set, by source and then by the set's seed and draw, both sorted.
         repeats: both values of every cell that was run twice.
         unusable: source, seed and draw of every score that is not finite, or beyond 1e100, and was left out.
+        repeated: source, seed and draw of every set that is the same as an earlier one of its source, and counts once.
     """
 
     values: dict[str, dict[Unit, float]] = field(default_factory=dict)
     repeats: list[tuple[float, float]] = field(default_factory=list)
-    unusable: list[Cell] = field(default_factory=list)
+    unusable: list[SourceUnit] = field(default_factory=list)
+    repeated: list[SourceUnit] = field(default_factory=list)
 
     @property
-    def missing(self) -> list[Cell]:
+    def missing(self) -> list[SourceUnit]:
         """Source, seed and draw of every set without a score, where another source has one."""
         units = sorted({unit for own in self.values.values() for unit in own})
         cells = [(source, *unit) for source, own in self.values.items() for unit in units if unit not in own]
-        return [cell for cell in cells if cell not in self.unusable]
+        return [cell for cell in cells if cell not in self.unusable and cell not in self.repeated]
 
     @property
     def shared(self) -> list[Unit]:
@@ -53,13 +56,16 @@ class SettingScores:
         return sorted(set.intersection(*owned)) if owned else []
 
 
-def by_setting(scores: Iterable[Score]) -> dict[Setting, SettingScores]:
+def by_setting(scores: Iterable[Score], repeated: Collection[Cell] = ()) -> dict[Setting, SettingScores]:
     """Scores by setting, sorted, so that the order of the table does not matter.
+
+    ``repeated`` are cells whose set is the same as an earlier one of their source.
 
     Raises:
         CalibrantError: two scores are of the same cell and repeat.
     """
     cells: dict[tuple[Setting, str, Unit, int], float] = {}
+    again: set[tuple[Setting, SourceUnit]] = set()
     for score in scores:
         setting = Setting(score.model, score.recipe, score.samples, score.length, score.measure, score.on)
         key = (setting, score.source, (score.seed, score.draw), score.repeat)
@@ -69,10 +75,14 @@ def by_setting(scores: Iterable[Score]) -> dict[Setting, SettingScores]:
                 f"{score.draw}, repeat {score.repeat} is there twice; give one score for each cell"
             )
         cells[key] = score.value
+        if score.cell in repeated:
+            again.add((setting, (score.source, score.seed, score.draw)))
     found: dict[Setting, SettingScores] = {}
     for (setting, source, unit, repeat), value in sorted(cells.items(), key=lambda cell: cell[0]):
         table = found.setdefault(setting, SettingScores())
-        if not -_LARGEST <= value <= _LARGEST:
+        if (setting, (source, *unit)) in again:
+            table.repeated.append((source, *unit))
+        elif not -_LARGEST <= value <= _LARGEST:
             table.unusable.append((source, *unit))
         elif repeat == 0:
             table.values.setdefault(source, {})[unit] = value

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from calibrant.study.cells import Cell
+
 
 @dataclass(frozen=True)
 class Score:
@@ -31,3 +33,8 @@ class Score:
     measure: str
     on: str
     value: float
+
+    @property
+    def cell(self) -> Cell:
+        """The cell that it was measured on."""
+        return Cell(self.model, self.recipe, self.source, self.draw, self.samples, self.length, self.seed, self.repeat)

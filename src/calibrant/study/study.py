@@ -7,15 +7,16 @@ from pathlib import Path
 from calibrant.errors import CalibrantError
 from calibrant.executors import ExecutorName
 from calibrant.progress import NoProgress, Progress
-from calibrant.study.cache import DEFAULT_CACHE, Cache
+from calibrant.study.cache import Cache
 from calibrant.study.estimate import StudyEstimate, check_disk, estimate_study
 from calibrant.study.halving import Recommendation
-from calibrant.study.plan import Plan, load_plan
+from calibrant.study.plan import StudyPlan, load_study_plan
 from calibrant.study.recommend import TEXT_MEASURES, search, searchable
 from calibrant.study.resolve import resolve
 from calibrant.study.run import run_cells
-from calibrant.study.store import STORE_NAME, Failure
+from calibrant.study.store import Failure
 from calibrant.study.workers import LocalWorkers, RayWorkers, Workers
+from calibrant.user_cache import STUDIES
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,12 @@ class StudyRun:
     cells: int
     failures: list[Failure]
 
-    @property
-    def store(self) -> Path:
-        """The SQLite file of the results."""
-        return self.folder / STORE_NAME
-
 
 def run_study(
-    plan: Plan | str | Path,
+    plan: StudyPlan | str | Path,
     *,
     output: str | Path | None = None,
-    cache: str | Path = DEFAULT_CACHE,
+    cache: str | Path = STUDIES,
     executor: ExecutorName = "local",
     workers: int = 1,
     processors: int = 1,
@@ -66,14 +62,14 @@ def run_study(
 
 
 def recommend_source(
-    plan: Plan | str | Path,
+    plan: StudyPlan | str | Path,
     *,
     measure: str = "kl",
     on: str | None = None,
     budget: int = 60,
     smallest_difference: float = 0.0,
     output: str | Path | None = None,
-    cache: str | Path = DEFAULT_CACHE,
+    cache: str | Path = STUDIES,
     executor: ExecutorName = "local",
     workers: int = 1,
     processors: int = 1,
@@ -106,9 +102,9 @@ def recommend_source(
 
 
 def plan_study(
-    plan: Plan | str | Path,
+    plan: StudyPlan | str | Path,
     *,
-    cache: str | Path = DEFAULT_CACHE,
+    cache: str | Path = STUDIES,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> StudyEstimate:
@@ -121,8 +117,8 @@ def plan_study(
     return estimate_study(resolve(_loaded(plan), store, listener), store, workers, listener)
 
 
-def _loaded(plan: Plan | str | Path) -> Plan:
-    return plan if isinstance(plan, Plan) else load_plan(plan)
+def _loaded(plan: StudyPlan | str | Path) -> StudyPlan:
+    return plan if isinstance(plan, StudyPlan) else load_study_plan(plan)
 
 
 def _cache(folder: str | Path) -> Cache:
@@ -132,10 +128,10 @@ def _cache(folder: str | Path) -> Cache:
     return Cache(place)
 
 
-def _folder(plan: Plan | str | Path, name: str, output: str | Path | None) -> Path:
+def _folder(plan: StudyPlan | str | Path, name: str, output: str | Path | None) -> Path:
     if output is not None:
         return Path(output)
-    if isinstance(plan, Plan):
+    if isinstance(plan, StudyPlan):
         raise CalibrantError("a plan without a file needs `output`, the study's folder")
     return Path(plan).parent / name
 
