@@ -195,7 +195,7 @@ _BAD = {
     "no set": ({"sources": {"a": {"sets": ["one", "two"]}}}, "source a: .*one"),
     "no such task": ({"tasks": {"names": ["pica"], "data": "."}}, "pica: no such task"),
     "no data of a task": ({"tasks": {"names": ["piqa"], "data": "."}}, "piqa/validation.jsonl: no such file"),
-    "a source that is no mapping": ({"sources": {"a": "text.txt"}}, "sources.a"),
+    "a source that is no mapping": ({"sources": {"a": "text.txt"}}, "sources.a: expected keys with values"),
     "a set twice": ({"sources": {"a": {"sets": ["one", "one"]}}}, "would count a set more than once"),
     "a source without its corpus": ({"sources": {"a": {"strategy": "prefix"}}}, "source a: prefix continues"),
     "an empty corpus": ({"sources": {"a": {"corpus": "empty.txt"}}}, "source a: .*empty.txt"),
@@ -230,6 +230,12 @@ def test_a_key_that_stands_twice_is_refused(folder: Path) -> None:
     (folder / "study.yaml").write_text((folder / "study.yaml").read_text() + "draws: 3\n")
     with pytest.raises(cb.CalibrantError, match="the key draws stands there twice"):
         cb.load_study_plan(folder / "study.yaml")
+
+
+def test_an_empty_file_is_no_study(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(cb.CalibrantError, match="empty.yaml: the study: expected keys with values"):
+        cb.load_study_plan(tmp_path / "empty.yaml")
 
 
 def test_a_changed_plan_is_written_as_it_is(folder: Path) -> None:

@@ -228,8 +228,16 @@ def _validate(value: object, origin: str) -> StudyPlan:
     except ValidationError as error:
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         place = ".".join(str(part) for part in first["loc"] if part not in ("generated", "selected", "given"))
-        said = "no such key" if first["type"] == "extra_forbidden" else str(first["msg"]).removeprefix("Value error, ")
-        raise CalibrantError(f"{origin}: {place or 'the study'}: {said}") from error
+        raise CalibrantError(f"{origin}: {place or 'the study'}: {_said(first['type'], first['msg'])}") from error
+
+
+def _said(kind: str, message: str) -> str:
+    """Pydantic's message, replaced where ours is clearer."""
+    if kind == "extra_forbidden":
+        return "no such key"
+    if kind == "model_type":
+        return "expected keys with values, as studies/tiny.yaml has"
+    return message.removeprefix("Value error, ")
 
 
 def _rooted(plan: StudyPlan, folder: Path) -> StudyPlan:
