@@ -234,7 +234,7 @@ def test_a_key_that_stands_twice_is_refused(folder: Path) -> None:
 
 def test_an_empty_file_is_no_study(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
-    with pytest.raises(cb.CalibrantError, match="empty.yaml: the study: expected keys with values"):
+    with pytest.raises(cb.CalibrantError, match=r"empty\.yaml: the study: expected keys with values"):
         cb.load_study_plan(tmp_path / "empty.yaml")
 
 
