@@ -5,7 +5,7 @@
 DATA holds `exllama_cal/{c4,wiki,code,technical}.utf8.gz` (turboderp-org/exllamav3, conversion/standard_cal_data),
 `tinyshakespeare/input.txt.gz` (karpathy/char-rnn) and `wikitext2/wiki.test.raw.gz` (WikiText-2's raw test file). C4 has
 a document a line, Wikipedia marks its articles; code, technical text and plays are cut at empty lines into pieces of at
-least 4,000 characters. The last seventh of C4 is held out, for measuring.
+least 4,000 characters. The last seventh of C4 is held out, for measuring. The folders of the tasks are copied as they are.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 _PIECE = 4000
 _ARTICLE = re.compile(r"<doc [^>]*>\n(.*?)</doc>", re.DOTALL)
 _TEXTS = Path(__file__).parent / "texts"
+_TASKS = ("arc_easy", "copa", "piqa", "winogrande")
 
 
 def pieces(text: str) -> Iterable[str]:
@@ -59,6 +60,8 @@ def main() -> None:
     write("technical", pieces(read("exllama_cal/technical.utf8.gz")))
     write("plays", pieces(read("tinyshakespeare/input.txt.gz")))
     shutil.copyfile(data / "wikitext2" / "wiki.test.raw.gz", _TEXTS / "wiki.test.raw.gz")
+    for task in _TASKS:
+        shutil.copytree(data / task, _TEXTS / "tasks" / task, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
