@@ -14,6 +14,7 @@ from calibrant.kernels.gram import add_gram
 from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError, inverse_factor
 from calibrant.kernels.masks import keep_largest_by_row
+from calibrant.kernels.outlier_columns import OutlierColumns, RangeGrid, leave_one_out_gains
 from calibrant.kernels.packed_linear import PackedLinear
 from calibrant.kernels.range_search import cheapest_range
 from calibrant.kernels.rms_norm import rms_norm
@@ -63,6 +64,33 @@ def test_the_compiled_loop_and_its_twin_give_the_same_bits(
     compiled, plain = solve_columns(problem), solve_columns(problem, compiled=False)
     for name in ("weight", "codes", "kept"):
         assert torch.equal(vars(compiled)[name], vars(plain)[name]), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 70), columns=st.integers(1, 60), width=st.integers(1, 24), seed=st.integers(0, 99))
+def test_columns_with_outliers_have_the_bits_of_their_twin(rows: int, columns: int, width: int, seed: int) -> None:
+    weight, hessian = references.problem(rows, columns, seed)
+    factor, _ = inverse_factor(hessian, 0.01)
+    threshold = 0.1 * (weight.var(0, correction=0) / factor.diagonal().square()).mean().expand(rows, 1)
+    both = [OutlierColumns(weight, factor, threshold, 3, compiled) for compiled in (True, False)]
+    for begin in range(0, columns, width):
+        end = min(begin + width, columns)
+        assert torch.equal(both[0].columns(begin, end), both[1].columns(begin, end))
+        grid = RangeGrid(3, False).fit(both[0].columns(begin, end))
+        for one in both:
+            one.solve(begin, end, *grid)
+    assert all(map(torch.equal, both[0].solution, both[1].solution))
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 70), width=st.integers(2, 24), integer_zero=st.booleans(), seed=st.integers(0, 99))
+def test_gains_of_leaving_one_out_are_those_of_the_twin(rows: int, width: int, integer_zero: bool, seed: int) -> None:
+    weight, hessian = references.problem(rows, width, seed)
+    factor, _ = inverse_factor(hessian, 0.01)
+    grid = RangeGrid(4, integer_zero)
+    found, expected = (leave_one_out_gains(weight, factor.diagonal(), grid, compiled) for compiled in (True, False))
+    # A value halfway between two codes may round to either, which hardly changes its error.
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,13 +7,13 @@ import torch
 from pydantic import Field
 
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
+from calibrant.kernels.outlier_columns import OutlierColumns, RangeGrid, leave_one_out_gains
 from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.result import Solution, SolverRecord
 from calibrant.methods.solvers.rtn import round_layer
 from calibrant.methods.solvers.second_order import prepare, undo
 from calibrant.quantization.statistics import Hessian
 
-_BLOCK = 128
 # Rows that share one second-level grid for scales and one for zero points.
 _SECOND_LEVEL_ROWS = 16
 
@@ -52,41 +52,21 @@ def spqr(
         prepared = prepare(weight, hessian, settings.damping, settings.act_order)
     except NotPositiveDefiniteError:
         return Solution(weight.clone(), record=SolverRecord(fallback="Hessian not positive definite, left as it was"))
-    work, factor = prepared.weight.clone(), prepared.factor
-    diagonal, columns = factor.diagonal(), work.shape[1]
-    parts = segments or (len(work),)
-    thresholds = [settings.threshold * (part.var(0) / diagonal.square()).mean() for part in work.split(parts)]
+    weights, diagonal = prepared.weight, prepared.factor.diagonal()
+    parts, columns = segments or (len(weights),), weights.shape[1]
+    thresholds = [settings.threshold * (part.var(0) / diagonal.square()).mean() for part in weights.split(parts)]
     threshold = torch.cat([one.expand(rows, 1) for one, rows in zip(thresholds, parts, strict=True)])
+    solving = OutlierColumns(weights, prepared.factor, threshold, settings.bits)
     width = settings.group_size or columns
-    outliers = torch.zeros_like(work, dtype=torch.bool)
-    scale = zero_point = torch.zeros(0)
-    for begin in range(0, columns, _BLOCK):
-        end = min(begin + _BLOCK, columns)
-        errors = torch.zeros_like(work[:, begin:end])
-        for column in range(begin, end):
-            if column % width == 0:
-                # The group's columns beyond this block have the errors of earlier blocks, but not yet of this block.
-                ahead = slice(column, min(column + width, columns))
-                group = work[:, ahead].clone()
-                group[:, end - column :] -= errors @ factor[begin:end, end : ahead.stop]
-                scale, zero_point = _grid(group, diagonal[ahead], threshold, parts, settings)
-            value = work[:, column].clone()
-            rounded = _round(value[:, None], scale, zero_point, settings)[:, 0]
-            exact = ((value - rounded) / diagonal[column]).square() > threshold[:, 0]
-            outliers[:, column] = exact
-            work[:, column] = torch.where(exact, value, rounded)
-            errors[:, column - begin] = (value - work[:, column]) / diagonal[column]
-            work[:, column + 1 : end] -= errors[:, column - begin, None] * factor[column, column + 1 : end]
-        work[:, end:] -= errors @ factor[begin:end, end:]
+    for begin in range(0, columns, width):
+        end = min(begin + width, columns)
+        grid = _grid(solving.columns(begin, end), diagonal[begin:end], threshold, parts, settings)
+        solving.solve(begin, end, *grid)
+    solved, outliers = solving.solution
     record = SolverRecord(
         prepared.damping, prepared.damping > settings.damping, prepared.dead_columns, outliers=int(outliers.sum())
     )
-    return Solution(undo(prepared.order, work), outliers=undo(prepared.order, outliers), record=record)
-
-
-def _round(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, settings: SpqrSettings) -> torch.Tensor:
-    codes = torch.round(values / scale + zero_point).clamp(0, 2**settings.bits - 1)
-    return (codes - zero_point) * scale
+    return Solution(undo(prepared.order, solved), outliers=undo(prepared.order, outliers), record=record)
 
 
 def _grid(
@@ -97,41 +77,17 @@ def _grid(
     settings: SpqrSettings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point ``[rows, 1]`` of a group of columns without likely outliers; ``threshold`` ``[rows, 1]``."""
+    plain = RangeGrid(settings.bits, settings.integer_zero)
     if bool(threshold.isfinite().any()) and group.shape[1] > 1:
-        others = _replace_by_mean(group, _leave_one_out_gains(group, diagonal, settings) > threshold)
+        others = _replace_by_mean(group, leave_one_out_gains(group, diagonal, plain) > threshold)
     else:
         others = group
-    scale, zero_point = _plain_grid(others, settings)
+    scale, zero_point = plain.fit(others)
     if settings.statistic_bits is not None:
         scale = torch.cat([_round_second_level(part, settings.statistic_bits) for part in scale.split(parts)])
         zero_point = torch.cat([_round_second_level(part, settings.statistic_bits) for part in zero_point.split(parts)])
     scale = torch.where(scale > 0, scale, 1.0)
     return scale, zero_point.round() if settings.integer_zero else zero_point
-
-
-def _plain_grid(group: torch.Tensor, settings: SpqrSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
-    if settings.integer_zero:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / (2**settings.bits - 1)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return scale, -low / scale
-
-
-def _leave_one_out_gains(group: torch.Tensor, diagonal: torch.Tensor, settings: SpqrSettings) -> torch.Tensor:
-    """Drop in the group's weighted error when each weight is left out and the grid refitted to the others."""
-
-    def costs(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        scale, zero_point = _plain_grid(values, settings)
-        zero_point = zero_point.round() if settings.integer_zero else zero_point
-        return ((values - _round(values, scale, zero_point, settings)) / weights).square().sum(-1)
-
-    whole = costs(group, diagonal)
-    gains = []
-    for index in range(group.shape[1]):
-        kept = [other for other in range(group.shape[1]) if other != index]
-        gains.append(whole - costs(group[:, kept], diagonal[kept]))
-    return torch.stack(gains, 1)
 
 
 def _replace_by_mean(group: torch.Tensor, outlier: torch.Tensor) -> torch.Tensor:
@@ -169,7 +125,6 @@ def _solve(options: Spqr, problem: LayerProblem) -> Solution:
     return spqr(problem.weight, problem.full_hessian, settings, problem.segments)
 
 
-# No kernel: columns are solved one by one, and each group's grid is refitted without each of its columns.
 SPQR = LayerSolver(
-    Spqr, _solve, round_layer, Hessian, symmetric=False, stored_dense=lambda _: True, passes=lambda _: 15.0
+    Spqr, _solve, round_layer, Hessian, symmetric=False, stored_dense=lambda _: True, passes=lambda _: 5.0
 )
