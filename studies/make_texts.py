@@ -5,7 +5,7 @@
 DATA holds `exllama_cal/{c4,wiki,code,technical}.utf8.gz` (turboderp-org/exllamav3, conversion/standard_cal_data),
 `tinyshakespeare/input.txt.gz` (karpathy/char-rnn) and `wikitext2/wiki.test.raw.gz` (WikiText-2's raw test file). C4 has
 a document a line, Wikipedia marks its articles; code, technical text and plays are cut at empty lines into pieces of at
-least 4,000 characters. The last seventh of C4 is held out, for measuring. The folders of the tasks are copied as they are.
+least 4,000 characters. The last seventh of C4 is held out, for measuring. The folders of the tasks are copied.
 """
 
 import argparse

@@ -16,8 +16,10 @@ def test_report_writes_where_it_is_told(run, tmp_path: Path) -> None:
     assert status == 0
     assert json.loads(shown) == {"report": str(tmp_path / "out" / "report.html")}
     assert (tmp_path / "out" / "tables" / "sources.tex").is_file()
+    assert "draw by draw" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     status, shown, _ = run("study", "report", tmp_path / "study")
     assert status == 0
+    assert "draw by draw" not in (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "study" / "report.html").is_file()
     assert "report.html" in shown
 

@@ -49,10 +49,10 @@ def checked(found):
 
 
 def test_a_clear_table() -> None:
-    (found,) = checked(analyse(table(CLEAR), LOWER, left_out="vocabulary")).settings
+    (found,) = checked(analyse(table(CLEAR), LOWER, left_out=["vocabulary"])).settings
     assert [one.source for one in found.sources] == ["c4", "self", "vocabulary"]
     assert found.components.share > 0.9
-    assert found.components_without.source == "vocabulary"
+    assert found.components_without.sources == ("vocabulary",)
     assert found.components_without.components.share == 0
     apart = {(one.better, one.worse): one.told_apart for one in found.comparisons}
     assert sum(apart.values()) == 2
@@ -257,7 +257,9 @@ def test_no_table_gives_a_crash_or_a_nan(cells, higher: bool, paired: bool, data
     ]
     with np.errstate(all="raise", under="ignore"):
         found = checked(
-            analyse(scores, {"kl": higher}, paired=paired, left_out="a", data_free=["gptq-w4a16"] if data_free else [])
+            analyse(
+                scores, {"kl": higher}, paired=paired, left_out=["a"], data_free=["gptq-w4a16"] if data_free else []
+            )
         )
     for one in found.settings:
         assert one.headline.endswith(".")

@@ -41,7 +41,7 @@ def test_a_source_that_is_best_everywhere() -> None:
 
 def test_a_best_source_that_may_be_chance() -> None:
     found = scores({"c4": 0.1, "self": 0.1001, "noise": 0.5}, ("wiki", "code"))
-    first, without, second = answered(found, left_out="noise").findings
+    first, without, second = answered(found, left_out=["noise"]).findings
     assert first.startswith("The source explains ")
     assert re.fullmatch(r"Without noise it explains 0 %; the 95 % intervals span 0 to \d+ %\.", without)
     assert second == "c4 has the best mean in all 2, but cannot be told apart from self with 5 draws in all of them."

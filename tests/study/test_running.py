@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 
 import calibrant as cb
+from tests.evaluation.task_rows import write_rows
 
 from .small_study import write_plan
 
@@ -81,6 +82,38 @@ def test_labels_and_kept_outputs_belong_to_a_cell(folder: Path, whole: Path) -> 
     cb.run_study(folder / "study.yaml", cache=cache)
     assert {one.on for one in cb.Study(ran.folder).scores() if one.measure == "kl"} == {"renamed"}
     assert len(list((cache / "outputs").glob("*/config.json"))) == 2
+
+
+def test_a_renamed_recipe_runs_nothing_again(folder: Path, whole: Path) -> None:
+    cache = Path(shutil.copytree(whole.parent / "cache", folder / "cache"))
+    made = results(cache)
+    (folder / "renamed.yaml").write_text(
+        (folder / "wanda.yaml").read_text().replace("name: wanda\n", "name: renamed\n")
+    )
+    write_plan(folder / "study.yaml", recipes=["rtn.yaml", "renamed.yaml"])
+    ran = cb.run_study(folder / "study.yaml", cache=cache)
+    assert results(cache) == made
+    assert {one.recipe for one in cb.Study(ran.folder).scores()} == {"rtn", "renamed"}
+
+
+def test_tasks_are_measured_as_evaluate_does(folder: Path, llama: Path) -> None:
+    write_rows(folder / "data")
+    tasks = {"names": ["copa", "arc_easy"], "data": "data", "limit": 3}
+    changes = {"sources": {"text": {"corpus": "text.txt"}}, "recipes": ["wanda.yaml"], "repeat": False}
+    write_plan(folder / "study.yaml", tasks=tasks, keep_outputs=True, **changes)
+    ran = cb.run_study(folder / "study.yaml", cache=folder / "cache")
+    assert ran.failures == []
+    (output,) = (path.parent for path in (folder / "cache" / "outputs").glob("*/config.json"))
+    expected = cb.evaluate(output, against=llama, text=None, tasks=tasks["names"], data=folder / "data", task_limit=3)
+    study = cb.Study(ran.folder)
+    for scores, results in ((study.scores(), expected.tasks), (study.originals(), expected.original_tasks)):
+        found = {(one.on, one.measure): one.value for one in scores}
+        for result in results:
+            for name, metric in result.metrics.items():
+                assert found[result.name, name] == pytest.approx(metric.value), (result.name, name)
+    assert {name: about["sha256"] for name, about in study.tasks.items()} == {
+        one.name: one.sha256 for one in expected.tasks
+    }
 
 
 def test_a_set_counts_once(folder: Path) -> None:
@@ -191,6 +224,10 @@ _BAD = {
     "a recipe that does not fit": ({"recipes": "rtn-w4a16-g128"}, "recipe rtn-w4a16-g128 on llama.*group size"),
     "too long": ({"length": 4096}, "context of 64"),
     "too long a text": ({"texts": {"a": {"corpus": "text.txt", "length": 4096}}}, "context of 64"),
+    "too short a text": (
+        {"texts": {"a": {"corpus": "short.txt", "length": 16}}},
+        "text a: .*fewer than one window of 16",
+    ),
     "too few sets": ({"sources": {"a": {"sets": ["one"]}}, "draws": 2}, "source a has 1 sets for 2 draws"),
     "no set": ({"sources": {"a": {"sets": ["one", "two"]}}}, "source a: .*one"),
     "no such task": ({"tasks": {"names": ["pica"], "data": "."}}, "pica: no such task"),
@@ -219,6 +256,7 @@ _BAD = {
 def test_a_bad_plan_is_refused_before_anything_runs(folder: Path, case: str) -> None:
     changes, said = _BAD[case]
     (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("sun")
     write_plan(folder / "study.yaml", **changes)
     with pytest.raises(cb.CalibrantError, match=said) as found:
         cb.run_study(folder / "study.yaml", cache=folder / "cache")

@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from calibrant.errors import CalibrantError
+from calibrant.randomness import make_rng
 from calibrant.study.statistics.comparisons import compare_sources
 from calibrant.study.statistics.controls import implementation_noise, zero_control
 from calibrant.study.statistics.describe import describe
@@ -30,6 +31,10 @@ def samples(least: int = 2, most: int = 8):
 
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def named_rng(*names: str) -> np.random.Generator:
+    return make_rng(0, *names)
 
 
 def test_a_description_by_hand() -> None:
@@ -252,7 +257,7 @@ def test_comparisons_are_scipys_tests() -> None:
     values = {name: rng().normal(0, 1, 5) * (i + 1) + i for i, name in enumerate("abc")}
     values["b"] = values["b"][::-1].copy()
     for paired in (False, True):
-        for one in compare_sources(values, rng(), higher_is_better=True, paired=paired):
+        for one in compare_sources(values, named_rng, higher_is_better=True, paired=paired):
             first, second = values[one.better], values[one.worse]
             test = stats.ttest_rel(first, second) if paired else stats.ttest_ind(first, second, equal_var=False)
             assert one.difference == pytest.approx(first.mean() - second.mean())
@@ -265,7 +270,7 @@ def test_comparisons_are_scipys_tests() -> None:
 def test_comparisons_put_the_better_source_first() -> None:
     values = {"low": np.array([1.0, 1.1, 0.9, 1.0, 1.05]), "high": np.array([5.0, 5.1, 4.9, 5.2, 5.0])}
     for higher, better in ((True, "high"), (False, "low")):
-        (found,) = compare_sources(values, rng(), higher_is_better=higher, paired=False)
+        (found,) = compare_sources(values, named_rng, higher_is_better=higher, paired=False)
         assert found.better == better
         assert found.told_apart
         assert found.improvement.probability == 1
@@ -278,22 +283,31 @@ def test_comparisons_do_not_depend_on_the_order_of_names() -> None:
     values = {name: np.random.default_rng(ord(name)).normal(size=6) for name in "abcd"}
     turned = dict(reversed(list(values.items())))
     for paired in (False, True):
-        assert compare_sources(values, rng(), higher_is_better=True, paired=paired) == compare_sources(
-            turned, rng(), higher_is_better=True, paired=paired
+        assert compare_sources(values, named_rng, higher_is_better=True, paired=paired) == compare_sources(
+            turned, named_rng, higher_is_better=True, paired=paired
         )
+
+
+def test_a_pair_of_sources_does_not_depend_on_the_others() -> None:
+    values = {name: np.random.default_rng(ord(name)).normal(size=6) for name in "abcd"}
+    all_pairs = compare_sources(values, named_rng, higher_is_better=True, paired=False)
+    for one in all_pairs:
+        pair = {name: values[name] for name in (one.better, one.worse)}
+        (alone,) = compare_sources(pair, named_rng, higher_is_better=True, paired=False)
+        assert (alone.interval, alone.improvement) == (one.interval, one.improvement)
 
 
 def test_comparisons_of_single_draws_and_of_equal_values() -> None:
     one, same, other = np.array([1.0]), np.full(5, 2.0), np.full(5, 3.0)
-    found = compare_sources({"one": one, "same": same, "too": same}, rng(), higher_is_better=False, paired=False)
+    found = compare_sources({"one": one, "same": same, "too": same}, named_rng, higher_is_better=False, paired=False)
     tested = {(each.better, each.worse): each for each in found}
     assert tested["one", "same"].p_value is None
     assert not tested["one", "same"].told_apart
     assert tested["same", "too"].p_value == tested["same", "too"].adjusted_p_value == 1
-    (found_apart,) = compare_sources({"same": same, "other": other}, rng(), higher_is_better=False, paired=False)
+    (found_apart,) = compare_sources({"same": same, "other": other}, named_rng, higher_is_better=False, paired=False)
     assert (found_apart.p_value, found_apart.told_apart, found_apart.improvement.verdict) == (0, True, "better")
     with pytest.raises(CalibrantError, match="the same draws"):
-        compare_sources({"one": one, "same": same}, rng(), higher_is_better=False, paired=True)
+        compare_sources({"one": one, "same": same}, named_rng, higher_is_better=False, paired=True)
 
 
 def test_simultaneous_intervals_are_wider_than_single_ones_and_need_five_draws() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -40,7 +41,7 @@ def analyse(
     repeated: Collection[Cell] = (),
     data_free: Collection[str] = (),
     timed: Collection[str] = ("seconds",),
-    left_out: str | None = None,
+    left_out: Collection[str] = (),
     paired: bool = False,
     seed: int = 0,
 ) -> Analysis:
@@ -56,7 +57,7 @@ def analyse(
             missing.
         data_free: recipes that read no data; their scores must be equal over all sets, except those of ``timed``.
         timed: measures of speed, which differ whenever the same command runs again.
-        left_out: a source, usually random vocabulary, without which variance components are computed as well.
+        left_out: sources, usually of random tokens, without which variance components are computed as well.
         paired: draw ``i`` of all sources shares documents or what else moves the score; comparisons of sources then
             use the draws that all of them have. Recipes are always compared on the same sets.
         seed: seed of the bootstrap.
@@ -86,7 +87,7 @@ def _finding(
     scores: SettingScores,
     higher_is_better: bool,
     is_control: bool,
-    left_out: str | None,
+    left_out: Collection[str],
     paired: bool,
     seed: int,
 ) -> SettingFinding:
@@ -97,15 +98,16 @@ def _finding(
     described = [SourceFinding(name, tuple(own.tolist()), describe(own)) for name, own in values.items()]
     comparisons = []
     if len(values) > 1 and all(map(len, compared.values())):
-        rng = _rng(seed, "sources", setting)
-        comparisons = compare_sources(compared, rng, higher_is_better=higher_is_better, paired=paired)
-    others = [own for name, own in values.items() if name != left_out]
+        rng_for = partial(_rng, seed, "sources", setting)
+        comparisons = compare_sources(compared, rng_for, higher_is_better=higher_is_better, paired=paired)
+    without = tuple(name for name in values if name in left_out)
+    others = [own for name, own in values.items() if name not in left_out]
     return SettingFinding(
         setting=setting,
         higher_is_better=higher_is_better,
         sources=tuple(sorted(described, key=lambda one: (sign * one.description.mean, one.source))),
         components=variance_components(list(values.values())),
-        components_without=ComponentsWithout(left_out, variance_components(others)) if left_out in values else None,
+        components_without=ComponentsWithout(without, variance_components(others)) if without else None,
         comparisons=tuple(comparisons),
         rank_stability=(
             rank_stability(np.stack(list(together.values())), higher_is_better=higher_is_better) if together else None

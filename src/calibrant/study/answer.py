@@ -77,10 +77,12 @@ def _over(settings: Sequence[SettingFinding]) -> list[str]:
 
 
 def _without(settings: Sequence[SettingFinding]) -> list[str]:
-    """What is left without the source that would dominate the variance, such as random tokens."""
+    """What is left without the sources that would dominate the variance, such as random tokens."""
     left = [one.components_without for one in settings if one.components_without is not None]
     known = [one.components for one in left if one.components and one.components.share is not None]
-    return [f"Without {left[0].source} it explains {_shares(known)}; {_intervals(known)}."] if known else []
+    return (
+        [f"Without {' and '.join(left[0].sources)} it explains {_shares(known)}; {_intervals(known)}."] if known else []
+    )
 
 
 def _shares(known: Sequence[VarianceComponents]) -> str:

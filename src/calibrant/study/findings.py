@@ -24,9 +24,9 @@ class SourceFinding:
 
 @dataclass(frozen=True)
 class ComponentsWithout:
-    """Variance components of all sources but ``source``, which would dominate them (random vocabulary)."""
+    """Variance components of all sources but ``sources``, which would dominate them (random tokens)."""
 
-    source: str
+    sources: tuple[str, ...]
     components: VarianceComponents | None
 
 
@@ -54,7 +54,7 @@ class SettingFinding:
         higher_is_better: direction of the measure.
         sources: every source with a usable score, best mean first.
         components: source against draw.
-        components_without: the same without the source that was to be left out.
+        components_without: the same without the sources that were to be left out.
         comparisons: all pairs of sources, those of the best first.
         rank_stability: over the sets that every source has.
         best_two: the draws that a finding about the best source needs.

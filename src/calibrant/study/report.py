@@ -27,7 +27,7 @@ def write_report(study: Study, folder: Path, *, paired: bool) -> Path:
     target = folder / "report.html"
     if not is_replaceable(target, PAGE_MARK):
         raise CalibrantError(f"{target}: exists and is not a study's page; choose another folder")
-    page = page_values(study, study.analyse(paired=paired))
+    page = page_values(study, study.analyse(paired=paired), paired)
     html = study_page(page)
     files = {target: html}
     for table in page.tables:
@@ -39,8 +39,8 @@ def write_report(study: Study, folder: Path, *, paired: bool) -> Path:
     return target
 
 
-def page_values(study: Study, found: Analysis) -> StudyPage:
-    """What the page of a study says."""
+def page_values(study: Study, found: Analysis, paired: bool) -> StudyPage:
+    """What the page of a study says; ``paired`` is how the sources were compared."""
     plan, counts, scores = study.plan, study.counts(), study.scores()
     settings = [one.setting for one in found.settings]
     measures = sorted({(one.measure, one.on) for one in settings}, key=lambda one: (one[0] in COSTS, one))
@@ -54,7 +54,7 @@ def page_values(study: Study, found: Analysis) -> StudyPage:
         description=plan.description,
         answer=said.findings,
         warnings=said.reservations,
-        facts=_facts(plan, study.versions, counts),
+        facts=_facts(plan, study.versions, counts) | ({"sources compared": "draw by draw"} if paired else {}),
         cards=_cards([(one.setting, one.headline) for one in main]),
         choices=_choices(settings, measures),
         measures={

@@ -106,7 +106,10 @@ def resolve(plan: StudyPlan, cache: Cache, progress: Progress) -> Resolved:
                 task.advance()
     steps = _Steps(plan, models, recipes, place, dtype)
     cells = [steps.work(cell) for cell in grid(plan, list(models), list(recipes))]
-    return Resolved(plan, models, recipes, cells, prepared)
+    resolved = Resolved(plan, models, recipes, cells, prepared)
+    for label in models:
+        _check_texts(resolved.yardsticks(label), cache)
+    return resolved
 
 
 def _model(name: str) -> Model:
@@ -131,6 +134,16 @@ def _prepared(model: Model, recipe: Recipe, plan: StudyPlan, cache: Cache) -> Pr
         )
     except CalibrantError as error:
         raise CalibrantError(f"recipe {recipe.name} on {model.label}: {error}") from error
+
+
+def _check_texts(yardsticks: dict[str, Yardstick], cache: Cache) -> None:
+    """Refuse a text that has no window, unless the original ran over it already."""
+    for label, step in yardsticks.items():
+        if isinstance(step, OriginalStep) and not step.is_done(cache):
+            try:
+                step.windows()
+            except CalibrantError as error:
+                raise CalibrantError(f"text {label}: {error}") from error
 
 
 def _check_source(label: str, source: Source, plan: StudyPlan) -> None:
@@ -204,7 +217,7 @@ class _Steps:
                 **self._made_by,
                 "dtype": self._dtype,
                 "model": model.identity,
-                "recipe": recipe.model_dump(mode="json", exclude={"description"}),
+                "recipe": recipe.model_dump(mode="json", exclude={"name", "description"}),
                 "generator": _generator(model, recipe),
                 "set": made.key,
                 "samples": cell.samples,

@@ -122,7 +122,7 @@ class Study:
             repeated=set(self.same_sets()),
             data_free=self._data_free,
             timed=(SECONDS, SET_SECONDS),
-            left_out=random[0] if random else None,
+            left_out=random,
             paired=paired,
             seed=seed,
         )

@@ -100,14 +100,21 @@ class OriginalStep:
         """Whether its results are in the cache."""
         return cache.place(ORIGINALS, self.key).is_dir() and cache.result(self.key) is not None
 
+    def windows(self) -> EvaluationText:
+        """Cut the text.
+
+        Raises:
+            CalibrantError: the text cannot be read, or is shorter than one window.
+        """
+        folder, text = ModelFolder(Path(self.model)), self.text
+        tokenizer = Tokenizer(folder.path)
+        if text.protocol == "wikitext":
+            return wikitext_windows(text.corpus, tokenizer, folder.context_length, text.windows)
+        return evaluation_windows(Corpus(text.corpus, text.field), tokenizer, text.length, text.windows)
+
     def run(self, cache: Cache) -> None:
         """Store the windows, the original's hidden states and its perplexity."""
-        folder = ModelFolder(Path(self.model))
-        tokenizer, text = Tokenizer(folder.path), self.text
-        if text.protocol == "wikitext":
-            windows = wikitext_windows(text.corpus, tokenizer, folder.context_length, text.windows)
-        else:
-            windows = evaluation_windows(Corpus(text.corpus, text.field), tokenizer, text.length, text.windows)
+        folder, windows = ModelFolder(Path(self.model)), self.windows()
         model = load_whole(folder, self.device, _DTYPE)
         cache.make(
             ORIGINALS,
