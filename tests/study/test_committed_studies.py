@@ -6,14 +6,15 @@ import pytest
 
 import calibrant as cb
 
-STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "studies"
+STUDIES = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("full/*.yaml")])
 
 
 def test_there_are_studies() -> None:
     assert STUDIES
 
 
-@pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", STUDIES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_a_committed_study_loads(file: Path) -> None:
     plan = cb.load_study_plan(file)
     assert plan.name == file.stem

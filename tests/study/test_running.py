@@ -219,7 +219,10 @@ _BAD = {
     "no such recipe": ({"recipes": "gptq-w4"}, "gptq-w4: no recipe of that name"),
     "no such file": ({"sources": {"a": {"corpus": "nowhere.txt"}}}, "source a: .*nowhere.txt: no such corpus"),
     "no such text": ({"texts": {"a": {"corpus": "nowhere.txt", "length": 16}}}, "nowhere.txt: no such corpus"),
-    "no such strategy": ({"sources": {"a": {"corpus": "text.txt", "strategy": "best"}}}, "sources.a.strategy"),
+    "no such strategy": (
+        {"sources": {"a": {"corpus": "text.txt", "strategy": "best"}}},
+        "sources.a.strategy: Input should be",
+    ),
     "no such model": ({"models": "nowhere"}, "nowhere"),
     "a recipe that does not fit": ({"recipes": "rtn-w4a16-g128"}, "recipe rtn-w4a16-g128 on llama.*group size"),
     "too long": ({"length": 4096}, "context of 64"),

@@ -1,5 +1,6 @@
 """What a study's YAML file says: models, sources, draws, sizes, recipes, and what the results are measured on."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,8 @@ from calibrant.yaml_file import parse_yaml, read_yaml_file
 # A label names rows of tables and marks of plots.
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,79}$"
 _MOST = 10_000
+# What pydantic puts among the keys: the kind of a source, and the alternatives of a value.
+_NO_KEY = re.compile(r"(generated|selected|given)$|literal\[")
 _WITH_PATHS = ("models", "sources", "recipes", "texts", "tasks")
 Label = Annotated[str, Field(pattern=_LABEL)]
 _Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -227,7 +230,7 @@ def _validate(value: object, origin: str) -> StudyPlan:
         return StudyPlan.model_validate(value)
     except ValidationError as error:
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-        place = ".".join(str(part) for part in first["loc"] if part not in ("generated", "selected", "given"))
+        place = ".".join(part for part in map(str, first["loc"]) if not _NO_KEY.match(part))
         raise CalibrantError(f"{origin}: {place or 'the study'}: {_said(first['type'], first['msg'])}") from error
 
 

@@ -1,0 +1,169 @@
+"""What running a study costs beside its cells, and whether it survives being killed.
+
+    python benchmarks/studies.py MODEL
+
+200 cells of MODEL run in one process: its processor time is compute, what is left of the clock is scheduling and
+storage. A study of 12 cells is then killed ten times at random moments, resumed, and compared with one that ran
+through; the same on a local Ray cluster, of which a worker is killed ten times. Let nothing else run.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numba
+import psutil
+import torch
+import transformers
+import yaml
+from rich.console import Console
+
+import calibrant as cb
+
+RESULT = Path(__file__).parent / "results" / "studies.json"
+RECIPES = ["rtn-w8a16", "wanda-2:4"]
+KILLS = 10
+
+
+def write_plan(folder: Path, model: str, draws: int) -> Path:
+    """A study of 4 cells a draw, each of 16 x 128 tokens."""
+    plan = {
+        "name": "killed",
+        "models": str(Path(model).absolute()),
+        "sources": {"text": {"corpus": "builtin"}, "vocabulary": {"strategy": "vocabulary"}},
+        "draws": draws,
+        "samples": 16,
+        "length": 128,
+        "recipes": RECIPES,
+        "texts": {"held-out": {"corpus": "builtin", "length": 128, "windows": 16}},
+        "repeat": False,
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(plan))
+    return folder / "study.yaml"
+
+
+def start(plan: Path, output: Path, cache: Path, *more: str) -> subprocess.Popen[bytes]:
+    """Run the study in a group of processes of its own."""
+    command = [sys.executable, "-c", "from calibrant.cli.main import main; main()", "study", "run", plan]
+    options = ["-o", output, "--cache", cache, "--quiet", *more]
+    return subprocess.Popen([*command, *map(str, options)], start_new_session=True)
+
+
+def content(study: Path) -> list[Any]:
+    """Everything in a store but times and memory."""
+    with contextlib.closing(sqlite3.connect(study / "study.sqlite")) as connection:
+        found = [list(connection.execute(f"SELECT * FROM {table}")) for table in ("cells", "measures", "items")]
+    return [sorted(rows, key=str) for rows in found]
+
+
+def overhead(model: str, folder: Path) -> dict[str, Any]:
+    """The clock beside the processor time of the one worker, from the first cell's result to the last's."""
+    process = start(write_plan(folder, model, draws=50), folder / "study", folder / "cache")
+    parent = psutil.Process(process.pid)
+    samples: list[tuple[float, int, float]] = []
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error, sqlite3.Error):
+            done = cells_done(folder / "study")
+            spent = sum(
+                sum(one.cpu_times()[:2]) for one in parent.children() if "spawn_main" in " ".join(one.cmdline())
+            )
+            samples.append((time.perf_counter(), done, spent))
+        time.sleep(0.05)
+    running = [one for one in samples if 0 < one[1] < cb.Study(folder / "study").counts()["done"]]
+    (begin, first, before), (end, last, after) = running[0], running[-1]
+    cells, wall, compute = last - first, end - begin, after - before
+    return {
+        "cells": cells,
+        "seconds": round(wall, 2),
+        "compute_seconds": round(compute, 2),
+        "overhead_ms_a_cell": round(1000 * (wall - compute) / cells, 2),
+        "overhead_share": round((wall - compute) / wall, 4),
+    }
+
+
+def cells_done(study: Path) -> int:
+    """Cells with results in the store."""
+    with contextlib.closing(sqlite3.connect(f"file:{study / 'study.sqlite'}?mode=ro", uri=True)) as connection:
+        found: int = connection.execute("SELECT count(*) FROM cells WHERE state = 'done'").fetchone()[0]
+    return found
+
+
+def kills(model: str, folder: Path, rng: random.Random) -> dict[str, Any]:
+    """Kill the whole study at random moments, resume it, and compare."""
+    plan, whole, killed = write_plan(folder, model, draws=3), folder / "whole", folder / "killed"
+    begin = time.perf_counter()
+    start(plan, whole, folder / "cache whole").wait()
+    lasts = time.perf_counter() - begin
+    moments, cells = [], []
+    for number in range(KILLS):
+        # From the start of the program to its end, later as less is left to run.
+        moments.append(rng.uniform(2, lasts * (1 + number / KILLS) / 2))
+        process = start(plan, killed, folder / "cache")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moments[-1])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        cells.append(cells_done(killed) if (killed / "study.sqlite").is_file() else 0)
+    start(plan, killed, folder / "cache").wait()
+    return {
+        "kills_after_seconds": [round(one, 1) for one in moments],
+        "cells_done_then": cells,
+        "equal": content(killed) == content(whole),
+        "left_over": len(
+            [one for kind in ("sets", "originals", "outputs") for one in (folder / "cache" / kind).glob(".*")]
+        ),
+    }
+
+
+def ray_kills(model: str, folder: Path, rng: random.Random) -> dict[str, Any]:
+    """Kill workers of a local Ray cluster while a study runs on it, and compare with one that ran here."""
+    plan = write_plan(folder, model, draws=3)
+    start(plan, folder / "whole", folder / "cache whole").wait()
+    process = start(plan, folder / "ray", folder / "cache", "--executor", "ray")
+    parent, killed = psutil.Process(process.pid), 0
+    while process.poll() is None:
+        time.sleep(rng.uniform(0.5, 2))
+        with contextlib.suppress(psutil.Error):
+            workers = [one for one in parent.children(recursive=True) if one.name().startswith("ray::_run_on_ray")]
+            if killed < KILLS and workers:
+                rng.choice(workers).kill()
+                killed += 1
+    return {"workers_killed": killed, "equal": content(folder / "ray") == content(folder / "whole")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    model, console, rng = parser.parse_args().model, Console(), random.Random(0)
+    found: dict[str, Any] = {}
+    for name, part in (("overhead", overhead), ("kills", kills), ("ray_kills", ray_kills)):
+        folder = Path(tempfile.mkdtemp())
+        found[name] = part(model, folder) if part is overhead else part(model, folder, rng)  # type: ignore[operator]
+        shutil.rmtree(folder)
+        console.print(name, found[name])
+    about = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "processors": os.cpu_count(),
+        "model": Path(model).name,
+        "versions": {one.__name__: one.__version__ for one in (cb, torch, transformers, numba)},
+    }
+    RESULT.write_text(json.dumps({**about, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

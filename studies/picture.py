@@ -1,0 +1,60 @@
+"""Draws the scores of a study by source, a dot for every draw, as the README shows them.
+
+    python studies/picture.py STUDY OUT.svg [--measure kl] [--on TEXT]
+
+Ticks are means; bars are 95 % intervals of the mean over draws (Student's t). Needs the extra ``report``.
+"""
+
+import argparse
+from pathlib import Path
+
+import altair as alt
+
+import calibrant as cb
+from calibrant.report.study_charts import COLOURS
+
+
+def picture(study: cb.Study, measure: str, on: str) -> alt.VConcatChart:
+    """One panel for each recipe, each with an axis of its own."""
+    settings = [
+        one
+        for one in study.analyse().settings
+        if (one.setting.measure, one.setting.on) == (measure, on) and one.sources
+    ]
+    names = [*study.plan.sources]
+    colour = alt.Color("source:N", scale=alt.Scale(domain=names, range=[*COLOURS[: len(names)]]), legend=None)
+    panels = []
+    for found in settings:
+        draws = [{"source": one.source, "value": value} for one in found.sources for value in one.values]
+        means = [
+            {"source": one.source, "mean": one.description.mean, "low": ends.low, "high": ends.high}
+            for one in found.sources
+            if (ends := one.description.interval) is not None
+        ]
+        scale = alt.Scale(zero=False, nice=False, padding=12)
+        axis = {"scale": scale, "title": None, "axis": alt.Axis(tickCount=5, format=".3~g")}
+        y = alt.Y("source:N", sort=[one.source for one in found.sources], title=None)
+        of_means = alt.Chart(alt.Data(values=means))
+        bars = of_means.mark_rule(strokeWidth=2, opacity=0.5).encode(
+            x=alt.X("low:Q", **axis), x2="high:Q", y=y, color=colour
+        )
+        ticks = of_means.mark_tick(thickness=3, size=16).encode(x=alt.X("mean:Q", **axis), y=y, color=colour)
+        dots = alt.Chart(alt.Data(values=draws)).mark_circle(size=45, opacity=0.9)
+        layers = alt.layer(bars, ticks, dots.encode(x=alt.X("value:Q", **axis), y=y, color=colour))
+        panels.append(layers.properties(width=300, height=110, title=found.setting.recipe))
+    rows = [alt.hconcat(*panels[first : first + 2]) for first in range(0, len(panels), 2)]
+    return alt.vconcat(*rows, background="white")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--measure", default="kl")
+    parser.add_argument("--on", default="wikitext")
+    asked = parser.parse_args()
+    picture(cb.Study(asked.study), asked.measure, asked.on).save(asked.output)
+
+
+if __name__ == "__main__":
+    main()
