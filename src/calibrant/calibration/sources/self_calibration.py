@@ -63,8 +63,8 @@ def generate_self_calibration(
 
     A row starts with BOS. After EOS a new, independent text begins with BOS in the same row, until the row is full; EOS
     and BOS stay in the row and count (ours). There is no top-k, top-p or penalty. ``first_tokens`` "english" restricts
-    every text's first token to beginnings of English function words, as the paper does for multilingual models with
-    spaCy's stop words. ``provenance`` is recorded in the manifest.
+    every text's first token to whole English function words, as the paper does for multilingual models with spaCy's
+    stop words. ``provenance`` is recorded in the manifest.
     """
     uniforms = np.stack([make_rng(seed, "self", draw, row).random(length) for row in range(samples)])
     first_ids = torch.tensor(english_beginnings(tokenizer)) if first_tokens == "english" else None
