@@ -166,7 +166,9 @@ def _check_selected(source: SelectedSource, plan: StudyPlan) -> None:
 
 
 def _check_generated(source: GeneratedSource, plan: StudyPlan) -> None:
-    check_generation(source.strategy, source.corpus, source.temperature, source.first_tokens, source.percentile)
+    check_generation(
+        source.strategy, source.corpus, source.temperature, source.first_tokens, source.percentile, source.mask
+    )
     if source.corpus is not None:
         _check_corpus(source.corpus, source.corpus, source.field)
 

@@ -38,6 +38,15 @@ class TemperatureSchedule:
         if not (0 <= self.initial < math.inf and 0 <= self.final < math.inf and self.steps >= 0):
             raise CalibrantError("temperatures must be finite and not negative, like temperature steps")
 
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The schedule as manifests record it."""
+        return {
+            "temperature_initial": self.initial,
+            "temperature_final": self.final,
+            "temperature_steps": self.steps,
+        }
+
     def table(self, length: int) -> torch.Tensor:
         """Temperatures of steps 1 ... ``length`` as float64 ``[length]``."""
         step = torch.arange(1, length + 1, dtype=torch.float64)
@@ -74,9 +83,7 @@ def generate_self_calibration(
     manifest = Manifest(
         strategy="self",
         parameters={
-            "temperature_initial": schedule.initial,
-            "temperature_final": schedule.final,
-            "temperature_steps": schedule.steps,
+            **schedule.parameters,
             "first_tokens": first_tokens,
             "batch_size": batch_size,
             "start_token": tokenizer.start_id,
