@@ -35,6 +35,19 @@ class Prompts:
     note: str
 
 
+def check_chat_template(tokenizer: Tokenizer) -> None:
+    """Refuse tokenizers whose model cannot be asked.
+
+    Raises:
+        CalibrantError: the tokenizer has no chat template.
+    """
+    if tokenizer.hf.chat_template is None:
+        raise CalibrantError(
+            "answers asks the model through its chat template, and its tokenizer has none; choose a model that was "
+            'tuned for chat, or `strategy="prefix"`, which lets any model continue texts'
+        )
+
+
 def read_prompts(corpus: Corpus, tokenizer: Tokenizer, length: int) -> Prompts:
     """Every prompt of ``corpus`` as the chat template writes it, the request for an answer included.
 
@@ -44,11 +57,7 @@ def read_prompts(corpus: Corpus, tokenizer: Tokenizer, length: int) -> Prompts:
     Raises:
         CalibrantError: the tokenizer has no chat template, or no prompt is left.
     """
-    if tokenizer.hf.chat_template is None:
-        raise CalibrantError(
-            "answers asks the model through its chat template, and its tokenizer has none; choose a model that was "
-            'tuned for chat, or `strategy="prefix"`, which lets any model continue texts'
-        )
+    check_chat_template(tokenizer)
     names, found = [], []
     counts = dict.fromkeys(("documents", "conversations_refused", "documents_without_a_prompt", "prompts_too_long"), 0)
     refusal = ""
