@@ -39,7 +39,7 @@ def test_a_row_is_prompts_and_what_the_model_answers_to_each_alone(chat_model: P
     made = answers(chat_model, temperature=cb.TemperatureSchedule(0.0, 0.0, 0))
     model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(chat_model), Tokenizer(chat_model)
     sampled = answers(chat_model, samples=40)
-    assert sum(len(row) for row in sampled.manifest.rows) == sampled.manifest.counts["generations"] > 60
+    assert sum(len(row) for row in sampled.manifest.rows) == sampled.manifest.counts["generations"] > 45
     for tokens, segments in zip(sampled.tokens.tolist(), sampled.manifest.rows, strict=True):
         for segment in segments:
             prompt = tokenizer.encode(f"[u]{QUESTIONS[int(segment.document)]}</s>[a]<t>")
