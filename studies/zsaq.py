@@ -3,11 +3,11 @@
     python studies/zsaq.py MODEL --real c4.utf8.gz --texts wiki.test.raw.gz technical.utf8.gz inaugural.txt
 
 Every arm trains for the same number of steps on as many tokens: against a generator (ZSAQ), with a frozen one, with
-plain AdamW instead of sharpness-aware steps, on random tokens, on text that the model wrote, on real text. Before any
-training there is rounding to nearest. Measured: the divergence from the original model on each text, its mean over the
-texts less the training loss, and sharpness (on what was held out: self-written text, for the last arm real text); the
-last two only of runs whose training was of use, since others keep the rounded model. The JSON holds every run; finished
-runs are kept.
+plain AdamW instead of sharpness-aware steps, with a smaller and a larger radius rho of them than ZSAQ's 0.05, on
+random tokens, on text that the model wrote, on real text. Before training there is rounding to nearest. Measured: the
+divergence from the original model on each text, its mean over the texts less the training loss, and sharpness (on what
+was held out: self-written text, for the last arm real text); the last two only of runs whose training was of use, since
+others keep the rounded model. The JSON holds every run; finished runs are kept.
 """
 
 import argparse
@@ -36,6 +36,8 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "round to nearest": None,
     "ZSAQ": {"name": "zsaq"},
     "without SAM": {"name": "zsaq", "sam_rho": 0.0},
+    "rho 0.01": {"name": "zsaq", "sam_rho": 0.01},
+    "rho 0.1": {"name": "zsaq", "sam_rho": 0.1},
     "frozen generator": {"name": "zsaq", "generator_learning_rate": 0.0},
     "random tokens": {"name": "zsaq", "inputs": "random"},
     "self-written text": {"name": "qat", "sam_rho": 0.05},

@@ -153,5 +153,5 @@ def test_nucleus_and_penalty_are_those_of_transformers() -> None:
     batch = _Batch(torch.zeros(3, 8, dtype=torch.float64), 0, lambda row, text: [0], rule, torch.tensor([-1]))
     batch.tokens[:, :7] = tokens
     batch.position[:] = 6
-    found = torch.softmax(batch._adjusted(logits, 7) / 0.6, -1)
+    found = torch.softmax(batch._adjusted(logits, 7, torch.full((3,), 0.6, dtype=torch.float64)) / 0.6, -1)
     torch.testing.assert_close(found, expected)

@@ -238,6 +238,11 @@ _BAD = {
     "a source that is no mapping": ({"sources": {"a": "text.txt"}}, "sources.a: expected keys with values"),
     "a set twice": ({"sources": {"a": {"sets": ["one", "one"]}}}, "would count a set more than once"),
     "a source without its corpus": ({"sources": {"a": {"strategy": "prefix"}}}, "source a: prefix continues"),
+    "a model without a chat template": (
+        {"sources": {"a": {"strategy": "answers", "corpus": "text.txt", "mask": "assistant"}}},
+        "source a: answers asks the model through its chat template",
+    ),
+    "a mask of another": ({"sources": {"a": {"strategy": "self", "mask": "assistant"}}}, "source a: `mask` is for"),
     "an empty corpus": ({"sources": {"a": {"corpus": "empty.txt"}}}, "source a: .*empty.txt"),
     "weights of other corpora": (
         {"sources": {"a": {"corpus": ["text.txt", "rtn.yaml"], "weights": [1, 2, 3]}}},

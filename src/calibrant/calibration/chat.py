@@ -1,13 +1,14 @@
 """Conversations as token ids: the tokenizer's chat template, and which tokens an assistant wrote."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from calibrant.calibration.document import Document, has_parts, joined_parts, split_into_parts
 from calibrant.errors import CalibrantError
 from calibrant.modeling.chat_template import RefusedError
 from calibrant.modeling.tokenizer import Tokenizer
 
-ASSISTANT = "assistant"
+ASSISTANT, USER = "assistant", "user"
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[int] | RefusedError]:
@@ -27,6 +28,25 @@ def _encoded(document: Document, tokenizer: Tokenizer) -> list[int] | RefusedErr
         return _templated(tokenizer, document, None, False)
     except RefusedError as error:
         return error
+
+
+def encode_prompt(document: Document, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of what ``document`` asks and of the template's request for an answer; none if nothing is asked.
+
+    A text is one message of a user. Of a conversation it is all that comes before the first answer to a user, since
+    whatever follows answers words that another model or a person wrote (ours).
+
+    Raises:
+        RefusedError: the template does not take these messages.
+        CalibrantError: the tokenizer has no template, or one that takes too much time or memory again and again.
+    """
+    messages = document.messages or ({"role": USER, "content": document.text},)
+    roles = [message["role"] for message in messages]
+    if USER not in roles:
+        return []
+    asked = roles.index(USER)
+    end = roles.index(ASSISTANT, asked) if ASSISTANT in roles[asked:] else len(roles)
+    return _templated(tokenizer, replace(document, messages=messages), end, True)
 
 
 def assistant_mask(document: Document, ids: list[int], tokenizer: Tokenizer) -> list[bool]:

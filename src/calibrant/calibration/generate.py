@@ -5,6 +5,7 @@ from typing import Any
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.sources.answers import AnswersMask, generate_answers, read_prompts
 from calibrant.calibration.sources.llm_qat import generate_llm_qat
 from calibrant.calibration.sources.prefix import generate_from_prefixes
 from calibrant.calibration.sources.self_calibration import (
@@ -24,7 +25,9 @@ from calibrant.progress import NoProgress, Progress
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 512
 DEFAULT_PERCENTILE = 80.0
-SOURCES = ("self", "llm-qat", "prefix", "vocabulary")
+SOURCES = ("self", "llm-qat", "prefix", "answers", "vocabulary")
+# Sources that read a corpus, and those that sample at temperatures of the caller's.
+_WITH_CORPUS, _WITH_TEMPERATURE = ("prefix", "answers"), ("self", "answers")
 
 
 def generate(
@@ -39,6 +42,7 @@ def generate(
     first_tokens: FirstTokens = "any",
     corpus: Corpus | str | Path | None = None,
     percentile: float = DEFAULT_PERCENTILE,
+    mask: AnswersMask = "all",
     batch_size: int = 64,
     device: str = "cpu",
     dtype: str = "auto",
@@ -50,15 +54,19 @@ def generate(
         model: the model's folder, which also contains its tokenizer.
         strategy: "self" writes from BOS alone (arXiv 2410.17170 §3), "llm-qat" from random tokens (arXiv 2305.17888),
             "prefix" continues the beginnings of the documents of ``corpus`` and keeps the rows below ``percentile`` of
-            perplexity (arXiv 2410.17711), "vocabulary" draws tokens at random (arXiv 2410.17170).
+            perplexity (arXiv 2410.17711), "answers" asks the model the prompts of ``corpus`` through its chat template
+            and keeps all that it answers, its reasoning too (arXiv 2509.12464), "vocabulary" draws tokens at random
+            (arXiv 2410.17170).
         samples: number of rows.
         length: tokens per row, at most the model's context; by default 512, or the context if it is shorter.
         seed: seed of every random choice.
         draw: number of the set among the independent sets of one seed.
-        temperature: temperatures of "self"; constantly 1 by default.
+        temperature: temperatures of "self" and "answers"; constantly 1 by default.
         first_tokens: "english" makes every text of "self" begin with an English function word.
-        corpus: the texts of "prefix": a corpus or its location.
+        corpus: the texts of "prefix" or the prompts of "answers": a corpus or its location. A prompt is a text, or a
+            conversation up to its first answer.
         percentile: in (0, 100], for "prefix".
+        mask: which tokens of "answers" count: "all", or what the model as "assistant" wrote.
         batch_size: rows that are written at a time.
         device: where the model runs, for example "cpu" or "cuda".
         dtype: dtype of the computation: "float32", "bfloat16" or "auto".
@@ -74,7 +82,7 @@ def generate(
     tokenizer = Tokenizer(folder.path)
     if batch_size < 1:
         raise CalibrantError(f"batch size {batch_size}: must be at least 1")
-    check_generation(strategy, corpus, temperature, first_tokens, percentile)
+    check_generation(strategy, corpus, temperature, first_tokens, percentile, mask)
     size: dict[str, int] = {"samples": samples, "length": length, "seed": seed, "draw": draw}
     if strategy == "vocabulary":
         return draw_vocabulary(tokenizer, **size).with_origin(str(model), [])
@@ -85,18 +93,25 @@ def generate(
         "provenance": folder.identity(),
     }
     texts = corpus if corpus is None or isinstance(corpus, Corpus) else Corpus(corpus)
+    schedule = temperature or TemperatureSchedule()
+    if texts is not None and strategy == "answers":
+        prompts = read_prompts(texts, tokenizer, length)
+        loaded = load_whole(folder, device, dtype)
+        made = generate_answers(loaded, tokenizer, prompts, schedule=schedule, mask=mask, **common)
+        return made.with_origin(str(model), [texts.location])
     loaded = load_whole(folder, device, dtype)
     if texts is not None:
         made = generate_from_prefixes(loaded, tokenizer, texts, percentile=percentile, **common)
         return made.with_origin(str(model), [texts.location])
     if strategy == "llm-qat":
         return generate_llm_qat(loaded, tokenizer, **common).with_origin(str(model), [])
-    schedule = temperature or TemperatureSchedule()
     made = generate_self_calibration(loaded, tokenizer, schedule=schedule, first_tokens=first_tokens, **common)
     return made.with_origin(str(model), [])
 
 
-def check_generation(strategy: str, corpus: object, temperature: object, first_tokens: str, percentile: float) -> None:
+def check_generation(
+    strategy: str, corpus: object, temperature: object, first_tokens: str, percentile: float, mask: str
+) -> None:
     """Refuse options of ``generate`` that do not fit together; those that are not given are None or the default.
 
     Raises:
@@ -108,12 +123,24 @@ def check_generation(strategy: str, corpus: object, temperature: object, first_t
         raise CalibrantError(f"{first_tokens}: no such first tokens; there are any, english")
     if not 0 < percentile <= 100:
         raise CalibrantError(f"percentile {percentile:g}: must be above 0 and at most 100")
+    if mask not in ("all", "assistant"):
+        raise CalibrantError(f"{mask}: no such mask of answers; there are all, assistant")
     if strategy == "prefix" and corpus is None:
         raise CalibrantError("prefix continues the beginnings of a corpus's texts: name one with `corpus`")
-    if strategy != "prefix" and corpus is not None:
-        raise CalibrantError(f'{strategy} reads no corpus: leave out `corpus`, or choose `strategy="prefix"`')
-    if strategy != "self" and (temperature is not None or first_tokens != "any"):
-        raise CalibrantError(f'temperatures and first tokens are for `strategy="self"`, not for {strategy}')
+    if strategy == "answers" and corpus is None:
+        raise CalibrantError("answers asks the model the prompts of a corpus: name one with `corpus`")
+    if strategy not in _WITH_CORPUS and corpus is not None:
+        raise CalibrantError(
+            f'{strategy} reads no corpus: leave out `corpus`, or choose `strategy="prefix"` or `strategy="answers"`'
+        )
+    if strategy not in _WITH_TEMPERATURE and temperature is not None:
+        raise CalibrantError(
+            f'temperatures are for `strategy="self"` and `strategy="answers"`, not for {strategy}; leave them out'
+        )
+    if strategy != "self" and first_tokens != "any":
+        raise CalibrantError(f'`first_tokens` are for `strategy="self"`, not for {strategy}; leave them out')
+    if strategy != "answers" and mask != "all":
+        raise CalibrantError(f'`mask` is for `strategy="answers"`, not for {strategy}; leave it out')
     if strategy != "prefix" and percentile != DEFAULT_PERCENTILE:
         raise CalibrantError(f'`percentile` is for `strategy="prefix"`, not for {strategy}')
 

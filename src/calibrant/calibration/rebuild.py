@@ -98,6 +98,7 @@ class _GenerationParameters(BaseModel):
 
     first_tokens: str = "any"
     percentile: float = DEFAULT_PERCENTILE
+    mask: str = "all"
     batch_size: int = Field(default=64, ge=1, le=1 << 20)
     device: str = "cpu"
     compute_dtype: str = "auto"
@@ -142,7 +143,7 @@ def _generate_again(
         where = ".".join(str(part) for part in ("parameters", *problem["loc"]))
         raise CalibrantError(f"{manifest}: not a calibration manifest ({where}: {problem['msg']})") from error
     options: dict[str, Any] = wanted.model_dump(include={"samples", "length", "seed", "draw", "strategy"})
-    options |= given.model_dump(include={"first_tokens", "percentile", "batch_size", "device"})
+    options |= given.model_dump(include={"first_tokens", "percentile", "mask", "batch_size", "device"})
     if given.temperature_initial is not None:
         options["temperature"] = TemperatureSchedule(
             given.temperature_initial, given.temperature_final, given.temperature_steps

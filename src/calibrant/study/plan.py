@@ -11,6 +11,7 @@ from calibrant.calibration.corpus import BUILTIN
 from calibrant.calibration.corpus_sources import HUB
 from calibrant.calibration.generate import SOURCES
 from calibrant.calibration.selection.request import LEXICAL, FilterRequest, MixRequest, StrategyName
+from calibrant.calibration.sources.answers import AnswersMask
 from calibrant.calibration.sources.self_calibration import FirstTokens
 from calibrant.calibration.windows import Policy
 from calibrant.errors import CalibrantError
@@ -40,12 +41,14 @@ class Temperature(Strict):
 class GeneratedSource(Strict):
     """A source that a model writes, or random tokens; the fields are those of ``generate``."""
 
-    strategy: Literal["self", "llm-qat", "prefix", "vocabulary"]
+    strategy: Literal["self", "llm-qat", "prefix", "answers", "vocabulary"]
     temperature: Temperature | None = None
     first_tokens: FirstTokens = "any"
     corpus: str | None = None
     field: str = "text"
     percentile: float = Field(default=80.0, gt=0, le=100)
+    # Left out where it changes nothing, so that sets from before it was a field keep their keys.
+    mask: AnswersMask = Field(default="all", exclude_if=lambda mask: mask == "all")
 
 
 class SelectedSource(Strict):

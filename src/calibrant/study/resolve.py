@@ -12,6 +12,7 @@ from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.generate import check_generation, check_length
 from calibrant.calibration.selection.request import WITH_DRAWS, selection_request
 from calibrant.calibration.selection.selecting import WITH_MODEL
+from calibrant.calibration.sources.answers import check_chat_template
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.tasks.data_files import HUB, check_tasks, task_files
 from calibrant.hashing import sha256_file, sha256_json
@@ -87,7 +88,7 @@ def resolve(plan: StudyPlan, cache: Cache, progress: Progress) -> Resolved:
     if ORIGINAL in recipes:
         raise CalibrantError(f"study {plan.name}: {ORIGINAL} is the name of uncompressed models; rename the recipe")
     for label, source in plan.sources.items():
-        _check_source(label, source, plan)
+        _check_source(label, source, plan, list(models.values()))
     for label, text in plan.texts.items():
         if text.protocol == "wikitext" and not Path(text.corpus).is_file():
             raise CalibrantError(f"text {label}: {text.corpus}: no such file; protocol wikitext reads one")
@@ -146,14 +147,14 @@ def _check_texts(yardsticks: dict[str, Yardstick], cache: Cache) -> None:
                 raise CalibrantError(f"text {label}: {error}") from error
 
 
-def _check_source(label: str, source: Source, plan: StudyPlan) -> None:
+def _check_source(label: str, source: Source, plan: StudyPlan, models: list[Model]) -> None:
     try:
         if isinstance(source, GivenSource):
             _check_given(source, plan)
         elif isinstance(source, SelectedSource):
             _check_selected(source, plan)
         else:
-            _check_generated(source, plan)
+            _check_generated(source, models)
     except CalibrantError as error:
         raise CalibrantError(f"source {label}: {error}") from error
 
@@ -178,10 +179,15 @@ def _check_selected(source: SelectedSource, plan: StudyPlan) -> None:
         _check_corpus(location, location, source.field)
 
 
-def _check_generated(source: GeneratedSource, plan: StudyPlan) -> None:
-    check_generation(source.strategy, source.corpus, source.temperature, source.first_tokens, source.percentile)
+def _check_generated(source: GeneratedSource, models: list[Model]) -> None:
+    check_generation(
+        source.strategy, source.corpus, source.temperature, source.first_tokens, source.percentile, source.mask
+    )
     if source.corpus is not None:
         _check_corpus(source.corpus, source.corpus, source.field)
+    if source.strategy == "answers":
+        for model in models:
+            check_chat_template(Tokenizer(model.path))
 
 
 def _check_corpus(what: str, location: str, field: str) -> None:

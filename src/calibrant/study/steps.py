@@ -80,6 +80,7 @@ class SetStep:
                 first_tokens=source.first_tokens,
                 corpus=None if source.corpus is None else Corpus(source.corpus, source.field),
                 percentile=source.percentile,
+                mask=source.mask,
                 **size,
             )
         size |= {"stride": self.samples} if source.strategy in WITH_DRAWS else {"shards": self.shards}

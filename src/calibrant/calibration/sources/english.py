@@ -1,5 +1,6 @@
 """First tokens of English texts, for models that would otherwise begin in any language."""
 
+from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
 
 # Function words, a small closed class (ours; arXiv 2410.17170 uses spaCy's list of stop words).
@@ -18,6 +19,25 @@ which while who whole whose why will with within without would yet you your your
 
 
 def english_beginnings(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the first token of every function word, in lower case and capitalized, with and without a space before."""
-    forms = [space + form for word in _WORDS.split() for form in (word, word.capitalize()) for space in ("", " ")]
-    return sorted({ids[0] for ids in tokenizer.encode_batch(forms) if ids})
+    """Ids of the tokens that are a whole function word, in lower case or capitalized, with or without a space before.
+
+    Words of several tokens are left out: alone, their first token is a bare space or the fragment of a word (ours; the
+    paper does not say what it does with them).
+
+    Raises:
+        CalibrantError: the tokenizer has no such token.
+    """
+    words = _WORDS.split()
+    forms = [(word, space + form) for word in words for form in (word, word.capitalize()) for space in ("", " ")]
+    encoded = tokenizer.encode_batch([form for _, form in forms])
+    found = {
+        ids[0]
+        for (word, _), ids in zip(forms, encoded, strict=True)
+        if len(ids) == 1 and tokenizer.decode(ids).strip().lower() == word  # an unknown word is one token, too
+    }
+    if not found:
+        raise CalibrantError(
+            "no token of the tokenizer is a whole English function word, so no text can be made to begin with one; "
+            'use `first_tokens="any"`'
+        )
+    return sorted(found)

@@ -38,6 +38,15 @@ class TemperatureSchedule:
         if not (0 <= self.initial < math.inf and 0 <= self.final < math.inf and self.steps >= 0):
             raise CalibrantError("temperatures must be finite and not negative, like temperature steps")
 
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The schedule as manifests record it."""
+        return {
+            "temperature_initial": self.initial,
+            "temperature_final": self.final,
+            "temperature_steps": self.steps,
+        }
+
     def table(self, length: int) -> torch.Tensor:
         """Temperatures of steps 1 ... ``length`` as float64 ``[length]``."""
         step = torch.arange(1, length + 1, dtype=torch.float64)
@@ -63,8 +72,8 @@ def generate_self_calibration(
 
     A row starts with BOS. After EOS a new, independent text begins with BOS in the same row, until the row is full; EOS
     and BOS stay in the row and count (ours). There is no top-k, top-p or penalty. ``first_tokens`` "english" restricts
-    every text's first token to beginnings of English function words, as the paper does for multilingual models with
-    spaCy's stop words. ``provenance`` is recorded in the manifest.
+    every text's first token to whole English function words, as the paper does for multilingual models with spaCy's
+    stop words. ``provenance`` is recorded in the manifest.
     """
     uniforms = np.stack([make_rng(seed, "self", draw, row).random(length) for row in range(samples)])
     first_ids = torch.tensor(english_beginnings(tokenizer)) if first_tokens == "english" else None
@@ -74,9 +83,7 @@ def generate_self_calibration(
     manifest = Manifest(
         strategy="self",
         parameters={
-            "temperature_initial": schedule.initial,
-            "temperature_final": schedule.final,
-            "temperature_steps": schedule.steps,
+            **schedule.parameters,
             "first_tokens": first_tokens,
             "batch_size": batch_size,
             "start_token": tokenizer.start_id,

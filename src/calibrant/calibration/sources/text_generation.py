@@ -23,8 +23,8 @@ class Sampling:
     """How the next token is drawn.
 
     Attributes:
-        temperatures: float64, ``[length]`` for all rows or ``[rows, length]``. Entry ``i`` is for the token at position
-            ``i + 1`` of a text; 0 takes the most likely token.
+        temperatures: float64, ``[length]`` for all rows or ``[rows, length]``. Entry ``i`` is for the token that is
+            ``i`` behind a text's given beginning; 0 takes the most likely token.
         first_ids: int64, the only ids that may follow a text's given beginning; None allows all.
         top_k: as in transformers; None is off.
         top_p: as in transformers; 1 is off.
@@ -45,12 +45,17 @@ class Written:
     Attributes:
         tokens: int32 ``[rows, length]``.
         losses: mean negative log-likelihood of each row's sampled tokens, in nats, at temperature 1.
-        generations: number of texts that were begun.
+        starts: the positions in each row where its texts begin.
     """
 
     tokens: torch.Tensor
     losses: list[float]
-    generations: int
+    starts: list[list[int]]
+
+    @property
+    def generations(self) -> int:
+        """Number of texts that were begun."""
+        return sum(map(len, self.starts))
 
 
 def write_rows(
@@ -79,7 +84,9 @@ def write_rows(
     """
     rows, length = uniforms.shape
     ends = torch.tensor(sorted(end_ids(model, tokenizer)), device=model.device)
-    parts, losses, generations = [], [], 0
+    parts: list[torch.Tensor] = []
+    losses: list[float] = []
+    starts: list[list[int]] = []
     with progress.task("generating", rows * length) as task, torch.inference_mode():
         make_decoder = prepare_decoding(model)
         for first in range(0, rows, batch_size):
@@ -91,8 +98,8 @@ def write_rows(
                 task.advance(len(batch.tokens))
             parts.append(batch.tokens.cpu())
             losses += (batch.loss / batch.sampled.clamp(min=1)).tolist()
-            generations += sum(batch.texts)
-    return Written(torch.cat(parts).to(torch.int32), losses, generations)
+            starts += batch.starts
+    return Written(torch.cat(parts).to(torch.int32), losses, starts)
 
 
 @dataclass
@@ -105,7 +112,7 @@ class _Batch:
     sampling: Sampling
     ends: torch.Tensor
     tokens: torch.Tensor = field(init=False)
-    texts: list[int] = field(init=False)
+    starts: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         rows, length = self.uniforms.shape
@@ -116,7 +123,7 @@ class _Batch:
         self.given = torch.zeros(rows, dtype=torch.long, device=device)
         self.loss = torch.zeros(rows, dtype=torch.float64, device=device)
         self.sampled = torch.zeros(rows, dtype=torch.long, device=device)
-        self.texts = [0] * rows
+        self.starts = [[] for _ in range(rows)]
         self.pending: dict[int, list[int]] = {}
         table = self.sampling.temperatures
         own = table[self.first_row : self.first_row + rows] if table.ndim == 2 else table.expand(rows, -1)
@@ -125,11 +132,11 @@ class _Batch:
             self._begin(row, 0)
 
     def _begin(self, row: int, column: int) -> None:
-        first, *rest = self.beginning(self.first_row + row, self.texts[row])
+        first, *rest = self.beginning(self.first_row + row, len(self.starts[row]))
         self.tokens[row, column] = first
         self.position[row] = 0
         self.given[row] = 1 + len(rest)
-        self.texts[row] += 1
+        self.starts[row].append(column)
         if rest:
             self.pending[row] = rest
 
@@ -138,8 +145,9 @@ class _Batch:
         previous = self.tokens[:, column - 1]
         logits = decoder.step(previous, self.position)
         ended = torch.isin(previous, self.ends) & (self.position >= self.given)
-        temperature = self.temperatures.gather(1, self.position[:, None])[:, 0]
-        chosen = sample(self._adjusted(logits, column), temperature, self.uniforms[:, column])
+        step = (self.position + 1 - self.given).clamp(min=0)
+        temperature = self.temperatures.gather(1, step[:, None])[:, 0]
+        chosen = sample(self._adjusted(logits, column, temperature), temperature, self.uniforms[:, column])
         free = ~ended & (self.position + 1 >= self.given)
         surprise = logits.logsumexp(-1) - logits.gather(1, chosen[:, None])[:, 0]
         self.loss += torch.where(free, surprise.double(), 0.0)
@@ -153,7 +161,7 @@ class _Batch:
         for row in torch.nonzero(ended)[:, 0].tolist():
             self._begin(row, column)
 
-    def _adjusted(self, logits: torch.Tensor, column: int) -> torch.Tensor:
+    def _adjusted(self, logits: torch.Tensor, column: int, temperature: torch.Tensor) -> torch.Tensor:
         """Logits after penalty and restrictions, in transformers' order."""
         rule = self.sampling
         if rule.repetition_penalty != 1.0:
@@ -167,7 +175,7 @@ class _Batch:
             least = logits.topk(min(rule.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
         if rule.top_p < 1.0:
-            logits = _nucleus(logits, rule.top_p, self.temperatures.gather(1, self.position[:, None]))
+            logits = _nucleus(logits, rule.top_p, temperature[:, None])
         return logits
 
     def _penalized(self, logits: torch.Tensor, column: int) -> torch.Tensor:

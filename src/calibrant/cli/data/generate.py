@@ -30,7 +30,8 @@ def generate(
         typer.Option(
             "--strategy",
             help="self (the model generates from BOS), llm-qat (from random tokens), prefix (from the beginnings of a "
-            "corpus's documents), vocabulary (random tokens).",
+            "corpus's documents), answers (it answers a corpus's prompts through its chat template), vocabulary "
+            "(random tokens).",
         ),
     ] = "self",
     samples: SamplesOption = 128,
@@ -40,14 +41,15 @@ def generate(
     temperature: Annotated[
         float | None,
         typer.Option(
-            "--temperature", help="self: final temperature, T_final of arXiv 2410.17170 section 3.2; 1 by default."
+            "--temperature",
+            help="self, answers: final temperature, T_final of arXiv 2410.17170 section 3.2; 1 by default.",
         ),
     ] = None,
     initial_temperature: Annotated[
         float | None,
         typer.Option(
             "--initial-temperature",
-            help="self: initial temperature, T_init of arXiv 2410.17170 section 3.2; by default the "
+            help="self, answers: initial temperature, T_init of arXiv 2410.17170 section 3.2; by default the "
             "temperature is constant.",
         ),
     ] = None,
@@ -55,8 +57,8 @@ def generate(
         int | None,
         typer.Option(
             "--temperature-steps",
-            help="self: steps from the initial to the final temperature, n of arXiv 2410.17170 section 3.2; 10 by "
-            "default.",
+            help="self, answers: steps from the initial to the final temperature, n of arXiv 2410.17170 section "
+            "3.2; 10 by default.",
         ),
     ] = None,
     first_tokens: Annotated[
@@ -66,12 +68,20 @@ def generate(
         ),
     ] = "any",
     corpus: Annotated[
-        str | None, typer.Option("--corpus", help="prefix: corpus whose documents are continued.")
+        str | None,
+        typer.Option(
+            "--corpus",
+            help="prefix: corpus whose documents are continued; answers: corpus of prompts or conversations.",
+        ),
     ] = None,
     field: FieldOption = "text",
     percentile: Annotated[
         float, typer.Option("--percentile", help="prefix: keep rows below this percentile of perplexity.")
     ] = 80.0,
+    mask: Annotated[
+        str,
+        typer.Option("--mask", help="answers: tokens that count, all or assistant (those that the model wrote)."),
+    ] = "all",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per generated batch.")] = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
@@ -107,6 +117,7 @@ def generate(
             first_tokens=first_tokens,  # type: ignore[arg-type]  # checked by generate, which names the choices
             corpus=cb.Corpus(corpus, field) if corpus is not None else None,
             percentile=percentile,
+            mask=mask,  # type: ignore[arg-type]  # likewise
             batch_size=batch_size,
             device=device,
             dtype=dtype,
