@@ -466,5 +466,7 @@ def test_short_texts_are_told_how_to_become_rows(tmp_path: Path, llama: Path) ->
     path.write_text("".join(json.dumps({"text": f"Why is {number} odd?"}) + "\n" for number in range(9)))
     with pytest.raises(cb.CalibrantError, match=r"`windows=\"document\"` \(a shorter row for each\)"):
         cb.select(path, tokenizer=llama, strategy="zipcal", samples=8, length=60)
+    with pytest.raises(cb.CalibrantError, match=r"use `windows=\"pack\"`, `windows=\"document\"` \(a shorter row"):
+        cb.select(path, tokenizer=llama, strategy="zipcal", windows="window", samples=8, length=60)
     made = cb.select(path, tokenizer=llama, strategy="zipcal", windows="document", samples=8, length=60)
     assert made.tokens.shape[0] == 8
