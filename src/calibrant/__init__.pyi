@@ -6,6 +6,7 @@ from .calibration.calibration_set import Manifest as Manifest
 from .calibration.corpus import Corpus as Corpus
 from .calibration.document import Document as Document
 from .calibration.generate import generate as generate
+from .calibration.mix_sets import mix_sets as mix_sets
 from .calibration.rebuild import Rebuilt as Rebuilt
 from .calibration.rebuild import rebuild as rebuild
 from .calibration.select import select as select

@@ -61,6 +61,16 @@ def test_a_smaller_set_is_the_first_rows_of_a_larger_one(corpus: Path, tiny: Pat
     assert small.manifest.rows == large.manifest.rows[:5]
 
 
+def test_nested_sets_of_words_dataset(tiny: Path, tmp_path: Path) -> None:
+    """Draw k of n rows is rows k * stride to k * stride + n of draw 0 of all rows."""
+    path = write_corpus(tmp_path / "words.jsonl", 500)
+    common = {"tokenizer": tiny, "length": 20, "seed": 1, "strategy": "words_dataset"}
+    small, large = (cb.select(path, samples=samples, draw=1, stride=16, **common) for samples in (5, 16))
+    everything = cb.select(path, samples=32, **common)
+    assert torch.equal(small.tokens, large.tokens[:5])
+    assert torch.equal(large.tokens, everything.tokens[16:])
+
+
 @pytest.mark.parametrize("strategy", ["self", "vocabulary"])
 def test_a_smaller_generated_set_is_the_first_rows_of_a_larger_one(tiny: Path, strategy: str) -> None:
     common = {"strategy": strategy, "length": 24, "seed": 1, "draw": 1, "dtype": "float32"}

@@ -21,7 +21,8 @@ from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import NoProgress
 from calibrant.report.inspection import inspect_sets
 
-STRATEGIES = ["uniform", "zipcal", "zipf", "unigram", "perplexity", "k-centre", "herding", "cola", "zipcal-multi"]
+WORDS = ["unigram", "words_dataset"]
+STRATEGIES = ["uniform", "zipcal", "zipf", *WORDS, "perplexity", "k-centre", "herding", "cola", "zipcal-multi"]
 
 
 def write_corpus(path: Path, texts: list[str]) -> Path:
@@ -69,7 +70,7 @@ def test_windows_are_cut_again_alike(texts: list[list[int]], length: int, policy
 def test_every_strategy_makes_a_set_that_can_be_made_again(corpus: Path, llama: Path, tmp_path: Path, strategy) -> None:
     made = cb.select(corpus, tokenizer=llama, strategy=strategy, samples=6, length=40, seed=3)
     assert made.tokens.shape == (6, 40)
-    assert made.mask.all()
+    assert made.mask.all() or strategy == "words_dataset"
     again = cb.select(corpus, tokenizer=llama, strategy=strategy, samples=6, length=40, seed=3)
     made.save(tmp_path / "a")
     again.save(tmp_path / "b")
@@ -79,17 +80,16 @@ def test_every_strategy_makes_a_set_that_can_be_made_again(corpus: Path, llama: 
     for name in ("tokens.safetensors", "manifest.json"):
         contents = {(tmp_path / folder / name).read_bytes() for folder in "abc"}
         assert len(contents) == 1
-    if strategy != "unigram":
+    if strategy not in WORDS:
         starts = {(row[0].document, row[0].offset) for row in made.manifest.rows}
         assert len(starts) == 6
 
 
-@pytest.mark.parametrize(("alias", "strategy"), [("k-center", "k-centre"), ("words_dataset", "unigram")])
-def test_other_names_of_a_strategy_make_the_same_set(corpus: Path, llama: Path, alias, strategy) -> None:
+def test_another_name_of_a_strategy_makes_the_same_set(corpus: Path, llama: Path) -> None:
     common = {"tokenizer": llama, "samples": 4, "length": 30}
-    ours, theirs = (cb.select(corpus, strategy=name, **common) for name in (strategy, alias))
+    ours, theirs = (cb.select(corpus, strategy=name, **common) for name in ("k-centre", "k-center"))
     assert theirs.manifest == ours.manifest
-    assert theirs.manifest.strategy == strategy
+    assert theirs.manifest.strategy == "k-centre"
 
 
 @pytest.mark.parametrize("strategy", ["zipcal", "herding"])
@@ -181,6 +181,36 @@ def test_unigram_rows_are_the_words_of_the_corpus(tmp_path: Path, llama: Path) -
         cb.select(path, tokenizer=llama, strategy="unigram", samples=100, length=30)
 
 
+def test_words_dataset_rows_are_as_many_words_as_tokens_cut_at_the_end(tmp_path: Path, llama: Path) -> None:
+    """As the released code of ZipCal: words of beginnings, 128 a row, joined by spaces, the row's first 128 tokens."""
+    texts = [f"Alpha{'b' * (i % 4)} beta gamma " * 3 + "never" * 60 for i in range(400)]
+    path = write_corpus(tmp_path / "w.jsonl", texts)
+    tokenizer = Tokenizer(llama)
+    made = cb.select(path, tokenizer=llama, strategy="words_dataset", samples=4, length=24)
+    beginnings = [tokenizer.decode(tokenizer.encode(text)[:24]).lower().split() for text in texts]
+    pool = [word for words in beginnings for word in words]
+    assert made.manifest.counts["words"] == len(pool)
+    for row in made.tokens.tolist():
+        words = tokenizer.decode(row).split(" ")
+        assert set(words[:-1]) <= set(pool)  # the last one is cut
+        assert row == tokenizer.encode(" ".join(words))
+    assert cb.select(path, tokenizer=llama, strategy="words_dataset", samples=2).tokens.shape == (2, 128)
+    with pytest.raises(CalibrantError, match=r"beginnings of its documents have \d+ words, 256000 are needed"):
+        cb.select(path, tokenizer=llama, strategy="words_dataset", samples=2000)
+
+
+def test_words_dataset_draws_take_the_words_once(tmp_path: Path, llama: Path) -> None:
+    words = [chr(ord("A") + i % 26) + chr(ord("a") + i // 26) for i in range(6 * 12)]
+    path = write_corpus(tmp_path / "o.jsonl", [" ".join(words[i : i + 4]) for i in range(0, len(words), 4)])
+    common = {"tokenizer": llama, "strategy": "words_dataset", "samples": 2, "length": 12}
+    draws = [cb.select(path, draw=k, stride=2, **common) for k in range(3)]
+    found = [word for draw in draws for row in draw.tokens.tolist() for word in Tokenizer(llama).decode(row).split()]
+    assert len(found) == len(set(found)) == 24
+    assert set(found) <= {word.lower() for word in words}
+    with pytest.raises(CalibrantError, match="use a smaller `stride`, fewer samples"):
+        cb.select(path, draw=1, **common)
+
+
 def test_several_corpora_share_the_samples(tmp_path: Path, llama: Path) -> None:
     first = write_corpus(tmp_path / "a.jsonl", ["aaaa bbbb cccc"] * 30)
     second = write_corpus(tmp_path / "b.jsonl", ["xxxx yyyy zzzz"] * 30)
@@ -226,7 +256,7 @@ def test_generated_sets_can_be_made_again(tmp_path: Path, llama: Path, strategy:
     ({"strategy": "zipcal", "samples": 10_000}, "10000 are needed"),
     ({"shards": 2}, "leave out `shards`"),
     ({"stride": 2}, "would overlap: use `stride=3` or more"),
-    ({"strategy": "zipcal", "stride": 128}, "stride is for uniform and unigram only"),
+    ({"strategy": "zipcal", "stride": 128}, "stride is for uniform, unigram and words_dataset only"),
     ({"weights": [float("inf")]}, "finite"),
     ({"weights": []}, "finite"),
     ({"strategy": "zipcal-multi", "weights": [1]}, "leave out `weights`"),
@@ -436,5 +466,7 @@ def test_short_texts_are_told_how_to_become_rows(tmp_path: Path, llama: Path) ->
     path.write_text("".join(json.dumps({"text": f"Why is {number} odd?"}) + "\n" for number in range(9)))
     with pytest.raises(cb.CalibrantError, match=r"`windows=\"document\"` \(a shorter row for each\)"):
         cb.select(path, tokenizer=llama, strategy="zipcal", samples=8, length=60)
+    with pytest.raises(cb.CalibrantError, match=r"use `windows=\"pack\"`, `windows=\"document\"` \(a shorter row"):
+        cb.select(path, tokenizer=llama, strategy="zipcal", windows="window", samples=8, length=60)
     made = cb.select(path, tokenizer=llama, strategy="zipcal", windows="document", samples=8, length=60)
     assert made.tokens.shape[0] == 8

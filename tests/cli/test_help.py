@@ -20,6 +20,7 @@ COMMANDS = [
     "data generate",
     "data select",
     "data score",
+    "data mix",
     "data rebuild",
     "data inspect",
     "evaluate",

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest, read_manifest
 from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.generate import DEFAULT_PERCENTILE, SOURCES, generate
+from calibrant.calibration.mix_sets import STRATEGY as MIX
 from calibrant.calibration.select import run_selection
 from calibrant.calibration.selection.request import WITH_DRAWS, SelectionRequest, selection_request
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule
@@ -48,6 +49,8 @@ def rebuild(
     wanted = read_manifest(manifest)
     if wanted.strategy == "tokens":
         raise CalibrantError(f"{manifest}: the set was made from given token ids, which cannot be made again")
+    if wanted.strategy == MIX:
+        raise CalibrantError(f"{manifest}: the set is a mix of others; make those again, and mix them with `mix_sets`")
     if not wanted.locations.get("model"):
         raise CalibrantError(f"{manifest}: does not say where its model was; it is from before sets could be rebuilt")
     if corpora is None and any(described.get("kind") == "memory" for described in wanted.corpora):

@@ -8,7 +8,7 @@ import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.generate import DEFAULT_LENGTH, DEFAULT_SAMPLES, check_length
+from calibrant.calibration.generate import DEFAULT_SAMPLES, check_length
 from calibrant.calibration.selection.request import (
     LEXICAL,
     FilterRequest,
@@ -16,6 +16,7 @@ from calibrant.calibration.selection.request import (
     SelectionRequest,
     StrategyName,
     selection_request,
+    usual_length,
 )
 from calibrant.calibration.selection.selecting import WITH_MODEL, select_from
 from calibrant.calibration.windows import Policy
@@ -33,7 +34,7 @@ def select(
     tokenizer: str | Path,
     strategy: StrategyName = "uniform",
     samples: int = DEFAULT_SAMPLES,
-    length: int = DEFAULT_LENGTH,
+    length: int | None = None,
     seed: int = 0,
     draw: int = 0,
     stride: int | None = None,
@@ -57,12 +58,13 @@ def select(
 
     ``corpus`` is a ``Corpus``, a location (see ``Corpus``), or a list of these; ``tokenizer`` is a model folder.
     A string is a location, never a text: texts of your own go in as ``Corpus([...])``. ``strategy`` and the options
-    that belong to it are described in ``SelectionRequest``; "k-center" and "words_dataset" are accepted for
-    "k-centre" and "unigram".
+    that belong to it are described in ``SelectionRequest``; "k-center" is accepted for "k-centre". Rows have ``length``
+    tokens, by default 512, and 128 for "words_dataset".
 
     Draw k shares no window with draw j: "uniform" cuts all draws from one shuffle, and draws of most other strategies
-    see disjoint parts of the corpus (``shards``). Draws of "uniform" and "unigram" begin every ``stride`` rows, by
-    default 128 or ``samples`` if that is more, so that sets of one draw and of growing size are nested. "perplexity"
+    see disjoint parts of the corpus (``shards``). Draws of "uniform", "unigram" and "words_dataset" begin every
+    ``stride`` rows, by default 128 or ``samples`` if that is more, so that sets of one draw and of growing size are
+    nested. "perplexity"
     and "cola" run the model in the tokenizer's folder over every candidate, on ``device`` in ``dtype``. Conversations
     go through the tokenizer's chat template; ``mask`` says which tokens count: "all", those an "assistant" wrote, or
     all but special ones ("no-special"). Several corpora share the samples by ``weights``, groups of a corpus's
@@ -82,7 +84,7 @@ def select(
         strategy=strategy,
         windows=windows,
         samples=samples,
-        length=length,
+        length=length if length is not None else usual_length(strategy),
         seed=seed,
         draw=draw,
         stride=stride,

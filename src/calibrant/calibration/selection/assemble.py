@@ -11,7 +11,7 @@ from calibrant.calibration.calibration_set import EMPTY_ROWS, CalibrationSet, Ma
 from calibrant.calibration.corpus import Corpus, corpus_record
 from calibrant.calibration.document_stream import Findings
 from calibrant.calibration.selection.embeddings import embedding_sha256
-from calibrant.calibration.selection.request import SelectionRequest
+from calibrant.calibration.selection.request import OF_WORDS, SelectionRequest
 from calibrant.calibration.selection.zipcal import subword_classes
 from calibrant.errors import CalibrantError
 from calibrant.modeling.chat_template import DATE
@@ -43,8 +43,8 @@ def assemble(
     Raises:
         CalibrantError: the mask leaves no token.
     """
-    # A unigram sample reads words, so no template writes its conversations.
-    has_chat = any(part.findings.has_chat for part in parts) and request.strategy != "unigram"
+    # A sample of words reads words, so no template writes its conversations.
+    has_chat = any(part.findings.has_chat for part in parts) and request.strategy not in OF_WORDS
     prefixes = [_missing_prefix(row, tokenizer) for part in parts for row in part.rows]
     tokens, mask = _tensors(parts, prefixes, request, tokenizer)
     if not bool(mask.any()):
@@ -99,7 +99,7 @@ def _segments(parts: Sequence[SelectedRows], prefixes: list[list[int]]) -> list[
     """Every row's segments, shifted by its prefix; with several parts, documents get the number of their part."""
     numbers = [f"{number}/" if len(parts) > 1 else "" for number, part in enumerate(parts) for _ in part.segments]
     segments = [row for part in parts for row in part.segments]
-    # Rows of a unigram sample have a prefix but no segments.
+    # Rows of random words have a prefix but no segments.
     return [
         [
             segment.model_copy(update={"document": number + segment.document, "start": segment.start + len(prefix)})

@@ -1,47 +1,45 @@
 """COLA, stage 3: one text from each cluster of the model's activations (arXiv 2510.10618)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
+from calibrant.calibration.selection.activations import ActivationStatistics
 from calibrant.calibration.windows import Window
-from calibrant.modeling.find_blocks import find_blocks
-from calibrant.modeling.hooks import hooked
+from calibrant.modeling.feed_forward import find_feed_forward
 
 _DIMENSIONS = 64
 _STARTS = 10
+# As many as scikit-learn's k-means takes at most, which the released code uses.
+_MOST_STEPS = 300
 
 
 class Cola:
     """Clusters candidates by their activations and takes the one closest to each centre.
 
-    A candidate's vector is the mean of every block's output over its tokens (the paper: of the feed-forward part's
-    output), scaled to length 1 per block, joined over blocks, and projected to 64 dimensions by a matrix of
-    ``N(0, 1) / sqrt(64)``. k-means has ten k-means++ starts. For every empty cluster the largest one gives another
-    member (ours).
+    A candidate's vector is the mean of the output of every block's feed-forward part over its tokens, scaled to length
+    1 per block, joined over blocks, and projected to 64 dimensions by a matrix of ``N(0, 1) / sqrt(64)``. k-means has
+    ten k-means++ starts and converges. For every empty cluster the largest one gives another member (ours).
+
+    Raises:
+        CalibrantError: the model has no feed-forward parts.
     """
 
     def __init__(self, model: transformers.PreTrainedModel, prefix: list[int], rng: np.random.Generator) -> None:
-        self._model, self._prefix, self._rng = model, prefix, rng
+        self._means = ActivationStatistics(model, find_feed_forward(model), prefix, lambda outputs: outputs.mean(1))
+        self._rng = rng
         self._vectors: list[np.ndarray] = []
         self._projection: np.ndarray | None = None
         self._clusters = 0
 
-    @torch.inference_mode()
     def see(self, windows: list[Window]) -> None:
         """Run the model over further candidates."""
-        with _block_means(self._model, len(self._prefix)) as means:
-            for window in windows:
-                means.clear()
-                self._model.base_model(
-                    input_ids=torch.tensor([self._prefix + window.tokens], device=self._model.device)
-                )
-                joined = torch.cat([mean / mean.norm().clamp(min=1e-12) for mean in means]).cpu().numpy()
-                self._vectors.append(joined @ self._random_projection(len(joined)))
+        blocks = self._means.of(windows)
+        joined = torch.cat([means / means.norm(dim=1, keepdim=True).clamp(min=1e-12) for means in blocks], 1).numpy()
+        # Row by row, so that a vector does not depend on the candidates beside it.
+        self._vectors += [row @ self._random_projection(len(row)) for row in joined]
 
     def _random_projection(self, width: int) -> np.ndarray:
         if self._projection is None:
@@ -80,29 +78,19 @@ def closest_to_centres(vectors: np.ndarray, count: int, rng: np.random.Generator
 
 
 def _k_means(points: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Centres and labels of the best of ten starts, each run until no label changes."""
     from scipy.cluster.vq import kmeans2  # imported here, since it is slow to load
 
     best: tuple[float, Any, Any] | None = None
     for _ in range(_STARTS):
-        centres, labels = kmeans2(points, count, minit="++", rng=rng, missing="warn")
+        centres, labels = kmeans2(points, count, iter=1, minit="++", rng=rng, missing="warn")
+        for _ in range(_MOST_STEPS - 1):
+            before = labels
+            centres, labels = kmeans2(points, centres, iter=1, minit="matrix", missing="warn")
+            if np.array_equal(labels, before):
+                break
         spread = float(((points - centres[labels]) ** 2).sum())
         if best is None or spread < best[0]:
             best = (spread, centres, labels)
     assert best is not None
     return best[1], best[2]
-
-
-@contextmanager
-def _block_means(model: transformers.PreTrainedModel, skipped: int) -> Iterator[list[torch.Tensor]]:
-    """A list to which forward passes append every block's mean output after the first ``skipped`` tokens.
-
-    Means are float32 ``[width]``.
-    """
-    means: list[torch.Tensor] = []
-
-    def note(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        means.append(hidden[:, skipped:].float().mean(dim=(0, 1)))
-
-    with hooked(((model.get_submodule(name), note) for name in find_blocks(model)), after=True):
-        yield means

@@ -8,19 +8,35 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from calibrant.calibration.filters.content import scripts
 from calibrant.calibration.filters.leakage import DEFAULT_RUN
+from calibrant.calibration.generate import DEFAULT_LENGTH
 from calibrant.calibration.windows import Policy
 from calibrant.errors import CalibrantError
 
-Strategy = Literal["uniform", "zipcal", "zipf", "unigram", "perplexity", "k-centre", "herding", "cola", "zipcal-multi"]
+Strategy = Literal[
+    "uniform",
+    "zipcal",
+    "zipf",
+    "unigram",
+    "words_dataset",
+    "perplexity",
+    "k-centre",
+    "herding",
+    "cola",
+    "zipcal-multi",
+]
 # Other tools' names for a strategy; manifests record ours.
-STRATEGY_ALIASES: dict[str, Strategy] = {"k-center": "k-centre", "words_dataset": "unigram"}
-StrategyName = Strategy | Literal["k-center", "words_dataset"]
+STRATEGY_ALIASES: dict[str, Strategy] = {"k-center": "k-centre"}
+StrategyName = Strategy | Literal["k-center"]
 # The embedding that needs no model: TF-IDF over normalized sub-words, projected at random.
 LEXICAL = "lexical"
+# They draw words and choose no text.
+OF_WORDS = ("unigram", "words_dataset")
 # Draws of these are cut from one permutation; draws of all others see disjoint shards of the corpus.
-WITH_DRAWS = ("uniform", "unigram")
+WITH_DRAWS = ("uniform", *OF_WORDS)
 # Rows of the papers' sets; draws this far apart hold nested sets of any size up to it.
 DEFAULT_STRIDE = 128
+# Words and tokens of a row in the released code of ZipCal.
+_WORDS_DATASET_LENGTH = 128
 _USED_BY = {
     "stride": WITH_DRAWS,
     "parts": ("zipcal",),
@@ -149,8 +165,9 @@ class SelectionRequest(BaseModel):
             "zipcal": greedy coverage of sub-words (arXiv 2603.16105, algorithm 1).
             "zipcal-multi": "zipcal" in every corpus, then "k-centre" over its choices (algorithm 2).
             "zipf": the rarest words (released code of ZipCal).
-            "unigram": random words of all documents; "words_dataset", its name in the released code of ZipCal, is
-            accepted too.
+            "unigram": random words of all documents, every row full.
+            "words_dataset": the same as the released code of ZipCal makes it: as many words a row as it has tokens (128
+            there), cut at the row's end.
             "perplexity": by perplexity under the model; see ``keep``.
             "k-centre": no candidate far from a chosen one (Gonzalez 1985); "k-center" is accepted too.
             "herding": the mean of the chosen is that of all (released code of ZipCal).
@@ -160,11 +177,12 @@ class SelectionRequest(BaseModel):
         length: tokens per row.
         seed: seed of every random choice.
         draw: number of the set among the disjoint sets of one seed.
-        stride: for "uniform" and "unigram", the rows between the beginnings of successive draws, at least ``samples``;
-            by default 128, or ``samples`` if that is more. Sets of one draw and stride are nested: the smaller one is
-            the first rows of the larger one. Several corpora and the groups of a mix share it as they share the rows.
-        shards: number of disjoint random parts of the corpus, of which draw k sees part k; not for "uniform" and
-            "unigram", whose draws are disjoint anyway.
+        stride: for "uniform", "unigram" and "words_dataset", the rows between the beginnings of successive draws, at
+            least ``samples``; by default 128, or ``samples`` if that is more. Sets of one draw and stride are nested:
+            the smaller one is the first rows of the larger one. Several corpora and the groups of a mix share it as
+            they share the rows.
+        shards: number of disjoint random parts of the corpus, of which draw k sees part k; not for "uniform", "unigram"
+            and "words_dataset", whose draws are disjoint anyway.
         parts: random parts in which "zipcal" selects before it selects among their choices (arXiv 1411.0541).
         pool: "zipcal" considers this many random candidates per pick, as its released code does (2,000); all by
             default.
@@ -183,7 +201,7 @@ class SelectionRequest(BaseModel):
     strategy: Strategy = "uniform"
     windows: Policy = "pack"
     samples: int = Field(default=128, ge=1)
-    length: int = Field(default=512, ge=2)
+    length: int = Field(default=DEFAULT_LENGTH, ge=2)
     seed: int = Field(default=0, ge=0)
     draw: int = Field(default=0, ge=0)
     stride: int | None = Field(default=None, ge=1)
@@ -208,7 +226,8 @@ class SelectionRequest(BaseModel):
         for name, strategies in _USED_BY.items():
             default = type(self).model_fields[name].default
             if vars(self)[name] != default and self.strategy not in strategies:
-                raise ValueError(f"{name} is for {' and '.join(strategies)} only, not for {self.strategy}")
+                known = ", ".join(strategies[:-1]) + " and " * (len(strategies) > 1) + strategies[-1]
+                raise ValueError(f"{name} is for {known} only, not for {self.strategy}")
         if self.weights is not None and self.strategy == "zipcal-multi":
             raise ValueError("zipcal-multi chooses from all corpora by distance; leave out `weights`")
         if self.weights is not None:
@@ -231,10 +250,10 @@ class SelectionRequest(BaseModel):
             )
         if self.strategy in WITH_DRAWS and self.shards != 1:
             raise ValueError(f"{self.strategy} draws are disjoint anyway; leave out `shards`")
-        if self.mask == "assistant" and (self.strategy in ("unigram", "zipcal-multi") or self.parts > 1):
+        if self.mask == "assistant" and (self.strategy in (*OF_WORDS, "zipcal-multi") or self.parts > 1):
             raise ValueError(f"mask assistant does not go with {self.strategy}" + " in parts" * (self.parts > 1))
-        if self.strategy == "unigram" and self.windows != "pack":
-            raise ValueError("unigram draws words, it cuts no windows; leave out `windows`")
+        if self.strategy in OF_WORDS and self.windows != "pack":
+            raise ValueError(f"{self.strategy} draws words, it cuts no windows; leave out `windows`")
         return self
 
     @property
@@ -246,6 +265,11 @@ class SelectionRequest(BaseModel):
         """The fields that a manifest records under ``parameters``; ``stride`` only for strategies that use it."""
         fields = self.model_dump(mode="json", exclude={"strategy", "samples", "length", "seed", "draw", "stride"})
         return {**fields, "stride": self.rows_between_draws} if self.strategy in WITH_DRAWS else fields
+
+
+def usual_length(strategy: str) -> int:
+    """Tokens per row where nothing else is said: 128 for "words_dataset", as in the released code, else 512."""
+    return _WORDS_DATASET_LENGTH if strategy == "words_dataset" else DEFAULT_LENGTH
 
 
 def selection_request(**fields: Any) -> SelectionRequest:

@@ -18,11 +18,11 @@ from calibrant.calibration.selection.embeddings import embedding_of
 from calibrant.calibration.selection.filtering import filters_of
 from calibrant.calibration.selection.mixing import counts_of_groups, groups_of
 from calibrant.calibration.selection.perplexity import PerplexitySelector
-from calibrant.calibration.selection.request import WITH_DRAWS, SelectionRequest
+from calibrant.calibration.selection.request import OF_WORDS, WITH_DRAWS, SelectionRequest
 from calibrant.calibration.selection.selector import Selector, cutting_of, select_windows
 from calibrant.calibration.selection.spread import EmbeddingSelector, herding, k_centre
 from calibrant.calibration.selection.uniform import uniform_windows
-from calibrant.calibration.selection.unigram import unigram_rows
+from calibrant.calibration.selection.unigram import unigram_rows, words_dataset_rows
 from calibrant.calibration.selection.zipcal import ZipCal
 from calibrant.calibration.selection.zipf_score import ZipfScore
 from calibrant.calibration.windows import TokenizedDocument, Window
@@ -165,9 +165,10 @@ def _select(
     samples, draw, stride = request.samples, request.draw, request.rows_between_draws
     windows: list[Window] = []
     rows: list[list[int]] = []
-    if request.strategy == "unigram":
-        rng = make_rng(request.seed, "unigram")
-        rows = unigram_rows(stream, tokenizer, samples, request.length, draw, stride, rng, progress)
+    if request.strategy in OF_WORDS:
+        rng = make_rng(request.seed, request.strategy)
+        draw_words = unigram_rows if request.strategy == "unigram" else words_dataset_rows
+        rows = draw_words(stream, tokenizer, samples, request.length, draw, stride, rng, progress)
     elif request.strategy == "uniform":
         rng = make_rng(request.seed, "shuffle")
         cutting = cutting_of(request, tokenizer)

@@ -124,7 +124,7 @@ def too_few(
 ) -> CalibrantError:
     """The error for a corpus with fewer windows than wanted; ``smaller_stride`` says that one could help."""
     short = stream.counts["documents_too_short"]
-    is_short_text = cutting.policy == "pack" and stream.counts["documents"] >= wanted
+    is_short_text = cutting.policy != "document" and stream.counts["documents"] >= wanted
     remedy = "a smaller `stride`, " if smaller_stride else ""
     remedy += '`windows="pack"`, ' if cutting.policy == "window" and short else ""
     remedy += '`windows="document"` (a shorter row for each), ' if is_short_text else ""

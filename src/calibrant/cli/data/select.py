@@ -10,7 +10,6 @@ from calibrant.cli.console import (
     DtypeOption,
     FieldOption,
     JsonOption,
-    LengthOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
@@ -41,8 +40,8 @@ def select(
         typer.Option(
             "--strategy",
             help="uniform; zipcal (covers the vocabulary), zipcal-multi (zipcal in each corpus, then k-centre); zipf "
-            "(rare words); unigram, also words_dataset (words in random order); perplexity; k-centre, also k-center, "
-            "and herding (by embeddings); cola (by the model's activations).",
+            "(rare words); unigram (words in random order), words_dataset (the same as ZipCal's released code does "
+            "it); perplexity; k-centre, also k-center, and herding (by embeddings); cola (by the model's activations).",
         ),
     ] = "uniform",
     windows: Annotated[
@@ -55,15 +54,17 @@ def select(
     ] = "pack",
     field: FieldOption = "text",
     samples: SamplesOption = 128,
-    length: LengthOption = 512,
+    length: Annotated[
+        int | None, typer.Option("--length", "-l", help="Tokens per row; 512 by default, 128 for words_dataset.")
+    ] = None,
     seed: SeedOption = 0,
     draw: DrawOption = 0,
     stride: Annotated[
         int | None,
         typer.Option(
             "--stride",
-            help="uniform and unigram: rows between the beginnings of draws; 128 by default, or the number of samples "
-            "if that is more. Sets of one draw and stride are nested.",
+            help="uniform, unigram and words_dataset: rows between the beginnings of draws; 128 by default, or the "
+            "number of samples if that is more. Sets of one draw and stride are nested.",
         ),
     ] = None,
     shards: Annotated[
