@@ -69,4 +69,5 @@ from .study.study import StudyRun as StudyRun
 from .study.study import plan_study as plan_study
 from .study.study import recommend_source as recommend_source
 from .study.study import run_study as run_study
+from .study.task_findings import TaskFinding as TaskFinding
 from .version import __version__ as __version__
