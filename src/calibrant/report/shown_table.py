@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from calibrant.report.tables import Column, Estimate, Table, Undefined, Value, number_text, value_text
+from calibrant.report.tables import UNDEFINED, Column, Estimate, Table, Undefined, Value, number_text, value_text
 
 # Longer tables are cut on the page.
 _MOST_ROWS = 2000
@@ -22,7 +22,7 @@ def shown_table(table: Table, colours: Mapping[str, str]) -> dict[str, Any]:
         [_cell(column, row[number], colours) for column, number in zip(columns, kept, strict=True)]
         for row in table.rows[:_MOST_ROWS]
     ]
-    said = {name: value for name, value in same.items() if value}
+    said = {name: value for name, value in same.items() if value not in ("", UNDEFINED)}
     return {"table": table, "same": said, "columns": columns, "rows": rows}
 
 
