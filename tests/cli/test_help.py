@@ -23,6 +23,8 @@ COMMANDS = [
     "data rebuild",
     "data inspect",
     "evaluate",
+    "report",
+    "compare",
     "imatrix",
     "recipes",
     "demo",

@@ -95,17 +95,17 @@ def comparison_table(found: "Comparison") -> "Table":
     for name in found.outputs:
         table.add_column(Text(name), justify="right")
     models, errors, quality, fallbacks = found.tables
-    for column, values in zip(models.columns[1:], zip(*(row[1:] for row in models.rows), strict=True), strict=True):
-        table.add_row(column.name, *map(value_text, values))
+    for number, column in enumerate(models.columns[1:], 1):
+        table.add_row(column.name, *(value_text(row[number]) for row in models.rows))
     table.add_section()
-    for kind, *values in errors.rows:
-        table.add_row(Text(f"error of {kind}"), *map(value_text, values))
+    for row in errors.rows:
+        table.add_row(Text(f"error of {row[0]}"), *map(value_text, row[1:]))
     table.add_section()
     measured: dict[str, dict[str, str]] = {}
-    for name, on, *values in quality.rows:
+    for model, on, *values in quality.rows:
         for column, value in zip(quality.columns[2:], values, strict=True):
             if not isinstance(value, Undefined):
-                measured.setdefault(f"{column.name}, {on}", {})[str(name)] = value_text(value)
+                measured.setdefault(f"{column.name}, {on}", {})[str(model)] = value_text(value)
     for label, cells in measured.items():
         table.add_row(Text(label), *(cells.get(name, "") for name in found.outputs))
     table.add_section()

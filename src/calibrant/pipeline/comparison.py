@@ -120,8 +120,8 @@ class Comparison:
         return Table(
             "models",
             "Models",
-            "What each model is and what it cost. Bits a weight: of the compressed layers as they are on disk, scales and "
-            "zeros included. Peak memory is that of the whole process. Sets with one hash are the same.",
+            "What each model is and what it cost. Bits a weight: of the compressed layers as they are on disk, scales "
+            "and zeros included. Peak memory is that of the whole process. Sets with one hash are the same.",
             "There are no models.",
             (
                 Column("model"),
@@ -172,7 +172,7 @@ class Comparison:
 
 
 def compare_outputs(outputs: Sequence[Output]) -> Comparison:
-    """The comparison of outputs with the evaluations in their folders; names are the folders', or paths if these repeat.
+    """The comparison of outputs with the evaluations in their folders; names that repeat are paths.
 
     Raises:
         CalibrantError: there is no output, or one is named twice.
