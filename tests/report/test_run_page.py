@@ -86,7 +86,8 @@ def test_the_page_in_a_real_browser(page: str, made: Path, tmp_path: Path, width
     report = cb.RunReport.read(made)
     errors = [layer.relative_error for layer in report.layers]
     assert found["title"] == "Compressed model: mixtral & <b>co"
-    assert found["columns"] == ["block", "q_proj", "k_proj", "v_proj", "o_proj", *found["columns"][5:]]
+    kinds = list(dict.fromkeys(place(layer.name)[1] for layer in report.layers))
+    assert found["columns"] == ["block", *kinds]  # in full, since the kinds of experts end alike
     assert [row[0][0] for row in found["heat"]] == ["0", "1"]
     q_proj = next(layer for layer in report.layers if layer.name == "model.layers.1.self_attn.q_proj")
     assert float(found["heat"][1][1][0]) == pytest.approx(q_proj.relative_error, rel=0.06)
