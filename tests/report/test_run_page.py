@@ -16,17 +16,17 @@ from tests.conftest import random_set
 @pytest.fixture(scope="module")
 def made(model_folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with experts, some of which saw no token and fell back."""
-    folder = tmp_path_factory.mktemp("made") / "mixtral & <b>co"
-    source = model_folder("mixtral")
-    data = random_set(source, samples=1, length=4)
-    cb.compress(source, output=folder, recipe="sparsegpt-2:4", calibration=data, dtype="float32")
+    folder = tmp_path_factory.mktemp("made") / "experts & <b>co"
+    source = model_folder("qwen3_moe")
+    data = random_set(source, samples=1, length=2)
+    cb.compress(source, output=folder, recipe="gptq-w4a16-g32", calibration=data, dtype="float32")
     return folder
 
 
 @pytest.fixture(scope="module")
 def page(made: Path, model_folder, tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("page") / "page.html"
-    cb.write_run_report(made, output=file, against=model_folder("mixtral"), prompts=["ab <i>", "Once"])
+    cb.write_run_report(made, output=file, against=model_folder("qwen3_moe"), prompts=["ab <i>", "Once"])
     return file.read_text(encoding="utf-8")
 
 
@@ -85,7 +85,7 @@ def test_the_page_in_a_real_browser(page: str, made: Path, tmp_path: Path, width
     assert found.get("error") is None
     report = cb.RunReport.read(made)
     errors = [layer.relative_error for layer in report.layers]
-    assert found["title"] == "Compressed model: mixtral & <b>co"
+    assert found["title"] == "Compressed model: experts & <b>co"
     kinds = list(dict.fromkeys(place(layer.name)[1] for layer in report.layers))
     assert found["columns"] == ["block", *kinds]  # in full, since the kinds of experts end alike
     assert [row[0][0] for row in found["heat"]] == ["0", "1"]
