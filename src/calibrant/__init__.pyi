@@ -1,3 +1,4 @@
+from .api import compare as compare
 from .api import compress as compress
 from .api import evaluate as evaluate
 from .api import write_importance_matrix as write_importance_matrix
@@ -37,11 +38,13 @@ from .methods.solvers.wanda import Wanda as Wanda
 from .methods.training import Qat as Qat
 from .methods.training import QuadapterEndToEnd as QuadapterEndToEnd
 from .methods.training import Zsaq as Zsaq
+from .pipeline.comparison import Comparison as Comparison
 from .pipeline.estimate import Estimate as Estimate
 from .pipeline.prepare import PreparedRun as PreparedRun
 from .pipeline.prepare import prepare as prepare
 from .pipeline.record import RunRecord as RunRecord
 from .pipeline.record import RunReport as RunReport
+from .pipeline.run_report import write_run_report as write_run_report
 from .progress import NoProgress as NoProgress
 from .progress import Progress as Progress
 from .recipes.parts import Activations as Activations
@@ -70,4 +73,5 @@ from .study.study import StudyRun as StudyRun
 from .study.study import plan_study as plan_study
 from .study.study import recommend_source as recommend_source
 from .study.study import run_study as run_study
+from .study.task_findings import TaskFinding as TaskFinding
 from .version import __version__ as __version__

@@ -12,6 +12,7 @@ from calibrant.engine.importance import input_squares, stored_names
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation, evaluate_models
 from calibrant.evaluation.original import WholeOriginal
+from calibrant.evaluation.recorded import save_evaluation
 from calibrant.evaluation.tasks.data_files import check_tasks
 from calibrant.evaluation.tasks.results import compare_tasks
 from calibrant.evaluation.text import EvaluationText, evaluation_windows, wikitext_windows
@@ -25,8 +26,10 @@ from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
 from calibrant.output_folder import check_file, whole_file
+from calibrant.pipeline.comparison import Comparison, compare_outputs
+from calibrant.pipeline.output import Output
 from calibrant.pipeline.prepare import check_calibration, prepare
-from calibrant.pipeline.record import RunReport
+from calibrant.pipeline.record import RECORD_NAME, RunReport
 from calibrant.progress import NoProgress, Progress
 from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe
 
@@ -144,6 +147,7 @@ def evaluate(
     data: str | Path | None = None,
     limit: int | None = None,
     task_limit: int | None = None,
+    save: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
     progress: Progress | None = None,
@@ -163,6 +167,8 @@ def evaluate(
         data: the folder of the tasks' files, or "hub:" to load each task's data set from the hub.
         limit: use the first windows of each text and the first items of each task (of each subject of MMLU) only.
         task_limit: items of each task in place of ``limit``.
+        save: keep the result in the model's folder, an output of ``compress``, as ``evaluation.json``, where
+            ``write_run_report`` and ``compare`` find it.
         device: "cpu" or "cuda".
         dtype: what forward passes compute in: "bfloat16", "float32" or "auto".
         progress: receives progress and notes; None for silence.
@@ -181,6 +187,11 @@ def evaluate(
         check_tasks(tasks, data)
     progress = progress or NoProgress()
     folder = ModelFolder(model_path(model), allow_quantized=True)
+    record = folder.path / RECORD_NAME
+    if save and not record.is_file():
+        raise CalibrantError(
+            f"{folder.path}: no compressed model of Calibrant, so `save` has nowhere to keep the result"
+        )
     tokenizer = Tokenizer(folder.path)
     reference = None if against is None else _reference(against, folder, tokenizer)
     windows = None if text is None else _windows(folder, tokenizer, text, length, limit, progress)
@@ -204,7 +215,63 @@ def evaluate(
         if original is not None:
             theirs = score_tasks(original, tokenizer, tasks, data, items, progress)
             result = replace(result, original_tasks=theirs, task_comparisons=compare_tasks(result.tasks, theirs))
+    if save:
+        save_evaluation(folder.path, record, result)
     return result
+
+
+def compare(
+    folders: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    text: str | Path | Corpus | None = None,
+    length: int = DEFAULT_LENGTH,
+    wikitext: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    data: str | Path | None = None,
+    limit: int | None = None,
+    task_limit: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare compressed models by what their folders record; evaluations that were saved there are shown.
+
+    With ``against``, ``text``, ``wikitext`` or ``tasks`` every model is evaluated now, as ``evaluate`` does with the
+    same arguments (``against`` alone takes its text), and saved evaluations are not looked at.
+
+    Args:
+        folders: outputs of ``compress``.
+        against, text, length, wikitext, tasks, data, limit, task_limit, device, dtype: as in ``evaluate``.
+        progress: receives progress and notes; None for silence.
+
+    Raises:
+        CalibrantError: a folder is no output, or an evaluation fails.
+    """
+    outputs = [Output.read(folder) for folder in folders]
+    named = compare_outputs(outputs)
+    if text is None and wikitext is None and not tasks:
+        if against is None:
+            return named
+        text = BUILTIN
+    evaluations = {
+        name: evaluate(
+            output.folder,
+            against=against,
+            text=text,
+            length=length,
+            wikitext=wikitext,
+            tasks=tasks,
+            data=data,
+            limit=limit,
+            task_limit=task_limit,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
+        for name, output in named.outputs.items()
+    }
+    return replace(named, evaluations=evaluations)
 
 
 def _reference(against: str | Path, folder: ModelFolder, tokenizer: Tokenizer) -> ModelFolder:

@@ -24,6 +24,8 @@ COMMANDS = [
     "data rebuild",
     "data inspect",
     "evaluate",
+    "report",
+    "compare",
     "imatrix",
     "recipes",
     "demo",

@@ -17,9 +17,9 @@ from calibrant.cli.console import (
     QuietOption,
     SamplesOption,
     SeedOption,
-    size_text,
     terminal,
 )
+from calibrant.report.tables import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -41,6 +41,23 @@ DtypeOption = Annotated[
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+AgainstOption = Annotated[
+    str | None, typer.Option("--against", help="Original model; the divergence from it is measured.")
+]
+WikitextOption = Annotated[
+    str | None,
+    typer.Option("--wikitext", help="WikiText's raw file: perplexity as papers report it, windows of 2,048 tokens."),
+]
+TasksOption = Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, as in piqa,arc_easy.")]
+TaskDataOption = Annotated[
+    str | None, typer.Option("--data", help="Folder of the tasks' files, or hub: for each task's hub data set.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Use only the first windows of texts and items of tasks.")
+]
+TaskLimitOption = Annotated[
+    int | None, typer.Option("--task-limit", min=1, help="Items of each task, where --limit is for windows only.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
 FieldOption = Annotated[
     str,
@@ -152,10 +169,6 @@ class _Lines:
         print(text, file=sys.stderr, flush=True)
 
 
-def size_text(count: float) -> str:
-    """``count`` bytes in a decimal unit with one digit after the point."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
+def task_names(tasks: str | None) -> list[str]:
+    """The names in the value of ``--tasks``."""
+    return [] if tasks is None else [name.strip() for name in tasks.split(",")]

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 _RECIPES = ("gptq-w4a16-g64", "wanda-2:4")
 _SAMPLES, _LENGTH, _WINDOWS = 64, 256, 16
-_NEW_TOKENS = 48
 _PROMPT = "The three most important things about the sea are"
 
 
@@ -48,7 +47,7 @@ def demo(
         screen.note(f"the model generates a calibration set: {_SAMPLES} rows of {_LENGTH} tokens")
         made = cb.generate(model, samples=_SAMPLES, length=_LENGTH, seed=seed, progress=screen.progress)
         evaluations: dict[str, Evaluation] = {}
-        samples = {"original": continue_text(model, _PROMPT)}
+        samples = {"original": _continued(model)}
         for recipe in _RECIPES:
             target = output / recipe.replace(":", "-")
             screen.note(f"compressing with {recipe} into {target}")
@@ -60,7 +59,7 @@ def demo(
             evaluations[recipe] = cb.evaluate(
                 target, against=model, text="builtin", limit=_WINDOWS, dtype="auto", progress=screen.progress
             )
-            samples[recipe] = continue_text(target, _PROMPT)
+            samples[recipe] = _continued(target)
         panels = [Panel(Text(text), title=name) for name, text in samples.items()]
         screen.result(
             {"evaluations": {name: asdict(found) for name, found in evaluations.items()}, "samples": samples},
@@ -69,17 +68,10 @@ def demo(
         )
 
 
-def continue_text(folder: Path, prompt: str) -> str:
-    """Greedy continuation of ``prompt`` by the model in ``folder``."""
-    import torch
-    import transformers
+def _continued(folder: Path) -> str:
+    from calibrant.evaluation.samples import continuations
+    from calibrant.modeling.checkpoint import ModelFolder
+    from calibrant.progress import NoProgress
 
-    from calibrant.modeling.quietly import quietly
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    settings = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "pad_token_id": tokenizer.eos_token_id}
-    with quietly(), torch.inference_mode():
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).eval()
-        tokens = model.generate(**inputs, **settings)
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    (text,) = continuations(ModelFolder(folder, allow_quantized=True), [_PROMPT], "cpu", "float32", NoProgress())
+    return _PROMPT + text

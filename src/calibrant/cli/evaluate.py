@@ -5,13 +5,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calibrant.cli.console import (
+    AgainstOption,
     DeviceOption,
     DtypeOption,
     FieldOption,
     JsonOption,
     LengthOption,
+    LimitOption,
     ModelArgument,
     QuietOption,
+    TaskDataOption,
+    TaskLimitOption,
+    TasksOption,
+    WikitextOption,
+    task_names,
     terminal,
 )
 
@@ -23,30 +30,21 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: ModelArgument,
-    against: Annotated[
-        str | None, typer.Option("--against", help="Original model; the divergence from it is measured.")
-    ] = None,
+    against: AgainstOption = None,
     text: Annotated[
         str, typer.Option("--text", help="Held-out text: a file, a folder, hub:owner/name or builtin; none for none.")
     ] = "builtin",
     field: FieldOption = "text",
     length: LengthOption = 512,
-    wikitext: Annotated[
-        str | None,
-        typer.Option(
-            "--wikitext", help="WikiText's raw file: perplexity as papers report it, windows of 2,048 tokens."
-        ),
-    ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, as in piqa,arc_easy.")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="Folder of the tasks' files, or hub: for each task's hub data set.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Use only the first windows of texts and items of tasks.")
-    ] = None,
-    task_limit: Annotated[
-        int | None, typer.Option("--task-limit", min=1, help="Items of each task, where --limit is for windows only.")
-    ] = None,
+    wikitext: WikitextOption = None,
+    tasks: TasksOption = None,
+    data: TaskDataOption = None,
+    limit: LimitOption = None,
+    task_limit: TaskLimitOption = None,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="Keep the result in the output folder, for `calibrant report` and `compare`."),
+    ] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     quiet: QuietOption = False,
@@ -67,10 +65,11 @@ def evaluate(
             text=None if text == "none" else cb.Corpus(text, field),
             length=length,
             wikitext=wikitext,
-            tasks=[] if tasks is None else [name.strip() for name in tasks.split(",")],
+            tasks=task_names(tasks),
             data=data,
             limit=limit,
             task_limit=task_limit,
+            save=save,
             device=device,
             dtype=dtype,
             progress=screen.progress,

@@ -5,12 +5,14 @@ import sys
 
 import typer
 
+from calibrant.cli.compare import compare
 from calibrant.cli.compress import compress
 from calibrant.cli.data import app as data_app
 from calibrant.cli.demo import demo
 from calibrant.cli.evaluate import evaluate
 from calibrant.cli.imatrix import imatrix
 from calibrant.cli.recipes import recipes
+from calibrant.cli.report import report
 from calibrant.cli.study import app as study_app
 from calibrant.cli.wording import as_options
 from calibrant.errors import CalibrantError
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.command()(compress)
 app.add_typer(data_app, name="data")
 app.command()(evaluate)
+app.command()(report)
+app.command()(compare)
 app.command()(imatrix)
 app.add_typer(study_app, name="study")
 app.command()(recipes)

@@ -10,10 +10,12 @@ _SPELLED_OTHERWISE = {
     "schedule": "--temperature",
     "scripts": "--mix-scripts",
     "lengths": "--mix-lengths",
+    "prompts": "--prompt",
     "tokenizer": "--model",
 }
 _SPELLED_ALIKE = (
     *(
+        "against",
         "batch_size",
         "bits",
         "cache",
@@ -29,7 +31,7 @@ _SPELLED_ALIKE = (
     ),
     *("field", "first_tokens", "group_size", "html", "keep", "keep_leaked", "leakage", "leakage_field", "leakage_run"),
     *("length", "limit", "mask", "max_characters", "max_repetition", "min_characters", "model", "order", "output"),
-    *("overwrite", "parts", "percentile", "pool", "recipe", "samples", "script", "seed", "shards", "strategy"),
+    *("overwrite", "parts", "percentile", "pool", "recipe", "samples", "save", "script", "seed", "shards", "strategy"),
     *("stride", "task_limit", "tasks", "temperature", "text", "weights", "wikitext", "windows"),
 )
 PARAMETERS = {name: "--" + name.replace("_", "-") for name in _SPELLED_ALIKE} | _SPELLED_OTHERWISE

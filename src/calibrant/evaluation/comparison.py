@@ -1,7 +1,7 @@
 """Perplexity of a model and divergence of its next-token distributions from the original model's."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from calibrant.errors import CalibrantError
 from calibrant.evaluation.original import Original, window_logits
 from calibrant.evaluation.tasks.results import TaskComparison, TaskResult
 from calibrant.evaluation.text import EvaluationText
+from calibrant.hashing import sha256_bytes
 from calibrant.modeling.losses import divergences, negative_log_likelihoods
 from calibrant.progress import Progress
 
@@ -60,7 +61,8 @@ class Evaluation:
     without a text all numbers are 0 and ``perplexity`` is None. ``original`` and ``divergence`` are None if there was
     no original to compare with. ``wikitext`` is the same for WikiText by the papers' protocol. ``tasks`` are the
     model's results, ``original_tasks`` the original's, ``task_comparisons`` the two paired. ``loss_by_window``
-    are mean negative log-likelihoods in nats.
+    are mean negative log-likelihoods in nats. ``windows_sha256`` identifies the text: evaluations with the same one are
+    of the same tokens.
     """
 
     windows: int
@@ -75,6 +77,7 @@ class Evaluation:
     tasks: tuple[TaskResult, ...] = ()
     original_tasks: tuple[TaskResult, ...] = ()
     task_comparisons: tuple[TaskComparison, ...] = ()
+    windows_sha256: str = ""
 
 
 def evaluate_models(
@@ -104,10 +107,11 @@ def evaluate_models(
             task.advance()
     loss, original_loss = np.array(losses), np.array(original_losses)
     sizes = (len(windows), windows.shape[1], windows.shape[0] * (windows.shape[1] - 1), text.tokens_dropped)
+    found = Evaluation(*sizes, _perplexity(loss), tuple(losses), windows_sha256=sha256_bytes(windows.numpy().tobytes()))
     if original is None:
-        return Evaluation(*sizes, _perplexity(loss), tuple(losses))
+        return found
     divergence = _divergence(np.stack(kl), np.stack(same_top), loss, original_loss)
-    return Evaluation(*sizes, _perplexity(loss), tuple(losses), _perplexity(original_loss), divergence)
+    return replace(found, original=_perplexity(original_loss), divergence=divergence)
 
 
 def _finite(values: torch.Tensor, what: str) -> torch.Tensor:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 # Ours: the largest tokenizers of known models have less than half.
 LARGEST_SIDE_FILE = 64 * 2**20
-# Names that the output has for something of its own.
-_WRITTEN = {"calibrant.json", "report.json", "config.json", "readme.md", "calibration", "outliers", "training"}
+# Names that outputs have for something of their own.
+_WRITTEN = {
+    "calibrant.json", "report.json", "report.html", "evaluation.json", "config.json", "readme.md", "calibration",
+    "outliers", "training",
+}  # fmt: skip
 _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".npz",
     ".npy", ".ot", ".tflite", ".mlmodel", ".nemo", ".engine", ".distcp", ".index.json",

@@ -2,12 +2,12 @@
 
 import importlib.metadata as metadata
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.engine.block_solver import LayerReport
@@ -25,7 +25,8 @@ from calibrant.training.train_model import generator_identity
 from calibrant.training.training_loop import Trained
 from calibrant.version import __version__
 
-RECORD_NAME = "calibrant.json"
+_Kind = TypeVar("_Kind")
+RECORD_NAME, REPORT_NAME = "calibrant.json", "report.json"
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,15 @@ class RunRecord(_Recorded):
         Raises:
             CalibrantError: there is no record, or this version cannot read it.
         """
-        file = Path(folder) / RECORD_NAME
-        try:
-            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError) as error:
-            said = "keys are missing or wrong" if isinstance(error, ValidationError) else first_line(error)
-            raise CalibrantError(f"{file}: no record that calibrant {__version__} reads ({said})") from error
+        return _read(Path(folder) / RECORD_NAME, cls)
+
+
+def _read(file: Path, kind: type[_Kind]) -> _Kind:
+    try:
+        return TypeAdapter(kind).validate_python(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        said = "keys are missing or wrong" if isinstance(error, ValidationError) else first_line(error)
+        raise CalibrantError(f"{file}: no record that calibrant {__version__} reads ({said})") from error
 
 
 def made_by(folder: ModelFolder) -> MadeBy | None:
@@ -222,3 +226,16 @@ class RunReport:
     def as_dict(self) -> dict[str, Any]:
         """As plain values, with the output's name instead of its path."""
         return {**asdict(self), "output": self.output.name}
+
+    def write(self, folder: Path) -> None:
+        """Write ``report.json`` into ``folder``."""
+        (folder / REPORT_NAME).write_text(canonical_json(self.as_dict()), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "RunReport":
+        """Read the report of an output folder.
+
+        Raises:
+            CalibrantError: there is no report, or this version cannot read it.
+        """
+        return replace(_read(Path(folder) / REPORT_NAME, cls), output=Path(folder))

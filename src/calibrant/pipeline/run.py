@@ -243,5 +243,5 @@ class _Run:
             sum(file.stat().st_size for file in files),
             verified,
         )
-        (self.folder / "report.json").write_text(canonical_json(report.as_dict()), encoding="utf-8")
+        report.write(self.folder)
         return report

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.calibration.selection.request import SelectionRequest
 from calibrant.calibration.text_statistics import describe_set, overlap
 from calibrant.errors import CalibrantError
@@ -94,7 +94,7 @@ def inspect_sets(
         ]
         losses = _losses(folder, path, calibration, device, dtype, progress or NoProgress()) if perplexity else None
         statistics = describe_set(calibration, texts, tokenizer.size, losses)
-        sets.append(InspectedSet(name, _facts(calibration), statistics, texts))
+        sets.append(InspectedSet(name, set_facts(calibration.manifest), statistics, texts))
     overlaps = [
         {"left": names[i], "right": names[j], **overlap(loaded[i], loaded[j])}
         for i, j in combinations(range(len(loaded)), 2)
@@ -154,8 +154,8 @@ def _losses(
     return losses
 
 
-def _facts(calibration: CalibrationSet) -> dict[str, str]:
-    manifest = calibration.manifest
+def set_facts(manifest: Manifest) -> dict[str, str]:
+    """What a manifest says of its set, by label."""
     sources = ", ".join(f"{corpus['name']} ({corpus['rows']} rows)" for corpus in manifest.corpora)
     facts = {
         "strategy": manifest.strategy,

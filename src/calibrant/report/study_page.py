@@ -5,10 +5,8 @@ from functools import cache
 from typing import Any
 
 from calibrant.report.page import check_chart_libraries, render
-from calibrant.report.tables import Column, Estimate, Table, Undefined, Value, number_text, value_text
-
-# Longer tables are cut on the page, and whole in their files.
-_MOST_ROWS = 2000
+from calibrant.report.shown_table import shown_table
+from calibrant.report.tables import Table
 
 # The template contains the same line. A file with this line may be replaced by a newer page.
 PAGE_MARK = '<meta name="generator" content="calibrant study report">'
@@ -131,42 +129,9 @@ def study_page(page: StudyPage) -> str:
         page=page,
         colours=colours,
         data=data,
-        tables=[_shown(table, colours) for table in page.tables],
-        most=_MOST_ROWS,
+        tables=[shown_table(table, colours) for table in page.tables],
         library=_library(),
     )
-
-
-def _shown(table: Table, colours: dict[str, str]) -> dict[str, Any]:
-    """What the template shows of a table: what is the same in all rows is said once."""
-    same = {}
-    for number, column in enumerate(table.columns):
-        values = {value_text(row[number]) for row in table.rows}
-        if column.role == "key" and len(values) == 1:
-            same[column.name] = values.pop()
-    kept = [number for number, column in enumerate(table.columns) if column.name not in same]
-    columns = [table.columns[number] for number in kept]
-    rows = [
-        [_cell(column, row[number], colours) for column, number in zip(columns, kept, strict=True)]
-        for row in table.rows[:_MOST_ROWS]
-    ]
-    said = {name: value for name, value in same.items() if value}
-    return {"table": table, "same": said, "columns": columns, "rows": rows}
-
-
-def _cell(column: Column, value: Value, colours: dict[str, str]) -> dict[str, Any]:
-    interval = value.interval if isinstance(value, Estimate) else None
-    reason = value.reason if isinstance(value, Undefined | Estimate) and interval is None else ""
-    number = value.value if isinstance(value, Estimate) else value
-    return {
-        "text": value_text(number),
-        "interval": f"[{number_text(interval[0])}, {number_text(interval[1])}]" if interval else "",
-        "reason": reason,
-        "order": "" if isinstance(number, Undefined) else number,
-        "kind": column.kind,
-        "role": column.role,
-        "colour": colours.get(value) if column.role == "source" and isinstance(value, str) else None,
-    }
 
 
 def _packed(rows: list[dict[str, Any]]) -> dict[str, Any]:

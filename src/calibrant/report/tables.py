@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-_DASH = "\N{EN DASH}"
+UNDEFINED = "\N{EN DASH}"
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    _DASH: "--",
+    UNDEFINED: "--",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 _MARKDOWN = {character: f"\\{character}" for character in "\\|*_`[]<>"}
@@ -77,13 +77,22 @@ def number_text(value: float) -> str:
     return f"{value:.4g}"
 
 
+def size_text(count: float) -> str:
+    """``count`` bytes in a decimal unit with one digit after the point."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
 def value_text(value: Value) -> str:
     """A value as readers see it; what is undefined is a dash."""
     match value:
         case str():
             return value
         case Undefined():
-            return _DASH
+            return UNDEFINED
         case Estimate():
             ends = "" if value.interval is None else f" [{', '.join(map(number_text, value.interval))}]"
             return f"{number_text(value.value)}{ends}"

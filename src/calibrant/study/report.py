@@ -16,6 +16,7 @@ from calibrant.study.measures import measure_name
 from calibrant.study.plan import StudyPlan
 from calibrant.study.report_charts import charts, measure_key
 from calibrant.study.report_tables import tables
+from calibrant.study.report_task_tables import task_tables
 from calibrant.study.results import OUTPUT_BYTES, SECONDS, SET_SECONDS, Study
 from calibrant.study.score_table import Setting
 
@@ -66,7 +67,10 @@ def page_values(study: Study, found: Analysis, paired: bool) -> StudyPage:
             for one in measures
         },
         charts=charts(found, scores, (SECONDS, SET_SECONDS), COSTS),
-        tables=tables(found, study.cells(), scores, COSTS),
+        tables=[
+            *tables(found, study.cells(), scores, COSTS),
+            *(task_tables(study.task_findings()) if plan.tasks is not None else []),
+        ],
         failures=[Failed(_place(one.cell), one.error, one.traceback) for one in study.failures()],
         sources=[*plan.sources],
         recipes=list(dict.fromkeys(one.recipe for one in settings)),

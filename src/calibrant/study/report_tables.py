@@ -13,7 +13,7 @@ from calibrant.study.scores import Score
 from calibrant.study.statistics.controls import Control
 from calibrant.study.statistics.describe import Interval
 
-_ONE_DRAW = "one draw has no spread"
+ONE_DRAW = "one draw has no spread"
 _UNCOMPARED = "a source has one draw"
 _PLACE = (
     Column("model", role="key"),
@@ -21,7 +21,7 @@ _PLACE = (
     Column("rows", "number", "key"),
     Column("length", "number", "key"),
 )
-_KEYS = (*_PLACE, Column("measure", role="key"), Column("on", role="key"))
+KEYS = (*_PLACE, Column("measure", role="key"), Column("on", role="key"))
 _STATES = ("failed", "waiting", "done")
 
 
@@ -42,10 +42,10 @@ def _sources(found: Analysis) -> Table:
     for setting in found.settings:
         for one in setting.sources:
             said = one.description
-            mean = Estimate(said.mean, _ends(said.interval), _ONE_DRAW)
-            spread: Value = Undefined(_ONE_DRAW) if said.sd is None else said.sd
+            mean = Estimate(said.mean, ends(said.interval), ONE_DRAW)
+            spread: Value = Undefined(ONE_DRAW) if said.sd is None else said.sd
             limits = (said.minimum, said.maximum, said.range)
-            rows.append((one.source, *_keys(setting.setting), said.n, mean, spread, *limits))
+            rows.append((one.source, *keys(setting.setting), said.n, mean, spread, *limits))
     return Table(
         "sources",
         "Sources",
@@ -54,7 +54,7 @@ def _sources(found: Analysis) -> Table:
         "There is no usable score.",
         (
             Column("source", role="source"),
-            *_KEYS,
+            *KEYS,
             Column("draws", "number"),
             Column("mean", "estimate"),
             *(Column(name, "number") for name in ("sd", "least", "most", "range")),
@@ -75,11 +75,11 @@ def _comparisons(found: Analysis) -> Table:
                 (
                     one.better,
                     one.worse,
-                    *_keys(setting.setting),
+                    *keys(setting.setting),
                     " and ".join(map(str, one.draws)),
-                    Estimate(one.difference, _ends(one.interval), _UNCOMPARED),
+                    Estimate(one.difference, ends(one.interval), _UNCOMPARED),
                     p,
-                    Estimate(improvement.probability, _ends(improvement.interval), _UNCOMPARED),
+                    Estimate(improvement.probability, ends(improvement.interval), _UNCOMPARED),
                     "told apart" if one.told_apart else "not told apart",
                 )
             )
@@ -93,7 +93,7 @@ def _comparisons(found: Analysis) -> Table:
         (
             Column("better", role="source"),
             Column("worse", role="source"),
-            *_KEYS,
+            *KEYS,
             Column("draws"),
             Column("difference", "estimate"),
             Column("Holm p", "number"),
@@ -110,7 +110,7 @@ def _is_constant(one: SettingFinding) -> bool:
 
 def _components(found: Analysis) -> Table:
     rows = [
-        (*_keys(one.setting), *_of_components(one))
+        (*keys(one.setting), *_of_components(one))
         for one in found.settings
         if one.zero_control is None and len(one.sources) > 1
     ]
@@ -122,7 +122,7 @@ def _components(found: Analysis) -> Table:
         "draws of each with which a t test of the two best alone would find their difference in 80 % of studies.",
         "Fewer than two sources have a usable score.",
         (
-            *_KEYS,
+            *KEYS,
             Column("sources", "number"),
             Column("source share %", "estimate"),
             Column("without random tokens %", "estimate"),
@@ -174,10 +174,10 @@ def _recipes(found: Analysis) -> Table:
             one.first,
             one.second,
             one.source,
-            *_keys(Setting(one.model, "", one.samples, one.length, one.measure, one.on), recipe=False),
+            *keys(Setting(one.model, "", one.samples, one.length, one.measure, one.on), recipe=False),
             one.difference.n,
-            Estimate(one.difference.mean, _ends(one.difference.interval), _ONE_DRAW),
-            Estimate(one.improvement.probability, _ends(one.improvement.interval), _ONE_DRAW),
+            Estimate(one.difference.mean, ends(one.difference.interval), ONE_DRAW),
+            Estimate(one.improvement.probability, ends(one.improvement.interval), ONE_DRAW),
             one.improvement.verdict,
         )
         for one in found.recipe_differences
@@ -192,7 +192,7 @@ def _recipes(found: Analysis) -> Table:
             Column("first"),
             Column("second"),
             Column("source", role="source"),
-            *(column for column in _KEYS if column.name != "recipe"),
+            *(column for column in KEYS if column.name != "recipe"),
             Column("draws", "number"),
             Column("first less second", "estimate"),
             Column("P(first better)", "estimate"),
@@ -208,14 +208,14 @@ def _controls(found: Analysis, costs: Collection[str]) -> Table:
         if one.setting.measure in costs:
             continue  # times differ whenever the same command runs again
         kinds = (("recipe reads no data", one.zero_control), ("one set run twice", one.implementation_noise))
-        rows += [(*_keys(one.setting), kind, *_control(control)) for kind, control in kinds if control is not None]
+        rows += [(*keys(one.setting), kind, *_control(control)) for kind, control in kinds if control is not None]
     return Table(
         "controls",
         "Controls",
         "What must be equal: scores of recipes that read no data, over all sets, and of one set that was run twice.",
         "No cell was run twice, and every recipe reads data.",
         (
-            *_KEYS,
+            *KEYS,
             Column("control"),
             Column("values", "number"),
             Column("largest difference", "number"),
@@ -264,10 +264,12 @@ def _finite(value: float) -> Value:
     return value if isfinite(value) else Undefined("not finite")
 
 
-def _keys(setting: Setting, *, recipe: bool = True) -> tuple[Value, ...]:
+def keys(setting: Setting, *, recipe: bool = True) -> tuple[Value, ...]:
+    """The values of ``KEYS``."""
     named = (setting.recipe,) if recipe else ()
     return (setting.model, *named, setting.samples, setting.length, measure_name(setting.measure), setting.on)
 
 
-def _ends(interval: Interval | None) -> tuple[float, float] | None:
+def ends(interval: Interval | None) -> tuple[float, float] | None:
+    """An interval as tables take it."""
     return None if interval is None else (interval.low, interval.high)

@@ -14,6 +14,7 @@ from calibrant.study.findings import Analysis
 from calibrant.study.plan import GeneratedSource, StudyPlan
 from calibrant.study.scores import Score
 from calibrant.study.store import PLACE, STORE_NAME, Failure, read_only, rows
+from calibrant.study.task_findings import TaskFinding, task_findings
 
 # The costs that are compared as scores are; times of stages and memory stay in the store.
 SECONDS, SET_SECONDS = "seconds", "set_seconds"
@@ -64,17 +65,27 @@ class Study:
 
     def task_comparisons(self) -> list[tuple[Cell, TaskComparison]]:
         """Every compressed model against its original on the same items of each task, by McNemar's test."""
-        query = f"SELECT {PLACE}, dataset, measure, value FROM items JOIN cells USING (cell) ORDER BY cell, item"
+        # One row a cell and task: a study may have millions of items.
+        query = (
+            f"SELECT {PLACE}, dataset, measure, json_group_array(item) AS items, json_group_array(value) AS scores "
+            "FROM items JOIN cells USING (cell) WHERE dataset IN (SELECT value FROM json_each(?)) "
+            "GROUP BY cell, dataset, measure ORDER BY cell, dataset, measure"
+        )
         scores: dict[tuple[str, str], dict[Cell, list[float]]] = {}
-        for row in self._rows(query):
-            if row["dataset"] in self.tasks:
-                scores.setdefault((row["dataset"], row["measure"]), {}).setdefault(_cell(row), []).append(row["value"])
+        for row in self._rows(query, json.dumps([*self.tasks])):
+            items, values = json.loads(row["items"]), json.loads(row["scores"])
+            own = [value for _, value in sorted(zip(items, values, strict=True))]
+            scores.setdefault((row["dataset"], row["measure"]), {})[_cell(row)] = own
         return [
             (cell, compare_items(task, metric, own, of_cells[original(cell.model)]))
-            for (task, metric), of_cells in scores.items()
+            for (task, metric), of_cells in sorted(scores.items())
             for cell, own in of_cells.items()
             if cell.recipe != ORIGINAL and original(cell.model) in of_cells
         ]
+
+    def task_findings(self) -> list[TaskFinding]:
+        """Every source against its original on the same items: docs/statistics.md "Tasks, item by item"."""
+        return task_findings(self.task_comparisons(), repeated=set(self.same_sets()), data_free=self._data_free)
 
     def failures(self) -> list[Failure]:
         """Cells that failed when they ran last."""

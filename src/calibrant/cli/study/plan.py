@@ -1,8 +1,9 @@
 """``calibrant study plan``."""
 
 from calibrant.cli.compress import time_text
-from calibrant.cli.console import JsonOption, QuietOption, size_text, terminal
+from calibrant.cli.console import JsonOption, QuietOption, terminal
 from calibrant.cli.study.shared import CacheOption, PlanArgument, WorkersOption
+from calibrant.report.tables import size_text
 from calibrant.user_cache import STUDIES
 
 
