@@ -12,6 +12,7 @@ import altair as alt
 
 import calibrant as cb
 from calibrant.report.study_charts import COLOURS
+from calibrant.study.measures import measure_name
 
 
 def picture(study: cb.Study, measure: str, on: str) -> alt.VConcatChart:
@@ -43,7 +44,9 @@ def picture(study: cb.Study, measure: str, on: str) -> alt.VConcatChart:
         layers = alt.layer(bars, ticks, dots.encode(x=alt.X("value:Q", **axis), y=y, color=colour))
         panels.append(layers.properties(width=300, height=110, title=found.setting.recipe))
     rows = [alt.hconcat(*panels[first : first + 2]) for first in range(0, len(panels), 2)]
-    return alt.vconcat(*rows, background="white")
+    said = f"{measure_name(measure, on)}, by source of the calibration text: dots are draws, bars 95 % intervals"
+    title = alt.TitleParams(said, anchor="start", fontSize=13, offset=12)
+    return alt.vconcat(*rows, background="white", title=title)
 
 
 def main() -> None:
