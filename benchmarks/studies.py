@@ -2,9 +2,10 @@
 
     python benchmarks/studies.py MODEL
 
-200 cells of MODEL run in one process: its processor time is compute, what is left of the clock is scheduling and
-storage. A study of 12 cells is then killed ten times at random moments, resumed, and compared with one that ran
-through; the same on a local Ray cluster, of which a worker is killed ten times. Let nothing else run.
+200 cells of MODEL run in a process of one thread for each processor: their processor time is compute, what is left of
+the clock is scheduling and storage. A study of 12 cells is then killed ten times at random moments, resumed, and
+compared with one that ran through; the same on a local Ray cluster, of which a worker is killed ten times. Let nothing
+else run.
 """
 
 import argparse
@@ -70,8 +71,9 @@ def content(study: Path) -> list[Any]:
 
 
 def overhead(model: str, folder: Path) -> dict[str, Any]:
-    """The clock beside the processor time of the one worker, from the first cell's result to the last's."""
-    process = start(write_plan(folder, model, draws=50), folder / "study", folder / "cache")
+    """The clock beside the processor time of the workers, from the first cell's result to the last's."""
+    workers = os.cpu_count() or 1
+    process = start(write_plan(folder, model, draws=50), folder / "study", folder / "cache", "--workers", str(workers))
     parent = psutil.Process(process.pid)
     samples: list[tuple[float, int, float]] = []
     while process.poll() is None:
@@ -81,13 +83,14 @@ def overhead(model: str, folder: Path) -> dict[str, Any]:
                 sum(one.cpu_times()[:2]) for one in parent.children() if "spawn_main" in " ".join(one.cmdline())
             )
             samples.append((time.perf_counter(), done, spent))
-        time.sleep(0.05)
+        time.sleep(0.5)
     running = [one for one in samples if 0 < one[1] < cb.Study(folder / "study").counts()["done"]]
     (begin, first, before), (end, last, after) = running[0], running[-1]
-    cells, wall, compute = last - first, end - begin, after - before
+    cells, wall, compute = last - first, workers * (end - begin), after - before
     return {
         "cells": cells,
-        "seconds": round(wall, 2),
+        "workers": workers,
+        "seconds_of_all_workers": round(wall, 2),
         "compute_seconds": round(compute, 2),
         "overhead_ms_a_cell": round(1000 * (wall - compute) / cells, 2),
         "overhead_share": round((wall - compute) / wall, 4),
