@@ -105,35 +105,35 @@ def cells_done(study: Path) -> int:
 
 
 def kills(model: str, folder: Path, rng: random.Random) -> dict[str, Any]:
-    """Kill the whole study at random moments, resume it, and compare."""
+    """Kill the whole study with ever more results in its cache, each time a moment later, resume it, and compare."""
     plan, whole, killed = write_plan(folder, model, draws=3), folder / "whole", folder / "killed"
-    begin = time.perf_counter()
     start(plan, whole, folder / "cache whole").wait()
-    lasts = time.perf_counter() - begin
-    moments, cells = [], []
-    for number in range(KILLS):
-        # From the start of the program to its end, later as less is left to run.
-        moments.append(rng.uniform(2, lasts * (1 + number / KILLS) / 2))
+    results = [*(folder / "cache whole" / "results").iterdir()]
+    found = []
+    for least in sorted(rng.sample(range(len(results)), KILLS)):
         process = start(plan, killed, folder / "cache")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(moments[-1])
+        while process.poll() is None and len([*(folder / "cache").glob("results/*.json")]) < least:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        cells.append(cells_done(killed) if (killed / "study.sqlite").is_file() else 0)
+        found.append(len([*(folder / "cache").glob("results/*.json")]))
     start(plan, killed, folder / "cache").wait()
+    kinds = ("sets", "originals", "outputs")
     return {
-        "kills_after_seconds": [round(one, 1) for one in moments],
-        "cells_done_then": cells,
+        "results_in_all": len(results),
+        "results_when_killed": found,
         "equal": content(killed) == content(whole),
-        "left_over": len(
-            [one for kind in ("sets", "originals", "outputs") for one in (folder / "cache" / kind).glob(".*")]
-        ),
+        "left_over": len([one for kind in kinds for one in (folder / "cache" / kind).glob(".*")]),
     }
 
 
 def ray_kills(model: str, folder: Path, rng: random.Random) -> dict[str, Any]:
-    """Kill workers of a local Ray cluster while a study runs on it, and compare with one that ran here."""
+    """Kill workers of a local Ray cluster while a study runs on it, run again what failed, and compare.
+
+    A step whose worker is killed four times fails.
+    """
     plan = write_plan(folder, model, draws=3)
     start(plan, folder / "whole", folder / "cache whole").wait()
     process = start(plan, folder / "ray", folder / "cache", "--executor", "ray")
@@ -145,7 +145,10 @@ def ray_kills(model: str, folder: Path, rng: random.Random) -> dict[str, Any]:
             if killed < KILLS and workers:
                 rng.choice(workers).kill()
                 killed += 1
-    return {"workers_killed": killed, "equal": content(folder / "ray") == content(folder / "whole")}
+    failed = cb.Study(folder / "ray").counts()["failed"]
+    start(plan, folder / "ray", folder / "cache", "--executor", "ray").wait()
+    equal = content(folder / "ray") == content(folder / "whole")
+    return {"workers_killed": killed, "cells_failed_then": failed, "equal": equal}
 
 
 def main() -> None:
