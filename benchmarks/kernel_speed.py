@@ -21,6 +21,7 @@ from calibrant.kernels.column_loop import solve_columns
 from calibrant.kernels.gram import add_gram
 from calibrant.kernels.inverse_factor import inverse_factor
 from calibrant.kernels.lookup import every_number, look_up
+from calibrant.kernels.outlier_columns import OutlierColumns, RangeGrid, leave_one_out_gains
 from calibrant.kernels.rms_norm import rms_norm
 from calibrant.methods.solvers.gptq import quantization_problem
 from calibrant.quantization.grid_fitting import fit_grid
@@ -83,6 +84,23 @@ def columns(rows: int, width: int) -> tuple[float, float]:
     return best(lambda: solve_columns(problem)), best(lambda: solve_columns(problem, compiled=False))
 
 
+def outlier_columns(rows: int, width: int) -> tuple[float, float]:
+    """SpQR's kernels versus their PyTorch twins, groups of 16."""
+    weight, inputs = torch.randn(rows, width), torch.randn(2 * width, width)
+    factor, _ = inverse_factor(inputs.T @ inputs, 1.0)
+    threshold = 0.2 * (weight.var(0) / factor.diagonal().square()).mean().expand(rows, 1)
+    plain = RangeGrid(4, False)
+
+    def solve(compiled: bool) -> None:
+        solving = OutlierColumns(weight, factor, threshold, 4, compiled)
+        for begin in range(0, width, 16):
+            group = solving.columns(begin, begin + 16)
+            leave_one_out_gains(group, factor.diagonal()[begin : begin + 16], plain, compiled)
+            solving.solve(begin, begin + 16, *plain.fit(group))
+
+    return best(lambda: solve(True)), best(lambda: solve(False))
+
+
 def factor(width: int) -> tuple[float, float]:
     """One factorization versus the three steps of the papers' released code."""
     inputs = torch.randn(2 * width, width)
@@ -111,6 +129,8 @@ def main() -> None:
             "silu 1536": activation(nn.SiLU(), 1536),
             "columns 3072 x 576": columns(3072, 576),
             "columns 576 x 1536": columns(576, 1536),
+            "outlier columns 3072 x 576": outlier_columns(3072, 576),
+            "outlier columns 576 x 1536": outlier_columns(576, 1536),
             "factor 1536": factor(1536),
         }
     table = Table("kernel", "ms", "replaced ms", "ratio")

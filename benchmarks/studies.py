@@ -70,7 +70,7 @@ def content(study: Path) -> list[Any]:
     return [sorted(rows, key=str) for rows in found]
 
 
-def overhead(model: str, folder: Path) -> dict[str, Any]:
+def overhead(model: str, folder: Path, _: random.Random) -> dict[str, Any]:
     """The clock beside the processor time of the workers, from the first cell's result to the last's."""
     workers = os.cpu_count() or 1
     process = start(write_plan(folder, model, draws=50), folder / "study", folder / "cache", "--workers", str(workers))
@@ -83,7 +83,7 @@ def overhead(model: str, folder: Path) -> dict[str, Any]:
                 sum(one.cpu_times()[:2]) for one in parent.children() if "spawn_main" in " ".join(one.cmdline())
             )
             samples.append((time.perf_counter(), done, spent))
-        time.sleep(0.5)
+        time.sleep(2)  # seldom, since looking takes processor time too
     running = [one for one in samples if 0 < one[1] < cb.Study(folder / "study").counts()["done"]]
     (begin, first, before), (end, last, after) = running[0], running[-1]
     cells, wall, compute = last - first, workers * (end - begin), after - before
@@ -156,11 +156,11 @@ def main() -> None:
     parser.add_argument("model")
     model, console, rng = parser.parse_args().model, Console(), random.Random(0)
     found: dict[str, Any] = {}
-    for name, part in (("overhead", overhead), ("kills", kills), ("ray_kills", ray_kills)):
+    for part in (overhead, kills, ray_kills):
         folder = Path(tempfile.mkdtemp())
-        found[name] = part(model, folder) if part is overhead else part(model, folder, rng)  # type: ignore[operator]
+        found[part.__name__] = part(model, folder, rng)
         shutil.rmtree(folder)
-        console.print(name, found[name])
+        console.print(part.__name__, found[part.__name__])
     about = {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": platform.processor() or platform.machine(),

@@ -23,6 +23,14 @@ def test_a_plan_says_what_it_takes(run, folder: Path) -> None:
     assert not (folder / "cache").exists()
 
 
+def test_keys_of_a_plan_are_not_called_options(run, folder: Path) -> None:
+    (folder / "short.txt").write_text("sun")
+    write_plan(folder / "study.yaml", texts={"short": {"corpus": "short.txt", "length": 16}})
+    status, _, err = run("study", "plan", folder / "study.yaml", "--cache", folder / "cache")
+    assert status == 2
+    assert "give more text or a shorter `length`" in err
+
+
 def test_a_finished_study_is_shown_and_exported(run, whole: Path, tmp_path: Path) -> None:
     status, out, _ = run("study", "show", whole)
     assert status == 0

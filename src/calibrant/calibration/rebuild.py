@@ -50,7 +50,7 @@ def rebuild(
     if wanted.strategy == "tokens":
         raise CalibrantError(f"{manifest}: the set was made from given token ids, which cannot be made again")
     if wanted.strategy == MIX:
-        raise CalibrantError(f"{manifest}: the set is a mix of others; make those again, and mix them with `mix_sets`")
+        raise CalibrantError(f"{manifest}: the set is a mix of others; make those again, and mix them again")
     if not wanted.locations.get("model"):
         raise CalibrantError(f"{manifest}: does not say where its model was; it is from before sets could be rebuilt")
     if corpora is None and any(described.get("kind") == "memory" for described in wanted.corpora):

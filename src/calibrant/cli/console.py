@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibrant.cli.wording import as_options
 from calibrant.progress import NoProgress, Progress, Task
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Show one line."""
-        self.progress.note(as_options(text))
+        self.progress.note(text)
 
     def result(self, value: dict[str, Any], *renderables: Any) -> None:
         """Print the result: ``value`` as JSON, or the tables and lines ``renderables``."""

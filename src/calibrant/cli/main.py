@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from typing import Any
 
 import typer
 
@@ -57,9 +58,19 @@ def main() -> None:
     try:
         app()
     except (CalibrantError, OSError) as error:
-        print(f"calibrant: {as_options(str(error))}", file=sys.stderr)
+        print(f"calibrant: {as_options(str(error), _options(sys.argv[1:]))}", file=sys.stderr)
         sys.exit(_USAGE)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             print("calibrant: interrupted, no unfinished output was left behind", file=sys.stderr)
         raise
+
+
+def _options(arguments: list[str]) -> set[str]:
+    """The options of the command that ``arguments`` call."""
+    command: Any = typer.main.get_command(app)
+    for word in arguments:
+        if not hasattr(command, "commands"):
+            break
+        command = command.commands.get(word, command)
+    return {spelled for parameter in command.params for spelled in parameter.opts}

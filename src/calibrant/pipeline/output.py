@@ -1,5 +1,6 @@
 """A finished output as pages and comparisons read it."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,12 +62,9 @@ class Output:
             layer, _, part = name.rpartition(".")
             if part == "bias":
                 continue
-            count = 1
-            for size in info.shape:
-                count *= size
             if info.dtype not in _BITS:
                 return None
-            own[layer] = own.get(layer, 0) + count * _BITS[info.dtype]
+            own[layer] = own.get(layer, 0) + math.prod(info.shape) * _BITS[info.dtype]
         for one in self.layers:
             if one.name not in own:
                 return None

@@ -25,6 +25,8 @@ _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,79}$"
 _MOST = 10_000
 # What pydantic puts among the keys: the kind of a source, and the alternatives of a value.
 _NO_KEY = re.compile(r"(generated|selected|given)$|literal\[")
+# Lists, or one value alone, that name no value twice.
+_DIFFERENT = ("samples", "length", "seeds", "models", "recipes")
 _WITH_PATHS = ("models", "sources", "recipes", "texts", "tasks")
 Label = Annotated[str, Field(pattern=_LABEL)]
 _Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -180,19 +182,18 @@ class StudyPlan(Strict):
         """The plan with its paths as its file has them."""
         if self._written is None:
             return self
-        changed = {name: getattr(self, name) for name in type(self).model_fields if name not in _WITH_PATHS}
+        changed = {name: value for name, value in self if name not in _WITH_PATHS}
         return self._written.model_copy(update=changed)
 
-    @field_validator("samples", "length", "seeds", "models", "recipes", mode="before")
+    @field_validator(*_DIFFERENT, mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, int | str) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _fits(self) -> "StudyPlan":
-        for name in ("samples", "length", "seeds", "models", "recipes"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
+        for name, values in self:
+            if name in _DIFFERENT and len(set(values)) < len(values):
                 raise ValueError(f"{name} names one value twice")
         if not self.texts and self.tasks is None:
             raise ValueError("a study needs texts or tasks to measure its models on")

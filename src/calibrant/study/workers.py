@@ -72,6 +72,8 @@ class LocalWorkers:
                     number = one.number
                     finished = one.finished()
                     if finished is not None:
+                        if waiting:  # before the caller stores what finished, so that the process never waits for that
+                            one.start(waiting.popleft(), steps)
                         yield finished
                         continue
                     self._processes.remove(one)
