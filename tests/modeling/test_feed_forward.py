@@ -1,10 +1,11 @@
 """The feed-forward part of a block is found by what it computes, whatever its name, and attention never is it."""
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 
-from calibrant.calibration.selection.activations import ActivationStatistics
+from calibrant.calibration.selection.activations import FeedForwardMeans
 from calibrant.calibration.windows import Window
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
@@ -56,26 +57,22 @@ def test_a_model_without_a_feed_forward_part_is_refused() -> None:
 
 @pytest.mark.parametrize("prefix", [[], [1]])
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
-def test_statistics_do_not_depend_on_what_runs_together(model_folder, architecture: str, prefix: list[int]) -> None:
+def test_means_do_not_depend_on_what_runs_together(model_folder, architecture: str, prefix: list[int]) -> None:
     """Windows of several lengths, in batches and one by one, against plain hooks."""
     model = load_whole(ModelFolder(model_folder(architecture)), "cpu", "float32")
-    places = find_feed_forward(model)
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(4, 90, (length,), generator=draw).tolist() for length in (20, 5, 20, 33, 5, 20)]
     windows = [Window(row, [], 0, 0, 0) for row in rows]
-    statistics = ActivationStatistics(model, places, prefix, lambda outputs: outputs.mean(1))
-    together = statistics.of(windows)
-    alone = [torch.cat(one) for one in zip(*(statistics.of([window]) for window in windows), strict=True)]
-    for place, one, (name,) in zip(together, alone, places, strict=True):
-        assert place.shape == (6, 64)
-        torch.testing.assert_close(place, one, rtol=1e-4, atol=1e-6)
-        seen = []
-        handle = model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, seen=seen: seen.append(output)
-        )
-        with torch.no_grad():
-            model(input_ids=torch.tensor([prefix + rows[3]]))
-        handle.remove()
-        output = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-        expected = output.reshape(-1, 64)[len(prefix) :].mean(0)
-        torch.testing.assert_close(place[3], expected, rtol=1e-4, atol=1e-6)
+    means = FeedForwardMeans(model, prefix)
+    together = means.of(windows)
+    assert together.shape == (6, 2 * 64)
+    np.testing.assert_allclose(together, np.concatenate([means.of([one]) for one in windows]), rtol=1e-4, atol=1e-6)
+    seen = []
+    for (name,) in find_feed_forward(model):
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([prefix + rows[3]]))
+    outputs = [one[0] if isinstance(one, tuple) else one for one in seen]
+    expected = [one.reshape(-1, 64)[len(prefix) :].mean(0) for one in outputs]
+    expected = torch.cat([one / one.norm() for one in expected]).numpy()
+    np.testing.assert_allclose(together[3], expected, rtol=1e-4, atol=1e-6)

@@ -129,6 +129,28 @@ def test_a_set_counts_once(folder: Path) -> None:
     assert kl.missing == ()
 
 
+def test_a_set_with_targets_is_made_again_for_other_texts_only(folder: Path) -> None:
+    """Not for the same texts in another folder."""
+    texts = (folder / "text.txt").read_text().splitlines()
+
+    def ran(name: str, text: str) -> tuple[str, str]:
+        (folder / "targets" / name).mkdir(parents=True)
+        (folder / "targets" / name / "target.txt").write_text(text)
+        source = {"corpus": "text.txt", "strategy": "acdm", "targets": [f"targets/{name}/target.txt"]}
+        write_plan(folder / "study.yaml", name=name, sources={"near": source}, recipes="rtn.yaml", repeat=False)
+        made = cb.run_study(folder / "study.yaml", cache=folder / "cache")
+        assert made.failures == []
+        with contextlib.closing(sqlite3.connect(made.folder / "study.sqlite")) as store:
+            (found,) = store.execute("SELECT set_key, set_sha256 FROM cells WHERE source = 'near'")
+            return found
+
+    first = ran("one", texts[3])
+    assert ran("moved", texts[3]) == first
+    other = ran("other", texts[-1])
+    assert other[0] != first[0]
+    assert other[1] != first[1]
+
+
 def test_another_studys_store_is_not_replaced(folder: Path, whole: Path) -> None:
     study = shutil.copytree(whole, folder / "small")
     write_plan(folder / "study.yaml", name="other")
@@ -256,6 +278,14 @@ _BAD = {
     "twice": ({"samples": [4, 4]}, "samples names one value twice"),
     "a bad label": ({"sources": {"../a": {"corpus": "text.txt"}}}, "sources"),
     "no draws": ({"draws": 0}, "draws"),
+    "acdm without targets": (
+        {"sources": {"a": {"corpus": "text.txt", "strategy": "acdm"}}},
+        "source a: .*acdm looks for texts like others",
+    ),
+    "no such target": (
+        {"sources": {"a": {"corpus": "text.txt", "strategy": "acdm", "targets": ["nowhere.txt"]}}},
+        "source a: .*nowhere.txt: no such corpus",
+    ),
     "an option of another": ({"sources": {"a": {"corpus": "text.txt", "pool": 5}}}, "source a: .*pool is for"),
 }
 

@@ -51,7 +51,7 @@ class Segment(BaseModel):
 
 
 class _CorpusIdentity(BaseModel):
-    """What every entry of ``Manifest.corpora`` and ``Manifest.evaluations`` holds."""
+    """What every entry of ``Manifest.corpora``, ``evaluations`` and ``targets`` holds."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -87,6 +87,7 @@ class Manifest(BaseModel):
         corpora: identity of every corpus (``Corpus.describe``) and its number of rows.
         model: identity of the model that wrote or scored text.
         evaluations: identity of the texts that were searched for as leakage.
+        targets: identity of the texts that candidates were compared with.
         embedding_sha256: hash of the sentence encoder's folder.
         chat_template_sha256: hash of the chat template, if conversations went through it.
         chat_template_date: the date that the chat template is given, whatever the day.
@@ -114,6 +115,7 @@ class Manifest(BaseModel):
     corpora: Annotated[list[dict[str, Any]], _each(_CorpusRecord)] = []
     model: dict[str, str] | None = None
     evaluations: Annotated[list[dict[str, Any]], _each(_CorpusIdentity)] = []
+    targets: Annotated[list[dict[str, Any]], _each(_CorpusIdentity)] = []
     embedding_sha256: str | None = None
     chat_template_sha256: str | None = None
     chat_template_date: str | None = None

@@ -36,12 +36,14 @@ def rebuild(
     model: str | Path | None = None,
     corpora: Sequence[Corpus | str | Path] | None = None,
     leakage: Sequence[str | Path] | None = None,
+    targets: Sequence[str | Path] | None = None,
     progress: Progress | None = None,
 ) -> Rebuilt:
     """Make a calibration set again from its manifest (the file, or the set's folder).
 
-    The model, the corpora and the evaluation texts are read from ``model``, ``corpora`` and ``leakage``, by default
-    from the locations in the manifest. A corpus that was in memory has to be passed with ``corpora``.
+    The model, the corpora, the evaluation texts and the targets are read from ``model``, ``corpora``, ``leakage`` and
+    ``targets``, by default from the locations in the manifest. A corpus that was in memory has to be passed with
+    ``corpora``.
 
     Raises:
         CalibrantError: an input is missing, or the tokens come out differently; the message lists what changed.
@@ -62,11 +64,12 @@ def rebuild(
     if len(given) != len(wanted.corpora):
         raise CalibrantError(f"{len(given)} corpora are given, the set was made from {len(wanted.corpora)}")
     whole = wanted if wanted.head_of is None else wanted.model_copy(update={"samples": wanted.head_of})
-    request = None if wanted.strategy in SOURCES else _selection(whole, manifest, leakage)
+    request = None if wanted.strategy in SOURCES else _selection(whole, manifest, leakage, targets)
     for what, option, where in (
         ("model", "model", [place]),
         ("corpus", "corpora", [str(one) for one in given if not isinstance(one, Corpus)]),
         ("leakage", "leakage", [] if request is None else request.filters.leakage),
+        ("target", "targets", [] if request is None else request.targets),
     ):
         for one in where:
             if one != BUILTIN and not one.startswith("hub:") and not _exists(one):
@@ -117,8 +120,13 @@ def _exists(place: str) -> bool:
         return False
 
 
-def _selection(wanted: Manifest, manifest: str | Path, leakage: Sequence[str | Path] | None) -> SelectionRequest:
-    """The request in ``wanted``, with the evaluation texts at ``leakage``."""
+def _selection(
+    wanted: Manifest,
+    manifest: str | Path,
+    leakage: Sequence[str | Path] | None,
+    targets: Sequence[str | Path] | None,
+) -> SelectionRequest:
+    """The request in ``wanted``, with the evaluation texts at ``leakage`` and the targets at ``targets``."""
     fields = wanted.model_dump(include={"samples", "length", "seed", "draw", "strategy"})
     # Before strides were recorded, draws followed one another.
     usual = {"stride": wanted.samples} if wanted.strategy in WITH_DRAWS else {}
@@ -126,14 +134,19 @@ def _selection(wanted: Manifest, manifest: str | Path, leakage: Sequence[str | P
         request = selection_request(**{**usual, **wanted.parameters, **fields})
     except CalibrantError as error:
         raise CalibrantError(f"{manifest}: not a calibration manifest ({error})") from error
-    if leakage is None:
-        return request
-    if len(leakage) != len(wanted.evaluations):
-        raise CalibrantError(
-            f"{len(leakage)} evaluation texts are given, the set was made with {len(wanted.evaluations)}"
-        )
-    filters = request.filters.model_copy(update={"leakage": tuple(str(one) for one in leakage)})
-    return request.model_copy(update={"filters": filters})
+    if leakage is not None:
+        moved = _as_many(leakage, len(wanted.evaluations), "evaluation texts")
+        filters = request.filters.model_copy(update={"leakage": moved})
+        request = request.model_copy(update={"filters": filters})
+    if targets is not None:
+        request = request.model_copy(update={"targets": _as_many(targets, len(wanted.targets), "targets")})
+    return request
+
+
+def _as_many(given: Sequence[str | Path], wanted: int, what: str) -> tuple[str, ...]:
+    if len(given) != wanted:
+        raise CalibrantError(f"{len(given)} {what} are given, the set was made with {wanted}")
+    return tuple(map(str, given))
 
 
 def _generate_again(
@@ -175,6 +188,8 @@ def _changes(wanted: Manifest, made: Manifest) -> list[str]:
         changes += _corpus_changes(before, now)
     for before, now in zip(wanted.evaluations, made.evaluations, strict=False):
         changes += [text.replace("corpus", "leakage", 1) for text in _corpus_changes(before, now)]
+    for before, now in zip(wanted.targets, made.targets, strict=False):
+        changes += [text.replace("corpus", "target", 1) for text in _corpus_changes(before, now)]
     if wanted.embedding_sha256 != made.embedding_sha256:
         changes.append("the sentence encoder")
     for library, number in wanted.versions.items():

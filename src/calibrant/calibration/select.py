@@ -46,6 +46,8 @@ def select(
     keep: Literal["lowest", "middle", "below"] = "below",
     percentile: float = 80.0,
     embedding: str = LEXICAL,
+    targets: Sequence[str | Path] = (),
+    target_field: str = "text",
     mask: Literal["all", "assistant", "no-special"] = "all",
     weights: Sequence[float] | None = None,
     mix: MixRequest | None = None,
@@ -64,13 +66,13 @@ def select(
     Draw k shares no window with draw j: "uniform" cuts all draws from one shuffle, and draws of most other strategies
     see disjoint parts of the corpus (``shards``). Draws of "uniform", "unigram" and "words_dataset" begin every
     ``stride`` rows, by default 128 or ``samples`` if that is more, so that sets of one draw and of growing size are
-    nested. "perplexity"
-    and "cola" run the model in the tokenizer's folder over every candidate, on ``device`` in ``dtype``. Conversations
-    go through the tokenizer's chat template; ``mask`` says which tokens count: "all", those an "assistant" wrote, or
-    all but special ones ("no-special"). Several corpora share the samples by ``weights``, groups of a corpus's
-    documents (scripts or lengths) by ``mix``. ``parts`` splits the work of "zipcal" into two rounds over random parts
-    of the corpus, which ``executor`` "ray" runs on a cluster; by default ``parts`` is 1, or with Ray the cluster's
-    number of processors.
+    nested. "perplexity", "cola" and "acdm" run the model in the tokenizer's folder over every candidate, on ``device``
+    in ``dtype``; "acdm" compares them with ``targets``, locations of texts typical of the model's purpose.
+    Conversations go through the tokenizer's chat template; ``mask`` says which tokens count: "all", those an
+    "assistant" wrote, or all but special ones ("no-special"). Several corpora share the samples by ``weights``, groups
+    of a corpus's documents (scripts or lengths) by ``mix``. ``parts`` splits the work of "zipcal" into two rounds over
+    random parts of the corpus, which ``executor`` "ray" runs on a cluster; by default ``parts`` is 1, or with Ray the
+    cluster's number of processors.
 
     Raises:
         CalibrantError: a corpus cannot be read, is empty or too small, or the options do not fit together.
@@ -94,6 +96,8 @@ def select(
         keep=keep,
         percentile=percentile,
         embedding=embedding,
+        targets=tuple(map(str, targets)),
+        target_field=target_field,
         mask=mask,
         weights=None if weights is None else tuple(weights),
         mix=mix or MixRequest(),

@@ -67,6 +67,9 @@ class SelectedSource(Strict):
     keep: Literal["lowest", "middle", "below"] = "below"
     percentile: float = Field(default=80.0, gt=0, le=100)
     embedding: str = LEXICAL
+    # Left out where they change nothing, so that sets from before they were fields keep their keys.
+    targets: tuple[str, ...] = Field(default=(), exclude_if=lambda targets: not targets)
+    target_field: str = Field(default="text", exclude_if=lambda field: field == "text")
     mask: Literal["all", "assistant", "no-special"] = "all"
     weights: tuple[float, ...] | None = None
     mix: MixRequest = MixRequest()
@@ -262,7 +265,9 @@ def _rooted(plan: StudyPlan, folder: Path) -> StudyPlan:
             corpora = tuple(place(name, BUILTIN) for name in one.corpora)
             is_folder = (folder / Path(one.embedding).expanduser()).is_dir()
             embedding = place(one.embedding) if is_folder else one.embedding
-            return one.model_copy(update={"corpus": corpora, "filters": filters, "embedding": embedding})
+            targets = tuple(place(name, BUILTIN) for name in one.targets)
+            update = {"corpus": corpora, "filters": filters, "embedding": embedding, "targets": targets}
+            return one.model_copy(update=update)
         return one.model_copy(update={"corpus": None if one.corpus is None else place(one.corpus, BUILTIN)})
 
     def text(one: Text) -> Text:

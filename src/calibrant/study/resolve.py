@@ -31,6 +31,9 @@ from calibrant.study.steps import SELECTION, CellStep, OriginalStep, SetStep, Ta
 from calibrant.training.train_model import generator_identity
 from calibrant.version import __version__
 
+# Where texts lie says nothing about them; their contents do.
+_LOCATIONS: Any = {"corpus": True, "targets": True, "filters": {"leakage": True}}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -177,6 +180,8 @@ def _check_selected(source: SelectedSource, plan: StudyPlan) -> None:
         raise CalibrantError(f"{len(source.weights)} weights for {len(source.corpora)} corpora; give one for each")
     for location in source.corpora:
         _check_corpus(location, location, source.field)
+    for location in source.targets:
+        _check_corpus("targets", location, source.target_field)
 
 
 def _check_generated(source: GeneratedSource, models: list[Model]) -> None:
@@ -263,9 +268,9 @@ class _Steps:
             identity = {
                 **self._made_by,
                 **size,
-                "source": source.model_dump(mode="json", exclude={"corpus": True, "filters": {"leakage": True}}),
+                "source": source.model_dump(mode="json", exclude=_LOCATIONS),
                 "corpora": [self._corpus(name, source.field) for name in _locations(source)],
-                "leakage": self._leakage(source),
+                **self._compared(source),
                 **_chosen_by(source, self._plan.shards),
                 "model": {**model.identity, "dtype": self._dtype} if with_model else None,
                 "tokenizer": [model.identity["tokenizer_sha256"], model.identity["chat_templates"]],
@@ -311,10 +316,13 @@ class _Steps:
         }
         return TaskStep(sha256_json(identity), str(model.path), name, tasks.data, tasks.limit, self._device)
 
-    def _leakage(self, source: Source) -> list[dict[str, Any]]:
+    def _compared(self, source: Source) -> dict[str, Any]:
+        """Texts that a selection compares its candidates with."""
         if not isinstance(source, SelectedSource):
-            return []
-        return [self._corpus(name, source.filters.leakage_field) for name in source.filters.leakage]
+            return {"leakage": []}
+        leakage = [self._corpus(name, source.filters.leakage_field) for name in source.filters.leakage]
+        targets = [self._corpus(name, source.target_field) for name in source.targets]
+        return {"leakage": leakage, **({"targets": targets} if targets else {})}
 
     def _corpus(self, location: str, field: str) -> dict[str, Any]:
         if (location, field) not in self._corpora:

@@ -28,7 +28,10 @@ from calibrant.study.cache import Cache
 from calibrant.study.plan import GeneratedSource, GivenSource, Source, Text
 
 # The fields of a source that ``select`` takes as they are.
-SELECTION = ("strategy", "windows", "pool", "keep", "percentile", "embedding", "mask", "weights", "mix", "filters")
+SELECTION = (
+    *("strategy", "windows", "pool", "keep", "percentile", "embedding", "targets", "target_field"),
+    *("mask", "weights", "mix", "filters"),
+)
 SETS, ORIGINALS, OUTPUTS = "sets", "originals", "outputs"
 # Divergences are of float32 logits, whatever the compression computed in.
 _DTYPE = "float32"

@@ -64,6 +64,7 @@ def assemble(
         tokenizer_files_sha256=tokenizer.files_sha256,
         corpora=described,
         evaluations=[Corpus(place, request.filters.leakage_field).describe() for place in request.filters.leakage],
+        targets=[Corpus(place, request.target_field).describe() for place in request.targets],
         embedding_sha256=embedding_sha256(request.embedding),
         chat_template_sha256=tokenizer.chat_template.sha256 if has_chat else None,
         chat_template_date=DATE if has_chat else None,

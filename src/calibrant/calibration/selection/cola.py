@@ -3,12 +3,10 @@
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 
-from calibrant.calibration.selection.activations import ActivationStatistics
+from calibrant.calibration.selection.activations import FeedForwardMeans
 from calibrant.calibration.windows import Window
-from calibrant.modeling.feed_forward import find_feed_forward
 
 _DIMENSIONS = 64
 _STARTS = 10
@@ -19,16 +17,15 @@ _MOST_STEPS = 300
 class Cola:
     """Clusters candidates by their activations and takes the one closest to each centre.
 
-    A candidate's vector is the mean of the output of every block's feed-forward part over its tokens, scaled to length
-    1 per block, joined over blocks, and projected to 64 dimensions by a matrix of ``N(0, 1) / sqrt(64)``. k-means has
-    ten k-means++ starts and converges. For every empty cluster the largest one gives another member (ours).
+    A candidate's vector (``FeedForwardMeans``) is projected to 64 dimensions by a matrix of ``N(0, 1) / sqrt(64)``.
+    k-means has ten k-means++ starts and converges. For every empty cluster the largest one gives another member (ours).
 
     Raises:
         CalibrantError: the model has no feed-forward parts.
     """
 
     def __init__(self, model: transformers.PreTrainedModel, prefix: list[int], rng: np.random.Generator) -> None:
-        self._means = ActivationStatistics(model, find_feed_forward(model), prefix, lambda outputs: outputs.mean(1))
+        self._means = FeedForwardMeans(model, prefix)
         self._rng = rng
         self._vectors: list[np.ndarray] = []
         self._projection: np.ndarray | None = None
@@ -36,10 +33,8 @@ class Cola:
 
     def see(self, windows: list[Window]) -> None:
         """Run the model over further candidates."""
-        blocks = self._means.of(windows)
-        joined = torch.cat([means / means.norm(dim=1, keepdim=True).clamp(min=1e-12) for means in blocks], 1).numpy()
         # Row by row, so that a vector does not depend on the candidates beside it.
-        self._vectors += [row @ self._random_projection(len(row)) for row in joined]
+        self._vectors += [row @ self._random_projection(len(row)) for row in self._means.of(windows)]
 
     def _random_projection(self, width: int) -> np.ndarray:
         if self._projection is None:

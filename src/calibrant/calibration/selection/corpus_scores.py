@@ -8,20 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from calibrant.calibration.corpus import Corpus
-from calibrant.calibration.document_stream import DocumentStream
 from calibrant.calibration.selection.embeddings import embedding_of
 from calibrant.calibration.selection.request import LEXICAL
+from calibrant.calibration.selection.sampled import sampled_windows
 from calibrant.calibration.windows import Window
 from calibrant.errors import CalibrantError
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import NoProgress, Progress
-from calibrant.randomness import make_rng
 
 SIMILARITY_SHARE = 0.6
-_DOCUMENTS = 100
-# Tokens of a document that count: as many as sentence encoders read (ours).
-_TOKENS = 512
 _SMOOTHING = 1e-10
 
 
@@ -96,7 +92,7 @@ def _scores(
     progress: Progress | None,
 ) -> list[CorpusScore]:
     embedded = embedding_of(embedding, tokenizer, seed)
-    samples = [_sampled(corpus, tokenizer, seed, progress or NoProgress()) for corpus in (*corpora, *targets)]
+    samples = [sampled_windows(corpus, tokenizer, seed, progress or NoProgress()) for corpus in (*corpora, *targets)]
     for sample in samples:
         embedded.see(sample)
     bounds = np.cumsum([len(sample) for sample in samples])[:-1]
@@ -113,20 +109,6 @@ def _scores(
         means = [float(shares @ values) for values in (similarity, [nats for nats, _ in divergence], fit)]
         scores.append(CorpusScore(corpus.location, *means))
     return sorted(scores, key=lambda one: -one.score)
-
-
-def _sampled(corpus: Corpus, tokenizer: Tokenizer, seed: int, progress: Progress) -> list[Window]:
-    stream = DocumentStream(corpus, [], make_rng(seed, "shard"))
-    ordinals = np.array([ordinal for ordinal, _ in stream.kept(progress)])
-    chosen = make_rng(seed, "score").permutation(ordinals)[:_DOCUMENTS]
-    found = stream.fetch(int(ordinal) for ordinal in chosen)
-    documents = stream.tokenized(((int(ordinal), found[int(ordinal)]) for ordinal in chosen), tokenizer)
-    windows = [Window(document.tokens[:_TOKENS], [], 0, 0, 0) for document in documents]
-    if not windows:
-        raise CalibrantError(f"{corpus.location}: no document is left, the chat template refuses {stream.refusals}")
-    for note in stream.findings.notes:
-        progress.note(note)
-    return windows
 
 
 def _token_counts(sample: list[Window], size: int) -> np.ndarray:

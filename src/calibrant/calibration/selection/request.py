@@ -22,6 +22,7 @@ Strategy = Literal[
     "k-centre",
     "herding",
     "cola",
+    "acdm",
     "zipcal-multi",
 ]
 # Other tools' names for a strategy; manifests record ours.
@@ -44,6 +45,8 @@ _USED_BY = {
     "keep": ("perplexity",),
     "percentile": ("perplexity",),
     "embedding": ("k-centre", "herding", "zipcal-multi"),
+    "targets": ("acdm",),
+    "target_field": ("acdm",),
 }
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -172,6 +175,7 @@ class SelectionRequest(BaseModel):
             "k-centre": no candidate far from a chosen one (Gonzalez 1985); "k-center" is accepted too.
             "herding": the mean of the chosen is that of all (released code of ZipCal).
             "cola": one candidate per cluster of the model's activations (arXiv 2510.10618, stage 3).
+            "acdm": those whose activations are closest to the mean of ``targets`` (after OpenReview pfw3saHzGU).
         windows: how candidates are cut; see ``Cutting``.
         samples: number of rows.
         length: tokens per row.
@@ -190,6 +194,9 @@ class SelectionRequest(BaseModel):
             (arXiv 2410.17711).
         percentile: in (0, 100].
         embedding: "lexical", or a sentence-transformers model, for "k-centre", "herding" and "zipcal-multi".
+        targets: locations of texts typical of the model's purpose, for "acdm": the first 512 tokens of 100 random ones
+            of each, or of all if there are fewer.
+        target_field: where the texts are in the rows of ``targets``.
         mask: which tokens count: "all", those an "assistant" wrote, or all but special ones ("no-special").
         weights: shares of several corpora, equal by default.
         mix: groups of documents that share the rows.
@@ -211,6 +218,9 @@ class SelectionRequest(BaseModel):
     keep: Literal["lowest", "middle", "below"] = "below"
     percentile: float = Field(default=80.0, gt=0, le=100)
     embedding: str = LEXICAL
+    # Left out where they change nothing, so that manifests of other strategies stay as they were.
+    targets: tuple[str, ...] = Field(default=(), exclude_if=lambda targets: not targets)
+    target_field: str = Field(default="text", exclude_if=lambda field: field == "text")
     mask: Literal["all", "assistant", "no-special"] = "all"
     weights: tuple[float, ...] | None = None
     mix: MixRequest = MixRequest()
@@ -228,6 +238,8 @@ class SelectionRequest(BaseModel):
             if vars(self)[name] != default and self.strategy not in strategies:
                 known = ", ".join(strategies[:-1]) + " and " * (len(strategies) > 1) + strategies[-1]
                 raise ValueError(f"{name} is for {known} only, not for {self.strategy}")
+        if self.strategy == "acdm" and not self.targets:
+            raise ValueError("acdm looks for texts like others: name texts typical of the model's purpose in `targets`")
         if self.weights is not None and self.strategy == "zipcal-multi":
             raise ValueError("zipcal-multi chooses from all corpora by distance; leave out `weights`")
         if self.weights is not None:

@@ -11,6 +11,7 @@ from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.document_stream import DocumentStream, encoded_batch, together
 from calibrant.calibration.filters import Filter
 from calibrant.calibration.filters.leakage import Leakage
+from calibrant.calibration.selection.acdm import Acdm
 from calibrant.calibration.selection.assemble import SelectedRows, assemble
 from calibrant.calibration.selection.cola import Cola
 from calibrant.calibration.selection.distributed import zipcal_in_parts
@@ -19,6 +20,7 @@ from calibrant.calibration.selection.filtering import filters_of
 from calibrant.calibration.selection.mixing import counts_of_groups, groups_of
 from calibrant.calibration.selection.perplexity import PerplexitySelector
 from calibrant.calibration.selection.request import OF_WORDS, WITH_DRAWS, SelectionRequest
+from calibrant.calibration.selection.sampled import sampled_windows
 from calibrant.calibration.selection.selector import Selector, cutting_of, select_windows
 from calibrant.calibration.selection.spread import EmbeddingSelector, herding, k_centre
 from calibrant.calibration.selection.uniform import uniform_windows
@@ -33,7 +35,7 @@ from calibrant.progress import Progress
 from calibrant.randomness import make_rng
 
 # Strategies that run the model over every candidate.
-WITH_MODEL = ("perplexity", "cola")
+WITH_MODEL = ("perplexity", "cola", "acdm")
 LoadModel = Callable[[], transformers.PreTrainedModel]
 
 
@@ -179,7 +181,7 @@ def _select(
                 "corpus of many documents (JSON Lines)"
             )
     else:
-        selector = _selector(request, tokenizer, load_model)
+        selector = _selector(request, tokenizer, load_model, progress)
         cutting = cutting_of(request, tokenizer)
         windows = select_windows(stream, tokenizer, cutting, selector, samples, offsets, progress)
     counts = dict(stream.counts)
@@ -211,7 +213,7 @@ def _assistant_masks(stream: DocumentStream, tokenizer: Tokenizer, windows: list
     return masks
 
 
-def _selector(request: SelectionRequest, tokenizer: Tokenizer, load_model: LoadModel) -> Selector:
+def _selector(request: SelectionRequest, tokenizer: Tokenizer, load_model: LoadModel, progress: Progress) -> Selector:
     rng = make_rng(request.seed, request.strategy, request.draw)
     if request.strategy == "zipcal":
         return ZipCal(tokenizer, request.pool, rng)
@@ -221,6 +223,10 @@ def _selector(request: SelectionRequest, tokenizer: Tokenizer, load_model: LoadM
         return PerplexitySelector(load_model(), tokenizer.prefix, request.keep, request.percentile, rng)
     if request.strategy == "cola":
         return Cola(load_model(), tokenizer.prefix, rng)
+    if request.strategy == "acdm":
+        targets = [Corpus(location, request.target_field) for location in request.targets]
+        sampled = [sampled_windows(target, tokenizer, request.seed, progress) for target in targets]
+        return Acdm(load_model(), tokenizer.prefix, sampled)
     embedding = embedding_of(request.embedding, tokenizer, request.seed)
     if request.strategy == "herding":
         return EmbeddingSelector(embedding, herding)

@@ -21,6 +21,9 @@ def rebuild(
     leakage: Annotated[
         list[str] | None, typer.Option("--leakage", help="Evaluation text, if it has moved; repeat for several.")
     ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="Target text of acdm, if it has moved; repeat for several.")
+    ] = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -34,7 +37,9 @@ def rebuild(
         from calibrant.output_folder import check_output
 
         check_output(output, overwrite, [manifest])
-        again = cb.rebuild(manifest, model=model, corpora=corpus, leakage=leakage, progress=screen.progress)
+        again = cb.rebuild(
+            manifest, model=model, corpora=corpus, leakage=leakage, targets=target, progress=screen.progress
+        )
         for change in again.changes:
             screen.note(f"changed, without effect on the tokens: {change}")
         save(again.calibration, output, overwrite, screen)

@@ -31,7 +31,9 @@ def select(
     model: Annotated[
         str,
         typer.Option(
-            "--model", "-m", help="Model folder; strategies use its tokenizer, perplexity and cola also run the model."
+            "--model",
+            "-m",
+            help="Model folder; strategies use its tokenizer, perplexity, cola and acdm also run the model.",
         ),
     ],
     output: OutputOption,
@@ -41,7 +43,8 @@ def select(
             "--strategy",
             help="uniform; zipcal (covers the vocabulary), zipcal-multi (zipcal in each corpus, then k-centre); zipf "
             "(rare words); unigram (words in random order), words_dataset (the same as ZipCal's released code does "
-            "it); perplexity; k-centre, also k-center, and herding (by embeddings); cola (by the model's activations).",
+            "it); perplexity; k-centre, also k-center, and herding (by embeddings); cola (by the model's activations); "
+            "acdm (activations like those of --target).",
         ),
     ] = "uniform",
     windows: Annotated[
@@ -92,6 +95,11 @@ def select(
         float, typer.Option("--percentile", help="perplexity with --keep below: the percentile, in (0, 100].")
     ] = 80.0,
     embedding: EmbeddingOption = "lexical",
+    targets: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="acdm: text typical of the model's purpose; may be repeated."),
+    ] = None,
+    target_field: Annotated[str, typer.Option("--target-field", help="Field that contains the target texts.")] = "text",
     mask: Annotated[
         str,
         typer.Option(
@@ -176,6 +184,8 @@ def select(
             keep=keep,  # type: ignore[arg-type]  # likewise
             percentile=percentile,
             embedding=embedding,
+            targets=targets or [],
+            target_field=target_field,
             mask=mask,  # type: ignore[arg-type]  # likewise
             weights=numbers("--weights", weights),
             mix=mix_request(
