@@ -23,6 +23,17 @@ def test_a_plan_says_what_it_takes(run, folder: Path) -> None:
     assert not (folder / "cache").exists()
 
 
+def test_a_plan_knows_what_its_study_holds(run, whole: Path, tmp_path: Path) -> None:
+    """Also without the cache, as after a clone; a changed plan has cells left."""
+    options = ("--cache", tmp_path / "cache", "--json")
+    status, out, _ = run("study", "plan", whole.parent / "study.yaml", *options)
+    found = json.loads(out)
+    assert status == 0
+    assert (found["cells"], found["done"], found["sets"], found["seconds"]) == (6, 6, 0, [0, 0])
+    status, out, _ = run("study", "plan", whole.parent / "study.yaml", *options, "-o", tmp_path / "another")
+    assert json.loads(out)["done"] == 0
+
+
 def test_keys_of_a_plan_are_not_called_options(run, folder: Path) -> None:
     (folder / "short.txt").write_text("sun")
     write_plan(folder / "study.yaml", texts={"short": {"corpus": "short.txt", "length": 16}})

@@ -13,6 +13,7 @@ from calibrant.pipeline.estimate import disk_bytes, measured_rate
 from calibrant.pipeline.prepare import PreparedRun, SetSize
 from calibrant.progress import Progress
 from calibrant.study.cache import Cache
+from calibrant.study.cells import Cell
 from calibrant.study.resolve import CellWork, Resolved
 from calibrant.study.steps import OriginalStep, Yardstick
 
@@ -46,13 +47,15 @@ class StudyEstimate:
     disk_bytes: int
 
 
-def estimate_study(resolved: Resolved, cache: Cache, workers: int, progress: Progress) -> StudyEstimate:
-    """Estimate the cells whose results are not in the cache.
+def estimate_study(
+    resolved: Resolved, finished: set[Cell], cache: Cache, workers: int, progress: Progress
+) -> StudyEstimate:
+    """Estimate the cells that are not ``finished``, and whose results are not in the cache.
 
     Raises:
         CalibrantError: the disk has not enough room.
     """
-    left = _left(resolved, cache)
+    left = _left(resolved, finished, cache)
     kinds = Counter((one.cell.model, one.cell.recipe, one.cell.samples, one.cell.length) for one in left)
     rate = measured_rate(torch.float32, torch.device(resolved.plan.device))
     least = most = 0.0
@@ -73,21 +76,21 @@ def estimate_study(resolved: Resolved, cache: Cache, workers: int, progress: Pro
         sources=len(resolved.plan.sources),
         draws=resolved.plan.draws,
         cells=len(resolved.cells),
-        done=sum(work.step.is_done(cache) for work in resolved.cells),
+        done=sum(work.cell in finished or work.step.is_done(cache) for work in resolved.cells),
         sets=len({work.set_step.key for work in left if not work.set_step.is_done(cache)}),
         seconds=(least, most),
         memory_bytes=workers * memory,
-        disk_bytes=check_disk(resolved, cache, workers),
+        disk_bytes=check_disk(resolved, finished, cache, workers),
     )
 
 
-def check_disk(resolved: Resolved, cache: Cache, workers: int) -> int:
-    """Bytes of disk that the cells which are left take in the cache.
+def check_disk(resolved: Resolved, finished: set[Cell], cache: Cache, workers: int) -> int:
+    """Bytes of disk in the cache that the cells take which are not ``finished``.
 
     Raises:
         CalibrantError: there is not enough room, or the folder cannot be written.
     """
-    left = _left(resolved, cache)
+    left = _left(resolved, finished, cache)
     most = kept = 0
     for work in left:
         prepared = resolved.prepared[work.cell.model, work.cell.recipe]
@@ -109,9 +112,10 @@ def check_disk(resolved: Resolved, cache: Cache, workers: int) -> int:
     return wanted
 
 
-def _left(resolved: Resolved, cache: Cache) -> list[CellWork]:
+def _left(resolved: Resolved, finished: set[Cell], cache: Cache) -> list[CellWork]:
     """The cells without results, once for each compression."""
-    return list({work.step.key: work for work in resolved.cells if not work.step.is_done(cache)}.values())
+    missing = [work for work in resolved.cells if work.cell not in finished and not work.step.is_done(cache)]
+    return list({work.step.key: work for work in missing}.values())
 
 
 def _measuring_seconds(yardstick: Yardstick, weights: int, rate: float) -> float:

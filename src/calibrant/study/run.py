@@ -13,10 +13,10 @@ from calibrant.hashing import sha256_json
 from calibrant.pipeline.record import library_versions
 from calibrant.progress import Progress
 from calibrant.study.cache import Cache
-from calibrant.study.cells import original
+from calibrant.study.cells import Cell, original
 from calibrant.study.resolve import CellWork, Model, Resolved
 from calibrant.study.steps import Step, TaskStep, Yardstick
-from calibrant.study.store import STORE_NAME, CellResult, CellRow, Failure, Store
+from calibrant.study.store import STORE_NAME, CellResult, CellRow, Failure, Store, finished
 from calibrant.study.workers import Finished, Workers
 from calibrant.version import __version__
 
@@ -70,6 +70,15 @@ def run_cells(resolved: Resolved, folder: Path, cache: Cache, workers: Workers, 
         return failures
 
 
+def finished_cells(resolved: Resolved, folder: Path) -> set[Cell]:
+    """The cells whose results are in the study's ``folder``.
+
+    Raises:
+        CalibrantError: its store cannot be read.
+    """
+    return finished(folder / STORE_NAME, list(map(_row, resolved.cells)))
+
+
 def _run(
     steps: Iterable[Step],
     cache: Cache,
@@ -90,13 +99,13 @@ def _run(
             else:
                 waiting.append(step)
         with closing(workers.run(waiting)) as results:
-            for finished in results:
-                step = waiting[finished.number]
-                if finished.error is None:
+            for ended in results:
+                step = waiting[ended.number]
+                if ended.error is None:
                     finish(step)
                 else:
-                    failed[step.key] = finished
-                    progress.note(f"failed: {finished.error}")
+                    failed[step.key] = ended
+                    progress.note(f"failed: {ended.error}")
                 task.advance()
     return failed
 

@@ -241,6 +241,20 @@ def read_only(file: Path) -> Iterator[sqlite3.Connection]:
         raise CalibrantError(f"{file}: cannot be read as a study's store ({first_line(error)})") from error
 
 
+def finished(file: Path, rows: Sequence[CellRow]) -> set[Cell]:
+    """Those of ``rows`` whose results the store has; none if there is no store.
+
+    Raises:
+        CalibrantError: the file cannot be read.
+    """
+    if not file.exists():
+        return set()
+    with read_only(file) as connection:
+        found = connection.execute(f"SELECT key, {PLACE} FROM cells WHERE state = 'done'").fetchall()
+    keys = {Cell(*place): key for key, *place in found}
+    return {row.cell for row in rows if keys.get(row.cell) == row.key}
+
+
 def rows(connection: sqlite3.Connection, query: str, values: Iterable[Any] = ()) -> list[dict[str, Any]]:
     """The rows of a query as dicts."""
     found = connection.execute(query, tuple(values))

@@ -13,7 +13,7 @@ from calibrant.study.halving import Recommendation
 from calibrant.study.plan import StudyPlan, load_study_plan
 from calibrant.study.recommend import TEXT_MEASURES, search, searchable
 from calibrant.study.resolve import resolve
-from calibrant.study.run import run_cells
+from calibrant.study.run import finished_cells, run_cells
 from calibrant.study.store import Failure
 from calibrant.study.workers import LocalWorkers, RayWorkers, Workers
 from calibrant.user_cache import STUDIES
@@ -55,7 +55,7 @@ def run_study(
     listener, store, wanted = progress or NoProgress(), _cache(cache), _loaded(plan)
     folder = _folder(plan, wanted.name, output)
     resolved = resolve(wanted, store, listener)
-    check_disk(resolved, store, workers)
+    check_disk(resolved, finished_cells(resolved, folder), store, workers)
     with closing(_workers(store, executor, workers, processors, devices)) as runner:
         failures = run_cells(resolved, folder, store, runner, listener)
     return StudyRun(folder, len(resolved.cells), failures)
@@ -104,17 +104,23 @@ def recommend_source(
 def plan_study(
     plan: StudyPlan | str | Path,
     *,
+    output: str | Path | None = None,
     cache: str | Path = STUDIES,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> StudyEstimate:
-    """Check a study and estimate what it takes; the arguments are those of ``run_study``.
+    """Check a study and estimate what is left of it; the arguments are those of ``run_study``.
+
+    A plan without a file needs no ``output``; what is in the cache is done then.
 
     Raises:
         CalibrantError: see ``run_study``.
     """
-    store, listener = _cache(cache), progress or NoProgress()
-    return estimate_study(resolve(_loaded(plan), store, listener), store, workers, listener)
+    store, listener, wanted = _cache(cache), progress or NoProgress(), _loaded(plan)
+    resolved = resolve(wanted, store, listener)
+    without_folder = isinstance(plan, StudyPlan) and output is None
+    finished = set() if without_folder else finished_cells(resolved, _folder(plan, wanted.name, output))
+    return estimate_study(resolved, finished, store, workers, listener)
 
 
 def _loaded(plan: StudyPlan | str | Path) -> StudyPlan:

@@ -2,13 +2,14 @@
 
 from calibrant.cli.compress import time_text
 from calibrant.cli.console import JsonOption, QuietOption, terminal
-from calibrant.cli.study.shared import CacheOption, PlanArgument, WorkersOption
+from calibrant.cli.study.shared import CacheOption, FolderOption, PlanArgument, WorkersOption
 from calibrant.report.tables import size_text
 from calibrant.user_cache import STUDIES
 
 
 def plan(
     file: PlanArgument,
+    output: FolderOption = None,
     cache: CacheOption = STUDIES,
     workers: WorkersOption = 1,
     quiet: QuietOption = False,
@@ -23,7 +24,7 @@ def plan(
 
         import calibrant as cb
 
-        found = cb.plan_study(file, cache=cache, workers=workers, progress=screen.progress)
+        found = cb.plan_study(file, output=output, cache=cache, workers=workers, progress=screen.progress)
         screen.result(
             asdict(found),
             f"{found.cells} cells, {found.done} of them done: {found.models} models, {found.recipes} recipes, "
