@@ -2,15 +2,16 @@
 
     python benchmarks/studies.py MODEL
 
-200 cells of MODEL run in a process of one thread for each processor: their processor time is compute, what is left of
-the clock is scheduling and storage. A study of 12 cells is then killed ten times at random moments, resumed, and
-compared with one that ran through; the same on a local Ray cluster, of which a worker is killed ten times. Let nothing
-else run.
+200 cells of MODEL run as a study, in a process of one thread for each processor, and again in such processes that only
+run one after the other: what the study takes longer is scheduling and storage. A study of 12 cells is then killed ten
+times at random moments, resumed, and compared with one that ran through; the same on a local Ray cluster, of which a
+worker is killed ten times. Let nothing else run.
 """
 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -33,10 +34,16 @@ import yaml
 from rich.console import Console
 
 import calibrant as cb
+from calibrant.progress import NoProgress
+from calibrant.study.cache import Cache
+from calibrant.study.resolve import resolve
+from calibrant.study.steps import CellStep
+from calibrant.study.worker_process import passive_threads, prepare_process
 
 RESULT = Path(__file__).parent / "results" / "studies.json"
 RECIPES = ["rtn-w8a16", "wanda-2:4"]
 KILLS = 10
+FIRST = 10
 
 
 def write_plan(folder: Path, model: str, draws: int) -> Path:
@@ -71,37 +78,43 @@ def content(study: Path) -> list[Any]:
 
 
 def overhead(model: str, folder: Path, _: random.Random) -> dict[str, Any]:
-    """The clock beside the processor time of the workers, from the first cell's result to the last's."""
-    workers = os.cpu_count() or 1
-    process = start(write_plan(folder, model, draws=50), folder / "study", folder / "cache", "--workers", str(workers))
-    parent = psutil.Process(process.pid)
-    samples: list[tuple[float, int, float]] = []
-    while process.poll() is None:
-        with contextlib.suppress(psutil.Error, sqlite3.Error):
-            done = cells_done(folder / "study")
-            spent = sum(
-                sum(one.cpu_times()[:2]) for one in parent.children() if "spawn_main" in " ".join(one.cmdline())
-            )
-            samples.append((time.perf_counter(), done, spent))
-        time.sleep(2)  # seldom, since looking takes processor time too
-    running = [one for one in samples if 0 < one[1] < cb.Study(folder / "study").counts()["done"]]
-    (begin, first, before), (end, last, after) = running[0], running[-1]
-    cells, wall, compute = last - first, workers * (end - begin), after - before
+    """The clock of a study's cells beside that of the same cells in processes that only run them."""
+    workers, plan, cache = os.cpu_count() or 1, write_plan(folder, model, draws=50), folder / "cache"
+    start(plan, folder / "study", cache, "--workers", str(workers)).wait()
+    resolved = resolve(cb.load_study_plan(plan), Cache(cache), NoProgress())
+    steps = [work.step for work in resolved.cells]
+    plain = folder / "plain"
+    for kind in ("sets", "originals"):
+        shutil.copytree(cache / kind, plain / kind)
+    context = multiprocessing.get_context("spawn")
+    loops = [context.Process(target=run_all, args=(steps[one::workers], plain)) for one in range(workers)]
+    with passive_threads():
+        for loop in loops:
+            loop.start()
+    for loop in loops:
+        loop.join()
+    took, alone = (seconds_of_cells(steps, one) for one in (cache, plain))
     return {
-        "cells": cells,
+        "cells": len(steps),
         "workers": workers,
-        "seconds_of_all_workers": round(wall, 2),
-        "compute_seconds": round(compute, 2),
-        "overhead_ms_a_cell": round(1000 * (wall - compute) / cells, 2),
-        "overhead_share": round((wall - compute) / wall, 4),
+        "seconds": round(took, 2),
+        "seconds_without_scheduling": round(alone, 2),
+        "overhead_ms_a_cell": round(1000 * workers * (took - alone) / (len(steps) - FIRST), 2),
+        "overhead_share": round(took / alone - 1, 4),
     }
 
 
-def cells_done(study: Path) -> int:
-    """Cells with results in the store."""
-    with contextlib.closing(sqlite3.connect(f"file:{study / 'study.sqlite'}?mode=ro", uri=True)) as connection:
-        found: int = connection.execute("SELECT count(*) FROM cells WHERE state = 'done'").fetchone()[0]
-    return found
+def run_all(steps: list[CellStep], cache: Path) -> None:
+    """Run cells one after the other."""
+    prepare_process(1)
+    for step in steps:
+        step.run(Cache(cache))
+
+
+def seconds_of_cells(steps: list[CellStep], cache: Path) -> float:
+    """From the last of the ``FIRST`` cells, which still load and compile, to the last one."""
+    ended = sorted((cache / "results" / f"{step.result_keys()[-1]}.json").stat().st_mtime for step in steps)
+    return ended[-1] - ended[FIRST - 1]
 
 
 def kills(model: str, folder: Path, rng: random.Random) -> dict[str, Any]:
