@@ -66,17 +66,19 @@ def test_what_draws_share_does_not_blur_the_difference() -> None:
     assert all(one.recommended == "0" for one in found)
 
 
-def test_the_budget_ends_a_search_and_any_will_do() -> None:
+def test_the_budget_ends_a_search_and_what_is_still_possible_is_said() -> None:
     found = search(simulated(0, [0.0, 0.01, 30.0]), 3, budget=60)
     assert (found.recommended, found.ended) == (None, "budget")
     assert sorted(found.alike) == ["0", "1"]
     assert 58 < found.cells <= 60
     draws = len(found.scores["0"])
+    (other,) = found.against_best
+    assert other.interval is not None
     assert found.sentence == (
-        f"{found.alike[0]} and {found.alike[1]} cannot be told apart with {draws} draws: any will do "
+        f"{found.alike[0]} and {found.alike[1]} cannot be told apart with {draws} draws: the budget is used up, and "
+        f"differences of up to {max(-other.interval.low, other.interval.high):.2g} are still possible "
         f"({found.cells} cells)."
     )
-    (other,) = found.against_best
     assert (other.best, other.source, other.draws) == (*found.alike, draws)
 
 
@@ -84,6 +86,7 @@ def test_differences_too_small_to_matter_end_a_search() -> None:
     found = search(simulated(0, [0.0, 0.0, 30.0], 0.1), 3, smallest_difference=1.0)
     assert (found.recommended, found.ended, sorted(found.alike)) == (None, "too small to matter", ["0", "1"])
     assert found.cells < 60
+    assert "too small to matter: any will do" in found.sentence
     same = search(lambda source, draw: 0.1, 3)
     assert (same.ended, same.cells, len(same.alike)) == ("too small to matter", 9, 3)
 
@@ -93,9 +96,19 @@ def test_a_source_that_fails_is_dropped() -> None:
     found = search(lambda source, draw: math.nan if (source, draw) == ("0", 1) else score_of(source, draw), 3)
     assert "0" not in found.alike
     assert (found.dropped[0].source, found.dropped[0].interval) == ("0", None)
+    assert found.sentence.endswith("0 failed and is not compared.")
+    ranked = simulated(0, [0.0, 0.0, 9.0])
+    worse = search(lambda source, draw: math.nan if source == "0" else ranked(source, draw), 3)
+    assert (worse.recommended, worse.failed) == ("1", ("0",))
+    assert worse.sentence.startswith("Take 1: every other source that ran is worse (")
+
+
+def test_what_is_left_of_failures_is_not_recommended() -> None:
     left = search(lambda source, draw: 0.1 if source == "2" else math.nan, 3)
-    assert (left.recommended, left.ended) == ("2", "one is left")
-    assert left.sentence == "Take 2: every other source failed or is worse (9 cells)."
+    assert (left.recommended, left.alike, left.ended, left.failed) == (None, ("2",), "one is left", ("0", "1"))
+    assert left.sentence == (
+        "Nothing can be recommended: 2 has nothing to be compared with (9 cells). 0 and 1 failed and are not compared."
+    )
     nothing = search(lambda source, draw: math.inf, 2)
     assert (nothing.recommended, nothing.alike) == (None, ())
     assert nothing.sentence.startswith("No source can be recommended")
@@ -126,4 +139,5 @@ def test_searches_that_cannot_begin(sources: list[str], budget: int, said: str) 
 def test_the_search_ends_with_the_draws() -> None:
     found = search(simulated(0, [0.0, 0.01]), 2, most_draws=5)
     assert [len(own) for own in found.scores.values()] == [5, 5]
-    assert found.ended == "budget"
+    assert found.ended == "draws"
+    assert "the draws are used up" in found.sentence

@@ -20,6 +20,9 @@ import pyarrow.parquet
 import pytest
 
 import calibrant as cb
+from calibrant.progress import NoProgress
+from calibrant.study.cache import Cache
+from calibrant.study.resolve import resolve
 from tests.evaluation.task_rows import write_rows
 
 from .small_study import write_plan
@@ -151,6 +154,55 @@ def test_a_set_with_targets_is_made_again_for_other_texts_only(folder: Path) -> 
     assert other[1] != first[1]
 
 
+def test_texts_that_change_while_a_study_runs_make_no_result(folder: Path) -> None:
+    """A result of other texts than its key stands for would be taken for it by every later study."""
+    (folder / "moved.txt").write_text((folder / "text.txt").read_text())
+    sources = {
+        "text": {"corpus": "moved.txt"},
+        "near": {"corpus": "text.txt", "strategy": "acdm", "targets": ["moved.txt"]},
+    }
+    write_rows(folder / "tasks")
+    write_plan(
+        folder / "study.yaml",
+        sources=sources,
+        texts={"held-out": {"corpus": "moved.txt", "length": 16, "windows": 3}},
+        tasks={"names": ["copa"], "data": "tasks"},
+    )
+    cache = Cache(folder / "cache")
+    work = resolve(cb.load_study_plan(folder / "study.yaml"), cache, NoProgress()).cells
+    steps = {step.key: step for one in work for step in one.needs}
+    (folder / "moved.txt").write_text("the text is another one\n" * 60)
+    for file in (folder / "tasks" / "copa").iterdir():
+        file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert len(steps) == 4
+    for step in steps.values():
+        with pytest.raises(cb.CalibrantError, match="changed while the study ran"):
+            step.run(cache)
+        assert not step.is_done(cache)
+
+
+def test_more_texts_leave_the_measures_where_they_are(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, folder / "small")
+    before = content(folder / "small")
+    text = {"corpus": "text.txt", "length": 16, "windows": 2}
+    texts = {"held-out": {"corpus": "text.txt", "length": 16, "windows": 3}, "more": text}
+    write_plan(folder / "study.yaml", texts=texts)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("calibrant.study.run._run", lambda *_: pytest.exit("interrupted"))
+        with pytest.raises(BaseException, match="interrupted"):
+            cb.run_study(folder / "study.yaml", cache=folder / "cache")
+    study = cb.Study(folder / "small")
+    assert study.counts() == {"done": 0, "failed": 0, "waiting": 6}
+    assert content(folder / "small")[1:] == before[1:]
+    assert study.analyse().settings == cb.Study(whole).analyse().settings
+    assert cb.run_study(folder / "study.yaml", cache=folder / "cache").failures == []
+    other = cb.run_study(folder / "study.yaml", cache=folder / "other cache", output=folder / "other")
+    assert content(folder / "small") == content(other.folder)
+    assert {one.on for one in cb.Study(folder / "small").scores()} == {"held-out", "more", ""}
+
+
 def test_another_studys_store_is_not_replaced(folder: Path, whole: Path) -> None:
     study = shutil.copytree(whole, folder / "small")
     write_plan(folder / "study.yaml", name="other")
@@ -278,6 +330,11 @@ _BAD = {
     "twice": ({"samples": [4, 4]}, "samples names one value twice"),
     "a bad label": ({"sources": {"../a": {"corpus": "text.txt"}}}, "sources"),
     "no draws": ({"draws": 0}, "draws"),
+    "no corpus": ({"sources": {"a": {"corpus": []}}}, "sources.a.corpus: name at least one"),
+    "a plain value for keys": (
+        {"sources": {"a": {"strategy": "self", "temperature": 1.0}}},
+        "sources.a.temperature: expected keys with values",
+    ),
     "acdm without targets": (
         {"sources": {"a": {"corpus": "text.txt", "strategy": "acdm"}}},
         "source a: .*acdm looks for texts like others",
@@ -323,7 +380,7 @@ def test_a_changed_plan_is_written_as_it_is(folder: Path) -> None:
 def test_a_full_disk_is_seen_before_anything_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(cb.CalibrantError, match=r"needs about .* GB of disk, 0.0 GB are free"):
+    with pytest.raises(cb.CalibrantError, match=r"needs about .* MB of disk, 0.0 MB are free"):
         cb.run_study(folder / "study.yaml", cache=folder / "cache")
 
 

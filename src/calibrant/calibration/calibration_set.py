@@ -1,6 +1,7 @@
 """The calibration set: token ids, their mask and where they came from, saved with a content hash."""
 
 import contextlib
+import functools
 import platform
 import tempfile
 from dataclasses import dataclass
@@ -319,6 +320,11 @@ class CalibrationSet:
 
 def set_library_versions() -> dict[str, str]:
     """Versions of the libraries that decide a set, those that are not installed left out."""
+    return dict(_set_library_versions())
+
+
+@functools.cache  # reading what is installed takes as long as checking a source of a study
+def _set_library_versions() -> dict[str, str]:
     found = {name: version(name) for name in _LIBRARIES}
     for name in _OPTIONAL_LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

@@ -118,6 +118,10 @@ class Corpus:
         return self._source.describe()
 
 
+# What a corpus's entry in a manifest says of the pass over it, not of the corpus.
+OF_THE_PASS = ("rows", "first_unusable")
+
+
 def corpus_record(corpus: Corpus, rows: int, first_unusable: str | None) -> dict[str, Any]:
     """A corpus's entry in a manifest: its identity, its number of rows of the set, and its first unusable row."""
     unusable = {} if first_unusable is None else {"first_unusable": first_unusable}

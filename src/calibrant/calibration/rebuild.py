@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest, read_manifest
-from calibrant.calibration.corpus import BUILTIN, Corpus
+from calibrant.calibration.corpus import BUILTIN, OF_THE_PASS, Corpus
 from calibrant.calibration.generate import DEFAULT_PERCENTILE, SOURCES, generate
 from calibrant.calibration.mix_sets import STRATEGY as MIX
 from calibrant.calibration.select import run_selection
@@ -201,8 +201,7 @@ def _changes(wanted: Manifest, made: Manifest) -> list[str]:
 def _corpus_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     files, current = before.get("files"), now.get("files")
     if files is None or current is None:
-        of_the_pass = ("rows", "first_unusable")
-        same = all(before.get(key) == now.get(key) for key in {*before, *now} if key not in of_the_pass)
+        same = all(before.get(key) == now.get(key) for key in {*before, *now} if key not in OF_THE_PASS)
         return [] if same else [f"the corpus {before.get('name')}"]
     if len(files) == len(current) == 1:  # a single file may have another name
         return [] if list(files.values()) == list(current.values()) else [f"the corpus file {next(iter(files))}"]

@@ -10,7 +10,7 @@ from calibrant.study.measures import measure_name
 from calibrant.study.statistics.variance_components import VarianceComponents
 
 # The measure that the answer is about is the first of these that the study has, or the first by name.
-_FIRST = ("kl", "log_perplexity_ratio", "perplexity")
+_FIRST = ("kl", "log_perplexity_ratio", "perplexity", "accuracy")
 _FEW = 5
 # What settings differ by: the name among several, and the name alone.
 _DIMENSIONS = {

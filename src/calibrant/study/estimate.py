@@ -106,7 +106,7 @@ def check_disk(resolved: Resolved, finished: set[Cell], cache: Cache, workers: i
     free = shutil.disk_usage(place).free
     if wanted > free:
         raise CalibrantError(
-            f"{cache.folder}: the study needs about {wanted / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; "
+            f"{cache.folder}: the study needs about {wanted / 1e6:,.1f} MB of disk, {free / 1e6:,.1f} MB are free; "
             "free some, or choose another folder with `cache`"
         )
     return wanted

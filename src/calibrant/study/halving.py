@@ -25,7 +25,7 @@ class AgainstBest:
     """One source against the best one when it was last looked at.
 
     ``difference`` is the source's mean less that of ``best`` over ``draws`` paired draws; ``interval`` holds together
-    with all others of the search. Both are None where a score of the source was not finite.
+    with all others of the search. Both are None where the source failed: a score of it was missing or not finite.
     """
 
     source: str
@@ -40,13 +40,14 @@ class Recommendation:
     """The end of a search.
 
     Attributes:
-        recommended: the source to take; None if those in ``alike`` cannot be told apart, or every source failed.
-        alike: the sources that remain, best mean first; any will do.
+        recommended: the source to take; None if those in ``alike`` cannot be told apart, or no other source was
+            compared with the one that is left.
+        alike: the sources that remain, best mean first.
         against_best: every other remaining source against the first of ``alike``.
-        dropped: sources that are worse, or whose scores are not finite, in the order they were dropped.
+        dropped: sources that are worse, or that failed, in the order they were dropped.
         cells: number of scores that were asked for.
-        ended: why the search ended: one source is left, all differences are too small to matter, or the budget or the
-            draws are used up.
+        ended: why the search ended: one source is left at most, all differences are too small to matter, or the budget
+            or the draws are used up.
         scores: all scores, by source and draw.
     """
 
@@ -55,20 +56,36 @@ class Recommendation:
     against_best: tuple[AgainstBest, ...]
     dropped: tuple[AgainstBest, ...]
     cells: int
-    ended: Literal["one is left", "too small to matter", "budget"]
+    ended: Literal["one is left", "too small to matter", "budget", "draws"]
     scores: dict[str, tuple[float, ...]]
 
     @property
     def sentence(self) -> str:
         """What to take, in one sentence."""
+        said = f"{self._finding()} ({self.cells} cells)."
+        if not self.failed:
+            return said
+        return f"{said} {_listed(self.failed)} failed and {'are' if len(self.failed) > 1 else 'is'} not compared."
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Sources with a score that is missing or not finite."""
+        return tuple(one.source for one in self.dropped if one.interval is None)
+
+    def _finding(self) -> str:
         if not self.alike:
-            return "No source can be recommended: the scores of every source are not finite."
+            return "No source can be recommended"
         if self.recommended is not None:
-            failed = any(one.interval is None for one in self.dropped)
-            return f"Take {self.recommended}: every other source {'failed or ' * failed}is worse ({self.cells} cells)."
-        names = f"{', '.join(self.alike[:-1])} and {self.alike[-1]}"
-        draws = len(self.scores[self.alike[0]])
-        return f"{names} cannot be told apart with {draws} draws: any will do ({self.cells} cells)."
+            others = "every other source that ran" if self.failed else "every other source"
+            return f"Take {self.recommended}" + f": {others} is worse" * (len(self.scores) > 1)
+        if len(self.alike) == 1:
+            return f"Nothing can be recommended: {self.alike[0]} has nothing to be compared with"
+        said = f"{_listed(self.alike)} cannot be told apart with {len(self.scores[self.alike[0]])} draws"
+        if self.ended == "too small to matter":
+            return f"{said}, and their differences are too small to matter: any will do"
+        possible = max(max(-end.low, end.high) for end in (one.interval for one in self.against_best) if end)
+        what = "budget is" if self.ended == "budget" else "draws are"
+        return f"{said}: the {what} used up, and differences of up to {possible:.2g} are still possible"
 
 
 def recommend(
@@ -90,7 +107,7 @@ def recommend(
 
     Args:
         sources: names of the candidates.
-        scores_of: gives scores of sources at their draws 0, 1, ...; one that is not finite drops its source.
+        scores_of: gives scores of sources at their draws 0, 1, ...; one that is not finite drops its source, as failed.
         higher_is_better: direction of the score.
         budget: most scores to ask for.
         most_draws: number of draws that every source has.
@@ -106,17 +123,19 @@ def recommend(
             f"{budget} cells are too few for {len(sources)} sources: use a `budget` of {FIRST_DRAWS * len(sources)} "
             "or more, or fewer sources"
         )
+    if not smallest_difference >= 0:
+        raise CalibrantError(f"smallest difference {smallest_difference}: use 0 or more")
     if most_draws is not None and most_draws < FIRST_DRAWS:
         raise CalibrantError(f"{most_draws} draws are too few for a search: every source needs {FIRST_DRAWS}")
     scores: dict[str, list[float]] = {source: [] for source in sources}
     remaining, against, dropped = sorted(sources), list[AgainstBest](), list[AgainstBest]()
     draws, cells, look = 0, 0, 0
-    ended: Literal["one is left", "too small to matter", "budget"] = "one is left"
+    ended: Literal["one is left", "too small to matter", "budget", "draws"] = "one is left"
     while len(remaining) > 1:
         more = min(max(draws, FIRST_DRAWS), (budget - cells) // len(remaining))
         more = more if most_draws is None else min(more, most_draws - draws)
         if more == 0:
-            ended = "budget"
+            ended = "draws" if draws == most_draws else "budget"
             break
         asked = [(source, draw) for draw in range(draws, draws + more) for source in remaining]
         for (source, _), score in zip(asked, scores_of(asked), strict=True):
@@ -134,8 +153,9 @@ def recommend(
         if len(remaining) > 1 and all(_is_small(one, smallest_difference) for one in against):
             ended = "too small to matter"
             break
+    is_compared = len(sources) == 1 or any(one.interval is not None for one in dropped)
     return Recommendation(
-        remaining[0] if len(remaining) == 1 else None,
+        remaining[0] if len(remaining) == 1 and is_compared else None,
         tuple(remaining),
         tuple(against),
         tuple(dropped),
@@ -143,6 +163,10 @@ def recommend(
         ended,
         {source: tuple(own) for source, own in scores.items()},
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _against_best(

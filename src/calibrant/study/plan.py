@@ -75,6 +75,13 @@ class SelectedSource(Strict):
     mix: MixRequest = MixRequest()
     filters: FilterRequest = FilterRequest()
 
+    @field_validator("corpus")
+    @classmethod
+    def _named(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one")
+        return value
+
     @property
     def corpora(self) -> tuple[str, ...]:
         """The locations."""
@@ -246,7 +253,11 @@ def _said(kind: str, message: str) -> str:
     if kind == "extra_forbidden":
         return "no such key"
     if kind == "model_type":
-        return "expected keys with values, as studies/tiny.yaml has"
+        return "expected keys with values"
+    if kind == "string_pattern_mismatch":
+        return "use letters, digits and . _ : @ + -, at most 80 of them, a letter or digit first"
+    if kind == "too_short":
+        return "name at least one"
     return message.removeprefix("Value error, ")
 
 

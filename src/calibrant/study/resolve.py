@@ -7,27 +7,28 @@ from typing import Any
 
 import torch
 
-from calibrant.calibration.calibration_set import read_manifest, set_library_versions
+from calibrant.calibration.calibration_set import CalibrationSet, read_manifest, set_library_versions
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.generate import check_generation, check_length
+from calibrant.calibration.selection.embeddings import check_embedding
 from calibrant.calibration.selection.request import WITH_DRAWS, selection_request
 from calibrant.calibration.selection.selecting import WITH_MODEL
 from calibrant.calibration.sources.answers import check_chat_template
 from calibrant.errors import CalibrantError
-from calibrant.evaluation.tasks.data_files import HUB, check_tasks, task_files
+from calibrant.evaluation.tasks.data_files import HUB, check_tasks
 from calibrant.hashing import sha256_file, sha256_json
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.modeling.whole_model import torch_device, torch_dtype
-from calibrant.pipeline.prepare import PreparedRun, prepare
+from calibrant.pipeline.prepare import PreparedRun, check_calibration, prepare
 from calibrant.pipeline.record import library_versions
 from calibrant.progress import Progress
 from calibrant.recipes.recipe import Recipe, load_recipe
 from calibrant.study.cache import Cache
 from calibrant.study.cells import ORIGINAL, Cell, grid
 from calibrant.study.plan import GeneratedSource, GivenSource, SelectedSource, Source, StudyPlan, Tasks, Text
-from calibrant.study.steps import SELECTION, CellStep, OriginalStep, SetStep, TaskStep, Yardstick
+from calibrant.study.steps import SELECTION, CellStep, OriginalStep, SetStep, TaskStep, Yardstick, data_hashes
 from calibrant.training.train_model import generator_identity
 from calibrant.version import __version__
 
@@ -153,7 +154,7 @@ def _check_texts(yardsticks: dict[str, Yardstick], cache: Cache) -> None:
 def _check_source(label: str, source: Source, plan: StudyPlan, models: list[Model]) -> None:
     try:
         if isinstance(source, GivenSource):
-            _check_given(source, plan)
+            _check_given(source, plan, models)
         elif isinstance(source, SelectedSource):
             _check_selected(source, plan)
         else:
@@ -162,14 +163,20 @@ def _check_source(label: str, source: Source, plan: StudyPlan, models: list[Mode
         raise CalibrantError(f"source {label}: {error}") from error
 
 
-def _check_given(source: GivenSource, plan: StudyPlan) -> None:
+def _check_given(source: GivenSource, plan: StudyPlan, models: list[Model]) -> None:
     for folder in source.sets[: plan.draws]:
-        manifest = read_manifest(folder)
+        calibration = CalibrationSet.load(folder)
+        manifest = calibration.manifest
         if plan.length != (manifest.length,) or manifest.samples < max(plan.samples):
             raise CalibrantError(
                 f"{folder}: has {manifest.samples} rows of {manifest.length} tokens, where the study takes "
                 f"{max(plan.samples)} rows of {' and '.join(map(str, plan.length))}"
             )
+        for model in models:
+            try:
+                check_calibration(ModelFolder(model.path), calibration)
+            except CalibrantError as error:
+                raise CalibrantError(f"{folder}: {error}") from error
 
 
 def _check_selected(source: SelectedSource, plan: StudyPlan) -> None:
@@ -178,6 +185,7 @@ def _check_selected(source: SelectedSource, plan: StudyPlan) -> None:
     selection_request(**{name: getattr(source, name) for name in SELECTION}, **size, shards=shards)
     if source.weights is not None and len(source.weights) != len(source.corpora):
         raise CalibrantError(f"{len(source.weights)} weights for {len(source.corpora)} corpora; give one for each")
+    check_embedding(source.embedding)
     for location in source.corpora:
         _check_corpus(location, location, source.field)
     for location in source.targets:
@@ -261,16 +269,22 @@ class _Steps:
     def _new_set(self, cell: Cell, samples: int) -> SetStep:
         source, model = self._plan.sources[cell.source], self._models[cell.model]
         size = {"draw": cell.draw, "samples": samples, "length": cell.length, "seed": cell.seed}
+        texts: list[dict[str, Any]] = []
+        given = None
         if isinstance(source, GivenSource):
-            identity: dict[str, Any] = {"given": read_manifest(source.sets[cell.draw]).set_sha256}
+            given = read_manifest(source.sets[cell.draw]).set_sha256
+            identity: dict[str, Any] = {"given": given}
         else:
+            corpora = [self._corpus(name, source.field) for name in _locations(source)]
+            compared = self._compared(source)
+            texts = [*corpora, *compared["leakage"], *compared.get("targets", [])]
             with_model = isinstance(source, GeneratedSource) or source.strategy in WITH_MODEL
             identity = {
                 **self._made_by,
                 **size,
                 "source": source.model_dump(mode="json", exclude=_LOCATIONS),
-                "corpora": [self._corpus(name, source.field) for name in _locations(source)],
-                **self._compared(source),
+                "corpora": corpora,
+                **compared,
                 **_chosen_by(source, self._plan.shards),
                 "model": {**model.identity, "dtype": self._dtype} if with_model else None,
                 "tokenizer": [model.identity["tokenizer_sha256"], model.identity["chat_templates"]],
@@ -281,6 +295,8 @@ class _Steps:
             model=str(model.path),
             source=source,
             shards=self._plan.shards,
+            texts=tuple(texts),
+            given=given,
             device=self._device,
             dtype=self._dtype,
             **size,
@@ -296,25 +312,26 @@ class _Steps:
         return self._yardsticks[label]
 
     def _original(self, model: Model, text: Text) -> OriginalStep:
+        corpus = self._corpus(text.corpus, text.field)
         identity = {
             **self._made_by,
             "model": model.identity,
-            "text": self._corpus(text.corpus, text.field),
+            "text": corpus,
             **text.model_dump(include={"protocol", "length", "windows"}),
         }
-        return OriginalStep(sha256_json(identity), str(model.path), text, self._device)
+        return OriginalStep(sha256_json(identity), str(model.path), text, corpus, self._device)
 
     def _task(self, model: Model, name: str, tasks: Tasks) -> TaskStep:
-        files = [] if tasks.data == HUB else task_files(name, Path(tasks.data))
+        files = data_hashes(name, tasks.data)
         identity = {
             **self._made_by,
             "model": model.identity,
             "task": name,
-            "data": {path.name: sha256_file(path) for path in files} or HUB,
+            "data": files or HUB,
             "limit": tasks.limit,
             "lm_eval": version("lm_eval"),
         }
-        return TaskStep(sha256_json(identity), str(model.path), name, tasks.data, tasks.limit, self._device)
+        return TaskStep(sha256_json(identity), str(model.path), name, tasks.data, files, tasks.limit, self._device)
 
     def _compared(self, source: Source) -> dict[str, Any]:
         """Texts that a selection compares its candidates with."""

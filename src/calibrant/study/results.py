@@ -99,7 +99,7 @@ class Study:
         """
         seen: set[tuple[Any, ...]] = set()
         found = []
-        query = f"SELECT {PLACE}, set_sha256 FROM cells WHERE state = 'done' AND recipe <> ? ORDER BY cell"
+        query = f"SELECT {PLACE}, set_sha256 FROM cells WHERE set_sha256 IS NOT NULL AND recipe <> ? ORDER BY cell"
         for row in self._rows(query, ORIGINAL):
             what = (*(row[name] for name in ("model", "recipe", "source", "samples", "length", "repeat")),)
             if (what, row["set_sha256"]) in seen:

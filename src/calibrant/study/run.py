@@ -33,7 +33,12 @@ def run_cells(resolved: Resolved, folder: Path, cache: Cache, workers: Workers, 
     with _locked(folder), closing(Store(folder / STORE_NAME)) as store:
         originals = {model.label: resolved.yardsticks(model.label) for model in resolved.models.values()}
         rows = [_original_row(model, originals[model.label]) for model in resolved.models.values()]
-        gone = store.set_cells([*rows, *map(_row, resolved.cells)], _about(resolved))
+        gone, again = store.set_cells([*rows, *map(_row, resolved.cells)], _about(resolved))
+        if again:
+            progress.note(
+                f"{again} finished cells are measured on more texts or tasks than before; what is measured stays, and "
+                "models whose outputs were not kept are compressed again"
+            )
         if gone:
             progress.note(f"{gone} cells are no longer in the plan or have changed; their results stay in the cache")
         done = store.done()
@@ -111,15 +116,15 @@ def _run(
 
 
 def _original_row(model: Model, steps: dict[str, Yardstick]) -> CellRow:
-    key = sha256_json({label: step.key for label, step in steps.items()})
-    return CellRow(original(model.label), key, "", sha256_json(model.identity), "")
+    keys = {label: step.key for label, step in steps.items()}
+    return CellRow(original(model.label), keys, False, "", sha256_json(model.identity), "")
 
 
 def _row(work: CellWork) -> CellRow:
     recipe = sha256_json(work.step.recipe.model_dump(mode="json"))
     compression, *measured = work.step.result_keys()
-    keys = {"": compression, **dict(zip(work.yardsticks, measured, strict=True)), "kept": work.step.keep_output}
-    return CellRow(work.cell, sha256_json(keys), work.set_step.key, work.model_sha256, recipe)
+    keys = {"": compression, **dict(zip(work.yardsticks, measured, strict=True))}
+    return CellRow(work.cell, keys, work.step.keep_output, work.set_step.key, work.model_sha256, recipe)
 
 
 def _original_result(cache: Cache, steps: dict[str, Yardstick]) -> CellResult:

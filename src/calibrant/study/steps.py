@@ -2,6 +2,7 @@
 made there, so that it can run in any process that sees the same files."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,17 @@ import transformers
 
 from calibrant.api import compress
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.corpus import OF_THE_PASS, Corpus
 from calibrant.calibration.generate import generate
 from calibrant.calibration.select import select
 from calibrant.calibration.selection.request import WITH_DRAWS
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule
+from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation, evaluate_models
 from calibrant.evaluation.original import StoredOriginal, store_states, stored_windows
+from calibrant.evaluation.tasks.data_files import HUB, task_files
 from calibrant.evaluation.text import EvaluationText, evaluation_windows, wikitext_windows
-from calibrant.hashing import sha256_json
+from calibrant.hashing import sha256_file, sha256_json
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole, torch_device
@@ -33,13 +36,17 @@ SELECTION = (
     *("mask", "weights", "mix", "filters"),
 )
 SETS, ORIGINALS, OUTPUTS = "sets", "originals", "outputs"
+_CHANGED = "{what} changed while the study ran; run the study again"
 # Divergences are of float32 logits, whatever the compression computed in.
 _DTYPE = "float32"
 
 
 @dataclass(frozen=True)
 class SetStep:
-    """Makes draw ``draw`` of a source: the largest set, of which smaller ones are the first rows."""
+    """Makes draw ``draw`` of a source: the largest set, of which smaller ones are the first rows.
+
+    ``texts`` are the identities of its corpora, evaluation texts and targets, ``given`` is the hash of a saved set.
+    """
 
     key: str
     model: str
@@ -49,6 +56,8 @@ class SetStep:
     length: int
     seed: int
     shards: int
+    texts: tuple[dict[str, Any], ...]
+    given: str | None
     device: str
     dtype: str
 
@@ -57,9 +66,18 @@ class SetStep:
         return cache.place(SETS, self.key).is_dir() and cache.result(self.key) is not None
 
     def run(self, cache: Cache) -> None:
-        """Make the set."""
+        """Make the set.
+
+        Raises:
+            CalibrantError: it cannot be made, or a text of it has changed since the study began.
+        """
         begin = time.perf_counter()
-        cache.make(SETS, self.key, self._make().save)
+        made = self._make()
+        if self.given is not None and made.sha256 != self.given:
+            raise CalibrantError(_CHANGED.format(what="the saved set"))
+        manifest = made.manifest
+        _check_unchanged(self.texts, [*manifest.corpora, *manifest.evaluations, *manifest.targets])
+        cache.make(SETS, self.key, made.save)
         cache.keep(self.key, {"seconds": time.perf_counter() - begin})
 
     def _make(self) -> CalibrationSet:
@@ -93,11 +111,12 @@ class SetStep:
 
 @dataclass(frozen=True)
 class OriginalStep:
-    """Runs an original model over a held-out text, once for all cells."""
+    """Runs an original model over a held-out text, once for all cells; ``corpus`` is the text's identity."""
 
     key: str
     model: str
     text: Text
+    corpus: dict[str, Any]
     device: str
 
     def is_done(self, cache: Cache) -> bool:
@@ -119,6 +138,7 @@ class OriginalStep:
     def run(self, cache: Cache) -> None:
         """Store the windows, the original's hidden states and its perplexity."""
         folder, windows = ModelFolder(Path(self.model)), self.windows()
+        _check_unchanged([self.corpus], [Corpus(self.text.corpus, self.text.field).describe()])
         model = load_whole(folder, self.device, _DTYPE)
         cache.make(
             ORIGINALS,
@@ -131,12 +151,13 @@ class OriginalStep:
 
 @dataclass(frozen=True)
 class TaskStep:
-    """Scores an original model on a task, once for all cells."""
+    """Scores an original model on a task, once for all cells; ``files`` are the hashes of its files in ``data``."""
 
     key: str
     model: str
     task: str
     data: str
+    files: dict[str, str]
     limit: int | None
     device: str
 
@@ -154,6 +175,8 @@ class TaskStep:
         from calibrant.evaluation.tasks.score import score_tasks  # lm-eval is an extra
 
         (found,) = score_tasks(model, Tokenizer(folder.path), (self.task,), self.data, self.limit, NoProgress())
+        if self.files != data_hashes(self.task, self.data):
+            raise CalibrantError(_CHANGED.format(what=f"the data of {self.task}"))
         return {
             "measures": {name: (one.value, one.standard_error) for name, one in found.metrics.items()},
             "items": {found.main: list(found.scores)},
@@ -258,6 +281,22 @@ class CellStep:
 
 
 Step = SetStep | OriginalStep | TaskStep | CellStep
+
+
+def data_hashes(task: str, data: str) -> dict[str, str]:
+    """Hashes of the files of a task by their names; none of tasks from the hub."""
+    return {} if data == HUB else {path.name: sha256_file(path) for path in task_files(task, Path(data))}
+
+
+def _check_unchanged(wanted: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> None:
+    """Refuse a result of other texts than those that its key stands for.
+
+    Raises:
+        CalibrantError: a text has changed; the message names it.
+    """
+    for before, now in zip(wanted, found, strict=True):
+        if any(now.get(name) != value for name, value in before.items() if name not in OF_THE_PASS):
+            raise CalibrantError(_CHANGED.format(what=f"the text {before.get('name')}"))
 
 
 def _measured(found: Evaluation) -> dict[str, Any]:

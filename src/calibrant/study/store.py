@@ -3,13 +3,14 @@
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from calibrant.errors import CalibrantError, first_line
+from calibrant.hashing import sha256_json
 from calibrant.study.cells import Cell
 
 STORE_NAME = "study.sqlite"
@@ -55,13 +56,27 @@ CREATE VIEW scores AS
 
 @dataclass(frozen=True)
 class CellRow:
-    """What identifies a cell's result: hashes of its steps and inputs."""
+    """What identifies a cell's result: hashes of its steps and inputs.
+
+    ``keys`` are those of its results by what they are of: a text's label, a task's name, or "" for the compression.
+    """
 
     cell: Cell
-    key: str
+    keys: dict[str, str]
+    keeps_output: bool
     set_key: str
     model_sha256: str
     recipe_sha256: str
+
+    @property
+    def key(self) -> str:
+        """The hash of all keys."""
+        return self.key_of(self.keys)
+
+    def key_of(self, labels: Collection[str]) -> str:
+        """The hash that the row had if only ``labels`` were measured."""
+        kept = {"kept": self.keeps_output} if "" in self.keys else {}
+        return sha256_json({label: key for label, key in self.keys.items() if label in ("", *labels)} | kept)
 
 
 @dataclass(frozen=True)
@@ -131,10 +146,11 @@ class Store:
         """Close the file."""
         self._connection.close()
 
-    def set_cells(self, rows: Sequence[CellRow], about: dict[str, str]) -> int:
+    def set_cells(self, rows: Sequence[CellRow], about: dict[str, str]) -> tuple[int, int]:
         """Make the store hold exactly these cells; those that are already there with the same keys stay as they are.
 
-        Returns the number of finished cells that went.
+        Cells that are measured on more than before wait again, and keep their measures until then. Returns the number
+        of finished cells that went, and that of those which wait again.
 
         Raises:
             CalibrantError: the store is that of a study with another name.
@@ -148,11 +164,23 @@ class Store:
                 for number, key, *place in self._connection.execute(f"SELECT cell, key, {PLACE} FROM cells")
             }
             wanted = {row.cell: row for row in rows}
-            gone = [(number,) for cell, (number, key) in found.items() if cell not in wanted or wanted[cell].key != key]
-            finished = {row[0] for row in self._connection.execute("SELECT cell FROM cells WHERE state = 'done'")}
-            lost = sum(number in finished for (number,) in gone)
+            before = self._measured_on()
+            same = {cell for cell, (_, key) in found.items() if cell in wanted and wanted[cell].key == key}
+            more = {
+                cell
+                for cell, (_, key) in found.items()
+                if cell in wanted and cell not in same and wanted[cell].key_of(before) == key
+            }
+            kept = same | more
+            gone = [(number,) for cell, (number, _) in found.items() if cell not in kept]
+            done = {row[0] for row in self._connection.execute("SELECT cell FROM cells WHERE state = 'done'")}
+            lost = sum(number in done for (number,) in gone)
+            again = sum(found[cell][0] in done for cell in more)
             self._connection.executemany("DELETE FROM cells WHERE cell = ?", gone)
-            kept = {cell for cell, (number, _) in found.items() if (number,) not in gone}
+            self._connection.executemany(
+                "UPDATE cells SET state = 'waiting', key = ? WHERE cell = ?",
+                [(wanted[cell].key, found[cell][0]) for cell in more],
+            )
             number = self._connection.execute("SELECT coalesce(max(cell), 0) FROM cells").fetchone()[0]
             for row in rows:
                 if row.cell not in kept:
@@ -164,7 +192,13 @@ class Store:
                         (number, *hashes, *asdict(row.cell).values()),
                     )
             self._connection.executemany("INSERT OR REPLACE INTO study VALUES (?, ?)", about.items())
-        return lost
+        return lost, again
+
+    def _measured_on(self) -> set[str]:
+        """Labels of the texts and names of the tasks in the plan that the store holds."""
+        row = self._connection.execute("SELECT value FROM study WHERE name = 'plan'").fetchone()
+        plan = json.loads(row[0]) if row is not None else {}
+        return {*plan.get("texts", {}), *(plan.get("tasks") or {}).get("names", ())}
 
     def describe_tasks(self, tasks: dict[str, Any]) -> None:
         """Store what lm-eval says of each task: versions, hashes, the main metric."""

@@ -124,6 +124,8 @@ def plan_study(
 
 
 def _loaded(plan: StudyPlan | str | Path) -> StudyPlan:
+    if not isinstance(plan, StudyPlan | str | Path):
+        raise CalibrantError(f"a plan is a `StudyPlan` or the path of its YAML file, not a {type(plan).__name__}")
     return plan if isinstance(plan, StudyPlan) else load_study_plan(plan)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,7 +44,10 @@ def prepare_process(threads: int) -> None:
     """Let torch compute with ``threads`` threads, and transformers write nothing."""
     import torch
     import transformers
+    from tqdm import tqdm
 
+    # Its own lock is a semaphore of all processes, which outlives a worker that is killed.
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -1,5 +1,6 @@
 """Embeddings of texts for selections by distance: lexical ones without a model, or a sentence encoder's."""
 
+import importlib.util
 from pathlib import Path
 from typing import Protocol
 
@@ -65,13 +66,9 @@ class SentenceEmbedding:
     """A sentence-transformers model, by folder or (with a network) by name."""
 
     def __init__(self, model: str, tokenizer: Tokenizer) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise CalibrantError(
-                "sentence encoders need the extra: pip install 'calibrant[embeddings]'; "
-                '`embedding="lexical"` needs none'
-            ) from error
+        check_embedding(model)
+        from sentence_transformers import SentenceTransformer
+
         try:
             self._encoder = SentenceTransformer(model)
         except Exception as error:  # many unrelated classes for a folder without such a model
@@ -87,6 +84,18 @@ class SentenceEmbedding:
     def vectors(self) -> np.ndarray:
         """The encoder's vectors, scaled to length 1."""
         return normalized(np.concatenate(self._parts))
+
+
+def check_embedding(name: str) -> None:
+    """Check that what an embedding needs is installed.
+
+    Raises:
+        CalibrantError: it is a sentence encoder, and its library is not there.
+    """
+    if name != LEXICAL and importlib.util.find_spec("sentence_transformers") is None:
+        raise CalibrantError(
+            "sentence encoders need the extra: pip install 'calibrant[embeddings]'; `embedding=\"lexical\"` needs none"
+        )
 
 
 def embedding_of(name: str, tokenizer: Tokenizer, seed: int) -> Embedding:

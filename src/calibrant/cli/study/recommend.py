@@ -60,3 +60,5 @@ def recommend(
             progress=screen.progress,
         )
         screen.result({"sentence": found.sentence, **asdict(found)}, found.sentence)
+        if found.failed:
+            raise typer.Exit(1)
