@@ -43,6 +43,7 @@ def analyse(
     timed: Collection[str] = ("seconds",),
     left_out: Collection[str] = (),
     paired: bool = False,
+    difference: float | None = None,
     seed: int = 0,
 ) -> Analysis:
     """The findings of a study; the order of the scores does not matter.
@@ -60,11 +61,14 @@ def analyse(
         left_out: sources, usually of random tokens, without which variance components are computed as well.
         paired: draw ``i`` of all sources shares documents or what else moves the score; comparisons of sources then
             use the draws that all of them have. Recipes are always compared on the same sets.
+        difference: the difference of two sources that the draws needed are to show; by default that of the two best.
         seed: seed of the bootstrap.
 
     Raises:
-        CalibrantError: a measure has no direction, or a cell has two scores.
+        CalibrantError: a measure has no direction, a cell has two scores, or ``difference`` is not above 0.
     """
+    if difference is not None and not difference > 0:
+        raise CalibrantError(f"difference {difference}: use a number above 0")
     table = by_setting(scores, repeated)
     without = sorted({setting.measure for setting in table} - set(higher_is_better))
     if without:
@@ -75,7 +79,7 @@ def analyse(
     for setting, own in table.items():
         is_control = setting.recipe in data_free and setting.measure not in timed
         higher = higher_is_better[setting.measure]
-        found = _finding(setting, own, higher, is_control, left_out, paired, seed)
+        found = _finding(setting, own, higher, is_control, left_out, paired, difference, seed)
         findings.append(replace(found, headline=headline(found)))
     return Analysis(
         tuple(findings), tuple(_recipe_differences(table, higher_is_better, seed)), tuple(_size_curves(table))
@@ -89,6 +93,7 @@ def _finding(
     is_control: bool,
     left_out: Collection[str],
     paired: bool,
+    difference: float | None,
     seed: int,
 ) -> SettingFinding:
     values = {source: np.array(list(own.values())) for source, own in scores.values.items()}
@@ -112,7 +117,7 @@ def _finding(
         rank_stability=(
             rank_stability(np.stack(list(together.values())), higher_is_better=higher_is_better) if together else None
         ),
-        best_two=_best_two(compared, sign, paired),
+        best_two=_best_two(compared, sign, paired, difference),
         zero_control=zero_control(np.concatenate(list(values.values()))) if is_control and values else None,
         implementation_noise=implementation_noise(scores.repeats),
         missing=tuple(scores.missing),
@@ -120,7 +125,7 @@ def _finding(
     )
 
 
-def _best_two(values: Mapping[str, np.ndarray], sign: int, paired: bool) -> BestTwo | None:
+def _best_two(values: Mapping[str, np.ndarray], sign: int, paired: bool, wanted: float | None) -> BestTwo | None:
     if len(values) < 2 or min(map(len, values.values())) == 0:
         return None
     means = {name: mean_and_sd(own)[0] for name, own in values.items()}
@@ -133,7 +138,8 @@ def _best_two(values: Mapping[str, np.ndarray], sign: int, paired: bool) -> Best
         return None
     sd = float(np.sqrt(np.mean(np.square(known))))
     difference = means[best] - means[second]
-    return BestTwo(best, second, difference, sd, draws_needed(difference, sd, paired=paired))
+    to_see = difference if wanted is None else wanted
+    return BestTwo(best, second, difference, sd, to_see, draws_needed(to_see, sd, paired=paired))
 
 
 def _recipe_differences(table: _Table, higher_is_better: Mapping[str, bool], seed: int) -> Iterator[RecipeDifference]:

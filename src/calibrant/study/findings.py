@@ -35,13 +35,15 @@ class BestTwo:
     """The two best sources, and the number of draws of each that would tell them apart.
 
     ``difference`` is the best mean less the second, ``sd`` the root mean square of both sources' standard deviations,
-    or that of the paired differences; ``draws`` is None if the difference is 0 or needs more than a million.
+    or that of the paired differences; ``draws`` show a true difference of ``to_see``: that which was asked for, or
+    ``difference``. ``draws`` is None if that is 0 or needs more than a million.
     """
 
     best: str
     second: str
     difference: float
     sd: float
+    to_see: float
     draws: int | None
 
 

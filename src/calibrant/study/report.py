@@ -12,7 +12,7 @@ from calibrant.report.tables import as_csv, as_latex, as_markdown
 from calibrant.study.answer import answer, main_settings
 from calibrant.study.cells import Cell
 from calibrant.study.findings import Analysis
-from calibrant.study.measures import measure_name
+from calibrant.study.measures import measure_name, unit_of
 from calibrant.study.plan import StudyPlan
 from calibrant.study.report_charts import charts, measure_key
 from calibrant.study.report_tables import tables
@@ -62,7 +62,7 @@ def page_values(study: Study, found: Analysis, paired: bool) -> StudyPage:
             measure_key(*one): {
                 "kind": one[0],
                 "name": measure_name(one[0]),
-                "axis": f"{measure_name(*one)} ({'higher' if higher[one] else 'lower'} is better)",
+                "axis": f"{measure_name(*one)} ({_direction(one[0], higher[one])})",
             }
             for one in measures
         },
@@ -81,6 +81,12 @@ def page_values(study: Study, found: Analysis, paired: bool) -> StudyPage:
     )
 
 
+def _direction(measure: str, higher_is_better: bool) -> str:
+    """A measure's unit, if it has one, and which way is better."""
+    unit = unit_of(measure)
+    return f"{unit}; " * (unit is not None) + f"{'higher' if higher_is_better else 'lower'} is better"
+
+
 def _facts(plan: StudyPlan, versions: dict[str, str], counts: dict[str, int]) -> dict[str, str]:
     cells = ", ".join(f"{number:,} {state}" for state, number in counts.items() if number)
     return {
@@ -92,6 +98,7 @@ def _facts(plan: StudyPlan, versions: dict[str, str], counts: dict[str, int]) ->
         "texts": f"{len(plan.texts)}",
         "tasks": f"{len(plan.tasks.names) if plan.tasks else 0}",
         "cells": cells or "none",
+        "units": "KL and log perplexity ratio in nats per token",
         "calibrant": versions["calibrant"],
     }
 

@@ -50,7 +50,7 @@ def _sources(found: Analysis) -> Table:
         "sources",
         "Sources",
         "Every source in every setting, best mean first: draws, their mean with Student's 95 % interval, standard "
-        "deviation, least, most and range.",
+        "deviation over draws, least, most and range.",
         "There is no usable score.",
         (
             Column("source", role="source"),
@@ -119,7 +119,8 @@ def _components(found: Analysis) -> Table:
         "Variance",
         "How much of the spread comes from the source and how much from the draw, with 95 % intervals; how alike "
         "single draws rank the sources (Kendall's tau; share of pairs of draws with the same best source); and the "
-        "draws of each with which a t test of the two best alone would find their difference in 80 % of studies.",
+        "draws of each with which a t test of the two best alone would find their difference in 80 % of studies, if it "
+        "is as large as it seems here.",
         "Fewer than two sources have a usable score.",
         (
             *KEYS,

@@ -120,10 +120,14 @@ class Study:
             for row in self._rows(query, ORIGINAL)
         ]
 
-    def analyse(self, *, paired: bool = False, seed: int = 0) -> Analysis:
+    def analyse(self, *, paired: bool = False, difference: float | None = None, seed: int = 0) -> Analysis:
         """All statistics; see docs/statistics.md "What is computed".
 
-        ``paired`` compares sources draw by draw, for sources whose draws share documents. ``seed`` is the bootstrap's.
+        ``paired`` compares sources draw by draw, for sources whose draws share documents. The draws needed are to show
+        a ``difference`` of two sources, by default that of the two best. ``seed`` is the bootstrap's.
+
+        Raises:
+            CalibrantError: ``difference`` is not above 0.
         """
         known = [score for score in self.scores() if not score.measure.startswith(_LEFT_OUT)]
         random = [label for label, one in self.plan.sources.items() if _is_vocabulary(one)]
@@ -135,6 +139,7 @@ class Study:
             timed=(SECONDS, SET_SECONDS),
             left_out=random,
             paired=paired,
+            difference=difference,
             seed=seed,
         )
 

@@ -1,6 +1,8 @@
 """``calibrant study show``."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from calibrant.cli.console import JsonOption, QuietOption, terminal
 from calibrant.cli.study.shared import PairedOption, StudyArgument
@@ -9,11 +11,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from calibrant import Analysis
+    from calibrant.study.findings import BestTwo
 
 
 def show(
     folder: StudyArgument,
     paired: PairedOption = False,
+    difference: Annotated[
+        float | None,
+        typer.Option("--difference", help="Also say how many draws of two sources would show this difference."),
+    ] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -31,12 +38,15 @@ def show(
         again = len(study.same_sets())
         if again:
             screen.note(f"{again} cells are left out: their set is that of an earlier draw or seed of their source")
-        found = study.analyse(paired=paired)
-        screen.result(found.as_json(), *tables(found))
+        found = study.analyse(paired=paired, difference=difference)
+        screen.result(found.as_json(), *tables(found, difference))
 
 
-def tables(found: "Analysis") -> "list[Table | str]":
-    """One table of sources for every model, recipe, size, measure and text, and the finding in a sentence."""
+def tables(found: "Analysis", difference: float | None) -> "list[Table | str]":
+    """One table of sources for every model, recipe, size, measure and text, and the finding in a sentence.
+
+    With a ``difference`` also the draws that would show it.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -52,5 +62,17 @@ def tables(found: "Analysis") -> "list[Table | str]":
             interval = "" if one.interval is None else f"[{one.interval.low:.4g}, {one.interval.high:.4g}]"
             sd = "" if one.sd is None else f"{one.sd:.2g}"
             table.add_row(source.source, str(one.n), f"{one.mean:.4g}", interval, sd, f"{one.range:.2g}")
-        shown += [table, setting.headline, ""]
+        shown += [table, setting.headline]
+        if difference is not None and setting.best_two is not None:
+            shown.append(_draws_needed(setting.best_two))
+        shown.append("")
     return shown
+
+
+def _draws_needed(two: "BestTwo") -> str:
+    if two.draws is None:
+        return f"No number of draws up to a million would show a difference of {two.to_see:.3g}."
+    return (
+        f"{two.draws:,} draws of each of two sources would show a difference of {two.to_see:.3g} in 80 % of studies, "
+        f"at the spread of {two.best} and {two.second} (sd {two.sd:.2g})."
+    )
