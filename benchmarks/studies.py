@@ -143,23 +143,28 @@ def kills(model: str, folder: Path, rng: random.Random) -> dict[str, Any]:
 
 
 def ray_kills(model: str, folder: Path, rng: random.Random) -> dict[str, Any]:
-    """Kill workers of a local Ray cluster while a study runs on it, run again what failed, and compare.
+    """Kill a worker of a local Ray cluster with ever more results in the cache, and compare; run again what failed.
 
     A step whose worker is killed four times fails.
     """
     plan = write_plan(folder, model, draws=3)
     start(plan, folder / "whole", folder / "cache whole").wait()
+    results = [*(folder / "cache whole" / "results").iterdir()]
     process = start(plan, folder / "ray", folder / "cache", "--executor", "ray")
     parent, killed = psutil.Process(process.pid), 0
-    while process.poll() is None:
-        time.sleep(rng.uniform(0.5, 2))
+    for least in sorted(rng.sample(range(len(results)), KILLS)):
+        while process.poll() is None and len([*(folder / "cache").glob("results/*.json")]) < least:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
         with contextlib.suppress(psutil.Error):
             workers = [one for one in parent.children(recursive=True) if one.name().startswith("ray::_run_on_ray")]
-            if killed < KILLS and workers:
+            if workers:
                 rng.choice(workers).kill()
                 killed += 1
+    process.wait()
     failed = cb.Study(folder / "ray").counts()["failed"]
-    start(plan, folder / "ray", folder / "cache", "--executor", "ray").wait()
+    if failed:
+        start(plan, folder / "ray", folder / "cache", "--executor", "ray").wait()
     equal = content(folder / "ray") == content(folder / "whole")
     return {"workers_killed": killed, "cells_failed_then": failed, "equal": equal}
 

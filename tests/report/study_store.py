@@ -86,7 +86,7 @@ def write_study(
         "data_free": json.dumps([recipe for recipe in made.recipes if recipe.startswith("rtn")]),
         "libraries": json.dumps({"numpy": "2.0.0", "torch": "2.9.0"}),
     }
-    store.set_cells([CellRow(cell, str(number), "", "", "") for number, cell in enumerate(cells)], about)
+    store.set_cells([CellRow(cell, {"": str(number)}, False, "", "", "") for number, cell in enumerate(cells)], about)
     store.describe_tasks({task: {"main": "acc"} for task in tasks})
     for number, cell in enumerate(cells):
         if failed is not None and number in failed:
