@@ -14,7 +14,7 @@ class Acdm:
 
     A target's centroid is the mean of its windows' vectors (``FeedForwardMeans``). A candidate's distance is the
     squared Euclidean distance of its vector from a centroid, averaged over blocks and over ``targets``. What the
-    vectors are and how targets are put together is ours; see "Selections" in docs/methods.md.
+    vectors are and how targets are put together is ours (docs/methods.md "Ours").
 
     Raises:
         CalibrantError: the model has no feed-forward parts.
