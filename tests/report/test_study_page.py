@@ -110,7 +110,7 @@ def test_the_page_in_a_real_browser(page: str, tmp_path: Path, width: int, dark:
     assert found["dots"] == 12  # draws of three sources; the cell that failed is of the smaller size
     for recipe, text in zip(("gptq-w4a16-g64", "wanda-2:4"), found["described"], strict=True):
         assert text.startswith(f"Scores by source. {recipe}. The source explains ")
-    assert found["before"] == ["KL on code (lower is better)"] * 2
+    assert found["before"] == ["KL on code (nats per token; lower is better)"] * 2
     assert found["after"] == ["perplexity on wiki (lower is better)"] * 2
     assert found["label"] == ("rgb(231, 234, 238)" if dark else "rgb(29, 36, 48)")
     assert not found["wide"]

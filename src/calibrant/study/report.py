@@ -98,7 +98,7 @@ def _facts(plan: StudyPlan, versions: dict[str, str], counts: dict[str, int]) ->
         "texts": f"{len(plan.texts)}",
         "tasks": f"{len(plan.tasks.names) if plan.tasks else 0}",
         "cells": cells or "none",
-        "units": "KL and log perplexity ratio in nats per token",
+        **({"units": "KL and log perplexity ratio in nats per token"} if plan.texts else {}),
         "calibrant": versions["calibrant"],
     }
 
