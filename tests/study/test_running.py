@@ -330,6 +330,10 @@ _BAD = {
     "twice": ({"samples": [4, 4]}, "samples names one value twice"),
     "a bad label": ({"sources": {"../a": {"corpus": "text.txt"}}}, "sources"),
     "no draws": ({"draws": 0}, "draws"),
+    "a temperature that is never used": (
+        {"sources": {"a": {"strategy": "self", "temperature": {"initial": 0, "final": 1}}}},
+        "sources.a.temperature: initial has no effect without steps",
+    ),
     "no corpus": ({"sources": {"a": {"corpus": []}}}, "sources.a.corpus: name at least one"),
     "a plain value for keys": (
         {"sources": {"a": {"strategy": "self", "temperature": 1.0}}},

@@ -39,6 +39,12 @@ class Temperature(Strict):
     final: float = Field(default=1.0, ge=0)
     steps: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _starts(self) -> "Temperature":
+        if "initial" in self.model_fields_set and self.initial != self.final and self.steps == 0:
+            raise ValueError("initial has no effect without steps; the paper's grid has steps: 10")
+        return self
+
 
 class GeneratedSource(Strict):
     """A source that a model writes, or random tokens; the fields are those of ``generate``."""
