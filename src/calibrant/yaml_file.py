@@ -23,7 +23,9 @@ def read_yaml_file(path: Path, kind: str) -> str:
             data = stream.read(LARGEST_FILE + 1)
         text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrantError(f"{path}: cannot be read ({error})") from error
+        raise CalibrantError(
+            f"{path}: cannot be read ({error.strerror if isinstance(error, OSError) else error})"
+        ) from error
     if len(data) > LARGEST_FILE:
         raise CalibrantError(f"{path}: more than {LARGEST_FILE} bytes; a {kind} is a short YAML file")
     return text

@@ -114,6 +114,13 @@ def test_targets_and_the_strategy_belong_together(corpus: Path, llama: Path) -> 
         cb.select(corpus, tokenizer=llama, strategy="zipcal", targets=[corpus], **SIZE)
 
 
+def test_a_set_of_the_demo_model_is_made_again(corpus: Path, smollm2: Path, tmp_path: Path) -> None:
+    """Also where its name is no folder."""
+    made = cb.select(corpus, tokenizer="demo", **SIZE)
+    made.save(tmp_path / "set")
+    assert cb.rebuild(tmp_path / "set").calibration.sha256 == made.sha256
+
+
 def test_manifests_of_other_strategies_say_nothing_of_targets(corpus: Path, llama: Path) -> None:
     made = cb.select(corpus, tokenizer=llama, strategy="zipcal", **SIZE)
     assert "targets" not in made.manifest.parameters

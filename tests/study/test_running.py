@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet
 import pytest
+import torch
 
 import calibrant as cb
 from calibrant.progress import NoProgress
@@ -361,6 +362,25 @@ def test_a_bad_plan_is_refused_before_anything_runs(folder: Path, case: str) -> 
         cb.run_study(folder / "study.yaml", cache=folder / "cache")
     assert "\n" not in str(found.value)
     assert not (folder / "small").exists()
+
+
+def test_a_saved_set_that_does_not_fit_is_refused_before_anything_runs(folder: Path) -> None:
+    cb.CalibrationSet.from_tokens(torch.full((4, 16), 40_000)).save(folder / "far")
+    write_plan(folder / "study.yaml", sources={"a": {"sets": ["far"]}})
+    with pytest.raises(cb.CalibrantError, match=r"source a: .*far: .*outside .* vocabulary"):
+        cb.run_study(folder / "study.yaml", cache=folder / "cache")
+
+
+def test_a_missing_encoder_is_seen_before_anything_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    hidden = "sentence_transformers"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == hidden else find_spec(name, *more)
+    )
+    source = {"corpus": "text.txt", "strategy": "herding", "embedding": "an/encoder"}
+    write_plan(folder / "study.yaml", sources={"a": source})
+    with pytest.raises(cb.CalibrantError, match="source a: sentence encoders need the extra"):
+        cb.run_study(folder / "study.yaml", cache=folder / "cache")
 
 
 def test_a_key_that_stands_twice_is_refused(folder: Path) -> None:

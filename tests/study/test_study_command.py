@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import calibrant as cb
+
 from ..cli.conftest import call
 from .small_study import write_plan
 
@@ -52,6 +54,38 @@ def test_a_finished_study_is_shown_and_exported(run, whole: Path, tmp_path: Path
     status, out, _ = run("study", "export", whole, "-o", tmp_path / "tables")
     assert status == 0
     assert (tmp_path / "tables" / "scores.csv").is_file()
+
+
+def test_draws_that_a_given_difference_needs(run, folder: Path) -> None:
+    """Fewer for a larger difference, and not those for the difference that was seen."""
+    write_plan(folder / "study.yaml", recipes="wanda.yaml", samples=2, draws=2, repeat=False)
+    run("study", "run", folder / "study.yaml", "--cache", folder / "cache")
+    study = cb.Study(folder / "small")
+    for difference, fewer in ((1e-4, 1e-2), (1e-2, 1.0)):
+        for one, other in zip(
+            study.analyse(difference=difference).settings, study.analyse(difference=fewer).settings, strict=True
+        ):
+            if one.best_two is not None and one.best_two.sd > 0:
+                assert (one.best_two.to_see, other.best_two.to_see) == (difference, fewer)
+                assert other.best_two.draws <= (one.best_two.draws or 1_000_000)
+    kl = next(one.best_two for one in study.analyse(difference=1e-3).settings if one.setting.measure == "kl")
+    status, out, _ = run("study", "show", folder / "small", "--difference", "1e-3")
+    assert status == 0
+    assert f"{kl.draws:,} draws of each of two sources would show a difference of 0.001" in " ".join(out.split())
+    assert "would show a difference" not in run("study", "show", folder / "small")[1]
+    status, _, err = run("study", "show", folder / "small", "--difference", "0")
+    assert (status, "use a number above 0" in err) == (2, True)
+
+
+def test_a_search_with_a_failed_source_names_it_and_ends_in_status_1(run, folder: Path) -> None:
+    (folder / "short.txt").write_text("the red dog")
+    sources = {"short": {"corpus": "short.txt"}, "vocabulary": {"strategy": "vocabulary"}}
+    write_plan(folder / "study.yaml", sources=sources, recipes="rtn.yaml", samples=2, most_draws=3)
+    status, out, _ = run("study", "recommend", folder / "study.yaml", "--cache", folder / "cache")
+    said = " ".join(out.split())
+    assert status == 1
+    assert "Nothing can be recommended: vocabulary has nothing to be compared with" in said
+    assert "short failed and is not compared." in said
 
 
 def test_failed_cells_are_named_and_end_in_status_1(run, folder: Path) -> None:

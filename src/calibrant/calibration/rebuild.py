@@ -16,6 +16,7 @@ from calibrant.calibration.selection.request import WITH_DRAWS, SelectionRequest
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule
 from calibrant.errors import CalibrantError
 from calibrant.executors import LocalExecutor
+from calibrant.modeling.hub import DEMO
 from calibrant.progress import NoProgress, Progress
 
 
@@ -72,7 +73,7 @@ def rebuild(
         ("target", "targets", [] if request is None else request.targets),
     ):
         for one in where:
-            if one != BUILTIN and not one.startswith("hub:") and not _exists(one):
+            if one not in (BUILTIN, DEMO) and not one.startswith("hub:") and not _exists(one):
                 raise CalibrantError(
                     f"{manifest}: its {what} {one} is not there (any more); give its location with `{option}`"
                 )

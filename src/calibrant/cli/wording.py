@@ -12,6 +12,7 @@ _SPELLED_OTHERWISE = {
     "scripts": "--mix-scripts",
     "lengths": "--mix-lengths",
     "prompts": "--prompt",
+    "targets": "--target",
     "tokenizer": "--model",
 }
 _MENTION = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]+))?`")
