@@ -47,6 +47,15 @@ def test_a_best_source_that_may_be_chance() -> None:
     assert second == "c4 has the best mean in all 2, but cannot be told apart from self with 5 draws in all of them."
 
 
+def test_a_study_of_tasks_alone_is_answered_by_their_mean_accuracy() -> None:
+    found = scores({"c4": 0.6, "self": 0.4}, ("piqa", "copa"), measure="acc") + scores(
+        {"c4": 0.6, "self": 0.4}, ("",), measure="accuracy"
+    )
+    said = answer(analyse(found, {"acc": True, "accuracy": True}), DONE, COSTS)
+    assert said.findings[0].startswith("The source explains 100 % of the variance of accuracy under gptq")
+    assert said.findings[0].endswith("; c4 is better than the other source.")
+
+
 def test_no_source_that_leads() -> None:
     found = [
         one

@@ -336,6 +336,10 @@ _BAD = {
         "sources.a.temperature: initial has no effect without steps",
     ),
     "no corpus": ({"sources": {"a": {"corpus": []}}}, "sources.a.corpus: name at least one"),
+    "a corpus twice": (
+        {"sources": {"a": {"corpus": ["text.txt", "text.txt"]}}},
+        "sources.a.corpus: names a corpus twice; its share is one of `weights`",
+    ),
     "a plain value for keys": (
         {"sources": {"a": {"strategy": "self", "temperature": 1.0}}},
         "sources.a.temperature: expected keys with values",

@@ -15,12 +15,15 @@ from calibrant.progress import Progress
 from calibrant.study.cache import Cache
 from calibrant.study.cells import Cell
 from calibrant.study.resolve import CellWork, Resolved
+from calibrant.study.set_seconds import set_seconds
 from calibrant.study.steps import OriginalStep, Yardstick
 
 # An int32 token id and its mask.
 _SET_BYTES = 5
 # Opening a model to measure it, and what attention and norms take beside products of matrices.
 _OPENING_SECONDS, _BESIDE_PRODUCTS = 1.0, 1.5
+# How far the making of a set may be from its estimate, either way.
+_SET_SPREAD = 2.0
 # Tokens of an item with its choices, and items of a task, roughly (ours): they differ tenfold between tasks.
 _TASK_TOKENS, _TASK_ITEMS = 100, 2000
 # A whole model in float32, and the copy that its loading makes of the largest part.
@@ -31,7 +34,7 @@ _MEASURING_BYTES = 4 * 1.3
 class StudyEstimate:
     """A checked study.
 
-    ``seconds`` are the least and the most to expect of the cells that are not ``done``, without making ``sets`` sets;
+    ``seconds`` are the least and the most to expect of the cells that are not ``done``, and of making ``sets`` sets;
     ``memory_bytes`` are of all workers together, ``disk_bytes`` those of the cache.
     """
 
@@ -70,6 +73,11 @@ def estimate_study(
             most += count * (found.seconds_range[1] + measuring)
             memory = max(memory, found.memory_bytes, int(_MEASURING_BYTES * weights))
             task.advance()
+    unmade = {work.set_step.key: work for work in left if not work.set_step.is_done(cache)}
+    for work in unmade.values():
+        prepared = resolved.prepared[work.cell.model, work.cell.recipe]
+        making = set_seconds(work.set_step, prepared, _parameters(prepared.model.folder), rate)
+        least, most = least + making / _SET_SPREAD, most + making * _SET_SPREAD
     return StudyEstimate(
         models=len(resolved.models),
         recipes=len(resolved.recipes),
@@ -77,7 +85,7 @@ def estimate_study(
         draws=resolved.plan.draws,
         cells=len(resolved.cells),
         done=sum(work.cell in finished or work.step.is_done(cache) for work in resolved.cells),
-        sets=len({work.set_step.key for work in left if not work.set_step.is_done(cache)}),
+        sets=len(unmade),
         seconds=(least, most),
         memory_bytes=workers * memory,
         disk_bytes=check_disk(resolved, finished, cache, workers),

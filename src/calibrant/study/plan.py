@@ -86,6 +86,8 @@ class SelectedSource(Strict):
     def _named(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not value:
             raise ValueError("name at least one")
+        if not isinstance(value, str) and len(set(value)) < len(value):
+            raise ValueError("names a corpus twice; its share is one of `weights`")
         return value
 
     @property

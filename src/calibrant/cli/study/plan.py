@@ -29,6 +29,6 @@ def plan(
             asdict(found),
             f"{found.cells} cells, {found.done} of them done: {found.models} models, {found.recipes} recipes, "
             f"{found.sources} sources, {found.draws} draws",
-            f"left: about {time_text(*found.seconds)}, and the time to make {found.sets} sets; "
+            f"left: about {time_text(*found.seconds)}, making {found.sets} sets included; "
             f"{size_text(found.memory_bytes)} of memory, {size_text(found.disk_bytes)} of disk",
         )
