@@ -114,8 +114,18 @@ def test_values_that_are_all_equal() -> None:
 
 def test_sources_without_spread_that_differ() -> None:
     (found,) = checked(analyse(table({"c4": [0.1] * 3, "self": [0.2] * 3}), LOWER)).settings
-    assert (found.components.share, found.best_two.draws) == (1, 2)
-    assert found.headline.endswith("c4 is better than the other source.")
+    assert (found.components.share, found.best_two.draws) == (1, None)
+    assert found.headline.endswith("c4 has the best mean, which is not tested for want of a second draw or of spread.")
+
+
+def test_a_source_of_one_draw_beside_others_is_not_called_alike() -> None:
+    """Such as text that a model writes greedily: all its sets are the same."""
+    clear = {**CLEAR, "greedy": [0.9]}
+    (found,) = checked(analyse(table(clear), LOWER)).settings
+    said = "c4 and self cannot be told apart with 5 draws; greedy is not tested for want of a second draw"
+    assert f"{said} or of spread; 4 of 20 cells are missing" in found.headline
+    (sure,) = checked(analyse(table({"a": [0.1, 0.2, 0.1], "b": [3.1, 3.2, 3.0], "greedy": [9.0]}), LOWER)).settings
+    assert "a is better than every other source that is tested; greedy is not tested" in sure.headline
 
 
 def test_missing_cells_are_named_and_unequal_draws_are_said() -> None:

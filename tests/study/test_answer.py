@@ -56,6 +56,15 @@ def test_a_study_of_tasks_alone_is_answered_by_their_mean_accuracy() -> None:
     assert said.findings[0].endswith("; c4 is better than the other source.")
 
 
+def test_a_source_that_was_not_tested_is_not_called_alike() -> None:
+    found = scores({"c4": 0.1, "self": 0.3, "greedy": 0.9}, ("wiki", "code"))
+    few = [one for one in found if one.source != "greedy" or one.draw == 0]
+    assert answered(few).findings[-1] == (
+        "c4 has the best mean in all 2, and is told apart from every other source that was tested there; greedy could "
+        "not be tested."
+    )
+
+
 def test_no_source_that_leads() -> None:
     found = [
         one

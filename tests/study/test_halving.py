@@ -91,6 +91,29 @@ def test_differences_too_small_to_matter_end_a_search() -> None:
     assert (same.ended, same.cells, len(same.alike)) == ("too small to matter", 9, 3)
 
 
+def test_any_will_do_is_said_of_all_that_are_left() -> None:
+    """Not only of the best and each of the others: the other two may lie on both sides of it."""
+    values = {"a": [0.0, 0.0, 0.0], "b": [-0.1, 0.1, 0.4], "c": [0.5, 0.3, 0.0]}
+    options = {"higher_is_better": False, "budget": 9}
+    found = recommend(list(values), all_of(lambda source, draw: values[source][draw]), **options)
+    of_best = max(max(-one.interval.low, one.interval.high) for one in found.against_best if one.interval)
+    assert found.possible is not None
+    assert found.possible > of_best
+    between = recommend(
+        list(values),
+        all_of(lambda source, draw: values[source][draw]),
+        smallest_difference=(of_best + found.possible) / 2,
+        **options,
+    )
+    assert between.ended == "budget"
+
+
+def test_shares_of_few_items_that_are_the_same_in_every_draw_are_no_proof() -> None:
+    found = search(lambda source, draw: {"0": 0.5, "1": 0.48}[source], 2, higher_is_better=True, budget=6)
+    assert (found.recommended, found.alike, found.possible, found.failed) == (None, ("0", "1"), None, ())
+    assert found.sentence.endswith("differences of any size are still possible (6 cells).")
+
+
 def test_a_source_that_fails_is_dropped() -> None:
     score_of = simulated(0, [0.0, 9.0, 9.0])
     found = search(lambda source, draw: math.nan if (source, draw) == ("0", 1) else score_of(source, draw), 3)

@@ -41,6 +41,24 @@ def test_of_five_draws_the_t_interval_covers_the_difference_and_the_bootstrap_do
     assert 0.80 <= covered([one.bootstrap for one in found], 0.3) <= 0.88
 
 
+@pytest.mark.parametrize("draws", [2, 3, 5])
+def test_equal_sources_of_shares_of_fifty_items_are_seldom_told_apart(draws: int) -> None:
+    """Many of their draws are equal by chance, without spread."""
+    rng = generator(11, draws)
+    shares = np.round(50 * rng.normal(0.5, 0.03, (500, 5, draws))) / 50
+    found = [
+        compare_sources(
+            {str(number): own for number, own in enumerate(study)},
+            lambda *_: generator(0),
+            higher_is_better=True,
+            paired=False,
+            resamples=10,
+        )
+        for study in shares
+    ]
+    assert np.mean([any(one.told_apart for one in pairs) for pairs in found]) <= 0.05
+
+
 def components(rng: np.random.Generator, sizes: list[int], source_variance: float) -> list[VarianceComponents]:
     found = []
     for _ in range(STUDIES):

@@ -14,6 +14,7 @@ from calibrant.pipeline.quality import quality_table
 from calibrant.report.comparison_page import PAGE_MARK, comparison_page
 from calibrant.report.page import is_replaceable
 from calibrant.report.tables import Column, Table, Undefined, Value, number_text
+from calibrant.wording import listed
 
 _NO_SET = Undefined("the recipe uses no calibration data")
 _NO_BITS = Undefined("its layers are not stored one by one")
@@ -81,7 +82,7 @@ class Comparison:
             of_model.setdefault(output.record.model["weights_sha256"], []).append(name)
         if len(of_model) < 2:
             return []
-        groups = "; ".join(_listed(names) for names in of_model.values())
+        groups = "; ".join(listed(names) for names in of_model.values())
         return [f"These were not made from the same original, so their errors do not compare: {groups}."]
 
     def _sets(self) -> list[str]:
@@ -89,7 +90,7 @@ class Comparison:
         for name, output in self.outputs.items():
             if output.record.calibration is not None:
                 same.setdefault(output.record.calibration.set_sha256, []).append(name)
-        return [f"{_listed(names)} were made with the same calibration set." for names in same.values() if names[1:]]
+        return [f"{listed(names)} were made with the same calibration set." for names in same.values() if names[1:]]
 
     def _quality(self) -> list[str]:
         known = {name: one for name, one in self.evaluations.items() if one.divergence is not None}
@@ -186,7 +187,3 @@ def compare_outputs(outputs: Sequence[Output]) -> Comparison:
     named = dict(zip(names, outputs, strict=True))
     saved = {name: output.evaluation for name, output in named.items() if output.evaluation is not None}
     return Comparison(named, saved)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

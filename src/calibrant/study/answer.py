@@ -7,7 +7,9 @@ from statistics import median
 
 from calibrant.study.findings import Analysis, SettingFinding
 from calibrant.study.measures import measure_name
+from calibrant.study.statistics.comparisons import Comparison
 from calibrant.study.statistics.variance_components import VarianceComponents
+from calibrant.wording import listed
 
 # The measure that the answer is about is the first of these that the study has, or the first by name.
 _FIRST = ("kl", "log_perplexity_ratio", "perplexity", "accuracy")
@@ -101,23 +103,32 @@ def _best(settings: Sequence[SettingFinding]) -> str:
     best, times = Counter(one.sources[0].source for one in settings).most_common(1)[0]
     number = len(settings)
     led = [one for one in settings if one.sources[0].source == best]
-    alike = Counter(
-        pair.worse for one in led for pair in one.comparisons if pair.better == best and not pair.told_apart
-    )
+    alike = Counter(pair.worse for one in led for pair in _tested(one) if pair.better == best and not pair.told_apart)
     lead = f"{best} has the best mean in {'all' if times == number else f'{times} of'} {number}"
     if 2 * times < number:
         lead = f"No source leads: {best} has the best mean most often, in {times} of {number}"
-    if not all(one.comparisons for one in led):
-        return f"{lead}; where sources share no draw, they cannot be compared."
+    if not all(map(_tested, led)):
+        return f"{lead}; where sources share no draw or have no second one, they cannot be compared."
+    others = {source.source for one in led for source in one.sources} - {best}
+    tested = {pair.worse for one in led for pair in _tested(one) if pair.better == best}
+    untested = f"; {listed(sorted(others - tested))} could not be tested" if others - tested else ""
     if not alike:
-        return f"{lead}, and is told apart from every other source there."
+        return (
+            f"{lead}, and is told apart from every other source{' that was tested' * bool(untested)} there{untested}."
+        )
     rival, often = alike.most_common(1)[0]
     where = "all of them" if often == times else f"{often} of them"
-    return f"{lead}, but cannot be told apart from {rival} with {_draws(led)} in {where}."
+    return f"{lead}, but cannot be told apart from {rival} with {_draws(led, {best, rival})} in {where}{untested}."
 
 
-def _draws(settings: Sequence[SettingFinding]) -> str:
-    numbers = [source.description.n for one in settings for source in one.sources]
+def _tested(one: SettingFinding) -> list[Comparison]:
+    return [pair for pair in one.comparisons if pair.p_value is not None]
+
+
+def _draws(settings: Sequence[SettingFinding], among: Collection[str] | None = None) -> str:
+    """Numbers of draws of all sources, or of those ``among``."""
+    sources = [source for one in settings for source in one.sources]
+    numbers = [one.description.n for one in sources if among is None or one.source in among]
     least, most = min(numbers), max(numbers)
     return f"{most} draw{'s' * (most > 1)}" if least == most else f"{least} to {most} draws"
 

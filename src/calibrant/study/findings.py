@@ -32,11 +32,11 @@ class ComponentsWithout:
 
 @dataclass(frozen=True)
 class BestTwo:
-    """The two best sources, and the number of draws of each that would tell them apart.
+    """The two best sources, and the number of draws of each with which a t test of them alone would see a difference.
 
     ``difference`` is the best mean less the second, ``sd`` the root mean square of both sources' standard deviations,
     or that of the paired differences; ``draws`` show a true difference of ``to_see``: that which was asked for, or
-    ``difference``. ``draws`` is None if that is 0 or needs more than a million.
+    ``difference``. ``draws`` is None if that or ``sd`` is 0, or if more than a million would be needed.
     """
 
     best: str

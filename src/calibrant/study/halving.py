@@ -7,6 +7,7 @@ simultaneous interval says that it is worse than the best, so that cells go to w
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy import special
 
 from calibrant.errors import CalibrantError
 from calibrant.study.statistics.describe import LEVEL, Interval, mean_and_sd
+from calibrant.wording import listed
 
 FIRST_DRAWS = 3
 # The scores of sources at draws; what is asked for at once may be computed at once.
@@ -24,8 +26,9 @@ ScoresOf = Callable[[Sequence[tuple[str, int]]], Sequence[float]]
 class AgainstBest:
     """One source against the best one when it was last looked at.
 
-    ``difference`` is the source's mean less that of ``best`` over ``draws`` paired draws; ``interval`` holds together
-    with all others of the search. Both are None where the source failed: a score of it was missing or not finite.
+    ``difference`` is the source's mean less that of ``best`` over ``draws`` paired draws, None where the source failed:
+    a score of it was missing or not finite. ``interval`` holds together with all others of the search; None where the
+    draws differ by the same each time, so that no spread was seen.
     """
 
     source: str
@@ -49,6 +52,8 @@ class Recommendation:
         ended: why the search ended: one source is left at most, all differences are too small to matter, or the budget
             or the draws are used up.
         scores: all scores, by source and draw.
+        possible: the largest difference between two of ``alike`` that their intervals allow; None where one of them has
+            no interval, or one source is left.
     """
 
     recommended: str | None
@@ -58,6 +63,7 @@ class Recommendation:
     cells: int
     ended: Literal["one is left", "too small to matter", "budget", "draws"]
     scores: dict[str, tuple[float, ...]]
+    possible: float | None
 
     @property
     def sentence(self) -> str:
@@ -65,12 +71,12 @@ class Recommendation:
         said = f"{self._finding()} ({self.cells} cells)."
         if not self.failed:
             return said
-        return f"{said} {_listed(self.failed)} failed and {'are' if len(self.failed) > 1 else 'is'} not compared."
+        return f"{said} {listed(self.failed)} failed and {'are' if len(self.failed) > 1 else 'is'} not compared."
 
     @property
     def failed(self) -> tuple[str, ...]:
         """Sources with a score that is missing or not finite."""
-        return tuple(one.source for one in self.dropped if one.interval is None)
+        return tuple(one.source for one in self.dropped if one.difference is None)
 
     def _finding(self) -> str:
         if not self.alike:
@@ -80,12 +86,12 @@ class Recommendation:
             return f"Take {self.recommended}" + f": {others} is worse" * (len(self.scores) > 1)
         if len(self.alike) == 1:
             return f"Nothing can be recommended: {self.alike[0]} has nothing to be compared with"
-        said = f"{_listed(self.alike)} cannot be told apart with {len(self.scores[self.alike[0]])} draws"
+        said = f"{listed(self.alike)} cannot be told apart with {len(self.scores[self.alike[0]])} draws"
         if self.ended == "too small to matter":
             return f"{said}, and their differences are too small to matter: any will do"
-        possible = max(max(-end.low, end.high) for end in (one.interval for one in self.against_best) if end)
         what = "budget is" if self.ended == "budget" else "draws are"
-        return f"{said}: the {what} used up, and differences of up to {possible:.2g} are still possible"
+        size = "any size" if self.possible is None else f"up to {self.possible:.2g}"
+        return f"{said}: the {what} used up, and differences of {size} are still possible"
 
 
 def recommend(
@@ -111,7 +117,8 @@ def recommend(
         higher_is_better: direction of the score.
         budget: most scores to ask for.
         most_draws: number of draws that every source has.
-        smallest_difference: the search ends when all intervals of the remaining sources lie within this distance of 0.
+        smallest_difference: the search ends when the intervals of all pairs of remaining sources lie within this
+            distance of 0.
 
     Raises:
         CalibrantError: there are no sources, one is named twice, or the budget is too small for the first round.
@@ -129,7 +136,7 @@ def recommend(
         raise CalibrantError(f"{most_draws} draws are too few for a search: every source needs {FIRST_DRAWS}")
     scores: dict[str, list[float]] = {source: [] for source in sources}
     remaining, against, dropped = sorted(sources), list[AgainstBest](), list[AgainstBest]()
-    draws, cells, look = 0, 0, 0
+    draws, cells, look, possible = 0, 0, 0, None
     ended: Literal["one is left", "too small to matter", "budget", "draws"] = "one is left"
     while len(remaining) > 1:
         more = min(max(draws, FIRST_DRAWS), (budget - cells) // len(remaining))
@@ -150,7 +157,8 @@ def recommend(
         dropped += worse
         against = [one for one in against if one not in worse]
         remaining = [source for source in remaining if source not in [one.source for one in worse]]
-        if len(remaining) > 1 and all(_is_small(one, smallest_difference) for one in against):
+        possible = _possible(scores, remaining, error)
+        if possible is not None and possible <= smallest_difference:
             ended = "too small to matter"
             break
     is_compared = len(sources) == 1 or any(one.interval is not None for one in dropped)
@@ -162,11 +170,8 @@ def recommend(
         cells,
         ended,
         {source: tuple(own) for source, own in scores.items()},
+        possible,
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _against_best(
@@ -178,20 +183,29 @@ def _against_best(
     ranked = sorted(remaining, key=lambda source: (sign * mean_and_sd(values[source])[0], source))
     against = []
     for source in ranked[1:]:
-        difference, sd = mean_and_sd(values[source] - values[ranked[0]])
-        draws = len(values[source])
-        assert sd is not None  # every round has at least three draws
-        reach = float(special.stdtrit(draws - 1, 1 - error / 2)) * sd / math.sqrt(draws)
-        interval = Interval(difference - reach, difference + reach)
-        against.append(AgainstBest(source, ranked[0], draws, difference, interval))
+        difference, interval = _interval(values[source], values[ranked[0]], error)
+        against.append(AgainstBest(source, ranked[0], len(values[source]), difference, interval))
     return ranked, against
 
 
+def _interval(first: np.ndarray, second: np.ndarray, error: float) -> tuple[float, Interval | None]:
+    """Mean difference of paired scores and its interval of level ``1 - error``; none without spread, unless equal."""
+    difference, sd = mean_and_sd(first - second)
+    assert sd is not None  # every round has at least three draws
+    if sd == 0 and difference != 0:
+        return difference, None
+    reach = float(special.stdtrit(len(first) - 1, 1 - error / 2)) * sd / math.sqrt(len(first))
+    return difference, Interval(difference - reach, difference + reach)
+
+
+def _possible(scores: dict[str, list[float]], remaining: list[str], error: float) -> float | None:
+    """The largest difference between two remaining sources that their intervals allow."""
+    pairs = [_interval(np.array(scores[a]), np.array(scores[b]), error)[1] for a, b in combinations(remaining, 2)]
+    ends = [max(-one.low, one.high) for one in pairs if one is not None]
+    return max(ends) if ends and len(ends) == len(pairs) else None
+
+
 def _is_worse(one: AgainstBest, higher_is_better: bool) -> bool:
-    assert one.interval is not None
+    if one.interval is None:
+        return False
     return one.interval.high < 0 if higher_is_better else one.interval.low > 0
-
-
-def _is_small(one: AgainstBest, smallest_difference: float) -> bool:
-    assert one.interval is not None
-    return max(-one.interval.low, one.interval.high) <= smallest_difference

@@ -2,6 +2,8 @@
 
 from calibrant.study.findings import SettingFinding, SourceFinding
 from calibrant.study.measures import measure_name
+from calibrant.study.statistics.comparisons import Comparison
+from calibrant.wording import listed
 
 _MOST_NAMED = 4
 
@@ -67,22 +69,35 @@ def _told_apart(found: SettingFinding) -> str:
     if not found.comparisons:
         return "its sources share no draw, so that they cannot be compared in pairs"
     best = found.comparisons[0].better
-    alike = [one.worse for one in found.comparisons if one.better == best and not one.told_apart]
+    of_best = [one for one in found.comparisons if one.better == best]
+    untested = [one.worse for one in of_best if one.p_value is None]
+    if len(untested) == len(of_best):
+        return f"{best} has the best mean, which is not tested for want of a second draw or of spread"
+    if untested:
+        those = f"{listed(untested)} {'is' if len(untested) == 1 else 'are'}"
+        return f"{_alike(found, best)}; {those} not tested for want of a second draw or of spread"
+    return _alike(found, best)
+
+
+def _alike(found: SettingFinding, best: str) -> str:
+    """Which of the tested sources cannot be told apart from the best."""
+    tested = [one for one in found.comparisons if one.better == best and one.p_value is not None]
+    alike = [one.worse for one in tested if not one.told_apart]
     if not alike:
-        return f"{best} is better than {'the other source' if len(found.sources) == 2 else 'every other source'}"
-    draws = _draws(found)
+        others = "every other source" + " that is tested" * (len(tested) < len(found.sources) - 1)
+        return f"{best} is better than {'the other source' if len(found.sources) == 2 else others}"
+    draws = _draws(tested)
     if len(alike) == 1:
         return f"{best} and {alike[0]} cannot be told apart with {draws}"
     if len(alike) > _MOST_NAMED:
         others = len(found.sources) - 1
         some = f"all {others}" if len(alike) == others else f"{len(alike)} of the {others}"
         return f"{some} other sources cannot be told apart from {best}, the best, with {draws}"
-    listed = f"{', '.join(alike[:-1])} and {alike[-1]}"
-    return f"{listed} cannot be told apart from {best}, the best, with {draws}"
+    return f"{listed(alike)} cannot be told apart from {best}, the best, with {draws}"
 
 
-def _draws(found: SettingFinding) -> str:
-    numbers = [number for one in found.comparisons for number in one.draws]
+def _draws(tested: list[Comparison]) -> str:
+    numbers = [number for one in tested for number in one.draws]
     least, most = min(numbers), max(numbers)
     return f"{most} draw{'s' * (most > 1)}" if least == most else f"{least} to {most} draws"
 

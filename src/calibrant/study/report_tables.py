@@ -10,6 +10,7 @@ from calibrant.study.measures import measure_name
 from calibrant.study.results import CellState
 from calibrant.study.score_table import Setting
 from calibrant.study.scores import Score
+from calibrant.study.statistics.comparisons import Comparison
 from calibrant.study.statistics.controls import Control
 from calibrant.study.statistics.describe import Interval
 
@@ -80,7 +81,7 @@ def _comparisons(found: Analysis) -> Table:
                     Estimate(one.difference, ends(one.interval), _UNCOMPARED),
                     p,
                     Estimate(improvement.probability, ends(improvement.interval), _UNCOMPARED),
-                    "told apart" if one.told_apart else "not told apart",
+                    _verdict(one),
                 )
             )
     return Table(
@@ -102,6 +103,12 @@ def _comparisons(found: Analysis) -> Table:
         ),
         tuple(rows),
     )
+
+
+def _verdict(one: Comparison) -> str:
+    if one.adjusted_p_value is None:
+        return "not tested"
+    return "told apart" if one.told_apart else "not told apart"
 
 
 def _is_constant(one: SettingFinding) -> bool:
@@ -163,9 +170,8 @@ def _of_components(one: SettingFinding) -> list[Value]:
     if one.best_two is None:
         said.append(Undefined(_UNCOMPARED))
     else:
-        said.append(
-            Undefined("the two best are equal, or nearly") if one.best_two.draws is None else one.best_two.draws
-        )
+        unknown = Undefined("the two best are equal or nearly, or have no spread")
+        said.append(unknown if one.best_two.draws is None else one.best_two.draws)
     return said
 
 

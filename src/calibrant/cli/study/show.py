@@ -71,7 +71,7 @@ def tables(found: "Analysis", difference: float | None) -> "list[Table | str]":
 
 def _draws_needed(two: "BestTwo") -> str:
     if two.draws is None:
-        return f"No number of draws up to a million would show a difference of {two.to_see:.3g}."
+        return f"The draws that would show a difference of {two.to_see:.3g} are more than a million, or not known."
     return (
         f"{two.draws:,} draws of each of two sources would show a difference of {two.to_see:.3g} in 80 % of studies, "
         f"at the spread of {two.best} and {two.second} (sd {two.sd:.2g})."

@@ -28,13 +28,11 @@ def power_of_t_test(draws: int, difference: float, sd: float, *, paired: bool) -
 def draws_needed(difference: float, sd: float, *, paired: bool) -> int | None:
     """The fewest draws, at least 2, with which a true ``difference`` is found in 80 % of studies.
 
-    See ``power_of_t_test``. None where no number of draws is enough: the difference is 0, or so small beside ``sd``
-    that more than a million draws would be needed.
+    See ``power_of_t_test``. The test is not corrected for other comparisons. None where nothing can be said: the
+    difference or ``sd`` is 0, or the difference is so small that more than a million draws would be needed.
     """
-    if difference == 0:
+    if difference == 0 or sd == 0:
         return None
-    if sd == 0:
-        return 2
     quantiles = float(np.sum(special.ndtri([1 - ALPHA / 2, POWER])))
     with_known_sd = (1 if paired else 2) * (quantiles * sd / difference) ** 2
     if with_known_sd > 1_000_000:
