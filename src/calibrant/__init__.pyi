@@ -1,6 +1,7 @@
 from .api import compare as compare
 from .api import compress as compress
 from .api import evaluate as evaluate
+from .api import write_gguf as write_gguf
 from .api import write_importance_matrix as write_importance_matrix
 from .calibration.calibration_set import CalibrationSet as CalibrationSet
 from .calibration.calibration_set import Manifest as Manifest
@@ -45,6 +46,7 @@ from .pipeline.prepare import prepare as prepare
 from .pipeline.record import RunRecord as RunRecord
 from .pipeline.record import RunReport as RunReport
 from .pipeline.run_report import write_run_report as write_run_report
+from .pipeline.write_gguf import GgufFile as GgufFile
 from .progress import NoProgress as NoProgress
 from .progress import Progress as Progress
 from .recipes.parts import Activations as Activations

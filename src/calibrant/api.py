@@ -30,6 +30,7 @@ from calibrant.pipeline.comparison import Comparison, compare_outputs
 from calibrant.pipeline.output import Output
 from calibrant.pipeline.prepare import check_calibration, prepare
 from calibrant.pipeline.record import RECORD_NAME, RunReport
+from calibrant.pipeline.write_gguf import EmbeddingType, GgufExport, GgufFile
 from calibrant.progress import NoProgress, Progress
 from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe
 
@@ -134,6 +135,38 @@ def write_importance_matrix(
     for sentence in names.notes():
         progress.note(sentence)
     return ImportanceMatrix(names.architecture, tuple(sorted(named)), names.left_out)
+
+
+def write_gguf(
+    model: str | Path,
+    *,
+    output: str | Path,
+    embeddings: EmbeddingType = "Q8_0",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> GgufFile:
+    """Write a compressed or original model as a GGUF file, which llama.cpp runs
+    (docs/gguf.md "GGUF files").
+
+    Symmetric codes in groups that 32 divides, with scales that float16 holds, are stored without loss.
+
+    Args:
+        model: an output of ``compress``, a model folder, or ``hub:owner/name``.
+        output: the file to write.
+        embeddings: type of the embeddings and of the output matrix: "Q8_0", or "stored" for theirs.
+        overwrite: replace an earlier GGUF file.
+        progress: receives progress and notes; None for silence.
+
+    Raises:
+        CalibrantError: the extra ``gguf`` is not installed, or llama.cpp cannot hold the model or its tokenizer.
+    """
+    target, listener = check_file(output, overwrite, b"GGUF"), progress or NoProgress()
+    export = GgufExport(ModelFolder(model_path(model), allow_quantized=True), embeddings)
+    with whole_file(target) as beside:
+        written = export.write(beside, listener)
+    for sentence in written.notes:
+        listener.note(sentence)
+    return written
 
 
 def evaluate(

@@ -11,6 +11,7 @@ from calibrant.cli.compress import compress
 from calibrant.cli.data import app as data_app
 from calibrant.cli.demo import demo
 from calibrant.cli.evaluate import evaluate
+from calibrant.cli.gguf import gguf
 from calibrant.cli.imatrix import imatrix
 from calibrant.cli.recipes import recipes
 from calibrant.cli.report import report
@@ -35,6 +36,7 @@ app.add_typer(data_app, name="data")
 app.command()(evaluate)
 app.command()(report)
 app.command()(compare)
+app.command()(gguf)
 app.command()(imatrix)
 app.add_typer(study_app, name="study")
 app.command()(recipes)

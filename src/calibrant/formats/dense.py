@@ -32,7 +32,7 @@ def dense_weights(
         base, _, suffix = name.rpartition(".")
         if suffix == _SUFFIX:
             parts = {part: read(f"{base}.{part}") for part in _PARTS if f"{base}.{part}" in known}
-            dense[f"{base}.weight"] = _dequantized(_read_codes(base, parts, settings))
+            dense[f"{base}.weight"] = _dequantized(read_codes(base, parts, settings))
         elif f"{base}.{_SUFFIX}" not in known or suffix not in _PARTS:
             dense[name] = read(name)
     return dense
@@ -73,7 +73,12 @@ def _check_tensors(base: str, parts: dict[str, torch.Tensor], settings: dict[str
         )
 
 
-def _read_codes(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> Codes:
+def read_codes(base: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> Codes:
+    """Codes of the linear ``base`` from its stored tensors by their last name.
+
+    Raises:
+        CalibrantError: a tensor is missing, does not fit, or has its groups out of order.
+    """
     _check_tensors(base, parts, settings)
     bits = int(settings.get("bits", 4))
     if settings["quant_method"] == "awq":

@@ -167,7 +167,7 @@ def gguf_library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise CalibrantError("importance matrices need the extra: pip install 'calibrant[gguf]'") from error
+        raise CalibrantError("GGUF files need the extra: pip install 'calibrant[gguf]'") from error
     return gguf
 
 

@@ -84,8 +84,8 @@ def _alike(found: SettingFinding, best: str) -> str:
     tested = [one for one in found.comparisons if one.better == best and one.p_value is not None]
     alike = [one.worse for one in tested if not one.told_apart]
     if not alike:
-        others = "every other source" + " that is tested" * (len(tested) < len(found.sources) - 1)
-        return f"{best} is better than {'the other source' if len(found.sources) == 2 else others}"
+        every = "every other source" + " that is tested" * (len(tested) < len(found.sources) - 1)
+        return f"{best} is better than {'the other source' if len(found.sources) == 2 else every}"
     draws = _draws(tested)
     if len(alike) == 1:
         return f"{best} and {alike[0]} cannot be told apart with {draws}"

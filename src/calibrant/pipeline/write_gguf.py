@@ -1,0 +1,222 @@
+"""Writes a finished model as one GGUF file, which llama.cpp runs."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from calibrant.errors import CalibrantError
+from calibrant.formats.gguf_architectures import gguf_architecture, gguf_metadata, row_order
+from calibrant.formats.gguf_blocks import BLOCK, block_type, pack_blocks
+from calibrant.formats.gguf_names import gguf_library, gguf_names
+from calibrant.formats.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
+from calibrant.formats.quantized import Codes
+from calibrant.formats.stored_codes import quantized_linears, stored_codes
+from calibrant.hashing import sha256_bytes
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.pipeline.record import RECORD_NAME, RunRecord
+from calibrant.progress import Progress
+
+EmbeddingType = Literal["Q8_0", "stored"]
+# Buffers that older checkpoints store; llama.cpp computes them.
+_COMPUTED = (".rotary_emb.inv_freq",)
+# llama.cpp's numbers for what most weights of a file are (``llama_ftype``).
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
+_EMBEDDINGS = ("token_embd.weight", "output.weight")
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A written GGUF file: its ``architecture`` in llama.cpp, tensors by type, and bytes."""
+
+    architecture: str
+    types: dict[str, int]
+    bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to write: its name and type there, its shape, and how its bytes are made when its turn comes."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+class GgufExport:
+    """A finished model, checked before anything is written.
+
+    Raises:
+        CalibrantError: llama.cpp cannot hold the model, as far as is known here; the message names what.
+    """
+
+    def __init__(self, folder: ModelFolder, embeddings: EmbeddingType) -> None:
+        if embeddings not in get_args(EmbeddingType):
+            known = ", ".join(get_args(EmbeddingType))
+            raise CalibrantError(f"{embeddings}: no such type of embeddings; there are {known}")
+        gguf_library()
+        self._folder, self._embeddings = folder, embeddings
+        self._config = folder.config.get_text_config()
+        try:
+            self.architecture = gguf_architecture(self._config)
+            self._tokenizer = Tokenizer(folder.path)
+            self._vocabulary = gguf_vocabulary(self._tokenizer.hf, folder.vocabulary)
+            self._tensors = list(self._planned())
+        except CalibrantError as error:
+            raise CalibrantError(f"{folder.path}: {error}") from error
+
+    def write(self, target: Path, progress: Progress) -> GgufFile:
+        """Write the file and read it back.
+
+        Raises:
+            CalibrantError: a tensor cannot be read, or the file differs from what was written.
+        """
+        gguf = gguf_library()
+        writer = gguf.GGUFWriter(target, self.architecture)
+        self._describe(writer)
+        for tensor in self._tensors:
+            kind = gguf.GGMLQuantizationType[tensor.kind]
+            size = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+            writer.add_tensor_info(tensor.name, size, np.dtype(np.uint8), math.prod(size), kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        hashes = {}
+        with progress.task("writing", len(self._tensors)) as task:
+            for tensor in self._tensors:
+                data = tensor.make()
+                hashes[tensor.name] = sha256_bytes(data.tobytes())
+                writer.write_tensor_data(data)
+                task.advance()
+        writer.close()
+        if {one.name: sha256_bytes(one.data.tobytes()) for one in gguf.GGUFReader(target).tensors} != hashes:
+            raise CalibrantError(f"{target}: differs from what was written; the disk may be failing")
+        types = Counter(tensor.kind for tensor in self._tensors)
+        return GgufFile(self.architecture, dict(types), target.stat().st_size, self._notes())
+
+    def _planned(self) -> Iterator[_Tensor]:
+        """The tensors in the order of their names there."""
+        folder, settings = self._folder, self._folder.quantization
+        linears = quantized_linears(folder.tensors, settings)
+        parts = {name for names in linears.values() for name in names}
+        others = [name for name in folder.tensors if name not in parts and not self._is_left_out(name)]
+        bases = {name.rpartition(".")[0] for name in others} | set(linears)
+        named = gguf_names(self._config, self._config.num_hidden_layers, {base: f"{base}.weight" for base in bases})
+        if named.left_out:
+            raise CalibrantError(f"{named.left_out[0]}: llama.cpp's {self.architecture} has no such tensor")
+        found = []
+        for base, (tensor,) in named.tensors.items():
+            stem = tensor.name.removesuffix(".weight")
+            if settings is not None and base in linears:
+                found.append(self._quantized(tensor.name, base, linears[base], settings))
+            for name in others:
+                if name.rpartition(".")[0] == base:
+                    found.append(self._dense(f"{stem}.{name.rpartition('.')[2]}", name, base))
+        yield from sorted(found, key=lambda one: one.name)
+
+    def _is_left_out(self, name: str) -> bool:
+        """Whether llama.cpp computes the tensor, or takes the embedding for it."""
+        tied = bool(self._config.tie_word_embeddings) and name == "lm_head.weight"
+        return tied or name.endswith(_COMPUTED)
+
+    def _quantized(self, name: str, base: str, stored: list[str], settings: dict[str, Any]) -> _Tensor:
+        """A linear whose codes are stored; they are read now for their type, and again when they are written."""
+
+        def codes() -> Codes:
+            read = stored_codes(base, stored, self._folder.read, settings)
+            order = row_order(self._config, base, len(read.codes))
+            if order is None:
+                return read
+            return Codes(read.codes[order], read.scale[order], read.zero_point[order])
+
+        try:
+            first = codes()
+            kind = block_type(first)
+        except CalibrantError as error:
+            raise CalibrantError(f"{base}: {error}") from error
+        return _Tensor(name, kind, tuple(first.codes.shape), lambda: pack_blocks(codes(), kind))
+
+    def _dense(self, name: str, stored: str, base: str) -> _Tensor:
+        """Any other tensor: norms and biases in float32, as llama.cpp wants them, matrices as they are stored."""
+        info = self._folder.tensors[stored]
+        shape = info.shape
+        kind = info.dtype if len(shape) > 1 else "F32"
+        if name in _EMBEDDINGS and self._embeddings == "Q8_0" and shape[-1] % BLOCK == 0:
+            kind = "Q8_0"
+        if kind not in ("F32", "F16", "BF16", "Q8_0"):
+            raise CalibrantError(f"{stored}: is stored as {kind}; F32, F16 and BF16 are written")
+        order = row_order(self._config, base, shape[0])
+
+        def make() -> np.ndarray:
+            tensor = self._folder.read(stored)
+            tensor = tensor if order is None else tensor[order]
+            if kind == "Q8_0":
+                blocks: np.ndarray = gguf_library().quantize(
+                    tensor.float().numpy(), gguf_library().GGMLQuantizationType.Q8_0
+                )
+                return blocks
+            return (tensor.float() if kind == "F32" else tensor).contiguous().view(torch.uint8).numpy()
+
+        return _Tensor(name, kind, shape, make)
+
+    def _describe(self, writer: Any) -> None:
+        """Write the keys: what the model is, its tokenizer, and what made it."""
+        for key, value in gguf_metadata(self._config).items():
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(f"{self.architecture}.{key}", value)
+        weights = Counter[str]()
+        for tensor in self._tensors:
+            weights[tensor.kind] += math.prod(tensor.shape) * (tensor.name not in _EMBEDDINGS)
+        writer.add_file_type(_FILE_TYPES[weights.most_common(1)[0][0]])
+        writer.add_quantization_version(gguf_library().GGML_QUANT_VERSION)
+        record = self._record()
+        writer.add_name(self._folder.name if record is None else record.model["name"])
+        if record is not None:
+            writer.add_string("calibrant.version", record.calibrant_version)
+            writer.add_string("calibrant.recipe", record.recipe.name)
+            if record.calibration is not None:
+                writer.add_string("calibrant.set_sha256", record.calibration.set_sha256)
+        _write_vocabulary(writer, self._vocabulary)
+        hf = self._tokenizer.hf
+        for name in ("bos", "eos", "unk", "pad"):
+            index = getattr(hf, f"{name}_token_id")
+            if index is not None:
+                getattr(writer, f"add_{name}_token_id")(index)
+        writer.add_add_bos_token(bool(self._tokenizer.prefix))
+        writer.add_add_eos_token(False)
+        if isinstance(hf.chat_template, str):
+            writer.add_chat_template(hf.chat_template)
+
+    def _record(self) -> RunRecord | None:
+        return RunRecord.read(self._folder.path) if (self._folder.path / RECORD_NAME).is_file() else None
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if any(tensor.kind == "Q8_0" for tensor in self._tensors if tensor.name in _EMBEDDINGS):
+            notes.append('embeddings are rounded to Q8_0, all else is as stored; `embeddings="stored"` keeps them too')
+        if (self._folder.quantization or {}).get("format") == "int-quantized":
+            notes.append("llama.cpp rounds activations in its own way, whatever the recipe's were")
+        return tuple(notes)
+
+
+def _write_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.pre is not None:
+        writer.add_tokenizer_pre(vocabulary.pre)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.space_first is not None:
+        writer.add_add_space_prefix(vocabulary.space_first)
+        writer.add_remove_extra_whitespaces(False)

@@ -1,0 +1,266 @@
+"""GGUF files: what llama.cpp reads in them is the model that transformers loads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import calibrant as cb
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.whole_model import load_whole
+
+from ..llama_cpp import ask
+
+SIZE = 400
+TEXTS = [
+    "Once upon a time, there was a 42 year-old girl; she didn't know it's 1984.",
+    " two  spaces\n\nnew\tline, étüde, 日本語 and an emoji 🙂!",
+    "x",
+]
+_CORPUS = [" ".join(TEXTS), "The quick brown fox can't jump over 13 lazy dogs.", "a b c " * 5]
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+
+def sentence_piece(space_first: bool = True) -> Tokenizer:
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps: list[Any] = [normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *steps] if space_first else steps)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    named = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    backend.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=SIZE - 4, special_tokens=named))
+    plain = Tokenizer.from_str(backend.to_str())  # bytes are tokens of the vocabulary, no special ones
+    definition = json.loads(plain.to_str())
+    definition["added_tokens"] = definition["added_tokens"][:3]
+    plain = Tokenizer.from_str(json.dumps(definition))
+    plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return plain
+
+
+def byte_level(cut: Any, ignore_merges: bool = False) -> Tokenizer:
+    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZE - 4, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet
+    )
+    backend.train_from_iterator(_CORPUS, trainer)
+    backend.add_tokens([AddedToken("<tool>", normalized=False)])
+    return backend
+
+
+def _split(digits: str) -> Any:
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_WORDS % digits), "isolated"), level])
+
+
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "SentencePiece": sentence_piece,
+    "SentencePiece without a space first": lambda: sentence_piece(space_first=False),
+    "gpt-2": lambda: byte_level(_GPT2),
+    "smollm": lambda: byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])),
+    "qwen2": lambda: byte_level(_split("")),
+    "llama-bpe": lambda: byte_level(_split("{1,3}"), ignore_merges=True),
+}
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": SIZE,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+}
+MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SHAPE, tie_word_embeddings=True, attention_bias=True)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_SHAPE, head_dim=32, sliding_window=None)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SHAPE)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SHAPE, head_dim=32)),
+}
+
+
+def write(folder: Path, kind: str = "llama", tokenizer: Tokenizer | None = None) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MODELS[kind]()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms of ones and biases of zeros would hide mistakes
+                torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    model.save_pretrained(folder)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    backend = tokenizer or sentence_piece()
+    hf.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return folder
+
+
+def compressed(model: Path, output: Path, recipe: str = "gptq-w4a16-g32", **options: Any) -> Path:
+    cb.compress(model, recipe=recipe, output=output, samples=4, length=16, checkpoint_format="gptq", **options)
+    return output
+
+
+def log_probabilities(folder: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Of the token after each prompt, by transformers."""
+    model = load_whole(ModelFolder(folder, allow_quantized=True), "cpu", "float32")
+    with torch.inference_mode():
+        return [model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for prompt in prompts]
+
+
+def furthest(model: Path, file: Path, prompts: list[list[int]]) -> float:
+    """The largest difference of a token's log-probability after a prompt: transformers' from llama.cpp's."""
+    said = ask(file, SIZE, PLAIN, texts=[], prompts=prompts)
+    differences = [
+        abs(float(theirs[index]) - value)
+        for theirs, ours in zip(log_probabilities(model, prompts), said.after, strict=True)
+        for index, value in ours.items()
+    ]
+    assert len(differences) == SIZE * len(prompts)
+    return max(differences)
+
+
+PLAIN = 300
+PROMPTS = [[1, 270, 300, 280, 290, 310, 260], [1, 350], [1, *range(260, 300)]]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, kind: str) -> None:
+    model = write(tmp_path / "model", kind)
+    found = cb.write_gguf(model, output=tmp_path / "model.gguf", embeddings="stored")
+    assert set(found.types) == {"F32"}
+    assert furthest(model, tmp_path / "model.gguf", PROMPTS) < 1e-3
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_llama_cpp_computes_with_the_codes_of_a_compressed_model(tmp_path: Path, kind: str) -> None:
+    """To the rounding of activations, which llama.cpp multiplies as int8; a wrong row would be far off."""
+    output = compressed(write(tmp_path / "model", kind), tmp_path / "out")
+    found = cb.write_gguf(output, output=tmp_path / "out.gguf", embeddings="stored")
+    assert found.types["Q4_0"] == 14
+    original = furthest(tmp_path / "model", tmp_path / "out.gguf", PROMPTS)
+    assert furthest(output, tmp_path / "out.gguf", PROMPTS) < min(1.0, original / 3)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_llama_cpp_reads_texts_as_the_tokenizer_does(tmp_path: Path, name: str) -> None:
+    model = write(tmp_path / "model", tokenizer=TOKENIZERS[name]())
+    cb.write_gguf(model, output=tmp_path / "model.gguf")
+    tokenizer = hf.AutoTokenizer.from_pretrained(model)
+    said = ask(tmp_path / "model.gguf", SIZE, PLAIN, texts=TEXTS, prompts=[])
+    assert said.tokens == [tokenizer(text).input_ids for text in TEXTS]
+
+
+def fields(file: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+def test_the_file_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
+    model = write(tmp_path / "model")
+    tokenizer = hf.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(model)
+    output = compressed(model, tmp_path / "out")
+    written = cb.write_gguf(output, output=tmp_path / "out.gguf")
+    found = fields(tmp_path / "out.gguf")
+    assert found["tokenizer.chat_template"] == "{{ messages[0].content }}"
+    assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (1, 2)
+    assert found["general.name"] == "model"
+    assert found["general.file_type"] == 2
+    assert found["calibrant.recipe"] == "gptq-w4a16-g32"
+    assert found["calibrant.set_sha256"] == cb.RunRecord.read(output).calibration.set_sha256
+    assert written.types == {"F32": 13, "Q4_0": 14, "Q8_0": 1}
+    assert written.bytes == (tmp_path / "out.gguf").stat().st_size
+    assert any("embeddings are rounded to Q8_0" in note for note in written.notes)
+    cb.write_gguf(output, output=tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(("recipe", "options", "expected"), [
+    ("gptq-w4a16-g32", {"bits": 5}, "Q5_0"), ("gptq-w8a16", {}, "Q8_0"), ("gptq-w4a16-g64", {"group_size": 32}, "Q4_0"),
+])  # fmt: skip
+def test_every_symmetric_width_has_a_type(tmp_path: Path, recipe: str, options: dict[str, int], expected: str) -> None:
+    """And the values in it are those that transformers computes with, which rounds them to the dtype of the scales."""
+    output = compressed(write(tmp_path / "model", "qwen2"), tmp_path / "out", recipe, **options)
+    assert cb.write_gguf(output, output=tmp_path / "out.gguf", embeddings="stored").types[expected] == 14
+    tensor = next(one for one in gguf.GGUFReader(tmp_path / "out.gguf").tensors if one.name == "blk.1.ffn_up.weight")
+    model = load_whole(ModelFolder(output, allow_quantized=True), "cpu", "float32")
+    stored = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    decoded = gguf.dequantize(tensor.data, tensor.tensor_type)
+    assert np.array_equal(decoded.astype(np.float16), stored)
+
+
+def test_compressed_tensors_are_written_if_float16_holds_their_scales(tmp_path: Path) -> None:
+    model = write(tmp_path / "model")
+    options: dict[str, Any] = {"recipe": "gptq-w4a16-g32", "samples": 4, "length": 16}
+    cb.compress(model, output=tmp_path / "float32", **options)
+    with pytest.raises(cb.CalibrantError, match=r'scales that float16 does not hold: .*checkpoint_format="gptq"'):
+        cb.write_gguf(tmp_path / "float32", output=tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+    half = hf.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    hf.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "half")
+    cb.compress(tmp_path / "half", output=tmp_path / "bfloat16", **options)
+    written = cb.write_gguf(tmp_path / "bfloat16", output=tmp_path / "b.gguf", embeddings="stored")
+    assert written.types == {"F32": 13, "BF16": 1, "Q4_0": 14}
+    assert furthest(tmp_path / "bfloat16", tmp_path / "b.gguf", PROMPTS) < 1.0
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
+    def refused(folder: Path, **options: Any) -> str:
+        with pytest.raises(cb.CalibrantError) as caught:
+            cb.write_gguf(folder, output=tmp_path / "no.gguf", **options)
+        assert not list(tmp_path.glob("no.gguf*"))
+        return str(caught.value)
+
+    assert "gpt2 models are not written as GGUF files here" in refused(model_folder("gpt2"))
+    assert "its model is WordLevel, not BPE" in refused(model_folder("llama"))
+    lower = byte_level(_GPT2)
+    lower.normalizer = normalizers.Lowercase()
+    assert "its normalizer is Lowercase" in refused(write(tmp_path / "lower", tokenizer=lower))
+    cut = byte_level(pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), _GPT2]))
+    assert "words are cut in a way" in refused(write(tmp_path / "cut", tokenizer=cut))
+    model = write(tmp_path / "model")
+    assert "Q3: no such type of embeddings; there are Q8_0, stored" in refused(model, embeddings="Q3")
+    config = json.loads((model / "config.json").read_text())
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    (model / "config.json").write_text(json.dumps({**config, "rope_parameters": scaled}))
+    assert "rope_type linear" in refused(model)
+    (model / "config.json").write_text(json.dumps(config))
+    cb.compress(
+        model, recipe="gptq-w4a16-g128-asym", group_size=32, output=tmp_path / "asymmetric", samples=4, length=16
+    )
+    assert "asymmetric codes" in refused(tmp_path / "asymmetric")
+    (tmp_path / "kept.gguf").write_bytes(b"GGUF")
+    with pytest.raises(cb.CalibrantError, match="exists"):
+        cb.write_gguf(model, output=tmp_path / "kept.gguf")
+
+
+def test_a_real_model_says_in_llama_cpp_what_it_says_in_transformers(tmp_path: Path, shared_data: Path) -> None:
+    """Word for word, where the weights are as they were; its text is that of the compressed model for a while."""
+    model = shared_data.parent / "models" / "stories260k"
+    recipe = cb.load_recipe("gptq-w8a16").model_copy(update={"ignore": ("down_proj",)})
+    calibration = cb.generate(model, samples=8, length=64)
+    cb.compress(model, recipe=recipe, group_size=32, output=tmp_path / "out", calibration=calibration,
+                checkpoint_format="gptq")  # fmt: skip
+    tokenizer = hf.AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(text).input_ids for text in ("Once upon a time", "Lily and her mom went to the")]
+    for folder, tolerance in ((model, 1e-3), (tmp_path / "out", 0.3)):
+        file = tmp_path / f"{folder.name}.gguf"
+        cb.write_gguf(folder, output=file, embeddings="stored")
+        said = ask(file, 512, prompts[0][-1], texts=TEXTS, prompts=prompts, writes=True)
+        for ids, after, written in zip(prompts, said.after, said.written, strict=True):
+            (ours,) = log_probabilities(folder, [ids])
+            assert max(abs(float(ours[index]) - value) for index, value in after.items()) < tolerance
+            whole = load_whole(ModelFolder(folder, allow_quantized=True), "cpu", "float32")
+            greedy = whole.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
+            assert written[:12] == greedy[:12]
