@@ -36,8 +36,8 @@ def simultaneous_intervals(
             every value, and Welch's standard errors.
         resamples: number of resamples.
 
-    None if a source has fewer than 5 draws. At 5 draws all differences of five sources are covered together in about 95 %
-    of studies, also where their spreads differ (docs/statistics.md "Coverage").
+    None if a source has fewer than 5 draws. At 5 draws all differences of five sources are covered together in about
+    95 % of studies, also where their spreads differ (docs/statistics.md "Coverage").
     """
     if not pairs or min(map(len, groups)) < FEWEST_DRAWS:
         return None
