@@ -83,8 +83,14 @@ _SHAPE = {
     "initializer_range": 0.3,
     "pad_token_id": None,
 }
+# Long waves of a short context, so that all three kinds of frequencies are there.
+_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SHAPE, tie_word_embeddings=True, attention_bias=True)),
+    "llama 3": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SHAPE, rope_parameters=_ROPE)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_SHAPE, head_dim=32, sliding_window=None)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SHAPE)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SHAPE, head_dim=32)),

@@ -4,6 +4,7 @@ order (ggml-org/llama.cpp, ``convert_hf_to_gguf.py`` and ``src/llama-arch.cpp``)
 from typing import Any
 
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calibrant.errors import CalibrantError
 
@@ -28,8 +29,8 @@ def gguf_architecture(config: Any) -> str:
             "dense checkpoints of others"
         )
     rope = config.rope_parameters.get("rope_type", "default")
-    if rope != "default":
-        raise CalibrantError(f"rope_type {rope}: only models with the default one are written as GGUF files here")
+    if rope not in ("default", "llama3") or config.rope_parameters.get("partial_rotary_factor", 1.0) != 1:
+        raise CalibrantError(f"rope_type {rope}: only default and llama3 of whole heads are written as GGUF files here")
     if config.hidden_act != "silu":
         raise CalibrantError(f"hidden_act {config.hidden_act}: llama.cpp computes silu in {kind} models")
     return _ARCHITECTURES[kind]
@@ -57,6 +58,15 @@ def gguf_metadata(config: Any) -> dict[str, int | float]:
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "vocab_size": config.vocab_size,
     }
+
+
+def rotary_factors(config: Any) -> torch.Tensor | None:
+    """What llama.cpp divides rotary frequencies by, float32 ``[head / 2]``; None for the default frequencies."""
+    if config.rope_parameters.get("rope_type", "default") == "default":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    powers = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
+    return 1.0 / (config.rope_parameters["rope_theta"] ** powers) / scaled
 
 
 def head_size(config: Any) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from calibrant.errors import CalibrantError
-from calibrant.formats.gguf_architectures import gguf_architecture, gguf_metadata, row_order
+from calibrant.formats.gguf_architectures import gguf_architecture, gguf_metadata, rotary_factors, row_order
 from calibrant.formats.gguf_blocks import BLOCK, block_type, pack_blocks
 from calibrant.formats.gguf_names import gguf_library, gguf_names
 from calibrant.formats.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
@@ -120,6 +120,9 @@ class GgufExport:
             for name in others:
                 if name.rpartition(".")[0] == base:
                     found.append(self._dense(f"{stem}.{name.rpartition('.')[2]}", name, base))
+        factors = rotary_factors(self._config)
+        if factors is not None:
+            found.append(_Tensor("rope_freqs.weight", "F32", tuple(factors.shape), lambda: _as_bytes(factors)))
         yield from sorted(found, key=lambda one: one.name)
 
     def _is_left_out(self, name: str) -> bool:
@@ -163,7 +166,7 @@ class GgufExport:
                     tensor.float().numpy(), gguf_library().GGMLQuantizationType.Q8_0
                 )
                 return blocks
-            return (tensor.float() if kind == "F32" else tensor).contiguous().view(torch.uint8).numpy()
+            return _as_bytes(tensor.float() if kind == "F32" else tensor)
 
         return _Tensor(name, kind, shape, make)
 
@@ -205,6 +208,11 @@ class GgufExport:
         if (self._folder.quantization or {}).get("format") == "int-quantized":
             notes.append("llama.cpp rounds activations in its own way, whatever the recipe's were")
         return tuple(notes)
+
+
+def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    found: np.ndarray = tensor.contiguous().view(torch.uint8).numpy()
+    return found
 
 
 def _write_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
