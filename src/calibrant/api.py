@@ -161,9 +161,9 @@ def write_gguf(
         CalibrantError: the extra ``gguf`` is not installed, or llama.cpp cannot hold the model or its tokenizer.
     """
     target, listener = check_file(output, overwrite, b"GGUF"), progress or NoProgress()
-    export = GgufExport(ModelFolder(model_path(model), allow_quantized=True), embeddings)
+    export = GgufExport(ModelFolder(model_path(model), allow_quantized=True), embeddings, listener)
     with whole_file(target) as beside:
-        written = export.write(beside, listener)
+        written = export.write(beside)
     for sentence in written.notes:
         listener.note(sentence)
     return written

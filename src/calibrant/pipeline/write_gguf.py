@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -54,26 +54,31 @@ class _Tensor:
 class GgufExport:
     """A finished model, checked before anything is written.
 
+    Args:
+        folder: the model.
+        embeddings: the type of embeddings and output matrix.
+        progress: receives the progress, of the check too: it reads all codes.
+
     Raises:
         CalibrantError: llama.cpp cannot hold the model, as far as is known here; the message names what.
     """
 
-    def __init__(self, folder: ModelFolder, embeddings: EmbeddingType) -> None:
+    def __init__(self, folder: ModelFolder, embeddings: EmbeddingType, progress: Progress) -> None:
         if embeddings not in get_args(EmbeddingType):
             known = ", ".join(get_args(EmbeddingType))
             raise CalibrantError(f"{embeddings}: no such type of embeddings; there are {known}")
         gguf_library()
-        self._folder, self._embeddings = folder, embeddings
+        self._folder, self._embeddings, self._progress = folder, embeddings, progress
         self._config = folder.config.get_text_config()
         try:
             self.architecture = gguf_architecture(self._config)
             self._tokenizer = Tokenizer(folder.path)
             self._vocabulary = gguf_vocabulary(self._tokenizer.hf, folder.vocabulary)
-            self._tensors = list(self._planned())
+            self._tensors = self._planned()
         except CalibrantError as error:
             raise CalibrantError(f"{folder.path}: {error}") from error
 
-    def write(self, target: Path, progress: Progress) -> GgufFile:
+    def write(self, target: Path) -> GgufFile:
         """Write the file and read it back.
 
         Raises:
@@ -90,7 +95,7 @@ class GgufExport:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         hashes = {}
-        with progress.task("writing", len(self._tensors)) as task:
+        with self._progress.task("writing", len(self._tensors)) as task:
             for tensor in self._tensors:
                 data = tensor.make()
                 hashes[tensor.name] = sha256_bytes(data.tobytes())
@@ -102,7 +107,7 @@ class GgufExport:
         types = Counter(tensor.kind for tensor in self._tensors)
         return GgufFile(self.architecture, dict(types), target.stat().st_size, self._notes())
 
-    def _planned(self) -> Iterator[_Tensor]:
+    def _planned(self) -> list[_Tensor]:
         """The tensors in the order of their names there."""
         folder, settings = self._folder, self._folder.quantization
         linears = quantized_linears(folder.tensors, settings)
@@ -113,17 +118,19 @@ class GgufExport:
         if named.left_out:
             raise CalibrantError(f"{named.left_out[0]}: llama.cpp's {self.architecture} has no such tensor")
         found = []
-        for base, (tensor,) in named.tensors.items():
-            stem = tensor.name.removesuffix(".weight")
-            if settings is not None and base in linears:
-                found.append(self._quantized(tensor.name, base, linears[base], settings))
-            for name in others:
-                if name.rpartition(".")[0] == base:
-                    found.append(self._dense(f"{stem}.{name.rpartition('.')[2]}", name, base))
+        for name in others:
+            base, _, suffix = name.rpartition(".")
+            (tensor,) = named.tensors[base]
+            found.append(self._dense(f"{tensor.name.removesuffix('.weight')}.{suffix}", name, base))
+        with self._progress.task("checking", len(linears)) as task:
+            for base, stored in linears.items():
+                (tensor,) = named.tensors[base]
+                found.append(self._quantized(tensor.name, base, stored, settings or {}))
+                task.advance()
         factors = rotary_factors(self._config)
         if factors is not None:
             found.append(_Tensor("rope_freqs.weight", "F32", tuple(factors.shape), lambda: _as_bytes(factors)))
-        yield from sorted(found, key=lambda one: one.name)
+        return sorted(found, key=lambda one: one.name)
 
     def _is_left_out(self, name: str) -> bool:
         """Whether llama.cpp computes the tensor, or takes the embedding for it."""
@@ -195,8 +202,9 @@ class GgufExport:
                 getattr(writer, f"add_{name}_token_id")(index)
         writer.add_add_bos_token(bool(self._tokenizer.prefix))
         writer.add_add_eos_token(False)
-        if isinstance(hf.chat_template, str):
-            writer.add_chat_template(hf.chat_template)
+        template = hf.chat_template.get("default") if isinstance(hf.chat_template, dict) else hf.chat_template
+        if template is not None:
+            writer.add_chat_template(template)
 
     def _record(self) -> RunRecord | None:
         return RunRecord.read(self._folder.path) if (self._folder.path / RECORD_NAME).is_file() else None
