@@ -321,9 +321,10 @@ def test_nothing_to_evaluate_is_said() -> None:
 
 @pytest.mark.parametrize(("written", "said"), [
     ("", "has no rows"),
-    ('{"goal": "a", "sol1": "b", "sol2": "c"}\n', "line 1: not a row of piqa .it lacks 'label'."),
+    ('{"goal": "a", "sol1": "b", "sol2": "c"}\n', "line 1: not a row of piqa: it lacks 'label'"),
     ('{"goal": 1\n', "line 1: not JSON Lines"),
-    ("[1]\n", "line 1: not a row of piqa"),
+    ("[1]\n", "line 1: not a row of piqa, but a list"),
+    ('{"goal": null, "sol1": "b", "sol2": "c", "label": 0}\n', "line 1: not a row of piqa: its goal is empty"),
 ])  # fmt: skip
 def test_damaged_files_get_one_sentence(written: str, said: str, reader: Path, tmp_path: Path) -> None:
     (tmp_path / "piqa").mkdir()
@@ -388,6 +389,12 @@ def test_batches_hold_every_row_within_the_limit() -> None:
     assert sorted(row for batch in found for row in batch) == list(range(len(lengths)))
     assert all(len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 512 for batch in found)
     assert sum(len(batch) * max(lengths[row] for row in batch) for batch in found) < 1.1 * sum(lengths)
+
+
+def test_json_lines_are_not_wikitexts_raw_file(reader: Path, tmp_path: Path) -> None:
+    (tmp_path / "wiki.jsonl").write_text('{"text": "a b c"}\n' * 200)
+    with pytest.raises(cb.CalibrantError, match=r"wiki.jsonl: JSON Lines, where `wikitext` is WikiText's raw file"):
+        cb.evaluate(reader, text=None, wikitext=tmp_path / "wiki.jsonl")
 
 
 def test_wikitext_is_measured_as_the_papers_do(reader: Path, tmp_path: Path) -> None:

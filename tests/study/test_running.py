@@ -19,6 +19,7 @@ import psutil
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import calibrant as cb
 from calibrant.progress import NoProgress
@@ -224,6 +225,37 @@ def test_damaged_results_are_named(folder: Path, whole: Path) -> None:
     assert all("states.safetensors: damaged" in one.error and "delete its folder" in one.error for one in failures)
 
 
+def test_damaged_results_and_an_empty_store_are_made_again(folder: Path, whole: Path) -> None:
+    cache = Path(shutil.copytree(whole.parent / "cache", folder / "cache"))
+    for file in sorted(cache.glob("results/*.json"))[::2]:
+        file.write_text("{")
+    (folder / "small").mkdir()
+    (folder / "small" / "study.sqlite").touch()
+    assert cb.run_study(folder / "study.yaml", cache=cache).failures == []
+    assert content(folder / "small") == content(whole)
+
+
+def test_a_damaged_set_is_named_with_what_to_do(folder: Path, whole: Path) -> None:
+    cache = Path(shutil.copytree(whole.parent / "cache", folder / "cache"))
+    for file in cache.glob("sets/*/tokens.safetensors"):
+        file.write_bytes(b"")
+    write_plan(folder / "study.yaml", recipes=["wanda.yaml", "magnitude-2:4"])
+    failures = cb.run_study(folder / "study.yaml", cache=cache).failures
+    assert failures
+    assert all("delete " in one.error and one.error.endswith("it is made again") for one in failures)
+
+
+def test_a_model_of_nan_is_called_that(folder: Path, llama: Path) -> None:
+    broken = shutil.copytree(llama, folder / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    write_plan(folder / "study.yaml", models="broken", recipes="rtn.yaml", repeat=False)
+    failures = cb.run_study(folder / "study.yaml", cache=folder / "cache").failures
+    assert failures
+    assert all("not finite" in one.error for one in failures)
+
+
 def test_the_store_has_the_plan_as_it_was_written(whole: Path) -> None:
     assert cb.Study(whole).plan.sources["text"].corpora == ("text.txt",)
 
@@ -293,22 +325,32 @@ _BAD = {
     "no such key": ({"sauces": {}}, "sauces: no such key"),
     "no such recipe": ({"recipes": "gptq-w4"}, "gptq-w4: no recipe of that name"),
     "no such file": ({"sources": {"a": {"corpus": "nowhere.txt"}}}, "source a: .*nowhere.txt: no such corpus"),
-    "no such text": ({"texts": {"a": {"corpus": "nowhere.txt", "length": 16}}}, "nowhere.txt: no such corpus"),
+    "no such text": (
+        {"texts": {"a": {"corpus": "nowhere.txt", "length": 16}}},
+        "text a: .*no such corpus",
+    ),
     "no such strategy": (
         {"sources": {"a": {"corpus": "text.txt", "strategy": "best"}}},
         "sources.a.strategy: Input should be",
     ),
-    "no such model": ({"models": "nowhere"}, "nowhere"),
+    "no such model": ({"models": "nowhere"}, "model .*nowhere: .*no such model folder"),
+    "no such text to filter by": (
+        {"sources": {"a": {"corpus": "text.txt", "filters": {"leakage": ["nowhere.txt"]}}}},
+        "source a: filters.leakage: .*nowhere.txt: no such corpus",
+    ),
     "a recipe that does not fit": ({"recipes": "rtn-w4a16-g128"}, "recipe rtn-w4a16-g128 on llama.*group size"),
-    "too long": ({"length": 4096}, "context of 64"),
-    "too long a text": ({"texts": {"a": {"corpus": "text.txt", "length": 4096}}}, "context of 64"),
+    "too long": ({"length": 4096}, "the rows of sets: .*context of 64"),
+    "too long a text": ({"texts": {"a": {"corpus": "text.txt", "length": 4096}}}, "text a: .*context of 64"),
     "too short a text": (
         {"texts": {"a": {"corpus": "short.txt", "length": 16}}},
         "text a: .*fewer than one window of 16",
     ),
-    "too few sets": ({"sources": {"a": {"sets": ["one"]}}, "draws": 2}, "source a has 1 sets for 2 draws"),
+    "too few sets": (
+        {"sources": {"a": {"sets": ["one"]}}, "draws": 2},
+        "source a names 1 of 2 sets",
+    ),
     "no set": ({"sources": {"a": {"sets": ["one", "two"]}}}, "source a: .*one"),
-    "no such task": ({"tasks": {"names": ["pica"], "data": "."}}, "pica: no such task"),
+    "no such task": ({"tasks": {"names": ["pica"], "data": "."}}, "tasks: pica: no such task"),
     "no data of a task": ({"tasks": {"names": ["piqa"], "data": "."}}, "piqa/validation.jsonl: no such file"),
     "a source that is no mapping": ({"sources": {"a": "text.txt"}}, "sources.a: expected keys with values"),
     "a set twice": ({"sources": {"a": {"sets": ["one", "one"]}}}, "would count a set more than once"),
@@ -321,7 +363,7 @@ _BAD = {
     "an empty corpus": ({"sources": {"a": {"corpus": "empty.txt"}}}, "source a: .*empty.txt"),
     "weights of other corpora": (
         {"sources": {"a": {"corpus": ["text.txt", "rtn.yaml"], "weights": [1, 2, 3]}}},
-        "source a: 3 weights for 2 corpora",
+        "source a: weights name 3 of 2 corpora",
     ),
     "nothing to measure on": ({"texts": {}}, "needs texts or tasks"),
     "a text called like a task": (

@@ -169,6 +169,8 @@ def _damaged(file: Path, error: Exception) -> CalibrantError:
 
 
 def _check(again: torch.Tensor, logits: torch.Tensor, folder: ModelFolder) -> None:
+    if not bool(logits.isfinite().all()):
+        raise CalibrantError(f"{folder.path}: gives values that are not finite; its weights may be damaged")
     # Products of matrices of other shapes are rounded in another order.
     if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-4, atol=1e-4):
         raise CalibrantError(f"{folder.path}: its logits do not follow from its last hidden states alone")

@@ -58,7 +58,7 @@ def wikitext_windows(path: str | Path, tokenizer: Tokenizer, context: int | None
     Source: github.com/IST-DASLab/gptq, datautils.py and llama.py (GPTQ, arXiv 2210.17323).
 
     Raises:
-        CalibrantError: the file is missing, no UTF-8 text, or shorter than one window.
+        CalibrantError: the file is missing, JSON Lines, no UTF-8 text, or shorter than one window.
     """
     rows = (f"{line}\n" if line.strip() else "" for line in _raw_text(Path(path)).removesuffix("\n").split("\n"))
     ids = list(tokenizer.hf("\n\n".join(rows), verbose=False)["input_ids"])
@@ -77,6 +77,8 @@ def _raw_text(path: Path) -> str:
         text = found.decode()
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise CalibrantError(f"{path}: no readable text file ({error}); `wikitext` is WikiText's raw file") from error
+    if text.lstrip().startswith('{"'):
+        raise CalibrantError(f"{path}: JSON Lines, where `wikitext` is WikiText's raw file; give it as a corpus")
     if len(found) > _MOST_CHARACTERS:
         raise CalibrantError(f"{path}: more than {_MOST_CHARACTERS:,} bytes of text; give the test split")
     return text

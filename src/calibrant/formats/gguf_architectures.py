@@ -66,7 +66,8 @@ def rotary_factors(config: Any) -> torch.Tensor | None:
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     powers = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
-    return 1.0 / (config.rope_parameters["rope_theta"] ** powers) / scaled
+    factors: torch.Tensor = 1.0 / (config.rope_parameters["rope_theta"] ** powers) / scaled
+    return factors
 
 
 def head_size(config: Any) -> int:

@@ -154,6 +154,9 @@ def _recipe_differences(table: _Table, higher_is_better: Mapping[str, bool], see
                 if not units:
                     continue
                 a, b = (np.array([values[unit] for unit in units]) for values in (own, other))
+                better, worse = first, second
+                if (a.mean() < b.mean()) == higher_is_better[common.measure] and a.mean() != b.mean():
+                    (a, b), (better, worse) = (b, a), (second, first)
                 rng = _rng(seed, "recipes", first, second.recipe, source)
                 yield RecipeDifference(
                     model=common.model,
@@ -162,8 +165,8 @@ def _recipe_differences(table: _Table, higher_is_better: Mapping[str, bool], see
                     length=common.length,
                     measure=common.measure,
                     on=common.on,
-                    first=first.recipe,
-                    second=second.recipe,
+                    first=better.recipe,
+                    second=worse.recipe,
                     difference=paired_difference(a, b, rng),
                     improvement=probability_of_improvement(
                         a, b, rng, higher_is_better=higher_is_better[common.measure], paired=True

@@ -67,6 +67,8 @@ def _over(settings: Sequence[SettingFinding]) -> list[str]:
         return [f"{settings[0].headline} The other {number - 1} of {over} are below."]
     found = [one.components for one in settings if one.components]
     known = [one for one in found if one.share is not None]
+    if not known and any(one.source_variance > 0 for one in found):
+        return [f"No two draws of a source differ in {measure} in any of {over}, so that nothing says what is chance."]
     if not known and found:
         return [f"{measure[0].upper()}{measure[1:]} is the same with every source and draw in each of {over}."]
     if not known:

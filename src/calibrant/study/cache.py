@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import canonical_json
 from calibrant.output_folder import whole_file
 from calibrant.owned_folder import owned_folder, remove_abandoned
@@ -58,11 +57,7 @@ class Cache:
                 raise
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """The result with ``key``; None if there is none.
-
-        Raises:
-            CalibrantError: the file is damaged.
-        """
+        """The result with ``key``; None if there is none, or if its file is damaged: the file then goes."""
         file = self._file(key)
         if not file.is_file():
             return None
@@ -70,8 +65,9 @@ class Cache:
             found: dict[str, Any] = json.loads(file.read_bytes())
             if not {"measures", "items"} <= found.keys() and "seconds" not in found:
                 raise ValueError("it has no results")
-        except (ValueError, AttributeError) as error:
-            raise CalibrantError(f"{file}: damaged ({first_line(error)}); delete it, it is made again") from error
+        except (ValueError, AttributeError):
+            file.unlink(missing_ok=True)
+            return None
         return found
 
     def keep(self, key: str, result: dict[str, Any]) -> None:

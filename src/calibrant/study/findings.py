@@ -84,7 +84,7 @@ class SettingFinding:
 
 @dataclass(frozen=True)
 class RecipeDifference:
-    """Two recipes on the same sets of one source: ``first`` less ``second``, and P(first is better)."""
+    """Two recipes on the same sets of a source: ``first``, which is better on average, less ``second``."""
 
     model: str
     source: str

@@ -33,6 +33,8 @@ def _finding(found: SettingFinding) -> str:
             f"{best.source} has the best mean of {measured} ({best.description.mean:.4g}), but no source has two "
             "draws, so that no difference can be told from chance"
         )
+    if found.components.share is None and found.components.source_variance > 0:
+        return f"no two draws of a source differ in {measured}, so that nothing says how much is chance"
     if found.components.share is None:
         return f"{measured} is {found.sources[0].description.mean:.4g} with every source and draw"
     return f"{_share(measured, found)}; {_told_apart(found)}"

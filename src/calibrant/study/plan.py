@@ -152,6 +152,11 @@ class Tasks(Strict):
     data: str
     limit: int | None = Field(default=None, ge=1)
 
+    @field_validator("names", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
 
 class StudyPlan(Strict):
     """A grid of runs and what is measured of each.
@@ -223,7 +228,7 @@ class StudyPlan(Strict):
             if not isinstance(source, GivenSource):
                 continue
             if len(source.sets) < self.draws:
-                raise ValueError(f"source {label} has {len(source.sets)} sets for {self.draws} draws")
+                raise ValueError(f"source {label} names {len(source.sets)} of {self.draws} sets: one for each draw")
             if len(set(source.sets)) < len(source.sets) or len(self.seeds) > 1:
                 raise ValueError(f"source {label} would count a set more than once: name each once, and one seed")
         return self
@@ -266,6 +271,10 @@ def _said(kind: str, message: str) -> str:
         return "use letters, digits and . _ : @ + -, at most 80 of them, a letter or digit first"
     if kind == "too_short":
         return "name at least one"
+    if kind == "tuple_type":
+        return "expected a list"
+    if kind == "dict_type":
+        return "expected keys with values"
     return message.removeprefix("Value error, ")
 
 

@@ -112,7 +112,7 @@ def _verdict(one: Comparison) -> str:
 
 
 def _is_constant(one: SettingFinding) -> bool:
-    return one.components is not None and one.components.share is None
+    return one.components is not None and one.components.share is None and one.components.source_variance == 0
 
 
 def _components(found: Analysis) -> Table:
@@ -149,7 +149,7 @@ def _of_components(one: SettingFinding) -> list[Value]:
     no_spread = Undefined("no source has two draws")
     alone = without.components if without is not None else None
     said: list[Value] = [len(one.sources)]
-    shares = ((components, "all scores are equal"), (alone, "no source of random tokens, or too few others"))
+    shares = ((components, "no two draws of a source differ"), (alone, "no source of random tokens, or too few others"))
     for found, reason in shares:
         if found is None or found.share is None or found.share_interval is None:
             said.append(no_spread if components is None else Undefined(reason))
@@ -192,8 +192,8 @@ def _recipes(found: Analysis) -> Table:
     return Table(
         "recipes",
         "Recipes on the same sets",
-        "Pairs of recipes on the same sets of a source: mean of first less second with its 95 % interval, and the "
-        "probability that the first is better.",
+        "Pairs of recipes on the same sets of a source, the one with the better mean first: mean of first less second "
+        "with its 95 % interval, and the probability that the first is better.",
         "There are no two recipes with scores on one set.",
         (
             Column("first"),
@@ -220,7 +220,7 @@ def _controls(found: Analysis, costs: Collection[str]) -> Table:
         "controls",
         "Controls",
         "What must be equal: scores of recipes that read no data, over all sets, and of one set that was run twice.",
-        "No cell was run twice, and every recipe reads data.",
+        "No set was run twice, and no recipe without data was run on two sets.",
         (
             *KEYS,
             Column("control"),

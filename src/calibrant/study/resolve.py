@@ -1,5 +1,7 @@
 """A plan with everything it names found and checked, and the steps that carry it out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +86,11 @@ def resolve(plan: StudyPlan, cache: Cache, progress: Progress) -> Resolved:
     """
     place = torch_device(plan.device)
     dtype = str(torch_dtype(plan.dtype, place)).removeprefix("torch.")
-    models = {one.label: one for one in map(_model, plan.models)}
+    found_models = []
+    for name in plan.models:
+        with _named(f"model {name}"):
+            found_models.append(_model(name))
+    models = {one.label: one for one in found_models}
     recipes = {one.name: one for one in map(load_recipe, plan.recipes)}
     for kind, found, named in (("models", models, plan.models), ("recipes", recipes, plan.recipes)):
         if len(found) < len(named):
@@ -94,15 +100,18 @@ def resolve(plan: StudyPlan, cache: Cache, progress: Progress) -> Resolved:
     for label, source in plan.sources.items():
         _check_source(label, source, plan, list(models.values()))
     for label, text in plan.texts.items():
-        if text.protocol == "wikitext" and not Path(text.corpus).is_file():
-            raise CalibrantError(f"text {label}: {text.corpus}: no such file; protocol wikitext reads one")
-        _check_corpus(f"text {label}", text.corpus, text.field)
+        with _named(f"text {label}"):
+            if text.protocol == "wikitext" and not Path(text.corpus).is_file():
+                raise CalibrantError(f"{text.corpus}: no such file; protocol wikitext reads one")
+            _check_corpus(text.corpus, text.field)
+            for model in models.values():
+                check_length(ModelFolder(model.path), text.length if text.protocol == "windows" else 0)
     if plan.tasks is not None:
-        check_tasks(plan.tasks.names, plan.tasks.data)
-    lengths = (text.length for text in plan.texts.values() if text.protocol == "windows")
-    longest = max(*plan.length, *lengths, 0)
+        with _named("tasks"):
+            check_tasks(plan.tasks.names, plan.tasks.data)
     for model in models.values():
-        check_length(ModelFolder(model.path), longest)
+        with _named("the rows of sets"):
+            check_length(ModelFolder(model.path), max(plan.length))
     prepared = {}
     with progress.task("checking", len(models) * len(recipes)) as task:
         for model in models.values():
@@ -117,6 +126,15 @@ def resolve(plan: StudyPlan, cache: Cache, progress: Progress) -> Resolved:
     return resolved
 
 
+@contextmanager
+def _named(part: str) -> Iterator[None]:
+    """Put the part of the plan in front of what is wrong with it."""
+    try:
+        yield
+    except CalibrantError as error:
+        raise CalibrantError(f"{part}: {error}") from error
+
+
 def _model(name: str) -> Model:
     folder = ModelFolder(model_path(name))
     tokenizer = tokenizer_files_sha256(folder.path) or Tokenizer(folder.path).sha256
@@ -126,7 +144,7 @@ def _model(name: str) -> Model:
 
 
 def _prepared(model: Model, recipe: Recipe, plan: StudyPlan, cache: Cache) -> PreparedRun:
-    try:
+    with _named(f"recipe {recipe.name} on {model.label}"):
         return prepare(
             model.path,
             output=cache.folder / "outputs" / "estimate",
@@ -137,30 +155,24 @@ def _prepared(model: Model, recipe: Recipe, plan: StudyPlan, cache: Cache) -> Pr
             device=plan.device,
             dtype=plan.dtype,
         )
-    except CalibrantError as error:
-        raise CalibrantError(f"recipe {recipe.name} on {model.label}: {error}") from error
 
 
 def _check_texts(yardsticks: dict[str, Yardstick], cache: Cache) -> None:
     """Refuse a text that has no window, unless the original ran over it already."""
     for label, step in yardsticks.items():
         if isinstance(step, OriginalStep) and not step.is_done(cache):
-            try:
+            with _named(f"text {label}"):
                 step.windows()
-            except CalibrantError as error:
-                raise CalibrantError(f"text {label}: {error}") from error
 
 
 def _check_source(label: str, source: Source, plan: StudyPlan, models: list[Model]) -> None:
-    try:
+    with _named(f"source {label}"):
         if isinstance(source, GivenSource):
             _check_given(source, plan, models)
         elif isinstance(source, SelectedSource):
             _check_selected(source, plan)
         else:
             _check_generated(source, models)
-    except CalibrantError as error:
-        raise CalibrantError(f"source {label}: {error}") from error
 
 
 def _check_given(source: GivenSource, plan: StudyPlan, models: list[Model]) -> None:
@@ -173,10 +185,8 @@ def _check_given(source: GivenSource, plan: StudyPlan, models: list[Model]) -> N
                 f"{max(plan.samples)} rows of {' and '.join(map(str, plan.length))}"
             )
         for model in models:
-            try:
+            with _named(folder):
                 check_calibration(ModelFolder(model.path), calibration)
-            except CalibrantError as error:
-                raise CalibrantError(f"{folder}: {error}") from error
 
 
 def _check_selected(source: SelectedSource, plan: StudyPlan) -> None:
@@ -184,12 +194,16 @@ def _check_selected(source: SelectedSource, plan: StudyPlan) -> None:
     shards = 1 if source.strategy in WITH_DRAWS else plan.shards
     selection_request(**{name: getattr(source, name) for name in SELECTION}, **size, shards=shards)
     if source.weights is not None and len(source.weights) != len(source.corpora):
-        raise CalibrantError(f"{len(source.weights)} weights for {len(source.corpora)} corpora; give one for each")
+        raise CalibrantError(f"weights name {len(source.weights)} of {len(source.corpora)} corpora; give one for each")
     check_embedding(source.embedding)
     for location in source.corpora:
-        _check_corpus(location, location, source.field)
+        _check_corpus(location, source.field)
+    for location in source.filters.leakage:
+        with _named("filters.leakage"):
+            Corpus(location)
     for location in source.targets:
-        _check_corpus("targets", location, source.target_field)
+        with _named("targets"):
+            _check_corpus(location, source.target_field)
 
 
 def _check_generated(source: GeneratedSource, models: list[Model]) -> None:
@@ -197,16 +211,16 @@ def _check_generated(source: GeneratedSource, models: list[Model]) -> None:
         source.strategy, source.corpus, source.temperature, source.first_tokens, source.percentile, source.mask
     )
     if source.corpus is not None:
-        _check_corpus(source.corpus, source.corpus, source.field)
+        _check_corpus(source.corpus, source.field)
     if source.strategy == "answers":
         for model in models:
             check_chat_template(Tokenizer(model.path))
 
 
-def _check_corpus(what: str, location: str, field: str) -> None:
+def _check_corpus(location: str, field: str) -> None:
     """Refuse a corpus without a text under ``field``; the first one is read."""
     if next(iter(Corpus(location, field)), None) is None:
-        raise CalibrantError(f"{what}: {location} has no text")
+        raise CalibrantError(f"{location} has no text")
 
 
 class _Steps:

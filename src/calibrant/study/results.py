@@ -199,7 +199,8 @@ class Study:
                 found.setdefault(score.cell, []).append(score.value)
         on = f"mean of {len(self.tasks)} tasks"
         means = [
-            Score(**asdict(cell), measure=ACCURACY, on=on, value=sum(values) / len(values))
+            # Rounded, since sums of equal shares in another order would differ and count as spread.
+            Score(**asdict(cell), measure=ACCURACY, on=on, value=round(sum(values) / len(values), 12))
             for cell, values in found.items()
             if len(values) == len(self.tasks) > 1
         ]

@@ -235,7 +235,11 @@ class CellStep:
                 cache.publish(own / "new", OUTPUTS, self.key)
 
     def _compress(self, cache: Cache, output: Path) -> None:
-        calibration = CalibrationSet.load(cache.place(SETS, self.set_key)).head(self.samples)
+        place = cache.place(SETS, self.set_key)
+        try:
+            calibration = CalibrationSet.load(place).head(self.samples)
+        except CalibrantError as error:
+            raise CalibrantError(f"{error}; delete {place}, it is made again") from error
         report = compress(
             self.model,
             output=output,

@@ -15,6 +15,7 @@ from calibrant.study.cells import Cell
 
 STORE_NAME = "study.sqlite"
 _VERSION = 1
+_FIX = "move it away and run the study again, which takes from the cache what is there, or choose another output"
 # How long a writer waits for a program that reads.
 _PATIENCE_SECONDS = 60
 PLACE = "model, recipe, source, draw, samples, length, seed, repeat"
@@ -125,9 +126,9 @@ class Store:
                     self._connection.execute(f"PRAGMA user_version = {_VERSION}")
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.Error as error:
-            raise CalibrantError(f"{file}: cannot be opened as a study's store ({error})") from error
+            raise CalibrantError(f"{file}: cannot be opened as a study's store ({error}); {_FIX}") from error
         if version != _VERSION:
-            raise CalibrantError(f"{file}: not a study's store of this version of calibrant; choose another output")
+            raise CalibrantError(f"{file}: not a study's store of this version of calibrant; {_FIX}")
 
     def _tables(self) -> list[Any]:
         return self._connection.execute("SELECT name FROM sqlite_schema").fetchall()
@@ -269,10 +270,10 @@ def read_only(file: Path) -> Iterator[sqlite3.Connection]:
         mode = "rw" if os.access(file, os.W_OK) else "ro"
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
             if connection.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
-                raise CalibrantError(f"{file}: not a study's store of this version of calibrant")
+                raise CalibrantError(f"{file}: not a study's store of this version of calibrant; {_FIX}")
             yield connection
     except sqlite3.Error as error:
-        raise CalibrantError(f"{file}: cannot be read as a study's store ({first_line(error)})") from error
+        raise CalibrantError(f"{file}: cannot be read as a study's store ({first_line(error)}); {_FIX}") from error
 
 
 def finished(file: Path, rows: Sequence[CellRow]) -> set[Cell]:
@@ -281,7 +282,7 @@ def finished(file: Path, rows: Sequence[CellRow]) -> set[Cell]:
     Raises:
         CalibrantError: the file cannot be read.
     """
-    if not file.exists():
+    if not file.exists() or file.stat().st_size == 0:  # a run that was killed before its first commit
         return set()
     with read_only(file) as connection:
         found = connection.execute(f"SELECT key, {PLACE} FROM cells WHERE state = 'done'").fetchall()

@@ -150,9 +150,16 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 def _adapted(name: str, row: Any, number: int, path: Path) -> Row:
+    place, hint = f"{path}, line {number + 1}: not a row of {name}", "see the columns of its hub data set"
+    if not isinstance(row, dict):
+        raise CalibrantError(f"{place}, but a {type(row).__name__}; {hint}")
     try:
-        return TASKS[name].adapt(row, number)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CalibrantError(
-            f"{path}, line {number + 1}: not a row of {name} (it lacks {error}); see the columns of its hub data set"
-        ) from error
+        found = TASKS[name].adapt(row, number)
+    except KeyError as error:
+        raise CalibrantError(f"{place}: it lacks {error}; {hint}") from error
+    except (TypeError, ValueError) as error:
+        raise CalibrantError(f"{place} ({error}); {hint}") from error
+    empty = next((column for column, value in found.items() if value in (None, [], {})), None)
+    if empty is not None:
+        raise CalibrantError(f"{place}: its {empty} is empty; {hint}")
+    return found

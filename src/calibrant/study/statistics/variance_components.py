@@ -27,8 +27,8 @@ class VarianceComponents:
         source_variance: ``(MS_b - MS_w) / n0`` with ``n0 = (N - sum n_i^2 / N) / (k - 1)``.
         source_interval: Williams's interval (1962), which covers slightly more than it says, 95 to 96 % at 5 draws of 5
             sources.
-        share: ``source_variance / (source_variance + draw_variance)``, the intraclass correlation; None if all values
-            are equal.
+        share: ``source_variance / (source_variance + draw_variance)``, the intraclass correlation; None if no draw of a
+            source differs from another of it.
         share_interval: from quantiles of F; exact for normal values if balanced, otherwise the approximation of Thomas
             and Hultquist (1978) with the harmonic mean of the numbers of draws. Of few sources it is wide whatever the
             number of draws. At 5 draws of 5 sources it covers 95 % (docs/statistics.md "Coverage").
@@ -64,7 +64,7 @@ def variance_components(groups: Sequence[np.ndarray]) -> VarianceComponents | No
     mean_between = float((sizes * (means - (sizes * means).sum() / draws) ** 2).sum()) / (sources - 1)
     size = (draws - float((sizes**2).sum()) / draws) / (sources - 1)
     source_variance = max(0.0, (mean_between - mean_within) / size)
-    total = source_variance + mean_within
+    varies = mean_within > 0
     harmonic = sources / float((1 / sizes).sum())
     unweighted = harmonic * float(means.var(ddof=1))
     return VarianceComponents(
@@ -75,8 +75,8 @@ def variance_components(groups: Sequence[np.ndarray]) -> VarianceComponents | No
         Interval(within / _chi_square(degrees, _UPPER), within / _chi_square(degrees, _LOWER)),
         source_variance,
         _source_interval(unweighted, mean_within, sources - 1, degrees, harmonic),
-        source_variance / total if total > 0 else None,
-        _share_interval(unweighted, mean_within, sources - 1, degrees, harmonic) if total > 0 else None,
+        source_variance / (source_variance + mean_within) if varies else None,
+        _share_interval(unweighted, mean_within, sources - 1, degrees, harmonic) if varies else None,
     )
 
 
