@@ -136,7 +136,8 @@ def _ranks(colour: alt.Color) -> Any:
             "rank:Q",
             scale=alt.Scale(reverse=True, zero=False, nice=False, padding=14),
             title="rank (1 is best)",
-            axis=alt.Axis(tickMinStep=1, format="d"),
+            # Of two sources Vega puts a tick between their ranks, whatever the smallest step.
+            axis=alt.Axis(tickMinStep=1, labelExpr="datum.value % 1 ? '' : datum.value"),
         ),
         color=colour,
         tooltip=["source:N", alt.Tooltip("draw:N"), "rank:Q"],
