@@ -8,8 +8,11 @@ import torch
 import transformers
 
 import calibrant as cb
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.whole_model import load_whole
 from calibrant.recipes.recipe import load_recipe
 from tests.checkpoints import put_stored_weights
+from tests.llama_cpp import ask
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +60,25 @@ def test_real_text_and_a_pruned_model(smollm2: Path, shared_data: Path, tmp_path
     record = json.loads((tmp_path / "out" / "calibrant.json").read_text())
     assert all(layer["zeros"] >= layer["elements"] // 2 for layer in record["layers"])
     assert record["calibration"]["corpora"][0]["name"] == "wiki.utf8.gz"
+
+
+def test_llama_cpp_says_what_transformers_says(smollm2: Path, tmp_path: Path) -> None:
+    """The same tokens of texts, and nearly the same probabilities: llama.cpp rounds activations and embeddings."""
+    recipe = load_recipe("rtn-w4a16-g128").with_weights(None, 32)
+    cb.compress(smollm2, output=tmp_path / "out", recipe=recipe, checkpoint_format="gptq")
+    written = cb.write_gguf(tmp_path / "out", output=tmp_path / "out.gguf")
+    assert written.types == {"F32": 61, "Q4_0": 210, "Q8_0": 1}
+    assert written.bytes < 0.25 * (smollm2 / "model.safetensors").stat().st_size
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    texts = ['In 1984 she didn\'t say: "étüde" costs $3,999.50!', "  def f(x):\n    return x\n\n\n# 日本語 🙂"]
+    prompts = [
+        tokenizer(text).input_ids for text in ("The capital of France is", "Water boils at a temperature of 100")
+    ]
+    said = ask(tmp_path / "out.gguf", 20, prompts[0][-1], texts=texts, prompts=prompts)
+    assert said.tokens == [tokenizer(text).input_ids for text in texts]
+    model = load_whole(ModelFolder(tmp_path / "out", allow_quantized=True), "cpu", "float32")
+    for ids, after in zip(prompts, said.after, strict=True):
+        with torch.inference_mode():
+            ours = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert max(after, key=lambda index: after[index]) == int(ours.argmax())
+        assert sum(abs(float(ours[index]) - value) for index, value in after.items()) / len(after) < 0.25
