@@ -209,7 +209,7 @@ def test_compressed_tensors_are_written_if_float16_holds_their_scales(tmp_path: 
     model = write(tmp_path / "model")
     options: dict[str, Any] = {"recipe": "gptq-w4a16-g32", "samples": 4, "length": 16}
     cb.compress(model, output=tmp_path / "float32", **options)
-    with pytest.raises(cb.CalibrantError, match=r'scales that float16 does not hold: .*checkpoint_format="gptq"'):
+    with pytest.raises(cb.CalibrantError, match="scales that float16 does not hold: compress to the gptq"):
         cb.write_gguf(tmp_path / "float32", output=tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
     half = hf.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)

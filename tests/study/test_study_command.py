@@ -42,6 +42,10 @@ def test_keys_of_a_plan_are_not_called_options(run, folder: Path) -> None:
     status, _, err = run("study", "plan", folder / "study.yaml", "--cache", folder / "cache")
     assert status == 2
     assert "give more text or a shorter `length`" in err
+    write_plan(folder / "study.yaml", recipes="rtn-w4a16-g128")
+    status, _, err = run("study", "plan", folder / "study.yaml", "--cache", folder / "cache")
+    assert status == 2
+    assert "`group_size: 0` takes one scale per channel" in err
 
 
 def test_a_finished_study_is_shown_and_exported(run, whole: Path, tmp_path: Path) -> None:

@@ -26,9 +26,7 @@ def block_type(codes: Codes) -> str:
         )
     scale = codes.scale.float()
     if not torch.equal(scale.half().float(), scale):
-        raise CalibrantError(
-            'scales that float16 does not hold: compress with `checkpoint_format="gptq"`, which has scales of float16'
-        )
+        raise CalibrantError("scales that float16 does not hold: compress to the gptq format, whose scales are float16")
     low, high = int(codes.codes.min()), int(codes.codes.max())
     return next(kind for bits, kind in _TYPES.items() if -(1 << (bits - 1)) <= low and high < 1 << (bits - 1))
 
