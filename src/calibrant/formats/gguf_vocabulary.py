@@ -100,7 +100,9 @@ def _sentence_piece(definition: dict[str, Any]) -> bool:
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     steps = [step for step in steps if step is not None]
     kinds = [step["type"] for step in steps]
-    if cut is None and kinds in (["Prepend", "Replace"], ["Replace"]):
+    # Gemma cuts at spaces, of which none is left.
+    nothing = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    if cut in (None, nothing) and kinds in (["Prepend", "Replace"], ["Replace"]):
         replaced = steps[-1]
         if replaced["pattern"] == {"String": " "} and replaced["content"] == _SPACE:
             return len(steps) == 2 and steps[0]["prepend"] == _SPACE

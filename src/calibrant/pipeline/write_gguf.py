@@ -11,7 +11,13 @@ import numpy as np
 import torch
 
 from calibrant.errors import CalibrantError
-from calibrant.formats.gguf_architectures import gguf_architecture, gguf_metadata, rotary_factors, row_order
+from calibrant.formats.gguf_architectures import (
+    gguf_architecture,
+    gguf_metadata,
+    norm_offset,
+    rotary_factors,
+    row_order,
+)
 from calibrant.formats.gguf_blocks import BLOCK, block_type, pack_blocks
 from calibrant.formats.gguf_names import gguf_library, gguf_names
 from calibrant.formats.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
@@ -164,6 +170,7 @@ class GgufExport:
         if kind not in ("F32", "F16", "BF16", "Q8_0"):
             raise CalibrantError(f"{stored}: is stored as {kind}; F32, F16 and BF16 are written")
         order = row_order(self._config, base, shape[0])
+        offset = norm_offset(self._config, name)
 
         def make() -> np.ndarray:
             tensor = self._folder.read(stored)
@@ -173,7 +180,7 @@ class GgufExport:
                     tensor.float().numpy(), gguf_library().GGMLQuantizationType.Q8_0
                 )
                 return blocks
-            return _as_bytes(tensor.float() if kind == "F32" else tensor)
+            return _as_bytes(tensor.float() + offset if kind == "F32" else tensor)
 
         return _Tensor(name, kind, shape, make)
 
