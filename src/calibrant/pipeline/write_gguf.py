@@ -77,7 +77,7 @@ class GgufExport:
         self._folder, self._embeddings, self._progress = folder, embeddings, progress
         self._config = folder.config.get_text_config()
         try:
-            self.architecture = gguf_architecture(self._config)
+            self.architecture, self._metadata = gguf_architecture(self._config), gguf_metadata(self._config)
             self._tokenizer = Tokenizer(folder.path)
             self._vocabulary = gguf_vocabulary(self._tokenizer.hf, folder.vocabulary)
             self._tensors = self._planned()
@@ -186,7 +186,7 @@ class GgufExport:
 
     def _describe(self, writer: Any) -> None:
         """Write the keys: what the model is, its tokenizer, and what made it."""
-        for key, value in gguf_metadata(self._config).items():
+        for key, value in self._metadata.items():
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(f"{self.architecture}.{key}", value)
         weights = Counter[str]()
