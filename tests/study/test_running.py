@@ -323,7 +323,9 @@ def _kill_a_worker(cache: Path, results_before: int, killed: list[int]) -> None:
 
 _BAD = {
     "no such key": ({"sauces": {}}, "sauces: no such key"),
-    "no such recipe": ({"recipes": "gptq-w4"}, "gptq-w4: no recipe of that name"),
+    "no such recipe": ({"recipes": "wanda-24"}, "wanda-24: no recipe of that name .* near it are wanda-2:4"),
+    "no such recipe file": ({"recipes": "mine.yaml"}, "mine.yaml: no such file"),
+    "a label with a space": ({"sources": {"a b": {"corpus": "text.txt"}}}, "sources.a b: use letters, digits"),
     "no such file": ({"sources": {"a": {"corpus": "nowhere.txt"}}}, "source a: .*nowhere.txt: no such corpus"),
     "no such text": (
         {"texts": {"a": {"corpus": "nowhere.txt", "length": 16}}},

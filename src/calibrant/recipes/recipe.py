@@ -1,6 +1,7 @@
 """Recipes: a method, a scheme and the layers to compress; named, validated, read from YAML."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -258,7 +259,11 @@ def load_recipe(name: str | Path) -> Recipe:
     path = Path(name)
     if path.is_file():
         return _parse(read_yaml_file(path, "recipe"), str(path))
-    raise CalibrantError(f"{name}: no recipe of that name and no such file; there are {', '.join(recipes)}")
+    if path.suffix in (".yaml", ".yml"):
+        raise CalibrantError(f"{name}: no such file; built-in recipes have no suffix (`calibrant recipes` lists them)")
+    near = get_close_matches(str(name), recipes, n=3)
+    hint = f"near it are {', '.join(near)}; all" if near else "there"
+    raise CalibrantError(f"{name}: no recipe of that name and no such file; {hint} are {', '.join(recipes)}")
 
 
 def _parse(text: str, origin: str) -> Recipe:

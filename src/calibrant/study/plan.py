@@ -24,7 +24,7 @@ from calibrant.yaml_file import parse_yaml, read_yaml_file
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,79}$"
 _MOST = 10_000
 # What pydantic puts among the keys: the kind of a source, and the alternatives of a value.
-_NO_KEY = re.compile(r"(generated|selected|given)$|literal\[")
+_NO_KEY = re.compile(r"(generated|selected|given|\[key\])$|literal\[")
 # Lists, or one value alone, that name no value twice.
 _DIFFERENT = ("samples", "length", "seeds", "models", "recipes")
 _WITH_PATHS = ("models", "sources", "recipes", "texts", "tasks")
