@@ -42,7 +42,7 @@ def test_a_text_that_the_model_writes_takes_longer_than_random_tokens(folder: Pa
         for samples, length in ((4, 16), (4, 32), (8, 32))
     )
     assert longer == pytest.approx(2 * written)
-    assert more == longer > 0
+    assert 0 < longer < more < 1.2 * longer
 
 
 def test_a_saved_set_takes_nothing(folder: Path, llama: Path) -> None:

@@ -14,8 +14,8 @@ _STARTING_SECONDS, _SECONDS_PER_BYTE = 1.0, 0.25e-6
 _UNPACKED, _BYTES_PER_TOKEN = 3.0, 4.0
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".parquet")
 # Rows that a model writes at a time (``generate``). A token of each costs a pass over all weights, however few the rows
-# are: about as long as the products of 12 rows. Beside it a block costs its calls.
-_ROWS, _LEAST_ROWS, _SECONDS_PER_BLOCK = 64, 12.0, 0.4e-3
+# are: about as long as the products of 48 further rows. Beside it a block costs its calls.
+_ROWS, _FURTHER_ROWS, _SECONDS_PER_BLOCK = 64, 48, 0.4e-3
 # Attention and norms beside products of matrices.
 _BESIDE_PRODUCTS = 1.5
 
@@ -35,7 +35,7 @@ def set_seconds(step: SetStep, prepared: PreparedRun, weights: int, rate: float)
         seconds += _BESIDE_PRODUCTS * 2.0 * weights * tokens / rate
     if isinstance(source, GeneratedSource) and source.strategy != "vocabulary":
         passes = math.ceil(step.samples / _ROWS) * step.length
-        rows = max(min(step.samples, _ROWS), _LEAST_ROWS)
+        rows = min(step.samples, _ROWS) + _FURTHER_ROWS
         blocks = len(prepared.plan.blocks)
         seconds += passes * (_BESIDE_PRODUCTS * 2.0 * weights * rows / rate + _SECONDS_PER_BLOCK * blocks)
     return seconds
