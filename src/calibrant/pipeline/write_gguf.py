@@ -219,7 +219,7 @@ class GgufExport:
     def _notes(self) -> tuple[str, ...]:
         notes = []
         if any(tensor.kind == "Q8_0" for tensor in self._tensors if tensor.name in _EMBEDDINGS):
-            notes.append('embeddings are rounded to Q8_0, all else is as stored; `embeddings="stored"` keeps them too')
+            notes.append("embeddings and output matrix are rounded to Q8_0, all else is as stored")
         if (self._folder.quantization or {}).get("format") == "int-quantized":
             notes.append("llama.cpp rounds activations in its own way, whatever the recipe's were")
         return tuple(notes)
