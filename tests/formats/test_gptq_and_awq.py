@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 import calibrant as cb
 from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import PackQuantized
-from calibrant.formats.dense import dense_weights
 from calibrant.formats.quantized import Codes, Layout
 from calibrant.formats.registry import format_for
+from calibrant.formats.stored_codes import dense_weights
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.whole_model import load_whole
 from calibrant.recipes.recipe import Recipe

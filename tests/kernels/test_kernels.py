@@ -14,6 +14,7 @@ from calibrant.kernels.gram import add_gram
 from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError, inverse_factor
 from calibrant.kernels.masks import keep_largest_by_row
+from calibrant.kernels.number_types import NumberType
 from calibrant.kernels.outlier_columns import OutlierColumns, RangeGrid, leave_one_out_gains
 from calibrant.kernels.packed_linear import PackedLinear
 from calibrant.kernels.range_search import cheapest_range
@@ -253,7 +254,7 @@ def test_decode_attention_is_attention_over_a_rows_own_positions(
 def test_rounding_and_its_twin_give_the_same_bits(rows: int, groups: int, symmetric: bool, seed: int) -> None:
     weight, _ = references.problem(rows, 12 * groups, seed)
     grid = fit_grid(weight, GridSpec(3, symmetric, 12, torch.float32))
-    arguments = (weight, grid.scale, grid.zero_point, grid.spec.qmin, grid.spec.qmax)
+    arguments = (weight, grid.scale, grid.zero_point, grid.spec.numbers)
     codes, values = round_to_grid(*arguments)
     plain_codes, plain_values = round_to_grid(*arguments, compiled=False)
     assert torch.equal(codes, plain_codes)
@@ -286,6 +287,6 @@ def test_the_range_search_finds_the_least_cost(rows: int, groups: int, width: in
 
     expected = costs()
     for compiled in (True, False):
-        best = cheapest_range(weight, scales, zero_points, blocks, -8, 7, compiled)
+        best = cheapest_range(weight, scales, zero_points, blocks, NumberType.integers(4), compiled)
         chosen = expected.gather(1, best[:, None])[:, 0]
         torch.testing.assert_close(chosen, expected.amin(1), rtol=1e-4, atol=1e-6 * float(expected.amax()))

@@ -102,7 +102,7 @@ def test_a_relaxed_column_leaves_no_slope() -> None:
 def test_the_compiled_sweep_and_its_twin_give_the_same_bits(rows: int, columns: int, relaxed: bool, seed: int) -> None:
     weight, hessian = references.problem(rows, columns, seed)
     grid = fit_grid(weight, GridSpec(3, False, None, torch.float32))
-    problem = (weight, weight, hessian, grid.scale, grid.zero_point, grid.columns(columns), -4, 3, relaxed)
+    problem = (weight, weight, hessian, grid.scale, grid.zero_point, grid.columns(columns), grid.spec.numbers, relaxed)
     for left, right in zip(sweep(*problem), sweep(*problem, compiled=False), strict=True):
         assert torch.equal(left, right)
 

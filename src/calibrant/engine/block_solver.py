@@ -10,6 +10,7 @@ from calibrant.engine.block_engine import Unit
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes
 from calibrant.kernels.grid_rounding import round_to_grid
+from calibrant.kernels.number_types import E4M3
 from calibrant.methods.method import LayerProblem, StructuredPruner
 from calibrant.methods.solvers.drift_correction import drift_corrected_target
 from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors
@@ -70,7 +71,7 @@ class BlockSolver:
     def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
         kind, activations = self.plan.recipe.statistic, self.plan.recipe.scheme.activations
         with self.clock.stage("statistics"):
-            if activations is not None and not activations.dynamic:
+            if activations is not None and activations.observed:
                 self._ranges.setdefault(unit, InputRange(inputs.device)).add(inputs)
             if kind is None:
                 return
@@ -94,7 +95,7 @@ class BlockSolver:
     def _take(self, linear: Linear, trained: LearnedLinear) -> None:
         """Round a trained linear to its learned grid and keep the result."""
         spec = trained.grid.spec
-        codes, values = round_to_grid(trained.weight, trained.grid.scale, trained.grid.zero_point, spec.qmin, spec.qmax)
+        codes, values = round_to_grid(trained.weight, trained.grid.scale, trained.grid.zero_point, spec.numbers)
         problem = LayerProblem(trained.weight, (len(trained.weight),), spec, None)
         self._keep(linear, trained.weight, Solution(values, codes, trained.grid), slice(None), problem, 0)
 
@@ -151,7 +152,7 @@ class BlockSolver:
                 self.codes[linear.name] = replace(
                     self.codes[linear.name],
                     input_scale=inputs.scale.clone(),
-                    input_zero_point=inputs.zero_point.clone(),
+                    input_zero_point=inputs.zero_point.clone() if inputs.zero_point is not None else None,
                 )
 
     def _input_grid(self, unit: Unit) -> InputGrid | None:
@@ -162,12 +163,16 @@ class BlockSolver:
                 raise self._unseen(unit)
             return self.plan.learned.input_grids[name]
         activations, seen = self.plan.recipe.scheme.activations, self._ranges.pop(unit, None)
-        if activations is None or activations.dynamic or self.plan.target.spec is None:
+        if activations is None or not activations.observed or self.plan.target.spec is None:
             return None
         if seen is None:
             raise self._unseen(unit)
         if not seen.finite:
             raise self._not_finite(unit)
+        if activations.type == "nvfp4":
+            return seen.global_scale()
+        if activations.type == "fp8":
+            return seen.symmetric_scale(E4M3, self.plan.target.spec.scale_dtype)
         return seen.grid(activations.range, activations.percentile, self.plan.target.spec.scale_dtype)
 
     def _problem(
@@ -211,9 +216,8 @@ class BlockSolver:
         self.solved_parameters.add(linear.parameter)
         linear.view(self.block.module.get_parameter(linear.parameter).data).copy_(stored)
         if solution.codes is not None and solution.grid is not None:
-            scale = solution.grid.scale[rows].to(solution.grid.spec.scale_dtype)
-            zero_point = solution.grid.zero_point[rows].to(torch.int8)
-            self.codes[linear.name] = Codes(solution.codes[rows].cpu(), scale.cpu(), zero_point.cpu())
+            scale, zero_point, global_scale = solution.grid.stored(rows)
+            self.codes[linear.name] = Codes(solution.codes[rows].cpu(), scale.cpu(), zero_point.cpu(), global_scale)
         zeros = int((solved == 0).sum()) if solution.kept is not None else 0
         record = solution.record
         if solution.rounded is not None:

@@ -32,7 +32,9 @@ class CheckpointWriter:
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors under their checkpoint names."""
-        self._dense |= {name for name, tensor in tensors.items() if tensor.ndim == 2 and tensor.is_floating_point()}
+        # Floats of one byte are codes.
+        floats = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize > 1}
+        self._dense |= {name for name in floats if tensors[name].ndim == 2}
         self._write(tensors, self._shards)
 
     def dense_matrices(self) -> set[str]:
@@ -132,5 +134,6 @@ def _input_grid(codes: Codes) -> tuple[float, int] | None:
 
 
 def _codes_hash(codes: Codes) -> str:
-    inputs = [tensor for tensor in (codes.input_scale, codes.input_zero_point) if tensor is not None]
-    return "".join(map(_tensor_hash, (codes.codes, codes.scale, codes.zero_point, *inputs)))
+    others = (codes.global_scale, codes.input_scale, codes.input_zero_point)
+    kept = [tensor for tensor in others if tensor is not None]
+    return "".join(map(_tensor_hash, (codes.codes, codes.scale, codes.zero_point, *kept)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from calibrant.formats.compressed_tensors_config import quantization_config
 from calibrant.formats.packing import pack, unpack
 from calibrant.formats.quantized import Codes, Layout
 
@@ -21,7 +22,7 @@ class PackQuantized:
         return None
 
     def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
-        return _config(self.name, layouts, ignored)
+        return quantization_config(self.name, layouts, ignored)
 
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         tensors = {
@@ -52,7 +53,7 @@ class IntQuantized:
         return None
 
     def config(self, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
-        return _config(self.name, layouts, ignored)
+        return quantization_config(self.name, layouts, ignored)
 
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         tensors = {"weight": codes.codes, "weight_scale": codes.scale}
@@ -66,41 +67,3 @@ class IntQuantized:
         scale = tensors["weight_scale"]
         zero_point = tensors.get("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
         return Codes(tensors["weight"], scale, zero_point, tensors.get("input_scale"), tensors.get("input_zero_point"))
-
-
-def _config(name: str, layouts: Mapping[Layout, list[str]], ignored: list[str]) -> dict[str, Any]:
-    groups = {}
-    for number, (layout, linears) in enumerate(layouts.items()):
-        targets = ["Linear"] if len(layouts) == 1 else linears
-        groups[f"group_{number}"] = _group(name, layout, targets)
-    return {
-        "quant_method": "compressed-tensors",
-        "format": name,
-        "quantization_status": "compressed",
-        "ignore": ignored,
-        "config_groups": groups,
-    }
-
-
-def _group(name: str, layout: Layout, targets: list[str]) -> dict[str, Any]:
-    activations: dict[str, Any] | None = None
-    if layout.activations == "dynamic":
-        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    elif layout.activations == "static":
-        activations = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}
-    weights: dict[str, Any] = {
-        "num_bits": layout.stored_bits,
-        "type": "int",
-        "symmetric": layout.symmetric,
-        "strategy": "group" if layout.group_size else "channel",
-        "dynamic": False,
-    }
-    if layout.group_size:
-        weights["group_size"] = layout.group_size
-    return {
-        "targets": targets,
-        "format": name,
-        "weights": weights,
-        "input_activations": activations,
-        "output_activations": None,
-    }

@@ -7,6 +7,12 @@ from typing import Any, Literal, Protocol
 import torch
 
 FormatName = Literal["compressed-tensors", "gptq", "awq"]
+# Integers; E4M3; E2M1 with a power of two for each 32 weights; E2M1 with an E4M3 scale for each 16.
+WeightType = Literal["int", "fp8", "mxfp4", "nvfp4"]
+InputType = Literal["int8", "fp8", "mxfp4", "nvfp4"]
+Granularity = Literal["channel", "tensor", "block"]
+# Rows and columns of a block with one scale.
+BLOCK_SIZE = 128
 # Bit widths that every version of compressed-tensors packs the same way; other widths use the next larger one.
 STORED_WIDTHS = (2, 4, 8)
 # Bit widths of GPTQ files from other tools.
@@ -15,15 +21,18 @@ READ_WIDTHS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized linear: ``weight = scale * (codes - zero_point)``.
+    """A quantized linear: ``weight = scale * (number - zero_point)``.
 
-    ``codes`` is int8 ``[out, in]``; ``scale`` (storage dtype) and ``zero_point`` (int8) are ``[out, groups]``.
-    ``input_scale`` and ``input_zero_point``, ``[1]`` with the same dtypes, define the grid of static int8 activations.
+    ``codes`` is int8 ``[out, in]``: integers, or the bits of E4M3 numbers. ``scale`` (storage dtype) and ``zero_point``
+    (int8) are ``[out, groups]``; with a scale per tensor or block ``[1, 1]`` or ``[out / 128, in / 128]``.
+    ``global_scale``, float32 ``[1]``, divides E4M3 scales. ``input_scale`` and ``input_zero_point``, ``[1]`` with the
+    dtypes of the weights', define the grid of static activations; of nvfp4 inputs, ``input_scale`` is the global scale.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+    global_scale: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_zero_point: torch.Tensor | None = None
 
@@ -32,9 +41,9 @@ class Codes:
 class Layout:
     """How a linear is stored.
 
-    ``bits`` is the width of the solved codes. ``group_size`` is None for one scale per output channel. ``activations``
-    says whether the ranges of int8 activations are found at run time ("dynamic") or stored ("static"); None without
-    int8 activations.
+    ``bits`` is the width of the solved codes. ``group_size`` is None for one scale per output channel, tensor or block,
+    by ``granularity``. ``activations`` says whether the ranges of activations of ``input_type`` are found at run time
+    ("dynamic") or stored ("static"); None without quantized activations.
     """
 
     bits: int
@@ -42,6 +51,9 @@ class Layout:
     group_size: int | None
     activations: Literal["dynamic", "static"] | None = None
     format: FormatName = "compressed-tensors"
+    type: WeightType = "int"
+    granularity: Granularity = "channel"
+    input_type: InputType = "int8"
 
     @property
     def stored_bits(self) -> int:

@@ -1,4 +1,4 @@
-"""The codes of a finished quantized checkpoint, whatever its format."""
+"""The codes of a finished quantized checkpoint, whatever its format, and the weights they stand for."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,11 +7,29 @@ import torch
 
 from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import IntQuantized, PackQuantized
-from calibrant.formats.dense import read_codes
-from calibrant.formats.quantized import Codes, Layout
+from calibrant.formats.float_quantized import FloatQuantized, MxFp4Packed, NvFp4Packed
+from calibrant.formats.gptq_and_awq import read_codes
+from calibrant.formats.quantized import BLOCK_SIZE, Codes, Granularity, Layout, WeightFormat, WeightType
+from calibrant.kernels.number_types import decoded_floats
 
 # Of each format, the tensor that only quantized linears have.
-_MARKS = {"gptq": "qweight", "awq": "qweight", "pack-quantized": "weight_packed", "int-quantized": "weight_scale"}
+_MARKS = {
+    "gptq": "qweight",
+    "awq": "qweight",
+    "pack-quantized": "weight_packed",
+    "int-quantized": "weight_scale",
+    "float-quantized": "weight_scale",
+    "mxfp4-pack-quantized": "weight_packed",
+    "nvfp4-pack-quantized": "weight_packed",
+}
+_FORMATS: dict[str, WeightFormat] = {
+    one.name: one for one in (PackQuantized(), IntQuantized(), FloatQuantized(), MxFp4Packed(), NvFp4Packed())
+}
+_TYPES: dict[str, WeightType] = {
+    "float-quantized": "fp8",
+    "mxfp4-pack-quantized": "mxfp4",
+    "nvfp4-pack-quantized": "nvfp4",
+}
 
 
 def quantized_linears(names: Iterable[str], settings: Mapping[str, Any] | None) -> dict[str, list[str]]:
@@ -21,7 +39,7 @@ def quantized_linears(names: Iterable[str], settings: Mapping[str, Any] | None) 
     """
     if settings is None:
         return {}
-    mark, known = _MARKS[_format(settings)], set(names)
+    mark, known = _MARKS[stored_format(settings)], set(names)
     linears = {name.removesuffix(f".{mark}") for name in known if name.endswith(f".{mark}")}
     found: dict[str, list[str]] = {linear: [] for linear in sorted(linears)}
     for name in known:
@@ -40,22 +58,73 @@ def stored_codes(
         CalibrantError: the format is not one of ours, or a tensor is missing or does not fit.
     """
     parts = {name.rpartition(".")[2]: read(name) for name in tensors}
-    kind = _format(settings)
+    kind = stored_format(settings)
     if kind in ("gptq", "awq"):
         return read_codes(linear, parts, dict(settings))
-    weights = _group_of(linear, settings)["weights"]
-    layout = Layout(int(weights["num_bits"]), bool(weights["symmetric"]), weights.get("group_size"))
-    return (IntQuantized() if kind == "int-quantized" else PackQuantized()).read(parts, layout)
+    return _FORMATS[kind].read(parts, stored_layout(linear, settings))
 
 
-def _format(settings: Mapping[str, Any]) -> str:
+def stored_layout(linear: str, settings: Mapping[str, Any]) -> Layout:
+    """The layout of ``linear`` in a compressed-tensors checkpoint."""
+    weights = settings_of(linear, settings)["weights"]
+    granularity: Granularity = "channel"
+    if weights["strategy"] in ("tensor", "block"):
+        granularity = weights["strategy"]
+    kind = _TYPES.get(stored_format(settings), "int")
+    symmetric = bool(weights["symmetric"])
+    return Layout(int(weights["num_bits"]), symmetric, weights.get("group_size"), type=kind, granularity=granularity)
+
+
+def settings_of(linear: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group of a compressed-tensors configuration that ``linear`` is in."""
+    groups: list[Mapping[str, Any]] = list(settings["config_groups"].values())
+    return next((group for group in groups if linear in group["targets"]), groups[0])
+
+
+def dense_weights(
+    names: Iterable[str], read: Callable[[str], torch.Tensor], settings: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint; quantized linears become ``weight`` ``[out, in]``.
+
+    Weights are in the dtype of their scales, where these are no floats of eight bits: then in float32. ``names`` lists
+    the stored tensors, ``read`` loads one of them; ``settings`` is the ``quantization_config`` of ``config.json``.
+
+    Raises:
+        CalibrantError: the layout or bit width is not supported, or a linear's tensors are missing or do not fit.
+    """
+    names = list(names)
+    linears = quantized_linears(names, settings)
+    parts = {name for stored in linears.values() for name in stored}
+    dense = {name: read(name) for name in sorted(names) if name not in parts}
+    floating = stored_format(settings) in _TYPES
+    for linear, stored in linears.items():
+        dense[f"{linear}.weight"] = dequantized(stored_codes(linear, stored, read, settings), floating)
+    return dense
+
+
+def dequantized(codes: Codes, floating: bool) -> torch.Tensor:
+    """The weights ``[out, in]`` of ``codes``, which are floating-point numbers or integers; dtype as above."""
+    scale = codes.scale.float() if codes.scale.itemsize == 1 else codes.scale
+    scale = scale if codes.global_scale is None else scale / codes.global_scale
+    rows, columns = codes.codes.shape
+    if scale.shape[0] != rows:
+        scale = scale.expand(rows, 1) if len(scale) == 1 else scale.repeat_interleave(BLOCK_SIZE, dim=0)
+    scale = scale.repeat_interleave(columns // scale.shape[1], dim=1)
+    if floating:
+        return (decoded_floats(codes.codes).to(scale.dtype) * scale).contiguous()
+    zero_point = codes.zero_point.repeat_interleave(columns // codes.zero_point.shape[1], dim=1)
+    # The difference of two int8 values can need nine bits.
+    return ((codes.codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale).contiguous()
+
+
+def stored_format(settings: Mapping[str, Any]) -> str:
+    """The name of the format.
+
+    Raises:
+        CalibrantError: it is not one of ours.
+    """
     kind = settings.get("quant_method")
     kind = str(settings.get("format") if kind == "compressed-tensors" else kind)
     if kind not in _MARKS:
         raise CalibrantError(f"config.json: weights quantized as {kind}, which is not read here")
     return kind
-
-
-def _group_of(linear: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    groups: list[Mapping[str, Any]] = list(settings["config_groups"].values())
-    return next((group for group in groups if linear in group["targets"]), groups[0])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from calibrant.kernels.masks import keep_largest
+from calibrant.kernels.number_types import CompiledNumbers, NumberType
 from calibrant.kernels.row_tiles import LANES, PANEL, apply_panel, quantize_column, tiled, untiled
 
 BLOCK_SIZE = 128
@@ -23,9 +24,9 @@ class ColumnProblem:
     """A problem with columns in solving order.
 
     ``weight`` float32 ``[rows, n]``; ``factor`` float32 ``[n, n]`` is the upper factor U of the inverse Hessian.
-    Quantization: ``scale`` and ``zero_point`` float32 ``[rows, groups]`` and ``group`` int64 ``[n]``, with codes in
-    ``qmin ... qmax``; all None keeps values. Pruning: ``pruned_of = (k, m)`` masks k of every m <= 32 consecutive
-    columns; ``sparsity`` masks that share of each block of ``BLOCK_SIZE`` columns of each matrix, where ``segments``
+    Quantization to ``numbers``: ``scale`` and ``zero_point`` float32 ``[rows, groups]`` and ``group`` int64 ``[n]``;
+    all None keeps values. Pruning: ``pruned_of = (k, m)`` masks k of every m <= 32 consecutive columns; ``sparsity``
+    masks that share of each block of ``BLOCK_SIZE`` columns of each matrix, where ``segments``
     are the row counts of matrices stacked by rows (empty: one matrix).
     """
 
@@ -34,8 +35,7 @@ class ColumnProblem:
     scale: torch.Tensor | None = None
     zero_point: torch.Tensor | None = None
     group: torch.Tensor | None = None
-    qmin: int = 0
-    qmax: int = 0
+    numbers: NumberType | None = None
     pruned_of: tuple[int, int] | None = None
     sparsity: float = 0.0
     segments: tuple[int, ...] = ()
@@ -43,7 +43,10 @@ class ColumnProblem:
 
 @dataclass(frozen=True)
 class ColumnSolution:
-    """``weight`` float32, ``codes`` int8 (zeros if not quantized) and ``kept`` bool, each ``[rows, n]``."""
+    """``weight`` float32, ``codes`` int8 (zeros if not quantized) and ``kept`` bool, each ``[rows, n]``.
+
+    Codes are as ``NumberType.coded`` gives them.
+    """
 
     weight: torch.Tensor
     codes: torch.Tensor
@@ -61,7 +64,10 @@ def solve_columns(problem: ColumnProblem, compiled: bool = True) -> ColumnSoluti
         if problem.sparsity > 0:
             tiles.kept[:, begin:end] = tiled(_block_mask(problem, tiles, begin, end), True)
         run(tiles, problem, begin, end)
-    return ColumnSolution(untiled(tiles.work, rows), untiled(tiles.codes, rows), untiled(tiles.kept, rows))
+    weight, codes = untiled(tiles.work, rows), untiled(tiles.codes, rows)
+    if problem.numbers is not None and problem.scale is not None and problem.group is not None:
+        codes = problem.numbers.coded(codes, weight, problem.scale[:, problem.group])
+    return ColumnSolution(weight, codes, untiled(tiles.kept, rows))
 
 
 @dataclass(frozen=True)
@@ -110,12 +116,11 @@ def _torch_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) 
             tiles.kept[:, column : column + of].scatter_(1, smallest, False)
         kept = tiles.kept[:, column]
         value = torch.where(kept, work[:, column], 0.0)
-        if problem.scale is not None:
+        if problem.numbers is not None:
             scale, zero_point = tiles.scale[:, tiles.group[column]], tiles.zero_point[:, tiles.group[column]]
-            code = torch.round(torch.clamp(value / scale + zero_point, problem.qmin, problem.qmax))
-            code = torch.where(kept, code, zero_point)
-            tiles.codes[:, column] = code.to(torch.int8)
-            value = (code - zero_point) * scale
+            number = torch.where(kept, problem.numbers.nearest(value / scale + zero_point), zero_point)
+            tiles.codes[:, column] = number.to(torch.int8)
+            value = (number - zero_point) * scale
         error = (work[:, column] - value) / diagonal[column]
         work[:, column] = value
         work[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :, None]
@@ -133,8 +138,7 @@ def _numba_columns(tiles: _Tiles, problem: ColumnProblem, begin: int, end: int) 
         tiles.group.numpy(),
         tiles.codes.numpy(),
         tiles.kept.numpy(),
-        np.float32(problem.qmin),
-        np.float32(problem.qmax),
+        (problem.numbers or NumberType.integers(8)).compiled,
         pruned,
         of,
         panel,
@@ -151,8 +155,7 @@ def _solve_tiles(
     group: np.ndarray,
     all_codes: np.ndarray,
     all_kept: np.ndarray,
-    qmin: np.float32,
-    qmax: np.float32,
+    numbers: CompiledNumbers,
     pruned: int,
     of: int,
     panel: int,
@@ -172,7 +175,7 @@ def _solve_tiles(
                 error = errors[column - first]
                 if quantize:
                     scale, zero_point = scales[tile, group[column]], zero_points[tile, group[column]]
-                    quantize_column(work[column], kept[column], scale, zero_point, codes[column], error, qmin, qmax)
+                    quantize_column(work[column], kept[column], scale, zero_point, codes[column], error, numbers)
                 else:
                     _zero_masked(work[column], kept[column], error)
                 pivot = factor[column, column]

@@ -9,6 +9,7 @@ import numba
 import numpy as np
 import torch
 
+from calibrant.kernels.number_types import CompiledNumbers, NumberType
 from calibrant.kernels.row_tiles import LANES, PANEL, apply_panel, quantize_column, tiled, untiled
 
 
@@ -19,12 +20,12 @@ def sweep(
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     group: torch.Tensor,
-    qmin: int,
-    qmax: int,
+    numbers: NumberType,
     relaxed: bool = False,
     compiled: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """V and its codes (int8), both ``[rows, n]``, after one pass over all columns in order, from V = ``current``.
+    """V and its codes (int8, as ``NumberType.coded`` gives them), both ``[rows, n]``, after one pass over all columns in
+    order, from V = ``current``.
 
     ``target`` W and ``current`` ``[rows, n]``, ``hessian`` H ``[n, n]`` with a positive diagonal, all float32;
     ``scale`` and ``zero_point`` float32 ``[rows, groups]``, ``group`` int64 ``[n]``. Each column moves to the grid
@@ -39,8 +40,9 @@ def sweep(
     scales, zero_points = tiled(scale, 1.0), tiled(zero_point, 0.0)
     codes = torch.zeros_like(wanted, dtype=torch.int8)
     run = _numba_sweep if compiled and target.device.type == "cpu" else _torch_sweep
-    run(wanted, values, coupling, scales, zero_points, group.contiguous(), codes, qmin, qmax, relaxed)
-    return untiled(values, len(target)), untiled(codes, len(target))
+    run(wanted, values, coupling, scales, zero_points, group.contiguous(), codes, numbers, relaxed)
+    moved, found = untiled(values, len(target)), untiled(codes, len(target))
+    return moved, found if relaxed else numbers.coded(found, moved, scale[:, group])
 
 
 def _torch_sweep(
@@ -51,17 +53,16 @@ def _torch_sweep(
     zero_points: torch.Tensor,
     group: torch.Tensor,
     codes: torch.Tensor,
-    qmin: int,
-    qmax: int,
+    numbers: NumberType,
     relaxed: bool,
 ) -> None:
     for column in range(wanted.shape[1]):
         value = wanted[:, column]
         if not relaxed:
             scale, zero_point = scales[:, group[column]], zero_points[:, group[column]]
-            code = torch.round(torch.clamp(value / scale + zero_point, qmin, qmax))
-            codes[:, column] = code.to(torch.int8)
-            value = (code - zero_point) * scale
+            number = numbers.nearest(value / scale + zero_point)
+            codes[:, column] = number.to(torch.int8)
+            value = (number - zero_point) * scale
         step = value - values[:, column]
         values[:, column] = value
         wanted[:, column + 1 :] -= step[:, None] * coupling[column, column + 1 :, None]
@@ -75,12 +76,11 @@ def _numba_sweep(
     zero_points: torch.Tensor,
     group: torch.Tensor,
     codes: torch.Tensor,
-    qmin: int,
-    qmax: int,
+    numbers: NumberType,
     relaxed: bool,
 ) -> None:
     arrays = (tensor.numpy() for tensor in (wanted, values, coupling, scales, zero_points, group, codes))
-    _compiled(*arrays, np.float32(qmin), np.float32(qmax), relaxed)
+    _compiled(*arrays, numbers.compiled, relaxed)
 
 
 def _sweep_tiles(
@@ -91,8 +91,7 @@ def _sweep_tiles(
     zero_points: np.ndarray,
     group: np.ndarray,
     all_codes: np.ndarray,
-    qmin: np.float32,
-    qmax: np.float32,
+    numbers: CompiledNumbers,
     relaxed: bool,
 ) -> None:
     columns = all_wanted.shape[1]
@@ -107,7 +106,7 @@ def _sweep_tiles(
                 step, value, before = steps[column - first], wanted[column], values[column]
                 if not relaxed:
                     scale, zero_point = scales[tile, group[column]], zero_points[tile, group[column]]
-                    quantize_column(value, kept, scale, zero_point, codes[column], missed, qmin, qmax)
+                    quantize_column(value, kept, scale, zero_point, codes[column], missed, numbers)
                 for lane in range(LANES):
                     step[lane] = value[lane] - before[lane]
                     before[lane] = value[lane]

@@ -8,7 +8,7 @@ import torch
 
 
 def rounded_values(
-    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
+    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: float, qmax: float
 ) -> torch.Tensor:
     """``scale (code - zero_point)`` of ``values`` ``[rows, width]``, with ``scale`` and ``zero_point`` ``[rows]``.
 
@@ -21,7 +21,12 @@ def rounded_values(
 
 
 def rounded_gradients(
-    values: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    qmin: float,
+    qmax: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients with respect to values ``[rows, width]``, scales ``[rows]`` and zero points ``[rows]``, float32.
 

@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import torch
 
+from calibrant.kernels.number_types import CompiledNumbers, NumberType
 from calibrant.kernels.row_tiles import LANES, quantize_column, tiled, untiled
 
 
@@ -18,8 +19,7 @@ def cheapest_range(
     scales: torch.Tensor,
     zero_points: torch.Tensor,
     blocks: torch.Tensor,
-    qmin: int,
-    qmax: int,
+    numbers: NumberType,
     compiled: bool = True,
 ) -> torch.Tensor:
     """The index of the cheapest range, int64 ``[rows, groups]``; ties go to the first.
@@ -29,7 +29,7 @@ def cheapest_range(
     ``compiled=False`` and for tensors on a GPU.
     """
     if not compiled or weight.device.type != "cpu":
-        return _torch_search(weight, scales, zero_points, blocks, qmin, qmax)
+        return _torch_search(weight, scales, zero_points, blocks, numbers)
     rows, candidates, groups = scales.shape
     work = tiled(weight, 0.0)
     tiled_scales, tiled_zero_points = (
@@ -38,7 +38,7 @@ def cheapest_range(
     )
     best = torch.zeros(work.shape[0], groups, LANES, dtype=torch.int64)
     arrays = (tensor.numpy() for tensor in (work, tiled_scales, tiled_zero_points, blocks.contiguous(), best))
-    _compiled(*arrays, np.float32(qmin), np.float32(qmax))
+    _compiled(*arrays, numbers.compiled)
     return untiled(best, rows)
 
 
@@ -47,14 +47,13 @@ def _torch_search(
     scales: torch.Tensor,
     zero_points: torch.Tensor,
     blocks: torch.Tensor,
-    qmin: int,
-    qmax: int,
+    numbers: NumberType,
 ) -> torch.Tensor:
     groups = weight.reshape(len(weight), blocks.shape[0], -1)
     costs = []
     for scale, zero_point in zip(scales.unbind(1), zero_points.unbind(1), strict=True):
         scale, zero_point = scale[..., None], zero_point[..., None]
-        values = (torch.round(torch.clamp(groups / scale + zero_point, qmin, qmax)) - zero_point) * scale
+        values = (numbers.nearest(groups / scale + zero_point) - zero_point) * scale
         errors = (values - groups).transpose(0, 1)
         costs.append(((errors @ blocks) * errors).sum(-1).T)
     return torch.stack(costs).argmin(0)
@@ -74,8 +73,7 @@ def _search_tiles(
     all_zero_points: np.ndarray,
     blocks: np.ndarray,
     all_best: np.ndarray,
-    qmin: np.float32,
-    qmax: np.float32,
+    numbers: CompiledNumbers,
 ) -> None:
     candidates, groups, width = all_scales.shape[1], blocks.shape[0], blocks.shape[1]
     for tile in numba.prange(all_work.shape[0]):
@@ -92,7 +90,7 @@ def _search_tiles(
                 scale, zero_point = scales[candidate, group], zero_points[candidate, group]
                 for column in range(width):
                     value[:] = work[group * width + column]
-                    quantize_column(value, kept, scale, zero_point, code, errors[column], qmin, qmax)
+                    quantize_column(value, kept, scale, zero_point, code, errors[column], numbers)
                 cost[:] = 0
                 # e H e / 2, from the lower half and half the diagonal, since the block is symmetric.
                 for column in range(width):

@@ -10,6 +10,8 @@ import numba
 import numpy as np
 import torch
 
+from calibrant.kernels.number_types import CompiledNumbers, nearest_number
+
 LANES = 32
 # Columns whose errors are applied together, so that each later weight is loaded once for all of them.
 PANEL = 8
@@ -36,15 +38,16 @@ def _quantize_lanes(
     zero_point: np.ndarray,
     codes: np.ndarray,
     error: np.ndarray,
-    qmin: np.float32,
-    qmax: np.float32,
+    numbers: CompiledNumbers,
 ) -> None:
     """Round one column to its grid in place (masked weights to zero) and write the difference to ``error``."""
+    qmin, qmax, mantissa_bits, least_exponent = numbers
     for lane in range(LANES):
-        code = np.rint(min(max(work[lane] / scale[lane] + zero_point[lane], qmin), qmax))
-        code = code if kept[lane] else zero_point[lane]
-        value = (code - zero_point[lane]) * scale[lane]
-        codes[lane] = np.int8(code)
+        wanted = work[lane] / scale[lane] + zero_point[lane]
+        number, steps = nearest_number(wanted, qmin, qmax, mantissa_bits, least_exponent)
+        number = number if kept[lane] else zero_point[lane]
+        value = (number - zero_point[lane]) * scale[lane]
+        codes[lane] = np.int8(steps if kept[lane] else zero_point[lane])
         error[lane] = work[lane] - value
         work[lane] = value
 

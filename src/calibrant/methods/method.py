@@ -70,11 +70,17 @@ class SchemeWeights(Protocol):
     def symmetric(self) -> bool: ...
 
     @property
+    def floating(self) -> bool: ...
+
+    @property
     def range_search(self) -> RangeSearch: ...
 
 
 class SchemeActivations(Protocol):
     """What methods restrict of a scheme's activations."""
+
+    @property
+    def type(self) -> str: ...
 
     @property
     def dynamic(self) -> bool: ...
@@ -132,7 +138,7 @@ class LayerSolver(MethodBase):
     method has one that uses inputs, in ``solve`` or in a range search. ``symmetric``: the only kind of grid that a
     method which fits its own ranges supports; None for methods that take any grid. ``stored_dense``: whether, with
     these options, no quantized format can represent the result. ``passes``: how many passes over all pairs of columns a
-    solve costs, for the time estimate.
+    solve costs, for the time estimate. ``floats``: whether it solves for floating-point numbers too.
     """
 
     changes_shape = False
@@ -142,6 +148,7 @@ class LayerSolver(MethodBase):
     quantizes: bool = True
     prunes: bool = False
     symmetric: bool | None = None
+    floats: bool = False
     stored_dense: Callable[[Any], bool] = _never
     passes: Callable[[Any], float] = _no_passes
 
@@ -155,6 +162,8 @@ class LayerSolver(MethodBase):
             return None
         if not self.quantizes:
             return _cannot_quantize(self.name)
+        if weights.floating and not self.floats:
+            return f"{self.name} solves for integers: take rtn, gptq, quantease or sparsegpt for floating-point weights"
         if self.symmetric is not None and weights.symmetric != self.symmetric:
             return f"{self.name} needs weights with symmetric: {str(self.symmetric).lower()}"
         if self.symmetric is not None and weights.range_search != "none":

@@ -1,4 +1,4 @@
-"""Int8 inputs at run time: hooks that round a linear's input to the values its codes stand for."""
+"""Quantized inputs at run time: hooks that round a linear's input to the values its codes stand for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,8 @@ from torch import nn
 
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import BITS, INPUT_ROUNDING, QMAX, QMIN, InputGrids
+from calibrant.quantization.grid_fitting import rounded
+from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec
 from calibrant.quantization.token_scales import token_scales
 
 
@@ -22,6 +24,20 @@ def apply_input_rounding(model: nn.Module, grids: InputGrids) -> None:
         if name not in modules:
             raise CalibrantError(f"{INPUT_ROUNDING}: {name} is no layer of this model; compress the model again")
         modules[name].register_forward_pre_hook(_rounding_hook(grid))
+
+
+def round_float_inputs(linear: nn.Module, group_size: int, global_scale: float | None) -> None:
+    """Round the inputs of ``linear`` to four-bit floats in every later forward pass.
+
+    With ``global_scale`` as in NVFP4, without as in MXFP4.
+    """
+    scales = MX_SCALE if global_scale is None else NV_SCALE
+    spec = GridSpec(4, True, group_size, scales, floating=True, global_scale=global_scale)
+
+    def round_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return rounded(args[0].float(), spec).to(args[0].dtype), *args[1:]
+
+    linear.register_forward_pre_hook(round_input)
 
 
 def _rounding_hook(grid: tuple[float, int] | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

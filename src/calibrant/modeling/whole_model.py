@@ -7,15 +7,16 @@ import torch
 import transformers
 
 from calibrant.errors import CalibrantError, first_line
-from calibrant.formats.dense import dense_weights
 from calibrant.formats.input_rounding import read_input_rounding
+from calibrant.formats.stored_codes import dense_weights, quantized_linears, settings_of
 from calibrant.modeling.checkpoint import ModelFolder, model_class
-from calibrant.modeling.input_rounding import apply_input_rounding
+from calibrant.modeling.input_rounding import apply_input_rounding, round_float_inputs
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.quietly import quietly
 from calibrant.modeling.tensor_sources import layer_of
 
 # Processor features whose bfloat16 products are faster than float32 (two of x86, one of Arm).
+_DEQUANTIZED_HERE = {"gptq", "awq", "mxfp4-pack-quantized", "nvfp4-pack-quantized"}
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -61,7 +62,9 @@ def _unpacking_options(folder: ModelFolder) -> dict[str, Any]:
     settings = folder.quantization
     if settings is None or settings.get("format") != "pack-quantized":
         return {}
-    if len(settings.get("config_groups", {})) > 1:
+    groups = settings.get("config_groups", {}).values()
+    # Unpacked models round no inputs.
+    if len(groups) > 1 or any(group.get("input_activations") for group in groups):
         return {}
     return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
 
@@ -69,7 +72,8 @@ def _unpacking_options(folder: ModelFolder) -> dict[str, Any]:
 def _load_dequantized(
     folder: ModelFolder, settings: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> transformers.PreTrainedModel:
-    """Load a GPTQ or AWQ model by dequantizing it here; the loaders of transformers need further packages."""
+    """Load a model by dequantizing it here: loaders of GPTQ and AWQ need further packages, those of four-bit floats
+    compute in bfloat16 alone."""
     state = dense_weights(folder.tensors, folder.read, settings)
     config = copy.deepcopy(folder.config)
     del config.quantization_config
@@ -78,6 +82,13 @@ def _load_dequantized(
         model, found = load(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     loaded: transformers.PreTrainedModel = model.to(device=device).eval()
     _check_found(loaded, found, folder)
+    if settings.get("quant_method") == "compressed-tensors":
+        for name in quantized_linears(folder.tensors, settings):
+            inputs = settings_of(name, settings).get("input_activations")
+            if inputs is not None:
+                stored = f"{name}.input_global_scale"
+                scale = float(folder.read(stored)) if stored in folder.tensors else None
+                round_float_inputs(loaded.get_submodule(name), inputs["group_size"], scale)
     return loaded
 
 
@@ -122,7 +133,7 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
     """
     place = torch_device(device)
     settings = folder.quantization
-    if settings is not None and settings.get("quant_method") in ("gptq", "awq"):
+    if settings is not None and {settings.get("quant_method"), settings.get("format")} & _DEQUANTIZED_HERE:
         return _load_dequantized(folder, settings, place, torch_dtype(dtype, place))
     if settings is None:
         LazyModel(folder, torch_dtype(dtype, place), place)  # checks names and shapes before memory is taken

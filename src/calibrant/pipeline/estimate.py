@@ -252,6 +252,8 @@ def _layer_bytes(layer: LayerPlan, element: int) -> int:
     if layout is None:
         return parameters * element
     groups = parameters // layer.shape[-1] * (layer.shape[-1] // (layout.group_size or layer.shape[-1]))
+    if layout.type in ("mxfp4", "nvfp4"):
+        return parameters // 2 + groups
     zero_points = 0 if layout.symmetric and layout.format == "compressed-tensors" else groups * layout.stored_bits // 8
     scale = 2 if layout.format != "compressed-tensors" else element
     return parameters * layout.stored_bits // 8 + groups * scale + zero_points

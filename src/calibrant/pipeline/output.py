@@ -105,11 +105,18 @@ def scheme_text(scheme: Scheme) -> str:
     """A scheme in words: "4 bits, symmetric, groups of 64; zeros 2:4"."""
     said = []
     if scheme.weights is not None:
-        size = scheme.weights.group_size
-        groups = "one scale a channel" if size is None else "groups" if size == "auto" else f"groups of {size}"
-        said.append(f"{scheme.weights.bits} bits, {'' if scheme.weights.symmetric else 'a'}symmetric, {groups}")
+        weights, size = scheme.weights, scheme.weights.group_size
+        groups = (
+            f"one scale a {weights.granularity}"
+            if size is None
+            else "groups"
+            if size == "auto"
+            else f"groups of {size}"
+        )
+        kind = f"{weights.bits} bits, {'' if weights.symmetric else 'a'}symmetric"
+        said.append(f"{weights.type if weights.floating else kind}, {groups}")
     if scheme.activations is not None:
-        said.append(f"int8 activations, {'dynamic' if scheme.activations.dynamic else 'static'}")
+        said.append(f"{scheme.activations.type} activations, {'dynamic' if scheme.activations.dynamic else 'static'}")
     if scheme.sparsity is not None:
         said.append(f"zeros {scheme.sparsity}")
     return "; ".join(said)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from calibrant.kernels.number_types import E2M1, E4M3, NumberType
 from calibrant.quantization.grids import GridSpec, parameters
 
 # Bits of quantized activations.
@@ -21,10 +22,13 @@ _SHRINK_STEPS = 100
 
 @dataclass(frozen=True)
 class InputGrid:
-    """``scale`` in storage dtype and ``zero_point`` int8, both ``[1]``: ``x = scale (code - zero_point)``."""
+    """``scale`` in storage dtype and ``zero_point`` int8, both ``[1]``: ``x = scale (number - zero_point)``.
+
+    Floats have no zero point; of nvfp4 inputs, ``scale`` is the one that divides the scales of their groups.
+    """
 
     scale: torch.Tensor
-    zero_point: torch.Tensor
+    zero_point: torch.Tensor | None
 
 
 class InputRange:
@@ -76,6 +80,16 @@ class InputRange:
             best = self._error(scales, zero_points, spec).argmin()
             scale, zero_point = scales[best, None], zero_points[best, None]
         return InputGrid(scale.to(scale_dtype), zero_point.to(torch.int8))
+
+    def symmetric_scale(self, numbers: NumberType, scale_dtype: torch.dtype) -> InputGrid:
+        """The grid of ``numbers`` whose largest is the largest magnitude observed."""
+        largest = torch.tensor([max(-self.low, self.high)])
+        return InputGrid(torch.where(largest > 0, largest / numbers.qmax, 1.0).to(scale_dtype), None)
+
+    def global_scale(self) -> InputGrid:
+        """The scale (float32) that takes the largest magnitude observed to the largest E2M1 times the largest E4M3."""
+        largest = torch.tensor([max(-self.low, self.high)])
+        return InputGrid(torch.where(largest > 0, E2M1.qmax * E4M3.qmax / largest, 1.0), None)
 
     def _centers(self) -> torch.Tensor:
         return ((torch.arange(_BINS) + 0.5) / _BINS * 2 - 1) * self._bound

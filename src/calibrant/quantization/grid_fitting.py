@@ -5,7 +5,9 @@
 - "importance": scales around the plain one, each refitted by least squares; the cost is the squared error weighted by
   the Hessian's diagonal (llama.cpp's importance matrix, on our grids);
 - "clip": magnitudes clipped at 95 %, 90 %, ... 55 %; the cost is the group's squared output error (released code of
-  AWQ, arXiv 2306.00978; ours: on the Hessian of all counted tokens instead of a sample of tokens).
+  AWQ, arXiv 2306.00978; ours: on the Hessian of all counted tokens instead of a sample of tokens);
+- "four-over-six": the largest weight of a group at 6 or at 4, whichever squared error is less (arXiv 2512.02010), for
+  four-bit floats.
 
 The plain range is the first candidate, so no search ends with a higher cost.
 """
@@ -25,6 +27,8 @@ _CLIP_POINTS = 20
 # llama.cpp tries 19 scales around the plain one, in steps of a tenth of a level.
 _SCALE_STEPS = 9
 _SCALE_STEP_LEVELS = 0.1
+# Floats have no even steps: a group may want its largest weight far from the largest number (ours).
+_FLOAT_FACTORS = (0.5, 0.75, 1.5, 2.0)
 
 Cost = Callable[[torch.Tensor], torch.Tensor]
 Parameters = tuple[torch.Tensor, torch.Tensor]
@@ -37,15 +41,19 @@ def fit_grid(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None 
     for "importance" its diagonal ``[in]`` is enough. Searches that need it keep the plain range if it is None.
     """
     rows, columns = weight.shape
+    spec = spec.for_weight(weight)
     groups = weight.reshape(rows, -1, spec.group_size or columns).float()
-    low = groups.amin(-1).clamp(max=0)
-    high = groups.amax(-1).clamp(min=0)
+    low = _shared(groups.amin(-1).clamp(max=0), spec.scale_rows, torch.amin)
+    high = _shared(groups.amax(-1).clamp(min=0), spec.scale_rows, torch.amax)
     if spec.symmetric:
         high = torch.maximum(-low, high)
         low = -high
     plain = parameters(low, high, spec)
     if spec.range_search == "mse":
         return Grid(spec, *_cheapest(groups, plain, _shrunk(low, high, spec), spec, _power_cost))
+    if spec.range_search == "four-over-six":
+        wider = iter([parameters(1.5 * low, 1.5 * high, spec)])
+        return Grid(spec, *_cheapest(groups, plain, wider, spec, lambda e: e.square().sum(-1)))
     if spec.range_search == "importance" and hessian is not None:
         diagonal = hessian.diagonal() if hessian.ndim == 2 else hessian
         importance = _importance(groups, weight, diagonal)
@@ -54,6 +62,23 @@ def fit_grid(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None 
     if spec.range_search == "clip" and hessian is not None:
         return Grid(spec, *_best_clipped(groups, [plain, *_clipped(low, high, spec)], hessian, spec))
     return Grid(spec, *plain)
+
+
+def rounded(values: torch.Tensor, spec: GridSpec) -> torch.Tensor:
+    """``values`` ``[.., n]`` (float32) on symmetric grids of ``spec`` whose scales are those of the values themselves."""
+    groups = values.unflatten(-1, (-1, spec.group_size or values.shape[-1]))
+    largest = groups.abs().amax(-1)
+    scale, zero_point = (one[..., None] for one in parameters(-largest, largest, spec))
+    return ((encode_groups(groups, scale, zero_point, spec) - zero_point) * scale).flatten(-2)
+
+
+def _shared(bounds: torch.Tensor, scale_rows: int | None, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """``bounds`` ``[rows, groups]`` with one value for all rows that share a scale."""
+    if scale_rows == 1:
+        return bounds
+    size = scale_rows or len(bounds)
+    blocks = bounds.view(-1, size, bounds.shape[1])
+    return reduce(blocks, dim=1).repeat_interleave(size, dim=0)
 
 
 def _cheapest(
@@ -99,7 +124,7 @@ def _best_clipped(
     count, width = groups.shape[1:]
     blocks = torch.stack([hessian[i : i + width, i : i + width] for i in range(0, count * width, width)])
     scales, zero_points = (torch.stack(values, 1) for values in zip(*candidates, strict=True))
-    best = cheapest_range(groups.flatten(1), scales, zero_points, blocks, spec.qmin, spec.qmax)[:, None]
+    best = cheapest_range(groups.flatten(1), scales, zero_points, blocks, spec.numbers)[:, None]
     return scales.gather(1, best)[:, 0], zero_points.gather(1, best)[:, 0]
 
 
@@ -113,8 +138,8 @@ def _refitted(
     groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, importance: torch.Tensor, spec: GridSpec
 ) -> Iterator[Parameters]:
     levels = (spec.qmax - spec.qmin) / 2
-    for step in range(-_SCALE_STEPS, _SCALE_STEPS + 1):
-        factor = levels / (levels + _SCALE_STEP_LEVELS * step)
+    factors = [levels / (levels + _SCALE_STEP_LEVELS * step) for step in range(-_SCALE_STEPS, _SCALE_STEPS + 1)]
+    for factor in [*factors, *(_FLOAT_FACTORS if spec.floating else ())]:
         scale, zero_point = parameters(low * factor, high * factor, spec)
         steps = encode_groups(groups, scale[..., None], zero_point[..., None], spec) - zero_point[..., None]
         fitted = (importance * groups * steps).sum(-1) / (importance * steps.square()).sum(-1)

@@ -1,12 +1,20 @@
-"""Uniform quantizer grids as in compressed-tensors: signed codes, ``w = scale (code - zero_point)``."""
+"""Quantizer grids as in compressed-tensors: ``w = scale (number - zero_point)``, the number an integer or a float."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from calibrant.kernels.number_types import E2M1, E4M3, NumberType, decoded_floats
+
 # "none" is minimum to maximum; grid_fitting.py has the searches.
-RangeSearch = Literal["none", "mse", "importance", "clip"]
+RangeSearch = Literal["none", "mse", "importance", "clip", "four-over-six"]
+_FLOATS = {4: E2M1, 8: E4M3}
+# Scales as powers of two (OCP Microscaling), and as E4M3 numbers over one scale of the whole tensor (NVFP4).
+MX_SCALE, NV_SCALE = torch.float8_e8m0fnu, torch.float8_e4m3fn
+_MX_EXPONENT = 126
+# A power of two is raised where a group's largest weight would be cut by more than the step below the largest number.
+_MX_HEADROOM = 7 / 6
 
 
 @dataclass(frozen=True)
@@ -14,7 +22,9 @@ class GridSpec:
     """A grid's kind: ``group_size`` input columns of a row share a scale, None means one scale per row.
 
     ``scale_dtype`` is the storage dtype of scales, to which they are rounded before anything is solved (ours), so that
-    the stored model is the solved one. ``range_search`` names how ranges are chosen.
+    the stored model is the solved one. ``range_search`` names how ranges are chosen. ``floating`` numbers have 4 bits
+    (E2M1) or 8 (E4M3) and no zero points. ``scale_rows`` rows share a scale; None: all rows of the matrix.
+    ``global_scale`` divides scales of ``NV_SCALE``; ``for_weight`` sets it.
     """
 
     bits: int
@@ -22,16 +32,33 @@ class GridSpec:
     group_size: int | None
     scale_dtype: torch.dtype
     range_search: RangeSearch = "none"
+    floating: bool = False
+    scale_rows: int | None = 1
+    global_scale: float | None = None
 
     @property
-    def qmin(self) -> int:
-        """Smallest code."""
-        return -(1 << (self.bits - 1))
+    def numbers(self) -> NumberType:
+        """The numbers of the grid."""
+        return _FLOATS[self.bits] if self.floating else NumberType.integers(self.bits)
 
     @property
-    def qmax(self) -> int:
-        """Largest code."""
-        return (1 << (self.bits - 1)) - 1
+    def qmin(self) -> float:
+        """Smallest number."""
+        return self.numbers.qmin
+
+    @property
+    def qmax(self) -> float:
+        """Largest number."""
+        return self.numbers.qmax
+
+    def for_weight(self, weight: torch.Tensor) -> "GridSpec":
+        """The spec with the global scale of ``weight``, with which its largest group has the largest scale."""
+        if self.scale_dtype is not NV_SCALE:
+            return self
+        largest = float(weight.abs().max())
+        # In float32, as it is stored.
+        scale = torch.tensor(self.qmax * E4M3.qmax / largest if largest > 0 else 1.0)
+        return replace(self, global_scale=float(scale) if bool(scale.isfinite()) else 1.0)
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,18 @@ class Grid:
         width = self.spec.group_size or in_features
         return torch.arange(in_features, device=self.scale.device) // width
 
+    def stored(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Scales, zero points (int8) and global scale (float32 ``[1]``) of ``rows`` as they are stored.
+
+        Rows that share a scale have one.
+        """
+        spec, scale, zero_point = self.spec, self.scale[rows], self.zero_point[rows]
+        step = spec.scale_rows or len(scale)
+        scale, zero_point = scale[::step], zero_point[::step].to(torch.int8)
+        if spec.global_scale is None:
+            return scale.to(spec.scale_dtype), zero_point, None
+        return (scale * spec.global_scale).to(spec.scale_dtype), zero_point, torch.tensor([spec.global_scale])
+
 
 def parameters(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of ranges that include 0; the range 0 to 0 gets scale 1 and zero point 0 (ours)."""
@@ -58,26 +97,36 @@ def parameters(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> tuple[t
 
 
 def stored_scale(scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    """``scale`` rounded to its storage dtype, float32; a scale that rounds to 0 becomes 1, since it is a divisor."""
+    """``scale`` rounded to its storage dtype, float32; a scale that rounds to 0 becomes 1, since it is a divisor.
+
+    Powers of two follow compressed-tensors' rule: the next one up, unless that cuts less than the lower one.
+    """
+    if spec.scale_dtype is MX_SCALE:
+        exponent = torch.frexp(scale / _MX_HEADROOM).exponent.clamp(-_MX_EXPONENT, _MX_EXPONENT)
+        return torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent), 1.0)
+    if spec.global_scale is not None:
+        least = torch.finfo(NV_SCALE).smallest_normal
+        return (scale * spec.global_scale).clamp(least, E4M3.qmax).to(NV_SCALE).float() / spec.global_scale
     stored = scale.to(spec.scale_dtype).float()
     return torch.where(stored > 0, stored, 1.0)
 
 
 def encode_groups(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    """Codes, as float32, of ``groups``; ``scale`` and ``zero_point`` broadcast to them."""
-    return torch.round(torch.clamp(groups / scale + zero_point, spec.qmin, spec.qmax))
+    """The grid's numbers (float32) nearest to ``groups``; ``scale`` and ``zero_point`` broadcast to them."""
+    return spec.numbers.nearest(groups / scale + zero_point)
 
 
 def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes (int8 ``[rows, in]``) of ``weight`` ``[rows, in]``, clamped, then rounded half to even."""
+    """Codes (int8 ``[rows, in]``, as ``NumberType.coded`` gives them) of ``weight`` ``[rows, in]``."""
     rows, columns = weight.shape
     groups = weight.reshape(rows, grid.scale.shape[1], -1).float()
-    codes = encode_groups(groups, grid.scale[..., None], grid.zero_point[..., None], grid.spec)
-    return codes.reshape(rows, columns).to(torch.int8)
+    numbers = encode_groups(groups, grid.scale[..., None], grid.zero_point[..., None], grid.spec)
+    return grid.spec.numbers.codes_of(numbers.reshape(rows, columns))
 
 
 def decode(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Weights (float32 ``[rows, in]``) of ``codes`` ``[rows, in]``."""
     rows, columns = codes.shape
-    groups = codes.reshape(rows, grid.scale.shape[1], -1).float()
+    numbers = decoded_floats(codes) if grid.spec.floating else codes.float()
+    groups = numbers.reshape(rows, grid.scale.shape[1], -1)
     return ((groups - grid.zero_point[..., None]) * grid.scale[..., None]).reshape(rows, columns)

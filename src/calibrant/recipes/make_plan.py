@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING
-from calibrant.formats.quantized import FormatName, Layout
+from calibrant.formats.quantized import BLOCK_SIZE, FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.modeling.find_blocks import blocks_beside
@@ -19,13 +19,16 @@ from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.linear_use import linear_use
 from calibrant.modeling.packable import first_not_packable
 from calibrant.modeling.structure import fused_parameters
-from calibrant.quantization.grids import GridSpec
+from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec
 from calibrant.recipes.plan import LayerPlan, Plan, Target
 from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 
 # Below this share of the blocks' weights a plan warns of what it leaves.
 _MOST = 0.9
 _NAMED_PARTS = 4
+_SCALES = {"mxfp4": MX_SCALE, "nvfp4": NV_SCALE}
+# Rows with one scale; None: all.
+_SCALE_ROWS = {"channel": 1, "tensor": None, "block": BLOCK_SIZE}
 _NOT_ORDINARY = "is not an ordinary linear layer"
 _PRUNED_DENSE = "pruned weights are stored dense: the zeros are there, the files do not get smaller"
 
@@ -77,6 +80,7 @@ def make_plan(
     if not layers.linears and not layers.fused:
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
     recipe = _fit_groups(chosen, layers)
+    _check_blocks(recipe, layers)
     sparsity = _sparsity(recipe)
     _check_pattern(recipe, sparsity, layers)
     _check_fused(recipe, layers.fused)
@@ -187,6 +191,27 @@ def _fit_groups(recipe: Recipe, layers: _Layers) -> Recipe:
     )
 
 
+def _check_blocks(recipe: Recipe, layers: _Layers) -> None:
+    """Refuse blocks of weights that do not divide a layer, which engines cannot fuse with others.
+
+    Raises:
+        CalibrantError: a layer has other sizes, or is a fused expert or float inputs are not stored.
+    """
+    weights, activations = recipe.scheme.weights, recipe.scheme.activations
+    if weights is not None and weights.granularity == "block":
+        wrong = {name: shape for name, shape in layers.linears.items() if any(size % BLOCK_SIZE for size in shape)}
+        if wrong or layers.fused:
+            name = next(iter(wrong or layers.fused))
+            raise CalibrantError(
+                f"blocks of {BLOCK_SIZE} x {BLOCK_SIZE} do not divide {name}; take granularity: channel, or ignore it"
+            )
+    if activations is not None and activations.type != "int8" and layers.unpackable:
+        raise CalibrantError(
+            f"a model whose {layers.obstacle} has no checkpoint with {activations.type} activations: "
+            "leave activations out, or take int8"
+        )
+
+
 def _sparsity(recipe: Recipe) -> Sparsity | None:
     text = recipe.scheme.sparsity
     if text is None:
@@ -230,8 +255,22 @@ def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) 
     assert weights is not None
     group = weights.group_size if isinstance(weights.group_size, int) else None
     scale_dtype = model.folder.dtype if format_name == "compressed-tensors" else torch.float16
-    spec = GridSpec(weights.bits, weights.symmetric, group, scale_dtype, weights.range_search)
-    return spec, Layout(weights.bits, weights.symmetric, group, _activations(recipe), format_name)
+    scale_dtype = _SCALES.get(weights.type, scale_dtype)
+    rows = _SCALE_ROWS[weights.granularity]
+    width = BLOCK_SIZE if weights.granularity == "block" else group
+    spec = GridSpec(weights.bits, weights.symmetric, width, scale_dtype, weights.range_search, weights.floating, rows)
+    activations = recipe.scheme.activations
+    layout = Layout(
+        weights.bits,
+        weights.symmetric,
+        group,
+        _activations(recipe),
+        format_name,
+        weights.type,
+        weights.granularity,
+        activations.type if activations is not None else "int8",
+    )
+    return spec, layout
 
 
 def _activations(recipe: Recipe) -> Literal["dynamic", "static"] | None:
@@ -247,9 +286,11 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
     """
     if layout.format == "compressed-tensors":
         return
+    if layout.type != "int":
+        raise CalibrantError(f"the {layout.format} format is for integers: take compressed-tensors for {layout.type}")
     refusal = format_for(layout).refusal(layout)
     if layout.activations:
-        refusal = f"the {layout.format} format is for weights alone: take compressed-tensors for int8 activations"
+        refusal = f"the {layout.format} format is for weights alone: take compressed-tensors for quantized activations"
     if recipe.stored_dense or layers.unpackable:
         what = recipe.method.name if recipe.stored_dense else f"a model whose {layers.obstacle}"
         refusal = f"{what} fits no {layout.format} checkpoint: take compressed-tensors"
@@ -299,12 +340,14 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
             "loaders of others see the rounded weights alone"
         )
         return [dense, inputs] if layout.activations else [dense]
+    if layout.type != "int":
+        return []
     if not layout.symmetric and not layout.activations and layout.format == "compressed-tensors":
         return [
             f"transformers {transformers.__version__} loads asymmetric packed weights only unpacked: pass "
             "from_pretrained quantization_config=CompressedTensorsConfig(dequantize=True)"
         ]
-    if layout.activations and layout.bits < 8:
+    if layout.activations and layout.input_type == "int8" and layout.bits < 8:
         return [
             f"{layout.bits}-bit weights beside int8 activations are stored as int8 tensors, as engines read them: "
             "the files are as large as those of 8 bits"

@@ -1,27 +1,66 @@
 """The parts of a recipe: scheme, budget, transforms."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from calibrant.formats.quantized import STORED_WIDTHS
+from calibrant.formats.quantized import STORED_WIDTHS, Granularity, InputType, WeightType
 from calibrant.quantization.activation_ranges import RangeRule
 from calibrant.quantization.grids import RangeSearch
 from calibrant.strict import Strict
+
+# Bits and group size of floating-point weights.
+_FLOATS: dict[str, tuple[int, int | None]] = {"fp8": (8, None), "mxfp4": (4, 32), "nvfp4": (4, 16)}
+# Four-bit integers beside FP8 activations, in groups, and the group size of vLLM's kernels for them.
+_MIXED_BITS = 4
 
 
 class Weights(Strict):
     """Weight quantization.
 
-    ``group_size``: None is one scale per output channel, "auto" the largest of 128, 64, 32 that divides every layer's
-    inputs. ``range_search``: "none" and "mse" need no data; "importance" and "clip" use statistics of the inputs.
+    ``type``: integers of ``bits`` bits; "fp8" (E4M3), with one scale for each channel, tensor or block of 128 x 128
+    weights, by ``granularity``; "mxfp4" and "nvfp4" (E2M1), in groups of 32 with a power of two as their scale, and in
+    groups of 16 with an E4M3 scale. ``group_size``: None is one scale per output channel, "auto" the largest of 128,
+    64, 32 that divides every layer's inputs. ``range_search``: "none", "mse" and "four-over-six" need no data;
+    "importance" and "clip" use statistics of the inputs.
     """
 
+    type: WeightType = "int"
     bits: int = Field(ge=2, le=8)
     symmetric: bool = True
     group_size: int | Literal["auto"] | None = None
     range_search: RangeSearch = "none"
+    granularity: Granularity = "channel"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_type(cls, value: Any) -> Any:
+        """Floating-point types say their own bits and group size."""
+        if isinstance(value, dict) and value.get("type") in _FLOATS:
+            bits, group_size = _FLOATS[value["type"]]
+            return {"bits": bits, "group_size": group_size, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _float(self) -> "Weights":
+        fine = self.granularity != "channel"
+        if self.range_search == "four-over-six" and self.type not in ("mxfp4", "nvfp4"):
+            raise ValueError("range_search four-over-six is for the types mxfp4 and nvfp4")
+        if fine and (self.type != "fp8" or self.range_search != "none"):
+            raise ValueError("granularity tensor or block is for the type fp8, without range_search")
+        if self.type == "int":
+            return self
+        if (self.bits, self.group_size) != _FLOATS[self.type] or not self.symmetric:
+            bits, group_size = _FLOATS[self.type]
+            groups = f"groups of {group_size}" if group_size else "no groups"
+            raise ValueError(f"{self.type} weights have {bits} bits, {groups} and no zero points: leave the keys out")
+        return self
+
+    @property
+    def floating(self) -> bool:
+        """Whether the weights become floating-point numbers."""
+        return self.type != "int"
 
     @field_validator("group_size")
     @classmethod
@@ -32,13 +71,15 @@ class Weights(Strict):
 
 
 class Activations(Strict):
-    """Activation quantization to int8.
+    """Activation quantization.
 
-    ``dynamic``: symmetric, one scale per token, computed at run time. Static: asymmetric, one range per tensor, which
-    ``range`` chooses from the calibration data: minimum to maximum ("minmax"), ``percentile`` percent of the values
-    ("percentile"), or the least squared error ("mse").
+    ``dynamic``: symmetric, scales computed at run time, one per token (for weights in blocks one per 128 values, for
+    mxfp4 per 32, for nvfp4 per 16). Static: one range per tensor, asymmetric for int8, which ``range`` chooses from the
+    calibration data: minimum to maximum ("minmax"), ``percentile`` percent of the values ("percentile"), or the least
+    squared error ("mse"). Floating-point activations are symmetric and know "minmax" only.
     """
 
+    type: InputType = "int8"
     dynamic: bool = True
     range: RangeRule = "minmax"
     percentile: float = Field(default=99.99, gt=50, lt=100)
@@ -50,7 +91,16 @@ class Activations(Strict):
             raise ValueError("range and percentile are for static activations: add dynamic: false")
         if self.range != "percentile" and self.percentile != rule["percentile"].default:
             raise ValueError("percentile is for range: percentile")
+        if self.type != "int8" and self.range != "minmax":
+            raise ValueError(f"range {self.range} is for int8 activations: leave it out")
+        if self.type in ("mxfp4", "nvfp4") and not self.dynamic:
+            raise ValueError(f"{self.type} activations find their scales at run time: leave dynamic out")
         return self
+
+    @property
+    def observed(self) -> bool:
+        """Whether inputs are observed on calibration data: for static ranges, and for nvfp4's scale of a tensor."""
+        return not self.dynamic or self.type == "nvfp4"
 
 
 class Scheme(Strict):
@@ -82,10 +132,32 @@ class Scheme(Strict):
         if self.activations is None:
             return self
         if self.weights is None:
-            raise ValueError("int8 activations go with quantized weights")
-        if self.weights.bits == 8 and self.weights.group_size is not None:
-            raise ValueError("int8 activations need int8 weights with one scale per channel: leave group_size out")
+            raise ValueError("quantized activations go with quantized weights")
+        refusal = _activations_refusal(self.weights, self.activations)
+        if refusal is not None:
+            raise ValueError(refusal)
         return self
+
+
+def _activations_refusal(weights: Weights, activations: Activations) -> str | None:
+    """Why these do not go together, or None."""
+    kind = activations.type
+    if kind == "int8":
+        if weights.floating:
+            return f"int8 activations do not go with {weights.type} weights: give activations a type"
+        if weights.bits == 8 and weights.group_size is not None:
+            return "int8 activations need int8 weights with one scale per channel: leave group_size out"
+    elif kind == "fp8" and weights.type == "int":
+        mixed = weights.bits == _MIXED_BITS and weights.symmetric and weights.group_size is not None
+        if not mixed or not activations.dynamic:
+            return "fp8 activations of integer weights are dynamic, and need 4 bits, symmetric, in groups"
+    elif kind != weights.type:
+        return f"{kind} activations do not go with {weights.type} weights"
+    elif weights.granularity == "block" and not activations.dynamic:
+        return "weights in blocks have dynamic activations: leave dynamic out"
+    elif weights.granularity == "channel" and kind == "fp8" and not activations.dynamic:
+        return "static fp8 activations need weights with granularity: tensor, as engines have it"
+    return None
 
 
 class Budget(Strict):
@@ -102,6 +174,8 @@ class Budget(Strict):
         choices, weights = self.choices, scheme.weights
         if scheme.activations is not None or (weights is not None and scheme.sparsity is not None):
             return "a budget is of bits or of zeros, not of both, and not for int8 activations"
+        if weights is not None and weights.floating:
+            return f"a budget is of bits, which {weights.type} weights have no choice of"
         if weights is not None and not weights.symmetric:
             return "a budget of bits needs symmetric weights: transformers loads no others of mixed widths"
         if weights is not None and any(choice not in STORED_WIDTHS for choice in choices):

@@ -36,6 +36,7 @@ AUTOMATIC_GROUP_SIZES = (128, 64, 32)
 _WITH_DATA: dict[RangeSearch, Statistic | None] = {
     "none": None,
     "mse": None,
+    "four-over-six": None,
     "importance": HessianDiagonal,
     "clip": Hessian,
 }
@@ -99,7 +100,7 @@ class Recipe(Strict):
                 raise ValueError(refusal)
         if scheme.activations is not None and self.stored_dense:
             name = self.method.name
-            raise ValueError(f"{name} gives no integers of weights, without which int8 activations are not stored")
+            raise ValueError(f"{name} gives no codes of weights, without which quantized activations are not stored")
         return self
 
     def _drift_refusal(self) -> str | None:
@@ -113,6 +114,8 @@ class Recipe(Strict):
             return "transforms prepare for quantization: the scheme needs weights"
         if self.quadapter is not None and len(self.transforms) > 1:
             return "quadapter learns on the model as it is: leave other transforms out"
+        if self.quadapter is not None and self.scheme.weights is not None and self.scheme.weights.floating:
+            return "quadapter learns for integers: leave the type of weights out"
         if isinstance(kind, Trainer):
             if kind.continues_quadapter and self.quadapter is None:
                 return "the method quadapter goes on from the transform quadapter: add it to transforms"
@@ -160,7 +163,7 @@ class Recipe(Strict):
         if self.training is not None:
             return False
         activations = self.scheme.activations
-        return self.statistic is not None or (activations is not None and not activations.dynamic)
+        return self.statistic is not None or (activations is not None and activations.observed)
 
     @property
     def learns(self) -> bool:

@@ -19,7 +19,7 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
+        ctx: Any, values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: float, qmax: float
     ) -> torch.Tensor:
         ctx.save_for_backward(values, scale, zero_point)
         ctx.range = qmin, qmax
@@ -61,7 +61,7 @@ def _rows(
 
 
 def fake_quantize(
-    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
+    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: float, qmax: float
 ) -> torch.Tensor:
     """Quantize and dequantize float32 ``values`` ``[.., width]``: ``scale (code - zero_point)``, differentiable.
 

@@ -54,7 +54,7 @@ def train_model(
         teacher.config.use_cache = False
         watched, rest = split_held_out(given, options, folder.causal, device)
         activations, seen = plan.recipe.scheme.activations, None
-        if activations is not None and not activations.dynamic:
+        if activations is not None and activations.observed:
             split = (values.split(options.batch_size) for values in rest)
             batches = (TokenRows(*both) for both in zip(*split, strict=True))
             seen = see_inputs(teacher, list(plan.linears), batches, folder.causal)

@@ -61,8 +61,7 @@ def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torc
         scale=grid.scale,
         zero_point=grid.zero_point,
         group=grid.columns(weight.shape[1])[order],
-        qmin=grid.spec.qmin,
-        qmax=grid.spec.qmax,
+        numbers=grid.spec.numbers,
     )
 
 
@@ -83,4 +82,4 @@ def _solve(options: Gptq, problem: LayerProblem) -> Solution:
     return gptq(problem.weight, problem.full_hessian, problem.grid_spec, **options.model_dump(exclude={"name"}))
 
 
-GPTQ = LayerSolver(Gptq, _solve, round_layer, Hessian, passes=lambda options: 0.5 + options.refine_sweeps)
+GPTQ = LayerSolver(Gptq, _solve, round_layer, Hessian, floats=True, passes=lambda options: 0.5 + options.refine_sweeps)

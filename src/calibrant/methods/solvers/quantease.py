@@ -57,8 +57,7 @@ def descend(
     group = grid.columns(target.shape[1])[order]
     codes = torch.zeros_like(values, dtype=torch.int8)
     for relax in relaxed:
-        spec = grid.spec
-        values, codes = sweep(wanted, values, hessian, grid.scale, grid.zero_point, group, spec.qmin, spec.qmax, relax)
+        values, codes = sweep(wanted, values, hessian, grid.scale, grid.zero_point, group, grid.spec.numbers, relax)
     return undo(order, values), undo(order, codes)
 
 
@@ -117,6 +116,7 @@ QUANTEASE = LayerSolver(
     _solve,
     round_layer,
     Hessian,
+    floats=True,
     stored_dense=lambda options: options.outliers > 0,
     # With outliers every sweep also costs a full matrix product, a sort and a new start of the descent.
     passes=lambda options: options.sweeps * (5 if options.outliers else 1),

@@ -17,7 +17,7 @@ def rtn(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None = Non
     ``hessian`` ``[in, in]``, or its diagonal ``[in]``, is for range searches that use it (``fit_grid``).
     """
     grid = fit_grid(weight, spec, hessian)
-    codes, values = round_to_grid(weight, grid.scale, grid.zero_point, spec.qmin, spec.qmax)
+    codes, values = round_to_grid(weight, grid.scale, grid.zero_point, spec.numbers)
     return Solution(values, codes, grid)
 
 
@@ -32,4 +32,4 @@ def round_layer(problem: LayerProblem) -> Solution:
     return rtn(problem.weight, problem.grid_spec, problem.hessian_or_diagonal)
 
 
-RTN = LayerSolver(Rtn, lambda _, problem: round_layer(problem), round_layer)
+RTN = LayerSolver(Rtn, lambda _, problem: round_layer(problem), round_layer, floats=True)

@@ -87,4 +87,4 @@ def _without_data(problem: LayerProblem) -> Solution:
     return sparsegpt(problem.weight, identity, problem.pattern, problem.spec, segments=problem.segments)
 
 
-SPARSEGPT = LayerSolver(SparseGpt, _solve, _without_data, Hessian, prunes=True, passes=lambda _: 0.5)
+SPARSEGPT = LayerSolver(SparseGpt, _solve, _without_data, Hessian, prunes=True, floats=True, passes=lambda _: 0.5)
