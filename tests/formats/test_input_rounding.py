@@ -114,7 +114,7 @@ def test_such_a_model_is_not_compressed_again_and_its_file_is_checked(model_fold
 
 def test_fused_experts_do_not_go_with_int8_inputs(model_folder, tmp_path: Path) -> None:
     mixtral = model_folder("mixtral")
-    with pytest.raises(CalibrantError, match="fused experts, which int8 activations do not go with"):
+    with pytest.raises(CalibrantError, match="fused experts, which quantized activations do not go with"):
         cb.compress(mixtral, output=tmp_path / "out", recipe=w8a8(DYNAMIC), calibration=random_set(mixtral))
 
 

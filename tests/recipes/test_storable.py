@@ -43,7 +43,7 @@ UNPACKABLE: dict[str, tuple[Any, str]] = {
     ),
     "gpt2": (lambda: hf.GPT2Config(**IDS, n_embd=64, n_layer=2, n_head=4), ORDINARY),
     "falcon": (lambda: hf.FalconConfig(**SIZE), ORDINARY),
-    "mixtral": (lambda: hf.MixtralConfig(**GATED, num_local_experts=4), ORDINARY),
+    "gpt_oss": (lambda: hf.GptOssConfig(**GATED, head_dim=16, num_local_experts=4), "fused in checkpoints too"),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from calibrant.formats.quantized import Codes, Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.shards import ShardWriter
 from calibrant.hashing import sha256_bytes
+from calibrant.modeling.expert_tensors import expert_tensors
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.recipes.plan import Plan
 
@@ -67,20 +68,39 @@ class CheckpointWriter:
                 )
             packed[stored_name] = kept
         for name, codes in solver.codes.items():
-            layout = self._plan.target_of(f"{prefix}.{name}").layout
-            if layout is None:
-                if self._plan.recipe.scheme.activations is not None:
-                    self._inputs[f"{prefix}.{name}"] = _input_grid(codes)
-                continue
-            parameter = f"{prefix}.{name}.weight"
-            base = self._model.stored_name(parameter).removesuffix("weight")
-            self._codes[base] = _codes_hash(codes), layout
-            packed.update({base + suffix: tensor for suffix, tensor in format_for(layout).write(codes, layout).items()})
+            full = f"{prefix}.{name}"
+            layout = self._plan.target_of(full).layout
+            if layout is not None and f"{full}.weight" in dense:
+                packed.update(self._packed(self._model.stored_name(f"{full}.weight"), codes, layout))
+                del dense[f"{full}.weight"]
+            elif layout is None and self._plan.recipe.scheme.activations is not None:
+                self._inputs[full] = _input_grid(codes)
+        for parameter in [name for name in dense if self._is_packed_experts(name)]:
+            packed.update(self._packed_experts(parameter, solver))
             del dense[parameter]
         stored = self._model.to_checkpoint({name: value.contiguous() for name, value in dense.items()})
         self.write({**stored, **packed})
         for name, (weight, exact) in solver.outliers.items():
             self._write(sparse_part(f"{prefix}.{name}", weight, exact), self._outliers)
+
+    def _packed(self, stored_name: str, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
+        """The tensors of a linear whose weight is called ``stored_name`` in dense checkpoints."""
+        base = stored_name.removesuffix("weight")
+        self._codes[base] = _codes_hash(codes), layout
+        return {base + suffix: tensor for suffix, tensor in format_for(layout).write(codes, layout).items()}
+
+    def _is_packed_experts(self, parameter: str) -> bool:
+        return parameter in self._plan.fused and self._plan.fused_layout is not None
+
+    def _packed_experts(self, parameter: str, solver: BlockSolver) -> dict[str, torch.Tensor]:
+        """The tensors of all linears that the fused ``parameter`` is made of."""
+        layout, name = self._plan.fused_layout, parameter.removeprefix(f"{solver.block.name}.")
+        assert layout is not None
+        packed: dict[str, torch.Tensor] = {}
+        for part in expert_tensors(self._model, parameter, self._plan.fused[parameter]):
+            codes = solver.codes[f"{name}.{part.expert}"].rows(part.rows)
+            packed.update(self._packed(f"{part.name}.weight", codes, layout))
+        return packed
 
     def write_input_rounding(self, folder: Path) -> None:
         """Write the grids of rounded inputs that no quantized layout stores, if there are any."""

@@ -99,6 +99,11 @@ class _Compression:
                 block = stack.enter_context(self._walk.opened(index))
             if block.structure.unseen:
                 unseen = ", ".join(block.structure.unseen)
+                if plan.fused_layout is not None:
+                    raise CalibrantError(
+                        f"{block.name}: of {unseen} no product with one expert was seen, and no loader takes dense "
+                        "experts beside packed ones; ignore them, then the model is stored dense"
+                    )
                 self._note(f"{block.name}: {unseen} left as they are, no product with one expert was seen")
             for text in block.structure.partly(ignored):
                 self._note(text)

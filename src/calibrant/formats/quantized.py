@@ -1,7 +1,7 @@
 """Codes of quantized linears and the interface of checkpoint formats; a format never quantizes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -35,6 +35,18 @@ class Codes:
     global_scale: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_zero_point: torch.Tensor | None = None
+
+    def rows(self, index: torch.Tensor) -> "Codes":
+        """The codes of the rows ``index`` (int64), with scales of their own or the one of the whole tensor."""
+        own = len(self.scale) == len(self.codes)
+        return replace(
+            self,
+            codes=self.codes[index],
+            scale=self.scale[index] if own else self.scale.clone(),
+            zero_point=self.zero_point[index] if own else self.zero_point.clone(),
+            # Copies: safetensors refuses tensors that share memory.
+            global_scale=self.global_scale.clone() if self.global_scale is not None else None,
+        )
 
 
 @dataclass(frozen=True)

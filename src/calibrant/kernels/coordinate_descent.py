@@ -24,7 +24,7 @@ def sweep(
     relaxed: bool = False,
     compiled: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """V and its codes (int8, as ``NumberType.coded`` gives them), both ``[rows, n]``, after one pass over all columns in
+    """V and its codes (int8, as of ``NumberType.coded``), both ``[rows, n]``, after one pass over all columns in
     order, from V = ``current``.
 
     ``target`` W and ``current`` ``[rows, n]``, ``hessian`` H ``[n, n]`` with a positive diagonal, all float32;

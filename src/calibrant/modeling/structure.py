@@ -273,6 +273,17 @@ def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def routers(module: nn.Module) -> list[str]:
+    """Names of linears beside fused experts that have an output for each expert: they choose among these."""
+    found = []
+    for name, parameter in fused_parameters(module).items():
+        beside = name.rpartition(".")[0].rpartition(".")[0]
+        for leaf, child in module.get_submodule(beside).named_children():
+            if isinstance(child, nn.Linear) and child.out_features == parameter.shape[0]:
+                found.append(f"{beside}.{leaf}" if beside else leaf)
+    return sorted(set(found))
+
+
 @dataclass(frozen=True)
 class ExpertUse:
     """A product of ``inputs`` ``[tokens, in]`` with number ``expert`` of a fused parameter.

@@ -149,9 +149,7 @@ class GgufExport:
         def codes() -> Codes:
             read = stored_codes(base, stored, self._folder.read, settings)
             order = row_order(self._config, base, len(read.codes))
-            if order is None:
-                return read
-            return Codes(read.codes[order], read.scale[order], read.zero_point[order])
+            return read if order is None else read.rows(order)
 
         try:
             first = codes()

@@ -65,7 +65,7 @@ def fit_grid(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None 
 
 
 def rounded(values: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    """``values`` ``[.., n]`` (float32) on symmetric grids of ``spec`` whose scales are those of the values themselves."""
+    """``values`` ``[.., n]`` (float32) on symmetric grids of ``spec``, whose scales come from the values."""
     groups = values.unflatten(-1, (-1, spec.group_size or values.shape[-1]))
     largest = groups.abs().amax(-1)
     scale, zero_point = (one[..., None] for one in parameters(-largest, largest, spec))

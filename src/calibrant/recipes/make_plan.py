@@ -14,11 +14,12 @@ from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import BLOCK_SIZE, FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.methods.solvers.sparsity import Sparsity
+from calibrant.modeling.expert_tensors import expert_tensors, split_experts
 from calibrant.modeling.find_blocks import blocks_beside
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.linear_use import linear_use
 from calibrant.modeling.packable import first_not_packable
-from calibrant.modeling.structure import fused_parameters
+from calibrant.modeling.structure import fused_parameters, routers
 from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec
 from calibrant.recipes.plan import LayerPlan, Plan, Target
 from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
@@ -38,13 +39,14 @@ class _Layers:
     """Layers that a recipe applies to: linears with ``(out, in)`` and fused experts.
 
     ``unpackable`` has what keeps transformers from loading packed weights of this model: names, and what is so about
-    each. ``uncalled`` are linears that no text calls.
+    each. ``uncalled`` are linears that no text calls, ``routers`` those that choose among fused experts.
     """
 
     linears: dict[str, tuple[int, int]]
     fused: dict[str, tuple[int, ...]]
     unpackable: dict[str, str]
     uncalled: list[str]
+    routers: list[str]
 
     @property
     def obstacle(self) -> str:
@@ -76,24 +78,24 @@ def make_plan(
     layers = _layers(model, blocks, chosen)
     left = _left(model, blocks, layers)
     _check_ignored(model, chosen)
-    uncalled = _uncalled_notes(layers)
+    left_notes = _left_notes(layers)
     if not layers.linears and not layers.fused:
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
     recipe = _fit_groups(chosen, layers)
     _check_blocks(recipe, layers)
     sparsity = _sparsity(recipe)
     _check_pattern(recipe, sparsity, layers)
-    _check_fused(recipe, layers.fused)
+    _check_fused(model, recipe, layers.fused)
     if recipe.scheme.weights is None:
         if format_name != "compressed-tensors":
             raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
-        notes = uncalled if recipe.changes_shape else [*uncalled, _PRUNED_DENSE]
+        notes = left_notes if recipe.changes_shape else [*left_notes, _PRUNED_DENSE]
         target = Target(None, sparsity, None)
         return _with_share_note(Plan(recipe, blocks, target, layers.planned(target), notes, left))
     spec, layout = _grid_and_layout(model, recipe, format_name)
     _check_format(layout, layers, recipe)
     _check_bits_budget(layout, layers, recipe)
-    notes = [*uncalled, *_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
+    notes = [*left_notes, *_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
     return _with_share_note(Plan(recipe, blocks, target, layers.planned(target), notes, left))
@@ -126,12 +128,12 @@ def _with_share_note(plan: Plan) -> Plan:
 
 
 def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
-    found = _Layers({}, {}, {}, [])
+    found = _Layers({}, {}, {}, [], routers(model.module))
     use = linear_use(model.module, blocks)
     for name, module in model.module.named_modules():
         if not any(name.startswith(block + ".") for block in blocks):
             continue
-        if isinstance(module, nn.Linear | Conv1D) and recipe.ignores(name):
+        if name in found.routers or (isinstance(module, nn.Linear | Conv1D) and recipe.ignores(name)):
             continue
         if name in use.uncalled:
             found.uncalled.append(name)
@@ -147,12 +149,15 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
             found.unpackable[name] = _NOT_ORDINARY
     for name, parameter in fused_parameters(model.module).items():
         if any(name.startswith(block + ".") for block in blocks):
-            # transformers does not load uncompressed fused experts beside packed layers.
-            found.unpackable[name] = _NOT_ORDINARY
-            if not recipe.ignores(name):
-                found.fused[name] = tuple(parameter.shape)
-    # transformers unpacks whatever it converts, packed or not.
-    for name in model.converted:
+            shape = tuple(parameter.shape)
+            if recipe.ignores(name):
+                found.unpackable[name] = "is fused and left as it is, beside which no packed layer is loaded"
+                continue
+            found.fused[name] = shape
+            if not expert_tensors(model, name, shape):
+                found.unpackable[name] = "is fused in checkpoints too"
+    # transformers unpacks whatever it converts, packed or not; of experts it knows how.
+    for name in set(model.converted) - found.fused.keys():
         found.unpackable.setdefault(name, "is made of other tensors while it is loaded")
     if not found.unpackable:
         name = first_not_packable(model.module, found.linears)
@@ -233,7 +238,7 @@ def _check_pattern(recipe: Recipe, sparsity: Sparsity | None, layers: _Layers) -
             )
 
 
-def _check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
+def _check_fused(model: LazyModel, recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
     """Refuse recipes that do not support fused experts, if the model has any."""
     refusal = None
     if recipe.quadapter is not None:
@@ -245,9 +250,16 @@ def _check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
     elif recipe.budget is not None:
         refusal = "which a budget cannot measure; take a recipe without that"
     elif recipe.scheme.activations is not None:
-        refusal = "which int8 activations do not go with; ignore them, or take a weight-only recipe"
+        refusal = "which quantized activations do not go with; ignore them, or take a weight-only recipe"
+    elif _is_four_bit_float(recipe) and any(split_experts(model, name) for name in fused):
+        refusal = "which transformers loads as separate linears, but not with four-bit floats; take integers or fp8"
     if fused and refusal is not None:
         raise CalibrantError(f"{next(iter(fused))}: fused experts, {refusal}")
+
+
+def _is_four_bit_float(recipe: Recipe) -> bool:
+    weights = recipe.scheme.weights
+    return weights is not None and weights.type in _SCALES
 
 
 def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) -> tuple[GridSpec, Layout]:
@@ -291,6 +303,9 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
     refusal = format_for(layout).refusal(layout)
     if layout.activations:
         refusal = f"the {layout.format} format is for weights alone: take compressed-tensors for quantized activations"
+    if layers.fused:
+        refusal = f"{next(iter(layers.fused))} is fused, which the {layout.format} format has no names for: "
+        refusal += "take compressed-tensors"
     if recipe.stored_dense or layers.unpackable:
         what = recipe.method.name if recipe.stored_dense else f"a model whose {layers.obstacle}"
         refusal = f"{what} fits no {layout.format} checkpoint: take compressed-tensors"
@@ -318,12 +333,14 @@ def _group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
     return ["no group size fits every layer: one scale a channel"]
 
 
-def _uncalled_notes(layers: _Layers) -> list[str]:
-    """The linears that stay as they are because no text calls them."""
-    if not layers.uncalled:
-        return []
-    more = f" and {len(layers.uncalled) - 1} more layers" if len(layers.uncalled) > 1 else ""
-    return [f"left as they are, since no text calls them: {layers.uncalled[0]}{more}"]
+def _left_notes(layers: _Layers) -> list[str]:
+    """The linears that stay as they are because no text calls them, or because they choose among experts."""
+    notes = []
+    for left, why in ((layers.uncalled, "no text calls them"), (layers.routers, "they choose among experts")):
+        if left:
+            more = f" and {len(left) - 1} more layers" if len(left) > 1 else ""
+            notes.append(f"left as they are, since {why}: {left[0]}{more}")
+    return notes
 
 
 def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]:
@@ -340,8 +357,16 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
             "loaders of others see the rounded weights alone"
         )
         return [dense, inputs] if layout.activations else [dense]
-    if layout.type != "int":
-        return []
+    if layout.type == "nvfp4" and layers.fused:
+        return [
+            f"transformers {transformers.__version__} drops one scale when it loads NVFP4 experts, and gives "
+            "wrong values without a word: load the result with vLLM or calibrant"
+        ]
+    if layout.type in _SCALES:
+        return [
+            f"transformers {transformers.__version__} computes with four-bit floats in bfloat16 alone: pass "
+            "from_pretrained dtype=torch.bfloat16"
+        ]
     if not layout.symmetric and not layout.activations and layout.format == "compressed-tensors":
         return [
             f"transformers {transformers.__version__} loads asymmetric packed weights only unpacked: pass "

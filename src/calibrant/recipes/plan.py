@@ -104,6 +104,11 @@ class Plan:
         """Shapes of the fused experts' parameters."""
         return {name: layer.shape for name, layer in self.layers.items() if len(layer.shape) > 2}
 
+    @property
+    def fused_layout(self) -> Layout | None:
+        """How single experts of fused parameters are stored; None if the parameters are stored dense."""
+        return self.target.layout
+
     def target_of(self, name: str) -> Target:
         """Target of the layer with full name ``name``; single experts of a fused parameter get the scheme's target."""
         return self.layers[name].target if name in self.layers else self.target

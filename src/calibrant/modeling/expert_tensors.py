@@ -1,0 +1,57 @@
+"""How a checkpoint with one linear per expert names the parts of fused expert weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+from transformers.utils.quantization_config import QuantizationMethod
+
+from calibrant.modeling.lazy_model import LazyModel
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """A linear of one expert: checkpoint name without ".weight", expert, and its rows of the expert's fused matrix."""
+
+    name: str
+    expert: int
+    rows: torch.Tensor
+
+
+def expert_tensors(model: LazyModel, parameter: str, shape: tuple[int, ...]) -> list[ExpertTensor]:
+    """The linears that the fused ``parameter`` of ``shape`` is made of; empty if transformers reads no such linears.
+
+    transformers' rules that turn fused weights into a checkpoint are applied to the numbers of the rows. It builds some
+    experts (Llama 4's) as separate linears if their weights are quantized; those have rules of their own there.
+    """
+    if split_experts(model, parameter):
+        return _split(parameter, shape)
+    experts, rows = shape[0], shape[1]
+    numbers = torch.arange(experts * rows).view(experts, rows, 1)
+    found = []
+    for name, tensor in model.to_checkpoint({parameter: numbers}).items():
+        if tensor.ndim != 2 or tensor.shape[1] != 1 or not name.endswith(".weight"):
+            return []
+        expert, own = tensor[:, 0] // rows, tensor[:, 0] % rows
+        found.append(ExpertTensor(name.removesuffix(".weight"), int(expert[0]), own))
+    return found
+
+
+def split_experts(model: LazyModel, parameter: str) -> bool:
+    """Whether transformers replaces the experts by separate linears in models of compressed-tensors."""
+    owner = type(model.module.get_submodule(parameter.rpartition(".")[0])).__name__
+    patch: dict[str, Any] | None = MODULES_TO_PATCH_FOR_QUANTIZATION.get(owner)
+    return patch is not None and QuantizationMethod.COMPRESSED_TENSORS in patch["quantization_methods"]
+
+
+def _split(parameter: str, shape: tuple[int, ...]) -> list[ExpertTensor]:
+    """Gates and ups one after the other; the weights are stored ``[experts, in, out]``."""
+    owner, _, leaf = parameter.rpartition(".")
+    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    rows = torch.arange(shape[2]).chunk(len(parts))
+    return [
+        ExpertTensor(f"{owner}.{expert}.{part}", expert, own)
+        for expert in range(shape[0])
+        for part, own in zip(parts, rows, strict=True)
+    ]
