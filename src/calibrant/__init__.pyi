@@ -1,6 +1,7 @@
 from .api import compare as compare
 from .api import compress as compress
 from .api import evaluate as evaluate
+from .api import prove as prove
 from .api import write_gguf as write_gguf
 from .api import write_importance_matrix as write_importance_matrix
 from .calibration.calibration_set import CalibrationSet as CalibrationSet
@@ -43,6 +44,7 @@ from .pipeline.comparison import Comparison as Comparison
 from .pipeline.estimate import Estimate as Estimate
 from .pipeline.prepare import PreparedRun as PreparedRun
 from .pipeline.prepare import prepare as prepare
+from .pipeline.proof import Proof as Proof
 from .pipeline.record import RunRecord as RunRecord
 from .pipeline.record import RunReport as RunReport
 from .pipeline.run_report import write_run_report as write_run_report

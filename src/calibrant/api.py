@@ -11,6 +11,7 @@ from calibrant.engine.compress_blocks import Order
 from calibrant.engine.importance import input_squares, stored_names
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation, evaluate_models
+from calibrant.evaluation.engines.ask import ENGINES, EngineName
 from calibrant.evaluation.original import WholeOriginal
 from calibrant.evaluation.recorded import save_evaluation
 from calibrant.evaluation.tasks.data_files import check_tasks
@@ -29,7 +30,9 @@ from calibrant.output_folder import check_file, whole_file
 from calibrant.pipeline.comparison import Comparison, compare_outputs
 from calibrant.pipeline.output import Output
 from calibrant.pipeline.prepare import check_calibration, prepare
-from calibrant.pipeline.record import RECORD_NAME, RunReport
+from calibrant.pipeline.proof import Proof
+from calibrant.pipeline.prove import Question, prove_in_engine
+from calibrant.pipeline.record import RECORD_NAME, RunReport, keep_proof
 from calibrant.pipeline.write_gguf import EmbeddingType, GgufExport, GgufFile
 from calibrant.progress import NoProgress, Progress
 from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe
@@ -167,6 +170,73 @@ def write_gguf(
     for sentence in written.notes:
         listener.note(sentence)
     return written
+
+
+def prove(
+    model: str | Path,
+    *,
+    engine: EngineName = "transformers",
+    python: str | Path | None = None,
+    against: str | Path | None = None,
+    text: str | Path | Corpus = BUILTIN,
+    length: int = 64,
+    windows: int = 2,
+    new_tokens: int = 24,
+    gguf: str | Path | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Proof:
+    """Load ``model`` in an engine and compare what it computes with the stored values
+    (docs/engines.md "Proof in the engine").
+
+    The result is kept in the record and the model card of an output of ``compress``, whether the engine agrees or not.
+
+    Args:
+        model: an output of ``compress``, or a model folder.
+        engine: "transformers", "vllm" or "llama.cpp".
+        python: the Python of the environment that has the engine; None for this one.
+        against: the original, from which the engine's divergence is measured.
+        text: what log-probabilities are compared on: ``windows`` windows of ``length`` tokens.
+        new_tokens: tokens that the engine writes after the first half of the first window.
+        gguf: the GGUF file for llama.cpp; None for one that is written now.
+        dtype: what transformers or vLLM compute in.
+        device: where transformers computes; vLLM takes what its installation is made for.
+        threads: of llama.cpp.
+        progress: receives progress and notes; None for silence.
+
+    Raises:
+        CalibrantError: the engine is not installed, fails on the model, or disagrees.
+    """
+    if engine not in ENGINES:
+        raise CalibrantError(f"{engine}: no such engine; there are {', '.join(ENGINES)}")
+    torch_dtype(dtype, torch_device(device))
+    if min(windows, new_tokens, threads) < 1:
+        raise CalibrantError(f"windows {windows}, new tokens {new_tokens}, threads {threads}: need at least 1 of each")
+    listener = progress or NoProgress()
+    folder = ModelFolder(model_path(model), allow_quantized=True)
+    tokenizer = Tokenizer(folder.path)
+    reference = None if against is None else _reference(against, folder, tokenizer)
+    found = _windows(folder, tokenizer, text, length, windows, listener)
+    question = Question(found, new_tokens, dtype, device, threads)
+    proof = prove_in_engine(
+        folder,
+        engine,
+        None if python is None else Path(python),
+        question,
+        against=reference,
+        gguf=None if gguf is None else Path(gguf),
+        progress=listener,
+    )
+    if (folder.path / RECORD_NAME).is_file():
+        keep_proof(folder.path, proof)
+    if not proof.agrees:
+        raise CalibrantError(
+            f"{folder.path}: {engine} {proof.version} does not compute what is stored, do not serve it there: "
+            f"log-probabilities differ by {proof.difference:.3g} on average, arithmetic explains {proof.allowed:.3g}"
+        )
+    return proof
 
 
 def evaluate(

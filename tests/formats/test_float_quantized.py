@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import calibrant as cb
 from calibrant.formats.stored_codes import dequantized, quantized_linears, settings_of, stored_codes
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.input_rounding import round_float_inputs
+from calibrant.modeling.dequantized_model import load_dequantized
+from calibrant.modeling.input_rounding import round_inputs
 from calibrant.modeling.whole_model import load_whole
 from calibrant.recipes.recipe import builtin_recipes
 from tests.conftest import random_set, write_tokenizer
@@ -146,12 +147,30 @@ def test_the_choice_of_four_or_six_lowers_the_error_of_weights(model: Path, tmp_
     assert all(better < plain for better, plain in zip(errors["four-over-six"], errors["none"], strict=True))
 
 
-@pytest.mark.parametrize("global_scale", [None, 37.5])
-def test_zeros_and_huge_inputs_are_rounded_to_finite_values(global_scale: float | None) -> None:
-    linear = torch.nn.Linear(32, 4, bias=False)
-    round_float_inputs(linear, 16 if global_scale else 32, global_scale)
-    given_ = torch.cat([torch.zeros(1, 32), torch.full((1, 32), 1e30), torch.full((1, 32), 1e-30)])
-    assert bool(linear(given_).isfinite().all())
+@pytest.mark.parametrize("recipe", ["gptq-mxfp4", "gptq-nvfp4", "rtn-fp8"])
+def test_zeros_and_huge_inputs_are_rounded_to_finite_values(outputs: dict[str, Path], recipe: str) -> None:
+    model = load_dequantized(ModelFolder(outputs[recipe], allow_quantized=True), torch.device("cpu"), torch.float32)
+    round_inputs(model, ModelFolder(outputs[recipe], allow_quantized=True))
+    given_ = torch.cat([torch.zeros(1, 128), torch.full((1, 128), 1e30), torch.full((1, 128), 1e-30)])
+    assert bool(model.get_submodule(LINEAR)(given_).isfinite().all())
+
+
+@pytest.mark.parametrize("recipe", [*(one for one in RECIPES if "fp4" not in one), "rtn-w8a8", "rtn-w8a8-static"])
+def test_models_are_the_same_whoever_decodes_them(
+    outputs: dict[str, Path], model: Path, recipe: str, tmp_path: Path
+) -> None:
+    """Decoded here, or by transformers and compressed-tensors."""
+    output = outputs.get(recipe, tmp_path / "out")
+    if recipe not in outputs:
+        cb.compress(model, recipe=recipe, output=output, calibration=random_set(model, 8, 32))
+    tokens = torch.arange(3, 40)[None]
+    theirs = hf.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    folder = ModelFolder(output, allow_quantized=True)
+    ours = load_dequantized(folder, torch.device("cpu"), torch.float32)
+    round_inputs(ours, folder)
+    with torch.inference_mode():
+        one, other = (found(tokens).logits.float() for found in (ours, theirs))
+    assert (one - other).norm() < 1e-3 * one.norm()
 
 
 @pytest.mark.parametrize(("scheme", "said"), [

@@ -123,8 +123,9 @@ def test_every_expert_is_packed_and_loads(tmp_path: Path, kind: str, recipe: str
 
 
 @pytest.mark.parametrize("recipe", ["gptq-nvfp4a16", "gptq-mxfp4a16"])
-def test_four_bit_floats_of_experts_are_evaluated_with_all_their_scales(tmp_path: Path, recipe: str) -> None:
-    model, output = saved(tmp_path / "model", "qwen3_moe"), tmp_path / "out"
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4"])
+def test_four_bit_floats_of_experts_are_evaluated_with_all_their_scales(tmp_path: Path, kind: str, recipe: str) -> None:
+    model, output = saved(tmp_path / "model", kind), tmp_path / "out"
     report = cb.compress(model, recipe=recipe, output=output, calibration=random_set(model, 8, 32))
     assert any("wrong values without a word" in note for note in report.notes) == ("nvfp4" in recipe)
     assert cb.evaluate(output, against=model, length=32, limit=2).divergence.kl_mean < 0.1
@@ -140,7 +141,6 @@ def test_experts_that_stay_dense_keep_the_whole_model_dense(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("kind", "options", "said"), [
     ("mixtral", {"checkpoint_format": "gptq"}, "is fused, which the gptq format has no names for"),
-    ("llama4", {"recipe": "gptq-nvfp4a16"}, "not with four-bit floats"),
     ("mixtral", {"recipe": "rtn-fp8"}, "quantized activations do not go with"),
 ])  # fmt: skip
 def test_what_no_loader_takes_is_refused(tmp_path: Path, kind: str, options: dict[str, str], said: str) -> None:

@@ -13,6 +13,7 @@ from calibrant.cli.demo import demo
 from calibrant.cli.evaluate import evaluate
 from calibrant.cli.gguf import gguf
 from calibrant.cli.imatrix import imatrix
+from calibrant.cli.prove import prove
 from calibrant.cli.recipes import recipes
 from calibrant.cli.report import report
 from calibrant.cli.study import app as study_app
@@ -37,6 +38,7 @@ app.command()(evaluate)
 app.command()(report)
 app.command()(compare)
 app.command()(gguf)
+app.command()(prove)
 app.command()(imatrix)
 app.add_typer(study_app, name="study")
 app.command()(recipes)

@@ -97,7 +97,7 @@ class CheckpointWriter:
         layout, name = self._plan.fused_layout, parameter.removeprefix(f"{solver.block.name}.")
         assert layout is not None
         packed: dict[str, torch.Tensor] = {}
-        for part in expert_tensors(self._model, parameter, self._plan.fused[parameter]):
+        for part in expert_tensors(self._model.module, parameter, self._plan.fused[parameter]):
             codes = solver.codes[f"{name}.{part.expert}"].rows(part.rows)
             packed.update(self._packed(f"{part.name}.weight", codes, layout))
         return packed

@@ -66,4 +66,10 @@ class IntQuantized:
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         scale = tensors["weight_scale"]
         zero_point = tensors.get("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
-        return Codes(tensors["weight"], scale, zero_point, tensors.get("input_scale"), tensors.get("input_zero_point"))
+        return Codes(
+            tensors["weight"],
+            scale,
+            zero_point,
+            input_scale=tensors.get("input_scale"),
+            input_zero_point=tensors.get("input_zero_point"),
+        )

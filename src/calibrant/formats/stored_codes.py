@@ -108,7 +108,7 @@ def dequantized(codes: Codes, floating: bool) -> torch.Tensor:
     scale = scale if codes.global_scale is None else scale / codes.global_scale
     rows, columns = codes.codes.shape
     if scale.shape[0] != rows:
-        scale = scale.expand(rows, 1) if len(scale) == 1 else scale.repeat_interleave(BLOCK_SIZE, dim=0)
+        scale = scale.expand(rows, 1) if scale.numel() == 1 else scale.repeat_interleave(BLOCK_SIZE, dim=0)
     scale = scale.repeat_interleave(columns // scale.shape[1], dim=1)
     if floating:
         return (decoded_floats(codes.codes).to(scale.dtype) * scale).contiguous()

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from transformers.utils.quantization_config import QuantizationMethod
 
-from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.structure import fused_parameters
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,18 @@ class ExpertTensor:
     rows: torch.Tensor
 
 
-def expert_tensors(model: LazyModel, parameter: str, shape: tuple[int, ...]) -> list[ExpertTensor]:
+def expert_tensors(model: PreTrainedModel, parameter: str, shape: tuple[int, ...]) -> list[ExpertTensor]:
     """The linears that the fused ``parameter`` of ``shape`` is made of; empty if transformers reads no such linears.
 
     transformers' rules that turn fused weights into a checkpoint are applied to the numbers of the rows. It builds some
     experts (Llama 4's) as separate linears if their weights are quantized; those have rules of their own there.
     """
-    if split_experts(model, parameter):
+    if _is_split(model, parameter):
         return _split(parameter, shape)
     experts, rows = shape[0], shape[1]
     numbers = torch.arange(experts * rows).view(experts, rows, 1)
     found = []
-    for name, tensor in model.to_checkpoint({parameter: numbers}).items():
+    for name, tensor in revert_weight_conversion(model, {parameter: numbers}).items():
         if tensor.ndim != 2 or tensor.shape[1] != 1 or not name.endswith(".weight"):
             return []
         expert, own = tensor[:, 0] // rows, tensor[:, 0] % rows
@@ -38,11 +40,24 @@ def expert_tensors(model: LazyModel, parameter: str, shape: tuple[int, ...]) -> 
     return found
 
 
-def split_experts(model: LazyModel, parameter: str) -> bool:
+def _is_split(model: PreTrainedModel, parameter: str) -> bool:
     """Whether transformers replaces the experts by separate linears in models of compressed-tensors."""
-    owner = type(model.module.get_submodule(parameter.rpartition(".")[0])).__name__
+    owner = type(model.get_submodule(parameter.rpartition(".")[0])).__name__
     patch: dict[str, Any] | None = MODULES_TO_PATCH_FOR_QUANTIZATION.get(owner)
     return patch is not None and QuantizationMethod.COMPRESSED_TENSORS in patch["quantization_methods"]
+
+
+def join_split_experts(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+    """Replace, in a checkpoint's ``state``, linears of experts by the fused parameters that ``model`` has for them."""
+    for parameter, values in fused_parameters(model).items():
+        if not _is_split(model, parameter):
+            continue
+        parts = _split(parameter, tuple(values.shape))
+        if all(f"{part.name}.weight" in state for part in parts):
+            joined = torch.empty(values.shape, dtype=state[f"{parts[0].name}.weight"].dtype)
+            for part in parts:
+                joined[part.expert][:, part.rows] = state.pop(f"{part.name}.weight").T
+            state[parameter] = joined
 
 
 def _split(parameter: str, shape: tuple[int, ...]) -> list[ExpertTensor]:

@@ -11,8 +11,10 @@ Hook = Callable[..., Any]
 
 
 @contextmanager
-def hooked(hooks: Iterable[tuple[nn.Module, Hook]], *, after: bool = False) -> Iterator[None]:
+def hooked(hooks: Iterable[tuple[nn.Module, Hook]], *, after: bool = False, first: bool = False) -> Iterator[None]:
     """Call each hook before its module's forward pass, or ``after`` it, until the context ends.
+
+    With ``first`` it is called before the hooks that the module has already.
 
     A hook is called as ``hook(module, args, kwargs)`` and may return changed ``(args, kwargs)``; with ``after`` as
     ``hook(module, args, kwargs, output)``, and may return another output.
@@ -20,7 +22,7 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]], *, after: bool = False) -> I
     with ExitStack() as stack:
         for module, hook in hooks:
             register = module.register_forward_hook if after else module.register_forward_pre_hook
-            stack.callback(register(hook, with_kwargs=True).remove)
+            stack.callback(register(hook, with_kwargs=True, prepend=first).remove)
         yield
 
 

@@ -1,6 +1,7 @@
 """Quantized inputs at run time: hooks that round a linear's input to the values its codes stand for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,9 +9,17 @@ from torch import nn
 
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import BITS, INPUT_ROUNDING, QMAX, QMIN, InputGrids
+from calibrant.formats.stored_codes import quantized_linears, settings_of
+from calibrant.kernels.number_types import E4M3
+from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.quantization.grid_fitting import rounded
 from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec
 from calibrant.quantization.token_scales import token_scales
+
+Hook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]
+_INPUT_TENSORS = ("input_scale", "input_zero_point", "input_global_scale")
+_BYTE = 8
+_LLAMA_CPP_BLOCK = 32
 
 
 def apply_input_rounding(model: nn.Module, grids: InputGrids) -> None:
@@ -26,28 +35,73 @@ def apply_input_rounding(model: nn.Module, grids: InputGrids) -> None:
         modules[name].register_forward_pre_hook(_rounding_hook(grid))
 
 
-def round_float_inputs(linear: nn.Module, group_size: int, global_scale: float | None) -> None:
-    """Round the inputs of ``linear`` to four-bit floats in every later forward pass.
+def round_inputs(model: nn.Module, folder: ModelFolder, largest_byte: float | None = None) -> None:
+    """Round inputs in every later forward pass of ``model`` as the checkpoint in ``folder`` says.
 
-    With ``global_scale`` as in NVFP4, without as in MXFP4.
+    Only those of compressed-tensors have such inputs. A token's largest int8 input is at ``largest_byte`` (None: as in
+    compressed-tensors).
     """
-    scales = MX_SCALE if global_scale is None else NV_SCALE
-    spec = GridSpec(4, True, group_size, scales, floating=True, global_scale=global_scale)
+    settings = folder.quantization
+    if settings is None or settings.get("quant_method") != "compressed-tensors":
+        return
+    for linear in quantized_linears(folder.tensors, settings):
+        inputs = settings_of(linear, settings).get("input_activations")
+        if inputs is not None:
+            stored = [part for part in _INPUT_TENSORS if f"{linear}.{part}" in folder.tensors]
+            scales = {part: folder.read(f"{linear}.{part}") for part in stored}
+            model.get_submodule(linear).register_forward_pre_hook(_hook(inputs, scales, largest_byte))
 
+
+def _hook(inputs: Mapping[str, Any], scales: Mapping[str, torch.Tensor], largest_byte: float | None) -> Hook:
+    """The hook for ``input_activations`` of a checkpoint; ``scales`` are the stored ones."""
+    if inputs["type"] == "int":
+        if inputs["dynamic"] and largest_byte is not None:
+            return _hook_of(lambda values: _bytes(values, largest_byte))
+        if inputs["dynamic"]:
+            return _rounding_hook(None)
+        return _rounding_hook((float(scales["input_scale"]), int(scales["input_zero_point"])))
+    if inputs["strategy"] == "tensor":
+        scale = scales["input_scale"].float()
+        return _hook_of(lambda values: E4M3.nearest(values / scale.to(values.device)) * scale.to(values.device))
+    scale_dtype = torch.float32 if inputs["num_bits"] == _BYTE else MX_SCALE
+    spec = GridSpec(inputs["num_bits"], True, inputs.get("group_size"), scale_dtype, floating=True)
+    if "input_global_scale" in scales:
+        spec = replace(spec, scale_dtype=NV_SCALE, global_scale=float(scales["input_global_scale"]))
+    return _hook_of(lambda values: rounded(values, spec))
+
+
+def round_to_bytes(linear: nn.Module) -> None:
+    """Round the inputs of ``linear`` as llama.cpp does before it multiplies by codes: int8 in blocks of 32, with scales
+    in float16 (ggml, ``quantize_row_q8_0``)."""
+
+    def rounding(values: torch.Tensor) -> torch.Tensor:
+        blocks = values.unflatten(-1, (-1, _LLAMA_CPP_BLOCK))
+        return _bytes(blocks, float(QMAX), torch.float16).flatten(-2)
+
+    linear.register_forward_pre_hook(_hook_of(rounding))
+
+
+def _bytes(values: torch.Tensor, largest_byte: float, scale_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``values`` ``[.., n]`` as int8 numbers times one scale for each row, whose largest number is ``largest_byte``."""
+    largest = values.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest / largest_byte, 1.0)
+    return (values / scale).round().clamp(QMIN, QMAX) * scale.to(scale_dtype).float()
+
+
+def _hook_of(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Hook:
     def round_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return rounded(args[0].float(), spec).to(args[0].dtype), *args[1:]
+        return rounding(args[0].float()).to(args[0].dtype), *args[1:]
 
-    linear.register_forward_pre_hook(round_input)
+    return round_input
 
 
-def _rounding_hook(grid: tuple[float, int] | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def round_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        inputs = args[0].float()
+def _rounding_hook(grid: tuple[float, int] | None) -> Hook:
+    def round_values(inputs: torch.Tensor) -> torch.Tensor:
         if grid is None:
             scale, zero_point = token_scales(inputs, BITS), 0
         else:
             scale, zero_point = torch.tensor(grid[0], device=inputs.device), grid[1]
         codes = (inputs / scale + zero_point).clamp(QMIN, QMAX).round()
-        return ((codes - zero_point) * scale).to(args[0].dtype), *args[1:]
+        return (codes - zero_point) * scale
 
-    return round_input
+    return _hook_of(round_values)

@@ -8,12 +8,11 @@ import transformers
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.input_rounding import read_input_rounding
-from calibrant.formats.stored_codes import dense_weights, quantized_linears, settings_of
 from calibrant.modeling.checkpoint import ModelFolder, model_class
-from calibrant.modeling.input_rounding import apply_input_rounding, round_float_inputs
+from calibrant.modeling.dequantized_model import check_found, load_dequantized
+from calibrant.modeling.input_rounding import apply_input_rounding, round_inputs
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.quietly import quietly
-from calibrant.modeling.tensor_sources import layer_of
 
 # Processor features whose bfloat16 products are faster than float32 (two of x86, one of Arm).
 _DEQUANTIZED_HERE = {"gptq", "awq", "mxfp4-pack-quantized", "nvfp4-pack-quantized"}
@@ -69,45 +68,6 @@ def _unpacking_options(folder: ModelFolder) -> dict[str, Any]:
     return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
 
 
-def _load_dequantized(
-    folder: ModelFolder, settings: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> transformers.PreTrainedModel:
-    """Load a model by dequantizing it here: loaders of GPTQ and AWQ need further packages, those of four-bit floats
-    compute in bfloat16 alone."""
-    state = dense_weights(folder.tensors, folder.read, settings)
-    config = copy.deepcopy(folder.config)
-    del config.quantization_config
-    load: Any = model_class(folder.architecture).from_pretrained
-    with quietly():
-        model, found = load(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    loaded: transformers.PreTrainedModel = model.to(device=device).eval()
-    _check_found(loaded, found, folder)
-    if settings.get("quant_method") == "compressed-tensors":
-        for name in quantized_linears(folder.tensors, settings):
-            inputs = settings_of(name, settings).get("input_activations")
-            if inputs is not None:
-                stored = f"{name}.input_global_scale"
-                scale = float(folder.read(stored)) if stored in folder.tensors else None
-                round_float_inputs(loaded.get_submodule(name), inputs["group_size"], scale)
-    return loaded
-
-
-def _check_found(model: transformers.PreTrainedModel, found: dict[str, Any], folder: ModelFolder) -> None:
-    """Refuse what transformers only warns of: weights that it makes up, and values that it drops."""
-    if found["missing_keys"]:
-        missing = min(found["missing_keys"])
-        raise CalibrantError(f"{folder.path}: its files lack {missing}; copy or download it again")
-    modules = dict(model.named_modules())
-    owners = ((name, layer_of(name, modules)) for name in sorted(found["unexpected_keys"]))
-    for name, owner in owners:
-        # Old quantizers store biases of zeros for layers without one.
-        if owner is not None and (name not in folder.tensors or bool(folder.read(name).float().any())):
-            raise CalibrantError(
-                f"{folder.path}: tensor {name} belongs to layer {owner}, which does not take it; "
-                "start from the original weights"
-            )
-
-
 def _try(model: transformers.PreTrainedModel, folder: ModelFolder) -> None:
     """Run the model once; quantized models decompress in their first forward pass, with progress bars.
 
@@ -134,7 +94,9 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
     place = torch_device(device)
     settings = folder.quantization
     if settings is not None and {settings.get("quant_method"), settings.get("format")} & _DEQUANTIZED_HERE:
-        return _load_dequantized(folder, settings, place, torch_dtype(dtype, place))
+        dequantized = load_dequantized(folder, place, torch_dtype(dtype, place))
+        round_inputs(dequantized, folder)
+        return dequantized
     if settings is None:
         LazyModel(folder, torch_dtype(dtype, place), place)  # checks names and shapes before memory is taken
     load: Any = model_class(folder.architecture).from_pretrained  # transformers' types ignore output_loading_info
@@ -152,7 +114,7 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
             )
     except Exception as error:  # invalid configurations raise any exception in the model classes
         raise CalibrantError(f"{folder.path}: transformers cannot load it ({first_line(error)})") from error
-    _check_found(model, found, folder)
+    check_found(model, found, folder)
     loaded: transformers.PreTrainedModel = model.to(device=place).eval()
     _try(loaded, folder)
     apply_input_rounding(loaded, read_input_rounding(folder.path))

@@ -19,8 +19,10 @@ from calibrant.formats.registry import format_for
 from calibrant.hashing import canonical_json, sha256_file
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.lazy_model import LazyModel
+from calibrant.pipeline.proof import Proof
 from calibrant.recipes.plan import Plan
 from calibrant.recipes.recipe import Recipe
+from calibrant.report.model_card import model_card
 from calibrant.training.train_model import generator_identity
 from calibrant.training.training_loop import Trained
 from calibrant.version import __version__
@@ -69,7 +71,7 @@ class RunRecord(_Recorded):
 
     ``format`` is the checkpoint format's name, or "dense"; ``model`` and ``generator`` contain names and hashes;
     ``calibration`` is the set's manifest, written without its rows; ``share`` is the share of the blocks' weights
-    that was compressed, from 0 to 1.
+    that was compressed, from 0 to 1. ``proofs`` are of engines that the output was loaded in afterwards.
     """
 
     format_version: Literal[2] = 2
@@ -88,6 +90,7 @@ class RunRecord(_Recorded):
     budget: SpentBudget | None
     structure: Pruned | None
     training: Trained | None
+    proofs: list[Proof] = []
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -105,6 +108,19 @@ class RunRecord(_Recorded):
             CalibrantError: there is no record, or this version cannot read it.
         """
         return _read(Path(folder) / RECORD_NAME, cls)
+
+
+def keep_proof(folder: Path, proof: Proof) -> None:
+    """Put ``proof`` into the record and the model card of ``folder``, in place of earlier ones of that engine.
+
+    Raises:
+        CalibrantError: there is no record, or this version cannot read it.
+    """
+    record = RunRecord.read(folder)
+    others = [one for one in record.proofs if one.engine != proof.engine]
+    kept = record.model_copy(update={"proofs": sorted([*others, proof], key=lambda one: one.engine)})
+    kept.write(folder)
+    (folder / "README.md").write_text(model_card(kept.as_dict()), encoding="utf-8")
 
 
 def _read(file: Path, kind: type[_Kind]) -> _Kind:

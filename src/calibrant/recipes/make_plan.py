@@ -14,7 +14,7 @@ from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import BLOCK_SIZE, FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.methods.solvers.sparsity import Sparsity
-from calibrant.modeling.expert_tensors import expert_tensors, split_experts
+from calibrant.modeling.expert_tensors import expert_tensors
 from calibrant.modeling.find_blocks import blocks_beside
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.linear_use import linear_use
@@ -85,7 +85,7 @@ def make_plan(
     _check_blocks(recipe, layers)
     sparsity = _sparsity(recipe)
     _check_pattern(recipe, sparsity, layers)
-    _check_fused(model, recipe, layers.fused)
+    _check_fused(recipe, layers.fused)
     if recipe.scheme.weights is None:
         if format_name != "compressed-tensors":
             raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
@@ -154,7 +154,7 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
                 found.unpackable[name] = "is fused and left as it is, beside which no packed layer is loaded"
                 continue
             found.fused[name] = shape
-            if not expert_tensors(model, name, shape):
+            if not expert_tensors(model.module, name, shape):
                 found.unpackable[name] = "is fused in checkpoints too"
     # transformers unpacks whatever it converts, packed or not; of experts it knows how.
     for name in set(model.converted) - found.fused.keys():
@@ -238,7 +238,7 @@ def _check_pattern(recipe: Recipe, sparsity: Sparsity | None, layers: _Layers) -
             )
 
 
-def _check_fused(model: LazyModel, recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
+def _check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
     """Refuse recipes that do not support fused experts, if the model has any."""
     refusal = None
     if recipe.quadapter is not None:
@@ -251,15 +251,8 @@ def _check_fused(model: LazyModel, recipe: Recipe, fused: dict[str, tuple[int, .
         refusal = "which a budget cannot measure; take a recipe without that"
     elif recipe.scheme.activations is not None:
         refusal = "which quantized activations do not go with; ignore them, or take a weight-only recipe"
-    elif _is_four_bit_float(recipe) and any(split_experts(model, name) for name in fused):
-        refusal = "which transformers loads as separate linears, but not with four-bit floats; take integers or fp8"
     if fused and refusal is not None:
         raise CalibrantError(f"{next(iter(fused))}: fused experts, {refusal}")
-
-
-def _is_four_bit_float(recipe: Recipe) -> bool:
-    weights = recipe.scheme.weights
-    return weights is not None and weights.type in _SCALES
 
 
 def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) -> tuple[GridSpec, Layout]:

@@ -41,5 +41,18 @@ def model_card(record: dict[str, Any]) -> str:
     lines += [f"| `{layer['name']}` | {layer['relative_error']:.3g} |" for layer in worst]
     if record["notes"]:
         lines += ["", "## Notes", ""] + [f"- {note}" for note in record["notes"]]
+    lines += _proofs(record["proofs"])
     lines += ["", "Everything that determined this result is in `calibrant.json`.", ""]
     return "\n".join(lines)
+
+
+def _proofs(proofs: list[dict[str, Any]]) -> list[str]:
+    if not proofs:
+        return []
+    lines = ["", "## Engines", "", "Loaded and compared with the stored values (nats, `calibrant prove`):", ""]
+    lines += ["| engine | agrees | difference | allowed | same greedy tokens |", "| --- | --- | --- | --- | --- |"]
+    return lines + [
+        f"| {one['engine']} {one['version']} ({one['dtype']}) | {'yes' if one['agrees'] else '**no**'} | "
+        f"{one['difference']:.2g} | {one['allowed']:.2g} | {one['same_tokens']} of {one['new_tokens']} |"
+        for one in proofs
+    ]

@@ -1,0 +1,189 @@
+"""Proof that an engine computes what a model folder stores."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from calibrant.errors import CalibrantError
+from calibrant.evaluation.agreement import Agreement, agreement, divergence_from, log_probabilities
+from calibrant.evaluation.engines.ask import Answer, EngineName, Request, ask
+from calibrant.evaluation.text import EvaluationText
+from calibrant.formats.gguf_names import gguf_library
+from calibrant.formats.stored_codes import quantized_linears
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.dequantized_model import load_dequantized
+from calibrant.modeling.input_rounding import round_inputs, round_to_bytes
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.modeling.whole_model import load_whole
+from calibrant.pipeline.proof import Proof
+from calibrant.pipeline.write_gguf import GgufExport
+from calibrant.progress import Progress
+
+# Likeliest tokens that an engine is asked for at each position (vLLM's own limit is 20).
+_TOP = 20
+# vLLM rounds a token's largest input to the largest int8 number; compressed-tensors to half a step more.
+_VLLM_BYTE = 127.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an engine is asked: on which windows, in which dtype and on which device, and how much it shall write."""
+
+    text: EvaluationText
+    new_tokens: int
+    dtype: str
+    device: str
+    threads: int
+
+
+def prove_in_engine(
+    folder: ModelFolder,
+    engine: EngineName,
+    python: Path | None,
+    question: Question,
+    *,
+    against: ModelFolder | None,
+    gguf: Path | None,
+    progress: Progress,
+) -> Proof:
+    """Ask ``engine`` and compare; ``gguf`` is the file for llama.cpp (None: a temporary one).
+
+    Raises:
+        CalibrantError: the engine is not there, or fails on the model.
+    """
+    with _served(folder, engine, gguf, progress) as served:
+        request = _request(folder, engine, served, question)
+        with progress.task(f"asking {engine}", None):
+            answer = ask(engine, python, request)
+        reference = _decoded(folder)
+        if engine == "llama.cpp":
+            _take_embeddings(reference, served)
+        windows = list(question.text.windows)
+        with progress.task("comparing", None):
+            unrounded = log_probabilities(reference, windows)
+            _round_inputs(reference, folder, engine, served)
+            dtype = torch.float32 if engine == "llama.cpp" else getattr(torch, question.dtype)
+            found = agreement(reference, windows, answer.positions, request.prompt, answer.written, dtype, unrounded)
+    with progress.task("the original", None):
+        kl = None
+        if against is not None:
+            kl = divergence_from(load_whole(against, "cpu", "float32"), windows, answer.positions)
+    return _proof(engine, request, answer, found, kl)
+
+
+def _proof(engine: str, request: Request, answer: Answer, found: Agreement, kl: float | None) -> Proof:
+    return Proof(
+        engine=engine,
+        version=answer.version,
+        dtype="as stored in the file" if engine == "llama.cpp" else request.dtype,
+        tokens=sum(map(len, answer.positions)),
+        **asdict(found),
+        new_tokens=len(answer.written),
+        kl=kl,
+        load_seconds=round(answer.load_seconds, 3),
+        tokens_per_second=round(answer.tokens_per_second, 3),
+        peak_bytes=answer.peak_bytes,
+        agrees=found.agrees,
+    )
+
+
+@contextmanager
+def _served(folder: ModelFolder, engine: EngineName, gguf: Path | None, progress: Progress) -> Iterator[Path]:
+    """What the engine loads: the folder, or a GGUF file of it."""
+    if engine != "llama.cpp":
+        if gguf is not None:
+            raise CalibrantError(f"{gguf}: only llama.cpp loads GGUF files, not {engine}")
+        yield folder.path
+    elif gguf is not None:
+        yield gguf
+    else:
+        with tempfile.TemporaryDirectory() as made:
+            target = Path(made) / "model.gguf"
+            GgufExport(folder, "Q8_0", progress).write(target)
+            yield target
+
+
+def _request(folder: ModelFolder, engine: EngineName, served: Path, question: Question) -> Request:
+    windows = question.text.windows.tolist()
+    prompt = windows[0][: max(1, len(windows[0]) // 2)]
+    return Request(
+        model=str(served.resolve()),
+        architecture=folder.architecture,
+        windows=windows,
+        prompt=prompt,
+        new_tokens=question.new_tokens,
+        top=min(_TOP, folder.vocabulary),
+        dtype=question.dtype,
+        device=question.device,
+        dequantize=_needs_dequantizing(folder),
+        plain_token=_plain_token(folder),
+        threads=question.threads,
+    )
+
+
+def _needs_dequantizing(folder: ModelFolder) -> bool:
+    """Whether transformers loads the folder only with the option to unpack: asymmetric packed weights."""
+    settings = folder.quantization or {}
+    groups = settings.get("config_groups", {}).values()
+    packed = settings.get("format") == "pack-quantized"
+    return packed and not all(group["weights"]["symmetric"] for group in groups)
+
+
+def _plain_token(folder: ModelFolder) -> int:
+    """A token of whole characters."""
+    tokenizer = Tokenizer(folder.path)
+    special = set(tokenizer.hf.all_special_ids)
+    texts = ((index, tokenizer.decode([index])) for index in range(folder.vocabulary) if index not in special)
+    return next(index for index, text in texts if text.isascii() and text.isalnum())
+
+
+def _decoded(folder: ModelFolder) -> transformers.PreTrainedModel:
+    """The folder's model in float32, decoded here, without any rounding of inputs."""
+    if folder.quantization is None:
+        return load_whole(folder, "cpu", "float32")
+    return load_dequantized(folder, torch.device("cpu"), torch.float32)
+
+
+def _take_embeddings(model: transformers.PreTrainedModel, file: Path) -> None:
+    """Give ``model`` the embeddings and the output matrix of the GGUF ``file``.
+
+    Raises:
+        CalibrantError: the file is of another model.
+    """
+    embedding: Any = model.get_input_embeddings()
+    for name, module in (("token_embd.weight", embedding), ("output.weight", _head(model))):
+        stored = _tensors(file).get(name)
+        if stored is None:
+            continue
+        values = torch.from_numpy(np.array(gguf_library().dequantize(stored.data, stored.tensor_type)))
+        if values.shape != module.weight.shape:
+            raise CalibrantError(f"{file}: {name} has shape {tuple(values.shape)}, the model's {module.weight.shape}")
+        module.weight.data.copy_(values)
+
+
+def _round_inputs(model: transformers.PreTrainedModel, folder: ModelFolder, engine: EngineName, served: Path) -> None:
+    """Have ``model`` round inputs as ``engine`` does: llama.cpp in its own way, whatever the checkpoint says."""
+    if engine != "llama.cpp":
+        round_inputs(model, folder, _VLLM_BYTE if engine == "vllm" else None)
+        return
+    for name in quantized_linears(folder.tensors, folder.quantization):
+        round_to_bytes(model.get_submodule(name))
+    tensors = _tensors(served)
+    if tensors.get("output.weight", tensors["token_embd.weight"]).tensor_type.name == "Q8_0":
+        round_to_bytes(_head(model))
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """The tensors of a GGUF file by name."""
+    return {one.name: one for one in gguf_library().GGUFReader(file).tensors}
+
+
+def _head(model: transformers.PreTrainedModel) -> Any:
+    return model.get_output_embeddings()
