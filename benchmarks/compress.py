@@ -39,6 +39,8 @@ WORK = HERE / ".work"
 # The module of each peer, and its environment's versions stand in peers/.
 PEERS = {"llm-compressor": "llmcompressor", "gptqmodel": "gptqmodel", "auto-round": "auto_round"}
 
+FLOATS = ("rtn-fp8", "gptq-fp8", "gptq-nvfp4a16", "gptq-mxfp4a16")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -73,6 +75,8 @@ def comparisons(bits: int, group_size: int) -> dict[str, Comparison]:
         "wanda": Comparison({"method": {"name": "wanda"}, "scheme": {"sparsity": "2:4"}}, {"llm-compressor": "wanda"}),
         "best": Comparison(best, {"auto-round": "light"}, False),
         "best-beside-default": Comparison(best, {"auto-round": "default"}, False),
+        # The formats of floating-point numbers, each by its recipe.
+        **{name: Comparison(load_recipe(name).model_dump(), {"llm-compressor": name}) for name in FLOATS},
         # Beside every peer's method for the same target, above.
         "best-2:4": Comparison(load_recipe("best-2:4").model_dump(), {}, False),
         "best-w8a8": Comparison(load_recipe("best-w8a8").model_dump(), {}, False),

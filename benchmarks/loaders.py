@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 import calibrant as cb
 from calibrant.formats.compressed_tensors import IntQuantized, PackQuantized
-from calibrant.formats.stored_codes import dense_weights
 from calibrant.formats.quantized import Layout
+from calibrant.formats.stored_codes import dense_weights
 from calibrant.modeling.input_rounding import apply_input_rounding
 from calibrant.recipes.recipe import Recipe
 from compress import HERE, peer_python, pinned_versions

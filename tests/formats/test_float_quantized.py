@@ -13,7 +13,7 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from safetensors.torch import load_file
 
 import calibrant as cb
-from calibrant.formats.stored_codes import dequantized, quantized_linears, settings_of, stored_codes
+from calibrant.formats.stored_codes import dense_weights, quantized_linears, settings_of
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.dequantized_model import load_dequantized
 from calibrant.modeling.input_rounding import round_inputs
@@ -34,7 +34,6 @@ RECIPES = {
     "gptq-nvfp4": ("nvfp4-pack-quantized", 256 * 64 + 256 * 8 + 4 + 4),
     "rtn-nvfp4a16-four-over-six": ("nvfp4-pack-quantized", 256 * 64 + 256 * 8 + 4),
 }
-_FLOATS = {"float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"}
 LINEAR = "model.layers.1.mlp.up_proj"
 
 
@@ -68,6 +67,10 @@ def opened(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return load_file(output / "model.safetensors"), settings
 
 
+def weights_of(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> torch.Tensor:
+    return dense_weights(tensors, tensors.__getitem__, settings)[f"{LINEAR}.weight"]
+
+
 def scheme_of(settings: dict[str, Any]) -> QuantizationScheme:
     return QuantizationScheme.model_validate({**settings_of(LINEAR, settings), "targets": ["Linear"]})
 
@@ -82,7 +85,7 @@ def test_compressed_tensors_decodes_the_values_that_are_ours(outputs: dict[str, 
     assert sum(tensors[one].nbytes for one in stored[LINEAR]) == size
     parts = {one.rpartition(".")[2]: tensors[one] for one in stored[LINEAR]}
     decoded = BaseCompressor.get_value_from_registry(name).decompress(parts, scheme_of(settings))["weight"]
-    ours = dequantized(stored_codes(LINEAR, stored[LINEAR], tensors.__getitem__, settings), name in _FLOATS)
+    ours = weights_of(tensors, settings)
     assert torch.equal(decoded, ours.to(decoded.dtype))
     # Four-bit floats are decoded in bfloat16 there, the rest exactly.
     assert decoded.dtype is (torch.bfloat16 if "fp4" in name else torch.float32)
@@ -92,10 +95,7 @@ def test_compressed_tensors_decodes_the_values_that_are_ours(outputs: dict[str, 
 def test_what_is_loaded_computes_with_the_stored_values(outputs: dict[str, Path], recipe: str) -> None:
     """Inputs are rounded as compressed-tensors does it, layer by layer."""
     tensors, settings = opened(outputs[recipe])
-    stored = quantized_linears(tensors, settings)
-    weight = dequantized(
-        stored_codes(LINEAR, stored[LINEAR], tensors.__getitem__, settings), RECIPES[recipe][0] in _FLOATS
-    )
+    weight = weights_of(tensors, settings)
     model = load_whole(ModelFolder(outputs[recipe], allow_quantized=True), "cpu", "float32")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     linear = model.get_submodule(LINEAR)

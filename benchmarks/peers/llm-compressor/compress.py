@@ -36,6 +36,10 @@ METHODS: dict[str, Callable[[int, int], list[Any]]] = {
         SmoothQuantModifier(smoothing_strength=0.8),
         QuantizationModifier(targets="Linear", scheme="W8A8", ignore=HEAD),
     ],
+    "rtn-fp8": lambda bits, group: [QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=HEAD)],
+    "gptq-fp8": lambda bits, group: [GPTQModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=HEAD)],
+    "gptq-nvfp4a16": lambda bits, group: [GPTQModifier(targets="Linear", scheme="NVFP4A16", ignore=HEAD)],
+    "gptq-mxfp4a16": lambda bits, group: [GPTQModifier(targets="Linear", scheme="MXFP4A16", ignore=HEAD)],
     "sparsegpt": lambda bits, group: [SparseGPTModifier(**PRUNE)],
     "wanda": lambda bits, group: [WandaPruningModifier(**PRUNE)],
 }

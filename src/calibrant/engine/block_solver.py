@@ -216,8 +216,7 @@ class BlockSolver:
         self.solved_parameters.add(linear.parameter)
         linear.view(self.block.module.get_parameter(linear.parameter).data).copy_(stored)
         if solution.codes is not None and solution.grid is not None:
-            scale, zero_point, global_scale = solution.grid.stored(rows)
-            self.codes[linear.name] = Codes(solution.codes[rows].cpu(), scale.cpu(), zero_point.cpu(), global_scale)
+            self.codes[linear.name] = Codes(solution.codes[rows].cpu(), **solution.grid.stored(rows))
         zeros = int((solved == 0).sum()) if solution.kept is not None else 0
         record = solution.record
         if solution.rounded is not None:

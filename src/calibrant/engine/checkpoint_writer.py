@@ -154,6 +154,4 @@ def _input_grid(codes: Codes) -> tuple[float, int] | None:
 
 
 def _codes_hash(codes: Codes) -> str:
-    others = (codes.global_scale, codes.input_scale, codes.input_zero_point)
-    kept = [tensor for tensor in others if tensor is not None]
-    return "".join(map(_tensor_hash, (codes.codes, codes.scale, codes.zero_point, *kept)))
+    return "".join(f"{name} {_tensor_hash(tensor)}" for name, tensor in vars(codes).items() if tensor is not None)

@@ -6,9 +6,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-FormatName = Literal["compressed-tensors", "gptq", "awq"]
-# Integers; E4M3; E2M1 with a power of two for each 32 weights; E2M1 with an E4M3 scale for each 16.
-WeightType = Literal["int", "fp8", "mxfp4", "nvfp4"]
+FormatName = Literal["compressed-tensors", "gptq", "awq", "gguf"]
+# Integers; E4M3; E2M1 with a power of two for each 32 weights; E2M1 with an E4M3 scale for each 16; llama.cpp's types.
+WeightType = Literal[
+    "int", "fp8", "mxfp4", "nvfp4",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+]  # fmt: skip
 InputType = Literal["int8", "fp8", "mxfp4", "nvfp4"]
 Granularity = Literal["channel", "tensor", "block"]
 # Rows and columns of a block with one scale.
@@ -27,26 +30,27 @@ class Codes:
     (int8) are ``[out, groups]``; with a scale per tensor or block ``[1, 1]`` or ``[out / 128, in / 128]``.
     ``global_scale``, float32 ``[1]``, divides E4M3 scales. ``input_scale`` and ``input_zero_point``, ``[1]`` with the
     dtypes of the weights', define the grid of static activations; of nvfp4 inputs, ``input_scale`` is the global scale.
+
+    Of llama.cpp's types ``scale`` and ``minimum`` are float16 ``[out, blocks]``, ``sub_scale`` (int8) and
+    ``sub_minimum`` (uint8) ``[out, groups]``; a weight is ``scale * sub_scale * code - minimum * sub_minimum``.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
     global_scale: torch.Tensor | None = None
+    minimum: torch.Tensor | None = None
+    sub_scale: torch.Tensor | None = None
+    sub_minimum: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_zero_point: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> "Codes":
         """The codes of the rows ``index`` (int64), with scales of their own or the one of the whole tensor."""
-        own = len(self.scale) == len(self.codes)
-        return replace(
-            self,
-            codes=self.codes[index],
-            scale=self.scale[index] if own else self.scale.clone(),
-            zero_point=self.zero_point[index] if own else self.zero_point.clone(),
-            # Copies: safetensors refuses tensors that share memory.
-            global_scale=self.global_scale.clone() if self.global_scale is not None else None,
-        )
+        rows = len(self.codes)
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        # Copies of what rows share: safetensors refuses tensors that share memory.
+        return replace(self, **{name: one[index] if len(one) == rows else one.clone() for name, one in known.items()})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import torch
 from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import IntQuantized, PackQuantized
 from calibrant.formats.float_quantized import FloatQuantized, MxFp4Packed, NvFp4Packed
+from calibrant.formats.gguf_blocks import GgufBlocks
+from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gptq_and_awq import read_codes
 from calibrant.formats.quantized import BLOCK_SIZE, Codes, Granularity, Layout, WeightFormat, WeightType
 from calibrant.kernels.number_types import decoded_floats
@@ -21,9 +23,11 @@ _MARKS = {
     "float-quantized": "weight_scale",
     "mxfp4-pack-quantized": "weight_packed",
     "nvfp4-pack-quantized": "weight_packed",
+    GgufBlocks.name: "weight_blocks",
 }
 _FORMATS: dict[str, WeightFormat] = {
-    one.name: one for one in (PackQuantized(), IntQuantized(), FloatQuantized(), MxFp4Packed(), NvFp4Packed())
+    one.name: one
+    for one in (PackQuantized(), IntQuantized(), FloatQuantized(), MxFp4Packed(), NvFp4Packed(), GgufBlocks())
 }
 _TYPES: dict[str, WeightType] = {
     "float-quantized": "fp8",
@@ -65,7 +69,11 @@ def stored_codes(
 
 
 def stored_layout(linear: str, settings: Mapping[str, Any]) -> Layout:
-    """The layout of ``linear`` in a compressed-tensors checkpoint."""
+    """The layout of ``linear`` in a checkpoint of compressed-tensors or of GGUF blocks."""
+    if stored_format(settings) == GgufBlocks.name:
+        kind = settings["types"][linear]
+        known = GGUF_TYPES[kind]
+        return Layout(known.bits, not known.minima, known.group_size, format="gguf", type=kind)
     weights = settings_of(linear, settings)["weights"]
     granularity: Granularity = "channel"
     if weights["strategy"] in ("tensor", "block"):
@@ -96,25 +104,44 @@ def dense_weights(
     linears = quantized_linears(names, settings)
     parts = {name for stored in linears.values() for name in stored}
     dense = {name: read(name) for name in sorted(names) if name not in parts}
-    floating = stored_format(settings) in _TYPES
     for linear, stored in linears.items():
-        dense[f"{linear}.weight"] = dequantized(stored_codes(linear, stored, read, settings), floating)
+        dense[f"{linear}.weight"] = dequantized(stored_codes(linear, stored, read, settings), _type(linear, settings))
     return dense
 
 
-def dequantized(codes: Codes, floating: bool) -> torch.Tensor:
-    """The weights ``[out, in]`` of ``codes``, which are floating-point numbers or integers; dtype as above."""
+def _type(linear: str, settings: Mapping[str, Any]) -> WeightType:
+    return "int" if stored_format(settings) in ("gptq", "awq") else stored_layout(linear, settings).type
+
+
+def dequantized(codes: Codes, kind: WeightType) -> torch.Tensor:
+    """The weights ``[out, in]`` of ``codes`` of a type; dtype as above, of llama.cpp's types float32."""
+    if kind in GGUF_TYPES:
+        return _of_blocks(codes)
     scale = codes.scale.float() if codes.scale.itemsize == 1 else codes.scale
     scale = scale if codes.global_scale is None else scale / codes.global_scale
     rows, columns = codes.codes.shape
     if scale.shape[0] != rows:
         scale = scale.expand(rows, 1) if scale.numel() == 1 else scale.repeat_interleave(BLOCK_SIZE, dim=0)
     scale = scale.repeat_interleave(columns // scale.shape[1], dim=1)
-    if floating:
+    if kind in ("fp8", "mxfp4", "nvfp4"):
         return (decoded_floats(codes.codes).to(scale.dtype) * scale).contiguous()
     zero_point = codes.zero_point.repeat_interleave(columns // codes.zero_point.shape[1], dim=1)
     # The difference of two int8 values can need nine bits.
     return ((codes.codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale).contiguous()
+
+
+def _of_blocks(codes: Codes) -> torch.Tensor:
+    """Weights (float32) of llama.cpp's types."""
+    columns = codes.codes.shape[1]
+
+    def of_columns(values: torch.Tensor, integers: torch.Tensor | None) -> torch.Tensor:
+        found = values.float().repeat_interleave(columns // values.shape[1], dim=1)
+        if integers is None:
+            return found
+        return found * integers.float().repeat_interleave(columns // integers.shape[1], dim=1)
+
+    values = of_columns(codes.scale, codes.sub_scale) * codes.codes.float()
+    return values if codes.minimum is None else values - of_columns(codes.minimum, codes.sub_minimum)
 
 
 def stored_format(settings: Mapping[str, Any]) -> str:
@@ -124,7 +151,7 @@ def stored_format(settings: Mapping[str, Any]) -> str:
         CalibrantError: it is not one of ours.
     """
     kind = settings.get("quant_method")
-    kind = str(settings.get("format") if kind == "compressed-tensors" else kind)
+    kind = str(settings.get("format") if kind in ("compressed-tensors", "calibrant") else kind)
     if kind not in _MARKS:
         raise CalibrantError(f"config.json: weights quantized as {kind}, which is not read here")
     return kind

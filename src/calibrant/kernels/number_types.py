@@ -32,6 +32,11 @@ class NumberType:
         """Signed integers of ``bits`` bits, at most 8."""
         return cls(-(1 << (bits - 1)), (1 << (bits - 1)) - 1, bits, bits)
 
+    @classmethod
+    def naturals(cls, bits: int) -> "NumberType":
+        """Integers from 0 of ``bits`` bits, at most 7."""
+        return cls(0, (1 << bits) - 1, bits, bits)
+
     @property
     def floating(self) -> bool:
         """Whether the step grows with the number."""

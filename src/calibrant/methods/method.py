@@ -70,7 +70,7 @@ class SchemeWeights(Protocol):
     def symmetric(self) -> bool: ...
 
     @property
-    def floating(self) -> bool: ...
+    def type(self) -> str: ...
 
     @property
     def range_search(self) -> RangeSearch: ...
@@ -138,7 +138,8 @@ class LayerSolver(MethodBase):
     method has one that uses inputs, in ``solve`` or in a range search. ``symmetric``: the only kind of grid that a
     method which fits its own ranges supports; None for methods that take any grid. ``stored_dense``: whether, with
     these options, no quantized format can represent the result. ``passes``: how many passes over all pairs of columns a
-    solve costs, for the time estimate. ``floats``: whether it solves for floating-point numbers too.
+    solve costs, for the time estimate. ``floats``: whether it solves for other types of
+    weights than integers.
     """
 
     changes_shape = False
@@ -162,8 +163,10 @@ class LayerSolver(MethodBase):
             return None
         if not self.quantizes:
             return _cannot_quantize(self.name)
-        if weights.floating and not self.floats:
-            return f"{self.name} solves for integers: take rtn, gptq, quantease or sparsegpt for floating-point weights"
+        if weights.type != "int" and not self.floats:
+            return (
+                f"{self.name} solves for integers: take rtn, gptq, quantease or sparsegpt for weights of {weights.type}"
+            )
         if self.symmetric is not None and weights.symmetric != self.symmetric:
             return f"{self.name} needs weights with symmetric: {str(self.symmetric).lower()}"
         if self.symmetric is not None and weights.range_search != "none":

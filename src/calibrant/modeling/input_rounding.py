@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from calibrant.errors import CalibrantError
+from calibrant.formats.gguf_types import SUPER_BLOCK
 from calibrant.formats.input_rounding import BITS, INPUT_ROUNDING, QMAX, QMIN, InputGrids
 from calibrant.formats.stored_codes import quantized_linears, settings_of
 from calibrant.kernels.number_types import E4M3
@@ -70,13 +71,14 @@ def _hook(inputs: Mapping[str, Any], scales: Mapping[str, torch.Tensor], largest
     return _hook_of(lambda values: rounded(values, spec))
 
 
-def round_to_bytes(linear: nn.Module) -> None:
-    """Round the inputs of ``linear`` as llama.cpp does before it multiplies by codes: int8 in blocks of 32, with scales
-    in float16 (ggml, ``quantize_row_q8_0``)."""
+def round_to_bytes(linear: nn.Module, super_blocks: bool = False) -> None:
+    """Round the inputs of ``linear`` as llama.cpp does before it multiplies by codes: to int8, in blocks of 32 with
+    float16 scales, or for types with ``super_blocks`` of 256 with float32 scales (ggml, ``quantize_row_q8_0`` and
+    ``quantize_row_q8_K``)."""
+    size, scale_dtype = (SUPER_BLOCK, torch.float32) if super_blocks else (_LLAMA_CPP_BLOCK, torch.float16)
 
     def rounding(values: torch.Tensor) -> torch.Tensor:
-        blocks = values.unflatten(-1, (-1, _LLAMA_CPP_BLOCK))
-        return _bytes(blocks, float(QMAX), torch.float16).flatten(-2)
+        return _bytes(values.unflatten(-1, (-1, size)), float(QMAX), scale_dtype).flatten(-2)
 
     linear.register_forward_pre_hook(_hook_of(rounding))
 

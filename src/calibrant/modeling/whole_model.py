@@ -15,7 +15,7 @@ from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.quietly import quietly
 
 # Processor features whose bfloat16 products are faster than float32 (two of x86, one of Arm).
-_DEQUANTIZED_HERE = {"gptq", "awq", "mxfp4-pack-quantized", "nvfp4-pack-quantized"}
+_DEQUANTIZED_HERE = {"gptq", "awq", "mxfp4-pack-quantized", "nvfp4-pack-quantized", "gguf-blocks"}
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from calibrant.engine.block_solver import relative_error
+from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.hashing import sha256_bytes
 from calibrant.methods.method import LayerProblem, LayerSolver
 from calibrant.methods.solvers.rtn import RTN
@@ -254,6 +255,9 @@ def _layer_bytes(layer: LayerPlan, element: int) -> int:
     groups = parameters // layer.shape[-1] * (layer.shape[-1] // (layout.group_size or layer.shape[-1]))
     if layout.type in ("mxfp4", "nvfp4"):
         return parameters // 2 + groups
+    if layout.format == "gguf":
+        known = GGUF_TYPES[layout.type]
+        return parameters * known.block_bytes // known.block
     zero_points = 0 if layout.symmetric and layout.format == "compressed-tensors" else groups * layout.stored_bits // 8
     scale = 2 if layout.format != "compressed-tensors" else element
     return parameters * layout.stored_bits // 8 + groups * scale + zero_points

@@ -15,8 +15,10 @@ from calibrant.errors import CalibrantError
 from calibrant.evaluation.agreement import Agreement, agreement, divergence_from, log_probabilities
 from calibrant.evaluation.engines.ask import Answer, EngineName, Request, ask
 from calibrant.evaluation.text import EvaluationText
+from calibrant.formats.gguf_blocks import GgufBlocks
 from calibrant.formats.gguf_names import gguf_library
-from calibrant.formats.stored_codes import quantized_linears
+from calibrant.formats.gguf_types import GGUF_TYPES
+from calibrant.formats.stored_codes import quantized_linears, stored_format, stored_layout
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.dequantized_model import load_dequantized
 from calibrant.modeling.input_rounding import round_inputs, round_to_bytes
@@ -174,7 +176,10 @@ def _round_inputs(model: transformers.PreTrainedModel, folder: ModelFolder, engi
         round_inputs(model, folder, _VLLM_BYTE if engine == "vllm" else None)
         return
     for name in quantized_linears(folder.tensors, folder.quantization):
-        round_to_bytes(model.get_submodule(name))
+        known = None
+        if folder.quantization is not None and stored_format(folder.quantization) == GgufBlocks.name:
+            known = GGUF_TYPES[stored_layout(name, folder.quantization).type]
+        round_to_bytes(model.get_submodule(name), known is not None and known.sub_scale is not None)
     tensors = _tensors(served)
     if tensors.get("output.weight", tensors["token_embd.weight"]).tensor_type.name == "Q8_0":
         round_to_bytes(_head(model))

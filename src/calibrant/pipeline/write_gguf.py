@@ -18,11 +18,11 @@ from calibrant.formats.gguf_architectures import (
     rotary_factors,
     row_order,
 )
-from calibrant.formats.gguf_blocks import BLOCK, block_type, pack_blocks
+from calibrant.formats.gguf_blocks import BLOCK, GgufBlocks, block_type, pack_blocks
 from calibrant.formats.gguf_names import gguf_library, gguf_names
 from calibrant.formats.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
 from calibrant.formats.quantized import Codes
-from calibrant.formats.stored_codes import quantized_linears, stored_codes
+from calibrant.formats.stored_codes import quantized_linears, stored_codes, stored_format
 from calibrant.hashing import sha256_bytes
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.tokenizer import Tokenizer
@@ -33,7 +33,10 @@ EmbeddingType = Literal["Q8_0", "stored"]
 # Buffers that older checkpoints store; llama.cpp computes them.
 _COMPUTED = (".rotary_emb.inv_freq",)
 # llama.cpp's numbers for what most weights of a file are (``llama_ftype``).
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
+_FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
+    "Q5_K": 16, "Q6_K": 18, "BF16": 32,
+}  # fmt: skip
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
@@ -146,6 +149,9 @@ class GgufExport:
     def _quantized(self, name: str, base: str, stored: list[str], settings: dict[str, Any]) -> _Tensor:
         """A linear whose codes are stored; they are read now for their type, and again when they are written."""
 
+        if stored_format(settings) == GgufBlocks.name:
+            return self._blocks(name, base, stored[0], settings["types"][base])
+
         def codes() -> Codes:
             read = stored_codes(base, stored, self._folder.read, settings)
             order = row_order(self._config, base, len(read.codes))
@@ -156,7 +162,20 @@ class GgufExport:
             kind = block_type(first)
         except CalibrantError as error:
             raise CalibrantError(f"{base}: {error}") from error
-        return _Tensor(name, kind, tuple(first.codes.shape), lambda: pack_blocks(codes(), kind))
+        return _Tensor(name, _written(kind), tuple(first.codes.shape), lambda: pack_blocks(codes(), kind))
+
+    def _blocks(self, name: str, base: str, stored: str, kind: str) -> _Tensor:
+        """A linear that is stored as blocks; their rows are put in order."""
+        rows, size = self._folder.tensors[stored].shape
+        order = row_order(self._config, base, rows)
+
+        def make() -> np.ndarray:
+            blocks = self._folder.read(stored)
+            return (blocks if order is None else blocks[order]).numpy()
+
+        library = gguf_library()
+        elements, length = library.GGML_QUANT_SIZES[library.GGMLQuantizationType[_written(kind)]]
+        return _Tensor(name, _written(kind), (rows, size // length * elements), make)
 
     def _dense(self, name: str, stored: str, base: str) -> _Tensor:
         """Any other tensor: norms and biases in float32, as llama.cpp wants them, matrices as they are stored."""
@@ -221,6 +240,11 @@ class GgufExport:
         if (self._folder.quantization or {}).get("format") == "int-quantized":
             notes.append("llama.cpp rounds activations in its own way, whatever the recipe's were")
         return tuple(notes)
+
+
+def _written(kind: str) -> str:
+    """A type as llama.cpp spells it."""
+    return kind.upper()
 
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:

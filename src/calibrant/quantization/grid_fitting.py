@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from calibrant.kernels.range_search import cheapest_range
+from calibrant.quantization.block_scales import fit_block_scales
 from calibrant.quantization.grids import Grid, GridSpec, encode_groups, parameters, stored_scale
 
 _SHRINK_STEPS = 80
@@ -43,6 +44,11 @@ def fit_grid(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None 
     rows, columns = weight.shape
     spec = spec.for_weight(weight)
     groups = weight.reshape(rows, -1, spec.group_size or columns).float()
+    if spec.blocks is not None:
+        diagonal = torch.ones(columns) if hessian is None or spec.range_search == "none" else hessian
+        diagonal = diagonal.diagonal() if diagonal.ndim == 2 else diagonal
+        importance = _importance(groups, weight, diagonal.to(groups.device))
+        return Grid.of_blocks(spec, fit_block_scales(groups, importance, spec.bits, spec.blocks))
     low = _shared(groups.amin(-1).clamp(max=0), spec.scale_rows, torch.amin)
     high = _shared(groups.amax(-1).clamp(min=0), spec.scale_rows, torch.amax)
     if spec.symmetric:

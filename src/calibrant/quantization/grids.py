@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from calibrant.kernels.number_types import E2M1, E4M3, NumberType, decoded_floats
+from calibrant.quantization.block_scales import BlockScales, StoredScales
 
 # "none" is minimum to maximum; grid_fitting.py has the searches.
 RangeSearch = Literal["none", "mse", "importance", "clip", "four-over-six"]
@@ -24,7 +25,8 @@ class GridSpec:
     ``scale_dtype`` is the storage dtype of scales, to which they are rounded before anything is solved (ours), so that
     the stored model is the solved one. ``range_search`` names how ranges are chosen. ``floating`` numbers have 4 bits
     (E2M1) or 8 (E4M3) and no zero points. ``scale_rows`` rows share a scale; None: all rows of the matrix.
-    ``global_scale`` divides scales of ``NV_SCALE``; ``for_weight`` sets it.
+    ``global_scale`` divides scales of ``NV_SCALE``; ``for_weight`` sets it. With ``blocks`` scales are those of
+    llama.cpp's types.
     """
 
     bits: int
@@ -35,10 +37,13 @@ class GridSpec:
     floating: bool = False
     scale_rows: int | None = 1
     global_scale: float | None = None
+    blocks: BlockScales | None = None
 
     @property
     def numbers(self) -> NumberType:
-        """The numbers of the grid."""
+        """The numbers of the grid; beside minima they begin at 0."""
+        if self.blocks is not None and self.blocks.minima:
+            return NumberType.naturals(self.bits)
         return _FLOATS[self.bits] if self.floating else NumberType.integers(self.bits)
 
     @property
@@ -63,28 +68,44 @@ class GridSpec:
 
 @dataclass(frozen=True)
 class Grid:
-    """Fitted parameters: ``scale`` and ``zero_point``, both float32 ``[rows, groups]``; zero points are integers."""
+    """Fitted parameters: ``scale`` and ``zero_point``, both float32 ``[rows, groups]``.
+
+    Zero points are integers, but for grids with minima; ``stored_scales`` are the scales of llama.cpp's types.
+    """
 
     spec: GridSpec
     scale: torch.Tensor
     zero_point: torch.Tensor
+    stored_scales: StoredScales | None = None
+
+    @classmethod
+    def of_blocks(cls, spec: GridSpec, stored: StoredScales) -> "Grid":
+        """The grid of ``stored`` scales and minima."""
+        scale, minimum = stored.of_groups()
+        return cls(spec, scale, minimum / scale, stored)
 
     def columns(self, in_features: int) -> torch.Tensor:
         """Group index of every input column, int64 ``[in_features]``."""
         width = self.spec.group_size or in_features
         return torch.arange(in_features, device=self.scale.device) // width
 
-    def stored(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Scales, zero points (int8) and global scale (float32 ``[1]``) of ``rows`` as they are stored.
+    def stored(self, rows: slice) -> dict[str, torch.Tensor]:
+        """What is stored of the grids of ``rows``, on the CPU: ``scale``, ``zero_point`` (int8), where the spec has one
+        ``global_scale`` (float32 ``[1]``), and of llama.cpp's types the fields of ``StoredScales``.
 
         Rows that share a scale have one.
         """
-        spec, scale, zero_point = self.spec, self.scale[rows], self.zero_point[rows]
+        if self.stored_scales is not None:
+            known = {name: value for name, value in vars(self.stored_scales).items() if value is not None}
+            found = {name: value[rows].cpu() for name, value in known.items()}
+            return {**found, "zero_point": torch.zeros(found["scale"].shape, dtype=torch.int8)}
+        spec, scale, zero_point = self.spec, self.scale[rows].cpu(), self.zero_point[rows].cpu()
         step = spec.scale_rows or len(scale)
         scale, zero_point = scale[::step], zero_point[::step].to(torch.int8)
         if spec.global_scale is None:
-            return scale.to(spec.scale_dtype), zero_point, None
-        return (scale * spec.global_scale).to(spec.scale_dtype), zero_point, torch.tensor([spec.global_scale])
+            return {"scale": scale.to(spec.scale_dtype), "zero_point": zero_point}
+        scale = (scale * spec.global_scale).to(spec.scale_dtype)
+        return {"scale": scale, "zero_point": zero_point, "global_scale": torch.tensor([spec.global_scale])}
 
 
 def parameters(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError
+from calibrant.formats.gguf_types import GGUF_TYPES, SUPER_BLOCK, GgufType
 from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import BLOCK_SIZE, FormatName, Layout
 from calibrant.formats.registry import format_for
@@ -20,7 +21,9 @@ from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.linear_use import linear_use
 from calibrant.modeling.packable import first_not_packable
 from calibrant.modeling.structure import fused_parameters, routers
-from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec
+from calibrant.quantization.block_scales import BlockScales
+from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec, RangeSearch
+from calibrant.recipes.parts import Weights
 from calibrant.recipes.plan import LayerPlan, Plan, Target
 from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 
@@ -81,6 +84,8 @@ def make_plan(
     left_notes = _left_notes(layers)
     if not layers.linears and not layers.fused:
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
+    if chosen.scheme.weights is not None:
+        chosen, format_name = _as_gguf(chosen, format_name)
     recipe = _fit_groups(chosen, layers)
     _check_blocks(recipe, layers)
     sparsity = _sparsity(recipe)
@@ -98,7 +103,56 @@ def make_plan(
     notes = [*left_notes, *_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
-    return _with_share_note(Plan(recipe, blocks, target, layers.planned(target), notes, left))
+    plan = Plan(recipe, blocks, target, layers.planned(target), notes, left)
+    return _with_share_note(_with_fallbacks(model, plan))
+
+
+def _as_gguf(recipe: Recipe, format_name: FormatName) -> tuple[Recipe, FormatName]:
+    """llama.cpp's types imply the gguf format; in that format, integers become the type that has them.
+
+    Raises:
+        CalibrantError: no type has these integers, or another format was asked for.
+    """
+    weights = recipe.scheme.weights
+    assert weights is not None
+    if weights.gguf is not None:
+        if format_name not in ("compressed-tensors", "gguf"):
+            raise CalibrantError(f"{weights.type} is a type of GGUF files: leave out the {format_name} format")
+        return recipe, "gguf"
+    if format_name != "gguf":
+        return recipe, format_name
+    known = [
+        name
+        for name, one in GGUF_TYPES.items()
+        if one.sub_scale is None and one.bits >= weights.bits and one.minima != weights.symmetric
+    ]
+    if weights.type != "int" or recipe.scheme.activations is not None or not known:
+        kind = weights.type if weights.type != "int" else "these integers"
+        raise CalibrantError(f"no type of GGUF files has {kind}: take one of {', '.join(GGUF_TYPES)}")
+    search: RangeSearch = "none" if weights.range_search in ("none", "mse") else "importance"
+    changed = Weights.model_validate({"type": known[0], "range_search": search})
+    scheme = recipe.scheme.model_copy(update={"weights": changed})
+    return recipe.model_copy(update={"scheme": scheme}), "gguf"
+
+
+def _with_fallbacks(model: LazyModel, plan: Plan) -> Plan:
+    """``plan`` with another type for layers that super-blocks of 256 do not divide."""
+    weights = plan.recipe.scheme.weights
+    if weights is None or weights.gguf is None or weights.gguf.fallback is None:
+        return plan
+    other = Weights.model_validate({"type": weights.gguf.fallback, "range_search": weights.range_search})
+    scheme = plan.recipe.scheme.model_copy(update={"weights": other})
+    spec, layout = _grid_and_layout(model, plan.recipe.model_copy(update={"scheme": scheme}), "gguf")
+    target = replace(plan.target, spec=spec, layout=layout)
+    wrong = [name for name, layer in plan.layers.items() if layer.shape[-1] % SUPER_BLOCK]
+    if not wrong:
+        return plan
+    layers = {name: replace(layer, target=target) if name in wrong else layer for name, layer in plan.layers.items()}
+    note = (
+        f"{len(wrong)} of {len(layers)} layers have inputs that super-blocks of {SUPER_BLOCK} do not divide "
+        f"({wrong[0]}: {plan.layers[wrong[0]].shape[-1]}): they become {other.type}, as in llama.cpp"
+    )
+    return replace(plan, layers=layers, notes=[*plan.notes, note])
 
 
 def _left(model: LazyModel, blocks: list[str], layers: _Layers) -> dict[str, int]:
@@ -263,7 +317,16 @@ def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) 
     scale_dtype = _SCALES.get(weights.type, scale_dtype)
     rows = _SCALE_ROWS[weights.granularity]
     width = BLOCK_SIZE if weights.granularity == "block" else group
-    spec = GridSpec(weights.bits, weights.symmetric, width, scale_dtype, weights.range_search, weights.floating, rows)
+    spec = GridSpec(
+        weights.bits,
+        weights.symmetric,
+        width,
+        scale_dtype,
+        weights.range_search,
+        weights.floating,
+        rows,
+        blocks=_block_scales(weights.gguf),
+    )
     activations = recipe.scheme.activations
     layout = Layout(
         weights.bits,
@@ -278,6 +341,14 @@ def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) 
     return spec, layout
 
 
+def _block_scales(known: GgufType | None) -> BlockScales | None:
+    if known is None:
+        return None
+    if known.sub_scale is None:
+        return BlockScales(known.minima)
+    return BlockScales(known.minima, SUPER_BLOCK // known.group_size, known.sub_scale, not known.minima)
+
+
 def _activations(recipe: Recipe) -> Literal["dynamic", "static"] | None:
     activations = recipe.scheme.activations
     return None if activations is None else "dynamic" if activations.dynamic else "static"
@@ -290,6 +361,13 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
         CalibrantError: the scheme, the method or a layer does not fit the format.
     """
     if layout.format == "compressed-tensors":
+        return
+    if layout.format == "gguf":
+        if recipe.stored_dense or layers.unpackable or layers.fused:
+            what = (
+                recipe.method.name if recipe.stored_dense else f"a model whose {layers.obstacle or 'experts are fused'}"
+            )
+            raise CalibrantError(f"{what} fits no GGUF file here: take compressed-tensors")
         return
     if layout.type != "int":
         raise CalibrantError(f"the {layout.format} format is for integers: take compressed-tensors for {layout.type}")
@@ -350,6 +428,11 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
             "loaders of others see the rounded weights alone"
         )
         return [dense, inputs] if layout.activations else [dense]
+    if layout.format == "gguf":
+        return [
+            "the folder has blocks of llama.cpp's types, which calibrant reads and no other loader: llama.cpp runs the "
+            "GGUF file that `write_gguf` makes of it without loss"
+        ]
     if layout.type == "nvfp4" and layers.fused:
         return [
             f"transformers {transformers.__version__} drops one scale when it loads NVFP4 experts, and gives "

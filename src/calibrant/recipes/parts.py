@@ -5,13 +5,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from calibrant.formats.gguf_types import GGUF_TYPES, GgufType
 from calibrant.formats.quantized import STORED_WIDTHS, Granularity, InputType, WeightType
 from calibrant.quantization.activation_ranges import RangeRule
 from calibrant.quantization.grids import RangeSearch
 from calibrant.strict import Strict
 
-# Bits and group size of floating-point weights.
+# Bits and group size of floating-point weights, and of llama.cpp's types.
 _FLOATS: dict[str, tuple[int, int | None]] = {"fp8": (8, None), "mxfp4": (4, 32), "nvfp4": (4, 16)}
+_TYPES = _FLOATS | {name: (one.bits, one.group_size) for name, one in GGUF_TYPES.items()}
 # Four-bit integers beside FP8 activations, in groups, and the group size of vLLM's kernels for them.
 _MIXED_BITS = 4
 
@@ -21,9 +23,9 @@ class Weights(Strict):
 
     ``type``: integers of ``bits`` bits; "fp8" (E4M3), with one scale for each channel, tensor or block of 128 x 128
     weights, by ``granularity``; "mxfp4" and "nvfp4" (E2M1), in groups of 32 with a power of two as their scale, and in
-    groups of 16 with an E4M3 scale. ``group_size``: None is one scale per output channel, "auto" the largest of 128,
-    64, 32 that divides every layer's inputs. ``range_search``: "none", "mse" and "four-over-six" need no data;
-    "importance" and "clip" use statistics of the inputs.
+    groups of 16 with an E4M3 scale; "q4_0" to "q6_k" are llama.cpp's types. ``group_size``: None is one scale per
+    output channel, "auto" the largest of 128, 64, 32 that divides every layer's inputs. ``range_search``: "none",
+    "mse" and "four-over-six" need no data; "importance" and "clip" use statistics of the inputs.
     """
 
     type: WeightType = "int"
@@ -36,11 +38,13 @@ class Weights(Strict):
     @model_validator(mode="before")
     @classmethod
     def _of_type(cls, value: Any) -> Any:
-        """Floating-point types say their own bits and group size."""
-        if isinstance(value, dict) and value.get("type") in _FLOATS:
-            bits, group_size = _FLOATS[value["type"]]
-            return {"bits": bits, "group_size": group_size, **value}
-        return value
+        """Types other than integers say their own bits, group size and symmetry."""
+        kind = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(kind, str) or kind not in _TYPES:
+            return value
+        bits, group_size = _TYPES[kind]
+        minima = kind in GGUF_TYPES and GGUF_TYPES[kind].minima
+        return {"bits": bits, "group_size": group_size, "symmetric": not minima, **value}
 
     @model_validator(mode="after")
     def _float(self) -> "Weights":
@@ -51,16 +55,25 @@ class Weights(Strict):
             raise ValueError("granularity tensor or block is for the type fp8, without range_search")
         if self.type == "int":
             return self
-        if (self.bits, self.group_size) != _FLOATS[self.type] or not self.symmetric:
-            bits, group_size = _FLOATS[self.type]
+        minima = self.type in GGUF_TYPES and GGUF_TYPES[self.type].minima
+        if (self.bits, self.group_size) != _TYPES[self.type] or self.symmetric == minima:
+            bits, group_size = _TYPES[self.type]
             groups = f"groups of {group_size}" if group_size else "no groups"
-            raise ValueError(f"{self.type} weights have {bits} bits, {groups} and no zero points: leave the keys out")
+            points = "minima" if minima else "no zero points"
+            raise ValueError(f"{self.type} weights have {bits} bits, {groups} and {points}: leave the keys out")
+        if self.type in GGUF_TYPES and self.range_search not in ("none", "importance"):
+            raise ValueError(f"{self.type} fits its own ranges: range_search is importance, or none")
         return self
 
     @property
     def floating(self) -> bool:
         """Whether the weights become floating-point numbers."""
-        return self.type != "int"
+        return self.type in _FLOATS
+
+    @property
+    def gguf(self) -> GgufType | None:
+        """The facts of llama.cpp's type, if the weights have one."""
+        return GGUF_TYPES.get(self.type)
 
     @field_validator("group_size")
     @classmethod
@@ -143,7 +156,7 @@ def _activations_refusal(weights: Weights, activations: Activations) -> str | No
     """Why these do not go together, or None."""
     kind = activations.type
     if kind == "int8":
-        if weights.floating:
+        if weights.type != "int":
             return f"int8 activations do not go with {weights.type} weights: give activations a type"
         if weights.bits == 8 and weights.group_size is not None:
             return "int8 activations need int8 weights with one scale per channel: leave group_size out"
@@ -174,7 +187,7 @@ class Budget(Strict):
         choices, weights = self.choices, scheme.weights
         if scheme.activations is not None or (weights is not None and scheme.sparsity is not None):
             return "a budget is of bits or of zeros, not of both, and not for int8 activations"
-        if weights is not None and weights.floating:
+        if weights is not None and weights.type != "int":
             return f"a budget is of bits, which {weights.type} weights have no choice of"
         if weights is not None and not weights.symmetric:
             return "a budget of bits needs symmetric weights: transformers loads no others of mixed widths"

@@ -114,7 +114,7 @@ class Recipe(Strict):
             return "transforms prepare for quantization: the scheme needs weights"
         if self.quadapter is not None and len(self.transforms) > 1:
             return "quadapter learns on the model as it is: leave other transforms out"
-        if self.quadapter is not None and self.scheme.weights is not None and self.scheme.weights.floating:
+        if self.quadapter is not None and self.scheme.weights is not None and self.scheme.weights.type != "int":
             return "quadapter learns for integers: leave the type of weights out"
         if isinstance(kind, Trainer):
             if kind.continues_quadapter and self.quadapter is None:

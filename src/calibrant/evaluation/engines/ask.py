@@ -100,7 +100,9 @@ def _check(engine: EngineName, interpreter: str) -> None:
 def _environment() -> dict[str, str]:
     """Offline, and without this interpreter's search path."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    return {**kept, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+    # vLLM for processors would take most of the memory for its cache; windows this short need little.
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return {**kept, **small, "HF_HUB_OFFLINE": "1"}
 
 
 def _last_words(text: str) -> str:

@@ -29,16 +29,15 @@ def main(request: Path, answer: Path) -> None:
 
     positions = [_likeliest(post, window, asked) for window in asked["windows"]]
     begin = time.monotonic()
-    written = post(
-        prompt=asked["prompt"], temperature=0, n_predict=asked["new_tokens"], ignore_eos=True, return_tokens=True
-    )
+    # The text may end early: to go on beyond its end, llama.cpp would forbid the token that ends it.
+    written = post(prompt=asked["prompt"], temperature=0, n_predict=asked["new_tokens"], return_tokens=True)
     seconds = time.monotonic() - begin
     found = {
         "version": importlib.metadata.version("xllamacpp"),
         "positions": positions,
         "written": written["tokens"],
         "load_seconds": loaded,
-        "tokens_per_second": asked["new_tokens"] / seconds,
+        "tokens_per_second": len(written["tokens"]) / seconds,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     answer.write_text(json.dumps(found), encoding="utf-8")

