@@ -75,7 +75,7 @@ def compress(
         order: "sequential" (solve each input group on the outputs of the compressed groups before it, in one pass),
             "two-pass" (collect a block's statistics, solve, run it again) or "independent" (every block gets the
             original model's hidden states).
-        checkpoint_format: "compressed-tensors", "gptq" or "awq".
+        checkpoint_format: "compressed-tensors", "gptq", "awq" or "gguf"; types of GGUF files imply the last.
         overwrite: replace an earlier output.
         allow_encoder: also accept models that are not causal (BERT classifiers).
         progress: receives progress and notes; None for silence.

@@ -2,18 +2,23 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+import torch
+import transformers as hf
 from typer.testing import CliRunner
 
 import calibrant as cb
 from calibrant.cli.main import app
+from calibrant.formats.gguf_types import GGUF_TYPES
 from tests.conftest import random_set
 
 from ..formats.test_packed_experts import saved
-from .test_write_gguf import compressed, write
+from .test_write_gguf import _SHAPE, compressed, write
 
 VLLM = Path(__file__).parents[2] / ".vllm" / "bin" / "python"
 SHORT: dict[str, Any] = {"length": 24, "windows": 1, "new_tokens": 12}
@@ -76,13 +81,72 @@ def test_llama_cpp_computes_what_is_stored_and_not_what_another_file_has(model: 
         cb.prove(output, engine="llama.cpp", gguf=tmp_path / "other.gguf", **SHORT)
 
 
-@pytest.mark.parametrize("recipe", ["gptq-w8a8", "rtn-fp8"])
-def test_vllm_computes_what_is_stored(tmp_path: Path, recipe: str) -> None:
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With inputs that super-blocks of 256 divide, but for one kind of layer."""
+    sizes = {**_SHAPE, "hidden_size": 256, "intermediate_size": 320, "initializer_range": 0.1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+    folder = write(tmp_path_factory.mktemp("wide") / "model")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_every_type_of_gguf_files_runs_in_llama_cpp(wide: Path, tmp_path: Path, kind: str) -> None:
+    """And computes what is stored, with the rounding of inputs that llama.cpp has for the type."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp, which runs llama.cpp, is not installed")
+    output = made(wide, tmp_path / "out", f"gptq-{kind}")
+    known = GGUF_TYPES[kind]
+    expected = {kind.upper()} | ({known.fallback.upper()} if known.fallback else set())
+    found = {one.tensor_type.name for one in gguf.GGUFReader(output / "model.gguf").tensors if "blk" in one.name}
+    assert found == expected | {"F32"}
+    assert any("inputs that super-blocks" in note for note in cb.RunRecord.read(output).notes) == bool(known.fallback)
+    proof = cb.prove(output, engine="llama.cpp", gguf=output / "model.gguf", **SHORT)
+    # Inputs between two int8 numbers go either way, and sums of minima are float16 there.
+    assert proof.difference < 0.03
+
+
+def test_integers_become_the_type_that_has_them(wide: Path, tmp_path: Path) -> None:
+    given = random_set(wide, 8, 32)
+    for recipe, kind in (("gptq-w4a16", "Q4_0"), ("gptq-w4a16-g128-asym", "Q4_1"), ("gptq-w8a16", "Q8_0")):
+        cb.compress(wide, recipe=recipe, output=tmp_path / kind, calibration=given, checkpoint_format="gguf")
+        tensors = gguf.GGUFReader(tmp_path / kind / "model.gguf").tensors
+        assert {one.tensor_type.name for one in tensors if "blk" in one.name} == {kind, "F32"}
+
+
+@pytest.mark.parametrize(("recipe", "options", "said"), [
+    ("gptq-nvfp4a16", {"checkpoint_format": "gguf"}, "no type of GGUF files has nvfp4"),
+    ("rtn-w8a8", {"checkpoint_format": "gguf"}, "no type of GGUF files has these integers"),
+    ("gptq-q4_k", {"checkpoint_format": "awq"}, "q4_k is a type of GGUF files: leave out the awq format"),
+    ("gptq-q4_k", {"bits": 3}, "q4_k weights have 4 bits, groups of 32 and minima"),
+])  # fmt: skip
+def test_what_no_type_has_is_refused(
+    wide: Path, tmp_path: Path, recipe: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(cb.CalibrantError, match=said):
+        cb.compress(wide, recipe=recipe, output=tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists()
+
+
+def test_models_that_llama_cpp_has_in_another_way_are_refused_before_any_work(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(cb.CalibrantError, match="phi models are not written as GGUF files here"):
+        cb.prepare(model_folder("phi"), recipe="gptq-q4_0", output=tmp_path / "no")
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("gptq-w8a8", 7), ("rtn-fp8", None)])
+def test_vllm_computes_what_is_stored(tmp_path: Path, recipe: str, bits: int | None) -> None:
+    """Of int8 with seven bits: on processors without VNNI its sums of products of eight bits overflow."""
     if not VLLM.is_file():
         pytest.skip("vLLM's environment is not there: make vllm")
     model = write(tmp_path / "model", "qwen3")  # heads of 32, the least that vLLM has
-    proof = cb.prove(made(model, tmp_path / "out", recipe), engine="vllm", python=VLLM, **SHORT)
-    assert proof.agrees
+    output = tmp_path / "out"
+    cb.compress(model, recipe=recipe, bits=bits, output=output, calibration=random_set(model, 8, 32))
+    proof = cb.prove(output, engine="vllm", python=VLLM, **SHORT)
+    assert proof.difference < 0.005
 
 
 def test_the_command_prints_what_was_seen(model: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def compress(
         ),
     ] = "sequential",
     checkpoint_format: Annotated[
-        str, typer.Option("--format", help="Format of quantized weights: compressed-tensors, gptq or awq.")
+        str, typer.Option("--format", help="Format of quantized weights: compressed-tensors, gptq, awq or gguf.")
     ] = "compressed-tensors",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",

@@ -21,6 +21,7 @@ from calibrant.output_folder import check_output
 from calibrant.pipeline.estimate import Estimate, estimate
 from calibrant.pipeline.record import RunReport, Settings, made_by, training_identity
 from calibrant.pipeline.run import run_compression
+from calibrant.pipeline.write_gguf import check_gguf
 from calibrant.progress import NoProgress, Progress
 from calibrant.recipes.make_plan import make_plan
 from calibrant.recipes.plan import Plan
@@ -162,6 +163,8 @@ def prepare(
     lazy = LazyModel(folder, folder.dtype, place)
     plan = make_plan(lazy, find_blocks(lazy.module), chosen, checkpoint_format)
     plan = replace(plan, notes=[*lazy.notes, *plan.notes])
+    if plan.target.layout is not None and plan.target.layout.format == "gguf":
+        check_gguf(folder)
     if chosen.changes_shape:
         check_structure(lazy, plan)
     settings = Settings(torch_dtype(dtype, place), place, order)

@@ -20,12 +20,14 @@ from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.side_files import copy_side_files
 from calibrant.hashing import canonical_json
+from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.weight_files import INDEX_FILE
 from calibrant.output_folder import staged
 from calibrant.pipeline.memory import peak_memory
 from calibrant.pipeline.record import RunReport, Settings, compressed_share, make_record, training_identity
+from calibrant.pipeline.write_gguf import GGUF_NAME, GgufExport
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
 from calibrant.report.model_card import model_card
@@ -230,6 +232,10 @@ class _Run:
         """Verify the tensor files, then write and return the report."""
         with self.clock.stage("verify"):
             verified = self._writer.verify(files)
+        if self.plan.target.layout is not None and self.plan.target.layout.format == "gguf":
+            with self.clock.stage("write"):
+                export = GgufExport(ModelFolder(self.folder, allow_quantized=True), "Q8_0", self.progress)
+                self.notes += export.write(self.folder / GGUF_NAME).notes
         sources = {info.file: info.file.stat().st_size for info in self.model.folder.tensors.values()}
         report = RunReport(
             output,

@@ -30,6 +30,8 @@ from calibrant.pipeline.record import RECORD_NAME, RunRecord
 from calibrant.progress import Progress
 
 EmbeddingType = Literal["Q8_0", "stored"]
+# The file in outputs of the gguf format.
+GGUF_NAME = "model.gguf"
 # Buffers that older checkpoints store; llama.cpp computes them.
 _COMPUTED = (".rotary_emb.inv_freq",)
 # llama.cpp's numbers for what most weights of a file are (``llama_ftype``).
@@ -58,6 +60,20 @@ class _Tensor:
     kind: str
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
+
+
+def check_gguf(folder: ModelFolder) -> None:
+    """Check, before any work, that the model in ``folder`` can be written as a GGUF file.
+
+    Raises:
+        CalibrantError: the extra ``gguf`` is not installed, or llama.cpp cannot hold the model or its tokenizer.
+    """
+    gguf_library()
+    try:
+        gguf_metadata(folder.config.get_text_config())
+        gguf_vocabulary(Tokenizer(folder.path).hf, folder.vocabulary)
+    except CalibrantError as error:
+        raise CalibrantError(f"{folder.path}: {error}") from error
 
 
 class GgufExport:

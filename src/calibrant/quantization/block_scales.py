@@ -12,6 +12,8 @@ import torch
 
 # Ranges that are tried: as many levels more or fewer than the range has, in steps of a tenth.
 _STEPS = [step / 10 for step in range(-9, 10)]
+# Weights that are fitted at a time: few enough to stay in a cache, enough to be worth a call.
+_CACHED = 1 << 17
 # The largest integer that a super-block's largest scale becomes is tried from its limit down to this share of it.
 _SUPER_SHARES = [1 - step / 40 for step in range(13)]
 
@@ -52,6 +54,16 @@ def _times(values: torch.Tensor, integers: torch.Tensor | None) -> torch.Tensor:
 
 def fit_block_scales(groups: torch.Tensor, importance: torch.Tensor, bits: int, kind: BlockScales) -> StoredScales:
     """Fit ``groups`` float32 ``[rows, groups, width]``; squared errors are weighted by ``importance`` (same shape)."""
+    step = max(1, _CACHED // groups[0].numel())
+    parts = [
+        _fit(some, weights, bits, kind)
+        for some, weights in zip(groups.split(step), importance.split(step), strict=True)
+    ]
+    joined = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
+    return StoredScales(**{name: torch.cat(values) for name, values in joined.items() if values[0] is not None})
+
+
+def _fit(groups: torch.Tensor, importance: torch.Tensor, bits: int, kind: BlockScales) -> StoredScales:
     if kind.minima:
         scale, minimum = _affine(groups, importance, bits)
     else:
@@ -65,9 +77,8 @@ def fit_block_scales(groups: torch.Tensor, importance: torch.Tensor, bits: int, 
     shared, sub_scale = _shared(scale, weight, kind)
     if not kind.minima:
         return StoredScales(shared, sub_scale=sub_scale)
-    fitted = _refitted_minimum(
-        groups, importance, StoredScales(shared, sub_scale=sub_scale).of_groups()[0], minimum, bits
-    )
+    rounded, _ = StoredScales(shared, sub_scale=sub_scale).of_groups()
+    fitted = _refitted_minimum(groups, importance, rounded, minimum, bits)
     lowest, sub_minimum = _shared(fitted.clamp(min=0), weight, BlockScales(True, kind.groups, kind.largest), least=0)
     return StoredScales(shared, lowest, sub_scale, sub_minimum.to(torch.uint8))
 

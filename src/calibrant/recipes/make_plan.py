@@ -430,8 +430,8 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
         return [dense, inputs] if layout.activations else [dense]
     if layout.format == "gguf":
         return [
-            "the folder has blocks of llama.cpp's types, which calibrant reads and no other loader: llama.cpp runs the "
-            "GGUF file that `write_gguf` makes of it without loss"
+            "model.gguf is for llama.cpp; model.safetensors has the same blocks for calibrant, and no other loader "
+            "reads it"
         ]
     if layout.type == "nvfp4" and layers.fused:
         return [
