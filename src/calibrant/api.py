@@ -156,7 +156,8 @@ def write_gguf(
     Args:
         model: an output of ``compress``, a model folder, or ``hub:owner/name``.
         output: the file to write.
-        embeddings: type of the embeddings and of the output matrix: "Q8_0", or "stored" for theirs.
+        embeddings: type of the embeddings and of the output matrix: "Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q4_0", or "stored"
+            for theirs. Where super-blocks do not divide the width, K types become those that llama.cpp takes then.
         overwrite: replace an earlier GGUF file.
         progress: receives progress and notes; None for silence.
 

@@ -14,15 +14,9 @@ from calibrant.formats.stored_codes import dequantized
 from calibrant.quantization.block_scales import BlockScales
 from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import GridSpec, decode, encode
+from calibrant.recipes.gguf_spec import gguf_spec
 
 COLUMNS = 2 * SUPER_BLOCK
-
-
-def spec_of(kind: str, range_search: str = "importance") -> GridSpec:
-    known = GGUF_TYPES[kind]
-    groups = SUPER_BLOCK // known.group_size if known.sub_scale is not None else 1
-    blocks = BlockScales(known.minima, groups, known.sub_scale or 1, known.sub_scale is not None and not known.minima)
-    return GridSpec(known.bits, not known.minima, known.group_size, torch.float16, range_search, blocks=blocks)  # type: ignore[arg-type]
 
 
 def problem(seed: int, rows: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +28,7 @@ def problem(seed: int, rows: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def solved(kind: str, weight: torch.Tensor, hessian: torch.Tensor | None) -> tuple[Codes, torch.Tensor]:
-    grid = fit_grid(weight, spec_of(kind), hessian)
+    grid = fit_grid(weight, gguf_spec(kind, "importance"), hessian)
     codes = encode(weight, grid)
     return Codes(codes, **grid.stored(slice(None))), decode(codes, grid)
 

@@ -108,6 +108,17 @@ def test_every_type_of_gguf_files_runs_in_llama_cpp(wide: Path, tmp_path: Path, 
     assert proof.difference < 0.03
 
 
+@pytest.mark.parametrize("kind", ["Q6_K", "Q4_K", "Q5_0", "Q4_0"])
+def test_embeddings_have_a_type_of_their_own(wide: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp, which runs llama.cpp, is not installed")
+    output, file = made(wide, tmp_path / "out", "gptq-q4_0"), tmp_path / "out.gguf"
+    found = cb.write_gguf(output, output=file, embeddings=kind)  # type: ignore[arg-type]
+    assert any(f"rounded to {kind}" in note for note in found.notes)
+    tensors = {one.name: one.tensor_type.name for one in gguf.GGUFReader(file).tensors}
+    assert (tensors["token_embd.weight"], tensors["output.weight"]) == (kind, kind)
+    assert cb.prove(output, engine="llama.cpp", gguf=file, **SHORT).difference < 0.03
+
+
 def test_integers_become_the_type_that_has_them(wide: Path, tmp_path: Path) -> None:
     given = random_set(wide, 8, 32)
     for recipe, kind in (("gptq-w4a16", "Q4_0"), ("gptq-w4a16-g128-asym", "Q4_1"), ("gptq-w8a16", "Q8_0")):

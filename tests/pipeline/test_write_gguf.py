@@ -204,7 +204,7 @@ def test_the_file_says_what_it_is_and_what_made_it(tmp_path: Path) -> None:
     assert found["calibrant.set_sha256"] == cb.RunRecord.read(output).calibration.set_sha256
     assert written.types == {"F32": 13, "Q4_0": 14, "Q8_0": 1}
     assert written.bytes == (tmp_path / "out.gguf").stat().st_size
-    assert any("rounded to Q8_0, all else is as stored" in note for note in written.notes)
+    assert any("rounded to Q8_0, the rest is as stored" in note for note in written.notes)
     cb.write_gguf(output, output=tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
 

@@ -181,8 +181,9 @@ def _round_inputs(model: transformers.PreTrainedModel, folder: ModelFolder, engi
             known = GGUF_TYPES[stored_layout(name, folder.quantization).type]
         round_to_bytes(model.get_submodule(name), known is not None and known.sub_scale is not None)
     tensors = _tensors(served)
-    if tensors.get("output.weight", tensors["token_embd.weight"]).tensor_type.name == "Q8_0":
-        round_to_bytes(_head(model))
+    of_head = GGUF_TYPES.get(tensors.get("output.weight", tensors["token_embd.weight"]).tensor_type.name.lower())
+    if of_head is not None:
+        round_to_bytes(_head(model), of_head.sub_scale is not None)
 
 
 def _tensors(file: Path) -> dict[str, Any]:

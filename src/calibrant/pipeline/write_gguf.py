@@ -18,8 +18,9 @@ from calibrant.formats.gguf_architectures import (
     rotary_factors,
     row_order,
 )
-from calibrant.formats.gguf_blocks import BLOCK, GgufBlocks, block_type, pack_blocks
+from calibrant.formats.gguf_blocks import GgufBlocks, block_type, pack_blocks
 from calibrant.formats.gguf_names import gguf_library, gguf_names
+from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
 from calibrant.formats.quantized import Codes
 from calibrant.formats.stored_codes import quantized_linears, stored_codes, stored_format
@@ -28,8 +29,11 @@ from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.pipeline.record import RECORD_NAME, RunRecord
 from calibrant.progress import Progress
+from calibrant.quantization.grid_fitting import fit_grid
+from calibrant.quantization.grids import encode
+from calibrant.recipes.gguf_spec import gguf_spec
 
-EmbeddingType = Literal["Q8_0", "stored"]
+EmbeddingType = Literal["Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q4_0", "stored"]
 # The file in outputs of the gguf format.
 GGUF_NAME = "model.gguf"
 # Buffers that older checkpoints store; llama.cpp computes them.
@@ -198,24 +202,29 @@ class GgufExport:
         info = self._folder.tensors[stored]
         shape = info.shape
         kind = info.dtype if len(shape) > 1 else "F32"
-        if name in _EMBEDDINGS and self._embeddings == "Q8_0" and shape[-1] % BLOCK == 0:
-            kind = "Q8_0"
-        if kind not in ("F32", "F16", "BF16", "Q8_0"):
+        if kind not in ("F32", "F16", "BF16"):
             raise CalibrantError(f"{stored}: is stored as {kind}; F32, F16 and BF16 are written")
+        rounded = self._embedding_type(shape) if name in _EMBEDDINGS else None
+        if rounded is not None:
+            return _Tensor(name, _written(rounded), shape, lambda: round_to_type(self._folder.read(stored), rounded))
         order = row_order(self._config, base, shape[0])
         offset = norm_offset(self._config, name)
 
         def make() -> np.ndarray:
             tensor = self._folder.read(stored)
             tensor = tensor if order is None else tensor[order]
-            if kind == "Q8_0":
-                blocks: np.ndarray = gguf_library().quantize(
-                    tensor.float().numpy(), gguf_library().GGMLQuantizationType.Q8_0
-                )
-                return blocks
             return _as_bytes(tensor.float() + offset if kind == "F32" else tensor)
 
         return _Tensor(name, kind, shape, make)
+
+    def _embedding_type(self, shape: tuple[int, ...]) -> str | None:
+        """The type of an embedding or output matrix: the one asked for, or the one that its width allows."""
+        if self._embeddings == "stored":
+            return None
+        kind = self._embeddings.lower()
+        if shape[-1] % GGUF_TYPES[kind].block:
+            kind = GGUF_TYPES[kind].fallback or kind
+        return kind if shape[-1] % GGUF_TYPES[kind].block == 0 else None
 
     def _describe(self, writer: Any) -> None:
         """Write the keys: what the model is, its tokenizer, and what made it."""
@@ -251,8 +260,11 @@ class GgufExport:
 
     def _notes(self) -> tuple[str, ...]:
         notes = []
-        if any(tensor.kind == "Q8_0" for tensor in self._tensors if tensor.name in _EMBEDDINGS):
-            notes.append("embeddings and output matrix are rounded to Q8_0, all else is as stored")
+        kinds = {tensor.kind for tensor in self._tensors if tensor.name in _EMBEDDINGS} - {"F32", "F16", "BF16"}
+        if kinds:
+            notes.append(
+                f"embeddings and output matrix are rounded to {', '.join(sorted(kinds))}, all else is as stored"
+            )
         if (self._folder.quantization or {}).get("format") == "int-quantized":
             notes.append("llama.cpp rounds activations in its own way, whatever the recipe's were")
         return tuple(notes)
@@ -261,6 +273,13 @@ class GgufExport:
 def _written(kind: str) -> str:
     """A type as llama.cpp spells it."""
     return kind.upper()
+
+
+def round_to_type(weight: torch.Tensor, kind: str) -> np.ndarray:
+    """``weight`` ``[out, in]`` rounded to nearest in blocks of ``kind``, uint8 ``[out, bytes]``."""
+    spec = gguf_spec(kind, "none")
+    grid = fit_grid(weight.float(), spec)
+    return pack_blocks(Codes(encode(weight.float(), grid), **grid.stored(slice(None))), kind)
 
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError
-from calibrant.formats.gguf_types import GGUF_TYPES, SUPER_BLOCK, GgufType
+from calibrant.formats.gguf_types import GGUF_TYPES, SUPER_BLOCK
 from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import BLOCK_SIZE, FormatName, Layout
 from calibrant.formats.registry import format_for
@@ -21,8 +21,8 @@ from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.linear_use import linear_use
 from calibrant.modeling.packable import first_not_packable
 from calibrant.modeling.structure import fused_parameters, routers
-from calibrant.quantization.block_scales import BlockScales
 from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec, RangeSearch
+from calibrant.recipes.gguf_spec import gguf_spec
 from calibrant.recipes.parts import Weights
 from calibrant.recipes.plan import LayerPlan, Plan, Target
 from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
@@ -325,8 +325,9 @@ def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) 
         weights.range_search,
         weights.floating,
         rows,
-        blocks=_block_scales(weights.gguf),
     )
+    if weights.gguf is not None:
+        spec = gguf_spec(weights.type, weights.range_search)
     activations = recipe.scheme.activations
     layout = Layout(
         weights.bits,
@@ -339,14 +340,6 @@ def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) 
         activations.type if activations is not None else "int8",
     )
     return spec, layout
-
-
-def _block_scales(known: GgufType | None) -> BlockScales | None:
-    if known is None:
-        return None
-    if known.sub_scale is None:
-        return BlockScales(known.minima)
-    return BlockScales(known.minima, SUPER_BLOCK // known.group_size, known.sub_scale, not known.minima)
 
 
 def _activations(recipe: Recipe) -> Literal["dynamic", "static"] | None:
