@@ -56,6 +56,7 @@ def compress(
     checkpoint_format: FormatName = "compressed-tensors",
     overwrite: bool = False,
     allow_encoder: bool = False,
+    dequantize: bool = False,
     progress: Progress | None = None,
 ) -> RunReport:
     """Compress a model folder into ``output``. ``prepare`` takes the same arguments and only checks and estimates.
@@ -78,6 +79,8 @@ def compress(
         checkpoint_format: "compressed-tensors", "gptq", "awq" or "gguf"; types of GGUF files imply the last.
         overwrite: replace an earlier output.
         allow_encoder: also accept models that are not causal (BERT classifiers).
+        dequantize: take a quantized model for the dense one that it stands for: its weights are decoded as they are
+            read. Without it, quantized models are refused.
         progress: receives progress and notes; None for silence.
 
     Raises:
@@ -100,6 +103,7 @@ def compress(
         checkpoint_format=checkpoint_format,
         overwrite=overwrite,
         allow_encoder=allow_encoder,
+        dequantize=dequantize,
     ).run(progress)
 
 

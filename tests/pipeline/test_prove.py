@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import calibrant as cb
 from calibrant.cli.main import app
 from calibrant.formats.gguf_types import GGUF_TYPES
+from calibrant.modeling.checkpoint import ModelFolder
 from tests.conftest import random_set
 
 from ..formats.test_packed_experts import saved
@@ -103,6 +104,10 @@ def test_every_type_of_gguf_files_runs_in_llama_cpp(wide: Path, tmp_path: Path, 
     found = {one.tensor_type.name for one in gguf.GGUFReader(output / "model.gguf").tensors if "blk" in one.name}
     assert found == expected | {"F32"}
     assert any("inputs that super-blocks" in note for note in cb.RunRecord.read(output).notes) == bool(known.fallback)
+    decoded = ModelFolder(output, dequantize=True)
+    assert {name: info.shape for name, info in decoded.tensors.items()} == {
+        name: info.shape for name, info in ModelFolder(wide).tensors.items()
+    }
     proof = cb.prove(output, engine="llama.cpp", gguf=output / "model.gguf", **SHORT)
     # Inputs between two int8 numbers go either way, and sums of minima are float16 there.
     assert proof.difference < 0.03

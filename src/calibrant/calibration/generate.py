@@ -46,6 +46,7 @@ def generate(
     batch_size: int = 64,
     device: str = "cpu",
     dtype: str = "auto",
+    dequantize: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationSet:
     """Make a calibration set of text that a model writes, or of random tokens.
@@ -70,12 +71,13 @@ def generate(
         batch_size: rows that are written at a time.
         device: where the model runs, for example "cpu" or "cuda".
         dtype: dtype of the computation: "float32", "bfloat16" or "auto".
+        dequantize: take a quantized model for the dense one that it stands for.
         progress: receives the progress.
 
     Raises:
         CalibrantError: the model folder or the corpus is unusable, or the options do not fit together.
     """
-    folder = ModelFolder(model_path(model))
+    folder = ModelFolder(model_path(model), dequantize=dequantize)
     length = length if length is not None else default_length(folder)
     check_size(samples, length, seed, draw)
     check_length(folder, length)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calibrant.cli.console import (
+    DequantizeOption,
     DeviceOption,
     DrawOption,
     DtypeOption,
@@ -66,6 +67,7 @@ def compress(
     encoder: Annotated[
         bool, typer.Option("--encoder", help="Allow models that are not causal (BERT classifiers).")
     ] = False,
+    dequantize: DequantizeOption = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print an estimate of time, memory and disk, and stop.")
@@ -100,6 +102,7 @@ def compress(
             checkpoint_format=checkpoint_format,  # type: ignore[arg-type]  # likewise
             overwrite=overwrite,
             allow_encoder=encoder,
+            dequantize=dequantize,
         )
         for note in prepared.plan.notes:
             screen.note(f"note: {note}")

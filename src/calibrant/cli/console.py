@@ -30,6 +30,10 @@ DrawOption = Annotated[
     int, typer.Option("--draw", help="Number of the set among the independent sets of one seed: 0, 1, ...")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+DequantizeOption = Annotated[
+    bool,
+    typer.Option("--dequantize", help="Decode a quantized model (FP8, MXFP4, GPTQ, ...) as its weights are read."),
+]
 DtypeOption = Annotated[
     str,
     typer.Option(

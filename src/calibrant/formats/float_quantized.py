@@ -10,10 +10,7 @@ import torch
 
 from calibrant.formats.compressed_tensors_config import quantization_config
 from calibrant.formats.quantized import Codes, Layout
-from calibrant.kernels.number_types import E4M3, decoded_floats
-
-# Magnitudes of E2M1 by their three bits; the fourth is the sign.
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+from calibrant.kernels.number_types import E2M1_NUMBERS, E4M3, decoded_floats
 
 
 class FloatQuantized:
@@ -96,12 +93,12 @@ class NvFp4Packed:
 def _packed(codes: torch.Tensor) -> torch.Tensor:
     """E2M1 ``codes`` (int8 ``[out, in]``) as uint8 ``[out, in / 2]``: the first of a pair in the low four bits."""
     numbers = decoded_floats(codes)
-    bits = torch.searchsorted(_E2M1, numbers.abs()).to(torch.uint8) | (numbers.signbit().to(torch.uint8) << 3)
+    bits = torch.searchsorted(E2M1_NUMBERS, numbers.abs()).to(torch.uint8) | (numbers.signbit().to(torch.uint8) << 3)
     return bits[:, ::2] | (bits[:, 1::2] << 4)
 
 
 def _unpacked(packed: torch.Tensor) -> torch.Tensor:
     """Inverse of ``_packed``."""
     bits = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
-    magnitudes = _E2M1[(bits & 7).long()]
+    magnitudes = E2M1_NUMBERS[(bits & 7).long()]
     return E4M3.codes_of(torch.where(bits & 8 > 0, -magnitudes, magnitudes))

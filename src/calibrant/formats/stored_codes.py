@@ -24,6 +24,7 @@ _MARKS = {
     "mxfp4-pack-quantized": "weight_packed",
     "nvfp4-pack-quantized": "weight_packed",
     GgufBlocks.name: "weight_blocks",
+    "fp8": "weight_scale_inv",
 }
 _FORMATS: dict[str, WeightFormat] = {
     one.name: one
@@ -65,6 +66,9 @@ def stored_codes(
     kind = stored_format(settings)
     if kind in ("gptq", "awq"):
         return read_codes(linear, parts, dict(settings))
+    if kind == "fp8":
+        scale = parts["weight_scale_inv"].float()
+        return Codes(parts["weight"].view(torch.int8), scale, torch.zeros(scale.shape, dtype=torch.int8))
     return _FORMATS[kind].read(parts, stored_layout(linear, settings))
 
 
@@ -105,12 +109,38 @@ def dense_weights(
     parts = {name for stored in linears.values() for name in stored}
     dense = {name: read(name) for name in sorted(names) if name not in parts}
     for linear, stored in linears.items():
-        dense[f"{linear}.weight"] = dequantized(stored_codes(linear, stored, read, settings), _type(linear, settings))
+        dense[f"{linear}.weight"] = dequantized(
+            stored_codes(linear, stored, read, settings), stored_type(linear, settings)
+        )
     return dense
 
 
-def _type(linear: str, settings: Mapping[str, Any]) -> WeightType:
-    return "int" if stored_format(settings) in ("gptq", "awq") else stored_layout(linear, settings).type
+def stored_type(linear: str, settings: Mapping[str, Any]) -> WeightType:
+    """The type of the weights of ``linear``."""
+    kind = stored_format(settings)
+    if kind in ("gptq", "awq"):
+        return "int"
+    return "fp8" if kind == "fp8" else stored_layout(linear, settings).type
+
+
+def dense_shape(
+    linear: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], settings: Mapping[str, Any]
+) -> tuple[int, int]:
+    """``(out, in)`` of ``linear``, from the ``shapes`` of stored tensors; ``read`` loads small ones."""
+    kind = stored_format(settings)
+    rows, columns = shapes[f"{linear}.{'weight' if _MARKS[kind].startswith('weight_scale') else _MARKS[kind]}"]
+    if kind == "pack-quantized":
+        rows, columns = read(f"{linear}.weight_shape").tolist()
+    elif kind == "gptq":
+        rows, columns = columns, rows * 32 // int(settings.get("bits", 4))
+    elif kind == "awq":
+        rows, columns = columns * 32 // int(settings.get("bits", 4)), rows
+    elif kind == GgufBlocks.name:
+        known = GGUF_TYPES[settings["types"][linear]]
+        columns = columns // known.block_bytes * known.block
+    elif kind in ("mxfp4-pack-quantized", "nvfp4-pack-quantized"):
+        columns = 2 * columns
+    return rows, columns
 
 
 def dequantized(codes: Codes, kind: WeightType) -> torch.Tensor:
@@ -120,9 +150,12 @@ def dequantized(codes: Codes, kind: WeightType) -> torch.Tensor:
     scale = codes.scale.float() if codes.scale.itemsize == 1 else codes.scale
     scale = scale if codes.global_scale is None else scale / codes.global_scale
     rows, columns = codes.codes.shape
-    if scale.shape[0] != rows:
-        scale = scale.expand(rows, 1) if scale.numel() == 1 else scale.repeat_interleave(BLOCK_SIZE, dim=0)
-    scale = scale.repeat_interleave(columns // scale.shape[1], dim=1)
+    if scale.numel() == 1:
+        scale = scale.expand(rows, columns)
+    elif scale.shape[0] != rows:  # blocks, of which the last may be cut off
+        scale = scale.repeat_interleave(BLOCK_SIZE, dim=0).repeat_interleave(BLOCK_SIZE, dim=1)[:rows, :columns]
+    else:
+        scale = scale.repeat_interleave(columns // scale.shape[1], dim=1)
     if kind in ("fp8", "mxfp4", "nvfp4"):
         return (decoded_floats(codes.codes).to(scale.dtype) * scale).contiguous()
     zero_point = codes.zero_point.repeat_interleave(columns // codes.zero_point.shape[1], dim=1)

@@ -68,6 +68,7 @@ class NumberType:
 
 # As in the OCP Microscaling specification and in IEEE's style with no infinity (``torch.float8_e4m3fn``).
 E2M1 = NumberType(-6.0, 6.0, 1, 0)
+E2M1_NUMBERS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E4M3 = NumberType(-448.0, 448.0, 3, -6)
 
 

@@ -10,8 +10,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.hashing import sha256_file, sha256_json
+from calibrant.modeling.decoded_tensors import DecodedTensors, decoded_dtype
 from calibrant.modeling.model_config import (
     CONFIG_FILE,
+    QUANTIZATION_KEYS,
     architecture,
     check_sizes,
     parse_config,
@@ -28,12 +30,19 @@ class ModelFolder:
         path: the folder.
         allow_encoder: also accept architectures other than causal language models, such as BERT classifiers.
         allow_quantized: also accept quantized models.
+        dequantize: take a quantized model for the dense one that it stands for; weights are decoded when they are read.
 
     Raises:
         CalibrantError: the folder, its configuration or a shard is missing, damaged or not supported.
     """
 
-    def __init__(self, path: str | Path, allow_encoder: bool = False, allow_quantized: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        allow_encoder: bool = False,
+        allow_quantized: bool = False,
+        dequantize: bool = False,
+    ) -> None:
         self.path = Path(path)
         if self.path.is_file():
             raise CalibrantError(f"{self.path}: is a file; a model is a folder of config.json and safetensors weights")
@@ -43,12 +52,44 @@ class ModelFolder:
         self.architecture = architecture(self.path / CONFIG_FILE, self.config_dict, allow_encoder)
         self.quantization = quantization_settings(self.config_dict)
         self.quantized = self.quantization is not None or (self.path / INPUT_ROUNDING).exists()
-        if self.quantized and not allow_quantized:
-            raise CalibrantError(f"{self.path}: the model is quantized already; start from its original weights")
+        if self.quantized and not allow_quantized and not dequantize:
+            raise CalibrantError(
+                f"{self.path}: the model is quantized already; start from its original weights, or ask for it to be "
+                "decoded (`dequantize`)"
+            )
         weights = find_weights(self.path, self.config_dict.get("transformers_weights"))
         self.tensors, self.unread = weights.tensors, weights.unread
+        self._files = weights.tensors
         check_sizes(self.path / CONFIG_FILE, self.config_dict, len(self.tensors))
         self.config = parse_config(self.path)
+        self._decoded: DecodedTensors | None = None
+        if dequantize:
+            self._decode()
+
+    def _decode(self) -> None:
+        """Present the dense model.
+
+        Raises:
+            CalibrantError: the model is not quantized, or in a format that is not read here.
+        """
+        if self.quantization is None:
+            raise CalibrantError(f"{self.path}: the model is not quantized, so there is nothing to decode")
+        try:
+            dtype = decoded_dtype(self.config_dict)
+            self._decoded = DecodedTensors(self._files, self._read, self.quantization, dtype)
+        except CalibrantError as error:
+            raise CalibrantError(f"{self.path}: {error}") from error
+        self.tensors, self.quantization, self.quantized = self._decoded.tensors, None, False
+        self.config_dict = {name: value for name, value in self.config_dict.items() if name not in QUANTIZATION_KEYS}
+        for config in (self.config, self.config.get_text_config()):
+            for key in QUANTIZATION_KEYS:
+                if hasattr(config, key):
+                    delattr(config, key)
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the folder's own weights are quantized, and decoded when they are read."""
+        return self._decoded is not None
 
     @property
     def name(self) -> str:
@@ -69,17 +110,20 @@ class ModelFolder:
         return int(self.config.get_text_config().vocab_size)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored.
+        """The tensor as stored, or decoded.
 
         Raises:
             CalibrantError: the file cannot be read.
         """
+        return self._read(name) if self._decoded is None else self._decoded.read(name)
+
+    def _read(self, name: str) -> torch.Tensor:
         try:
-            with safe_open(self.tensors[name].file, framework="pt") as file:
+            with safe_open(self._files[name].file, framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(name)
                 return tensor
         except Exception as error:  # damaged files raise exceptions of several libraries
-            raise CalibrantError(f"{self.tensors[name].file}: tensor {name} cannot be read ({error})") from error
+            raise CalibrantError(f"{self._files[name].file}: tensor {name} cannot be read ({error})") from error
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,9 +24,25 @@ def load_dequantized(folder: ModelFolder, device: torch.device, dtype: torch.dty
     """
     settings = folder.quantization
     assert settings is not None
-    state = dense_weights(folder.tensors, folder.read, settings)
     config = copy.deepcopy(folder.config)
     del config.quantization_config
+    return _load(folder, config, dense_weights(folder.tensors, folder.read, settings), device, dtype)
+
+
+def load_decoded(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The same of a ``folder`` that was opened to be decoded.
+
+    Raises:
+        CalibrantError: the checkpoint is damaged.
+    """
+    return _load(
+        folder, copy.deepcopy(folder.config), {name: folder.read(name) for name in folder.tensors}, device, dtype
+    )
+
+
+def _load(
+    folder: ModelFolder, config: Any, state: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
     made = model_class(folder.architecture)
     load: Any = made.from_pretrained
     with quietly():

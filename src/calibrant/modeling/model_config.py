@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from calibrant.errors import CalibrantError
 from calibrant.modeling.json_file import read_json
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 CONFIG_FILE = "config.json"
 _LARGEST_CONFIG_BYTES = 2**26
 # Keys that count modules, of which transformers builds as many as a stranger's file says.
@@ -50,7 +51,7 @@ def quantization_settings(config: dict[str, Any]) -> dict[str, Any] | None:
     """
     for place in (config, config.get("text_config")):
         if isinstance(place, dict):
-            for key in ("quantization_config", "compression_config"):
+            for key in QUANTIZATION_KEYS:
                 if place.get(key) is not None:
                     return place[key] if isinstance(place[key], dict) else {}
     return None

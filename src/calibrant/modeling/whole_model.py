@@ -9,7 +9,7 @@ import transformers
 from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.input_rounding import read_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder, model_class
-from calibrant.modeling.dequantized_model import check_found, load_dequantized
+from calibrant.modeling.dequantized_model import check_found, load_decoded, load_dequantized
 from calibrant.modeling.input_rounding import apply_input_rounding, round_inputs
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.quietly import quietly
@@ -93,6 +93,8 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
     """
     place = torch_device(device)
     settings = folder.quantization
+    if folder.decoded:
+        return load_decoded(folder, place, torch_dtype(dtype, place))
     if settings is not None and {settings.get("quant_method"), settings.get("format")} & _DEQUANTIZED_HERE:
         dequantized = load_dequantized(folder, place, torch_dtype(dtype, place))
         round_inputs(dequantized, folder)

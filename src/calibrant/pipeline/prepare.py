@@ -107,6 +107,7 @@ class PreparedRun:
             draw=size.draw,
             device=str(self.settings.device),
             dtype=str(self.settings.dtype).removeprefix("torch."),
+            dequantize=self.model.folder.decoded,
             progress=progress,
         )
 
@@ -129,6 +130,7 @@ def prepare(
     checkpoint_format: FormatName = "compressed-tensors",
     overwrite: bool = False,
     allow_encoder: bool = False,
+    dequantize: bool = False,
 ) -> PreparedRun:
     """Check all inputs of a compression without reading weights (2SSP reads the weights of one block).
 
@@ -143,7 +145,7 @@ def prepare(
     chosen = (
         (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).with_weights(bits, group_size).with_seed(seed)
     )
-    folder = ModelFolder(model_path(model), allow_encoder)
+    folder = ModelFolder(model_path(model), allow_encoder, dequantize=dequantize)
     _check_model(folder, chosen, given)
     own = SetSize(samples, length if length is not None else default_length(folder), seed, draw)
     if given is None:
@@ -175,7 +177,7 @@ def prepare(
 
 def _check_model(folder: ModelFolder, recipe: Recipe, calibration: CalibrationSet | None) -> None:
     origin = made_by(folder)
-    if origin is not None and origin.quantized:
+    if origin is not None and origin.quantized and not folder.decoded:
         raise CalibrantError(
             f"{folder.path}: {origin.recipe} quantized the model already; start from its original weights"
         )

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from calibrant.cli.console import (
+    DequantizeOption,
     DeviceOption,
     DrawOption,
     DtypeOption,
@@ -85,6 +86,7 @@ def generate(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per generated batch.")] = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
+    dequantize: DequantizeOption = False,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -121,6 +123,7 @@ def generate(
             batch_size=batch_size,
             device=device,
             dtype=dtype,
+            dequantize=dequantize,
             progress=screen.progress,
         )
         save(made, output, overwrite, screen)
