@@ -82,7 +82,15 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16, help="evaluation windows of 512 tokens")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "llama_cpp.json")
     options = parser.parse_args()
-    found: dict[str, dict[str, float]] = {}
+    settings = {
+        "model": options.model.resolve().name,
+        "corpus": options.corpus.name,
+        "text": options.text.name,
+        "samples": options.samples,
+        "chunks": options.chunks,
+    }
+    known = json.loads(options.json.read_text()) if options.json.exists() else {}
+    found: dict[str, dict[str, float]] = known["runs"] if known.get("settings") == settings else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = folder / "text.txt"
@@ -105,12 +113,13 @@ def main() -> None:
                 )
             matrices[label] = folder / f"{label}.gguf"
             cb.write_importance_matrix(options.model, calibration=made, output=folder / f"{label}.gguf")
-        for kind in options.types:
+        for kind in [kind for kind in options.types if f"{kind}: {OURS}" not in found]:
             for label, matrix in matrices.items():
                 found[f"{kind}: {label}"] = measure(options, folder, quantize(options, folder, kind, matrix))
             found[f"{kind}: {OURS}"] = measure(options, folder, ours(options, folder, kind, uniform))
             for label in (*matrices, OURS):
                 print(f"{kind}: {label}: {found[f'{kind}: {label}']}", flush=True)
+            keep(options, settings, found)
     table = Table("type", "by", "KL", "of llama.cpp's with matrix", "MB")
     for label, one in found.items():
         kind, by = label.split(": ")
@@ -118,18 +127,16 @@ def main() -> None:
         ratio = one["kl_mean"] / found[f"{kind}: {options.matrices[0]}"]["kl_mean"]
         table.add_row(kind, by, error, f"{ratio:.2f}", f"{one['bytes'] / 1e6:.1f}")
     Console(width=100).print(table)
+
+
+def keep(options: argparse.Namespace, settings: dict[str, object], runs: dict[str, dict[str, float]]) -> None:
+    """Write what is known so far; a stopped benchmark goes on from there."""
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "system": platform.platform(),
         "llama.cpp": run(options.bin / "llama-perplexity", "--version").strip().splitlines()[0],
-        "settings": {
-            "model": options.model.resolve().name,
-            "corpus": options.corpus.name,
-            "text": options.text.name,
-            "samples": options.samples,
-            "chunks": options.chunks,
-        },
-        "runs": found,
+        "settings": settings,
+        "runs": runs,
     }
     options.json.write_text(json.dumps(result, indent=2) + "\n")
 
