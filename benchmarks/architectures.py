@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import shutil
 import tempfile
 import time
 import traceback
@@ -28,7 +27,6 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models as token_models
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -37,6 +35,7 @@ import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.dequantized_model import load_dequantized
 from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.quietly import quietly
@@ -44,7 +43,6 @@ from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import NoProgress
 from calibrant.recipes.recipe import Recipe
 from compress import HERE, pinned_versions
-from loaders import decoded
 from tiny_configs import tiny_config
 
 SECONDS = 60
@@ -149,15 +147,12 @@ def walk_distance(folder: Path, architecture: str) -> float:
     return distance(walk.batches[0].hidden, last)
 
 
-def plain_copy(output: Path, source: Path, folder: Path) -> Path:
-    """The packed ``output`` with its quantized layers decoded, as a plain model."""
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    weights = decoded(output)
-    # A packed weight is several tensors whose names begin with the weight's own.
-    tensors = load_file(output / "model.safetensors")
-    kept = {name: value for name, value in tensors.items() if not name.startswith(tuple(f"{one}_" for one in weights))}
-    save_file({**kept, **weights}, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def decoded_logits(output: Path) -> torch.Tensor:
+    """Of a plain model with the weights that the stored codes stand for, by our own reading."""
+    model = load_dequantized(ModelFolder(output, allow_quantized=True), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=TOKENS[:2], use_cache=False).logits
+    return logits
 
 
 def attempt(outcome: Outcome, folder: Path) -> None:
@@ -182,7 +177,7 @@ def attempt(outcome: Outcome, folder: Path) -> None:
     outcome.result = "output does not load"
     found = logits_of(output, outcome.architecture)
     if outcome.stored == "packed":
-        outcome.logits = distance(found, logits_of(plain_copy(output, source, folder / "plain"), outcome.architecture))
+        outcome.logits = distance(found, decoded_logits(output))
     outcome.result = "8 bits fail"
     cb.compress(source, output=output, recipe=recipe(8, "rtn"), dtype="float32", overwrite=True)
     outcome.eight_bits = median_distance(logits_of(output, outcome.architecture), original)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ MODELS: dict[str, tuple[Any, str]] = {
             **SIZES, **ROUTED, **LATENT, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1
         ),
         "model.layers.1.mlp.experts.3.gate_proj",
+    ),
+    "phimoe": (
+        lambda: hf.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+        "model.layers.1.block_sparse_moe.experts.3.w1",
     ),
     "llama4": (
         lambda: hf.Llama4TextConfig(
@@ -104,10 +109,14 @@ def test_every_expert_is_packed_and_loads(tmp_path: Path, kind: str, recipe: str
     name = MODELS[kind][1]
     assert name in stored
     # Of a weight, half a byte and a float32 scale for each 32, or a byte and a scale for each row; and the shape.
-    rows, columns = (96, 64) if kind in ("mixtral", "olmoe", "llama4") else (32, 64)
+    rows, columns = (96, 64) if kind in ("mixtral", "olmoe", "llama4", "phimoe") else (32, 64)
     expected = rows * columns // 2 + 4 * rows * columns // 32 + 16 if "w4" in recipe else rows * columns + 4 * rows
     assert sum(tensors[one].nbytes for one in stored[name]) == expected
     # Routers and norms stay, and the embeddings; all matrices of the blocks are packed.
+    routers = [one for one in tensors if re.search(r"\.(gate|router)\.", one)]
+    assert routers
+    original = load_file(model / "model.safetensors")
+    assert all(torch.equal(tensors[one], original[one]) for one in routers)
     assert not [one for one in tensors if "expert" in one and one.endswith(".weight") and tensors[one].itemsize > 1]
     assert report.share > 0.97
     wanted = logits(reference(output, model, kind))

@@ -91,12 +91,12 @@ def _concerns(pair: FoldablePair, plan: Plan, prefix: str) -> bool:
     """Whether the recipe compresses a linear of the group and does not ignore the producer."""
     made_by = pair.producer.linear
     return bool(_compressed(pair.group, plan, prefix)) and not (
-        made_by is not None and plan.recipe.ignores(f"{prefix}.{made_by.name}")
+        made_by is not None and plan.leaves(f"{prefix}.{made_by.name}")
     )
 
 
 def _compressed(group: InputGroup, plan: Plan, prefix: str) -> list[Linear]:
-    return [linear for linear in group.linears if not plan.recipe.ignores(f"{prefix}.{linear.name}")]
+    return [linear for linear in group.linears if not plan.leaves(f"{prefix}.{linear.name}")]
 
 
 def _scale(

@@ -58,7 +58,7 @@ def spend_budget(
     nominal = plan.target.nominal
     average = budget.average if budget.average is not None else nominal
     measured = measure_sensitivities(
-        model, plan.blocks, plan.recipe.ignores, budget.choices, _compress(plan), rows, dtype, progress
+        model, plan.blocks, plan.leaves, budget.choices, _compress(plan), rows, dtype, progress
     )
     costs, sizes = np.array([one.divergences for one in measured]), np.array([float(one.elements) for one in measured])
     try:

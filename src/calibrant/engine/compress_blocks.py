@@ -92,7 +92,7 @@ class _Compression:
         plan = self._plan
 
         def ignored(name: str) -> bool:
-            return plan.recipe.ignores(f"{plan.blocks[index]}.{name}")
+            return plan.leaves(f"{plan.blocks[index]}.{name}")
 
         with ExitStack() as stack:
             with self._clock.stage("load"):

@@ -96,14 +96,15 @@ def make_plan(
             raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
         notes = left_notes if recipe.changes_shape else [*left_notes, _PRUNED_DENSE]
         target = Target(None, sparsity, None)
-        return _with_share_note(Plan(recipe, blocks, target, layers.planned(target), notes, left))
+        plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, routers=tuple(layers.routers))
+        return _with_share_note(plan)
     spec, layout = _grid_and_layout(model, recipe, format_name)
     _check_format(layout, layers, recipe)
     _check_bits_budget(layout, layers, recipe)
     notes = [*left_notes, *_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
-    plan = Plan(recipe, blocks, target, layers.planned(target), notes, left)
+    plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, routers=tuple(layers.routers))
     return _with_share_note(_with_fallbacks(model, plan))
 
 

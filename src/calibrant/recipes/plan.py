@@ -73,7 +73,8 @@ class Plan:
 
     ``target`` is the scheme's target; ``layers`` contains every layer to compress by full name (fused experts by their
     parameter's name), with the scheme's target or the one that a budget chose. ``left`` has the sizes of the other
-    weights of the blocks, by parameter name. ``notes`` are sentences for the user.
+    weights of the blocks, by parameter name. ``notes`` are sentences for the
+    user. ``routers`` choose among fused experts.
     """
 
     recipe: Recipe
@@ -83,6 +84,11 @@ class Plan:
     notes: list[str]
     left: dict[str, int] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
+    routers: tuple[str, ...] = ()
+
+    def leaves(self, name: str) -> bool:
+        """Whether the layer or parameter with full name ``name`` stays as it is: ignored, or a router of experts."""
+        return name in self.routers or self.recipe.ignores(name)
 
     @property
     def share(self) -> float:

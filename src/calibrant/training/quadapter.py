@@ -186,4 +186,4 @@ class ScaleFit:
     def _spec(self, linear: Linear) -> GridSpec | None:
         """The grid of the linear's weights; None if the recipe ignores the linear."""
         name = f"{self._prefix}.{linear.name}"
-        return None if self._plan.recipe.ignores(name) else self._plan.target_of(name).spec
+        return None if self._plan.leaves(name) else self._plan.target_of(name).spec
