@@ -71,7 +71,8 @@ class CheckpointWriter:
             full = f"{prefix}.{name}"
             layout = self._plan.target_of(full).layout
             if layout is not None and f"{full}.weight" in dense:
-                packed.update(self._packed(self._model.stored_name(f"{full}.weight"), codes, layout))
+                base = self._model.stored_name(f"{full}.weight").removesuffix("weight")
+                packed.update(self._packed(base, codes, layout))
                 del dense[f"{full}.weight"]
             elif layout is None and self._plan.recipe.scheme.activations is not None:
                 self._inputs[full] = _input_grid(codes)
@@ -83,9 +84,8 @@ class CheckpointWriter:
         for name, (weight, exact) in solver.outliers.items():
             self._write(sparse_part(f"{prefix}.{name}", weight, exact), self._outliers)
 
-    def _packed(self, stored_name: str, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
-        """The tensors of a linear whose weight is called ``stored_name`` in dense checkpoints."""
-        base = stored_name.removesuffix("weight")
+    def _packed(self, base: str, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
+        """The tensors of a linear, whose names begin with ``base``."""
         self._codes[base] = _codes_hash(codes), layout
         return {base + suffix: tensor for suffix, tensor in format_for(layout).write(codes, layout).items()}
 
@@ -97,9 +97,14 @@ class CheckpointWriter:
         layout, name = self._plan.fused_layout, parameter.removeprefix(f"{solver.block.name}.")
         assert layout is not None
         packed: dict[str, torch.Tensor] = {}
+        if layout.format == "gpt-oss":
+            experts = self._plan.fused[parameter][0]
+            below = Codes.stacked([solver.codes[f"{name}.{expert}"] for expert in range(experts)])
+            tensors = self._packed(self._model.stored_name(parameter), below, layout)
+            return {one: tensor.unflatten(0, (experts, -1)) for one, tensor in tensors.items()}
         for part in expert_tensors(self._model.module, parameter, self._plan.fused[parameter]):
             codes = solver.codes[f"{name}.{part.expert}"].rows(part.rows)
-            packed.update(self._packed(f"{part.name}.weight", codes, layout))
+            packed.update(self._packed(f"{part.name}.", codes, layout))
         return packed
 
     def write_input_rounding(self, folder: Path) -> None:

@@ -50,11 +50,11 @@ class MxFp4Packed:
         return quantization_config(self.name, layouts, ignored)
 
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
-        return {"weight_packed": _packed(codes.codes), "weight_scale": codes.scale.view(torch.uint8)}
+        return {"weight_packed": pack_e2m1(codes.codes), "weight_scale": codes.scale.view(torch.uint8)}
 
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         scale = tensors["weight_scale"].view(torch.float8_e8m0fnu)
-        return Codes(_unpacked(tensors["weight_packed"]), scale, torch.zeros(scale.shape, dtype=torch.int8))
+        return Codes(unpack_e2m1(tensors["weight_packed"]), scale, torch.zeros(scale.shape, dtype=torch.int8))
 
 
 class NvFp4Packed:
@@ -71,7 +71,7 @@ class NvFp4Packed:
     def write(self, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         assert codes.global_scale is not None
         found = {
-            "weight_packed": _packed(codes.codes),
+            "weight_packed": pack_e2m1(codes.codes),
             "weight_scale": codes.scale,
             "weight_global_scale": codes.global_scale,
         }
@@ -82,7 +82,7 @@ class NvFp4Packed:
     def read(self, tensors: dict[str, torch.Tensor], layout: Layout) -> Codes:
         scale = tensors["weight_scale"]
         return Codes(
-            _unpacked(tensors["weight_packed"]),
+            unpack_e2m1(tensors["weight_packed"]),
             scale,
             torch.zeros(scale.shape, dtype=torch.int8),
             global_scale=tensors["weight_global_scale"],
@@ -90,15 +90,15 @@ class NvFp4Packed:
         )
 
 
-def _packed(codes: torch.Tensor) -> torch.Tensor:
+def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
     """E2M1 ``codes`` (int8 ``[out, in]``) as uint8 ``[out, in / 2]``: the first of a pair in the low four bits."""
     numbers = decoded_floats(codes)
     bits = torch.searchsorted(E2M1_NUMBERS, numbers.abs()).to(torch.uint8) | (numbers.signbit().to(torch.uint8) << 3)
     return bits[:, ::2] | (bits[:, 1::2] << 4)
 
 
-def _unpacked(packed: torch.Tensor) -> torch.Tensor:
-    """Inverse of ``_packed``."""
+def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of ``pack_e2m1``."""
     bits = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
     magnitudes = E2M1_NUMBERS[(bits & 7).long()]
     return E4M3.codes_of(torch.where(bits & 8 > 0, -magnitudes, magnitudes))

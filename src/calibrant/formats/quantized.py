@@ -1,12 +1,12 @@
 """Codes of quantized linears and the interface of checkpoint formats; a format never quantizes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 
-FormatName = Literal["compressed-tensors", "gptq", "awq", "gguf"]
+FormatName = Literal["compressed-tensors", "gptq", "awq", "gguf", "gpt-oss"]
 # Integers; E4M3; E2M1 with a power of two for each 32 weights; E2M1 with an E4M3 scale for each 16; llama.cpp's types.
 WeightType = Literal[
     "int", "fp8", "mxfp4", "nvfp4",
@@ -44,6 +44,14 @@ class Codes:
     sub_minimum: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_zero_point: torch.Tensor | None = None
+
+    @classmethod
+    def stacked(cls, parts: Sequence["Codes"]) -> "Codes":
+        """Codes with scales for each row, one below the other."""
+        joined = [
+            torch.cat(one) for one in zip(*((part.codes, part.scale, part.zero_point) for part in parts), strict=True)
+        ]
+        return cls(*joined)
 
     def rows(self, index: torch.Tensor) -> "Codes":
         """The codes of the rows ``index`` (int64), with scales of their own or the one of the whole tensor."""

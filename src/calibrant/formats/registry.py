@@ -4,6 +4,7 @@ from calibrant.formats.awq import Awq
 from calibrant.formats.compressed_tensors import IntQuantized, PackQuantized
 from calibrant.formats.float_quantized import FloatQuantized, MxFp4Packed, NvFp4Packed
 from calibrant.formats.gguf_blocks import GgufBlocks
+from calibrant.formats.gpt_oss import GptOssExperts
 from calibrant.formats.gptq import Gptq
 from calibrant.formats.quantized import FormatName, Layout, WeightFormat
 
@@ -15,6 +16,8 @@ def format_for(layout: Layout) -> WeightFormat:
     """The format that stores ``layout``; int8 activations need int8 weight tensors."""
     if layout.format == "gguf":
         return GgufBlocks()
+    if layout.format == "gpt-oss":
+        return GptOssExperts()
     if layout.type != "int":
         return _FLOATS[layout.type]
     if layout.format == "gptq":

@@ -18,9 +18,10 @@ from calibrant.evaluation.text import EvaluationText
 from calibrant.formats.gguf_blocks import GgufBlocks
 from calibrant.formats.gguf_names import gguf_library
 from calibrant.formats.gguf_types import GGUF_TYPES
+from calibrant.formats.gpt_oss import GptOssExperts
 from calibrant.formats.stored_codes import quantized_linears, stored_format, stored_layout
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.dequantized_model import load_dequantized
+from calibrant.modeling.dequantized_model import load_decoded, load_dequantized
 from calibrant.modeling.input_rounding import round_inputs, round_to_bytes
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
@@ -150,6 +151,8 @@ def _decoded(folder: ModelFolder) -> transformers.PreTrainedModel:
     """The folder's model in float32, decoded here, without any rounding of inputs."""
     if folder.quantization is None:
         return load_whole(folder, "cpu", "float32")
+    if folder.quantization.get("quant_method") == GptOssExperts.name:
+        return load_decoded(ModelFolder(folder.path, dequantize=True), torch.device("cpu"), torch.float32)
     return load_dequantized(folder, torch.device("cpu"), torch.float32)
 
 

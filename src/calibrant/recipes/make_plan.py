@@ -1,7 +1,7 @@
 """Fits a recipe to a model, before any weight is read."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -42,7 +42,8 @@ class _Layers:
     """Layers that a recipe applies to: linears with ``(out, in)`` and fused experts.
 
     ``unpackable`` has what keeps transformers from loading packed weights of this model: names, and what is so about
-    each. ``uncalled`` are linears that no text calls, ``routers`` those that choose among fused experts.
+    each. ``uncalled`` are linears that no text calls, ``routers`` those that choose among fused experts,
+    ``outside`` those for which GPT-OSS's own format has no place.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -50,6 +51,16 @@ class _Layers:
     unpackable: dict[str, str]
     uncalled: list[str]
     routers: list[str]
+    outside: list[str] = field(default_factory=list)
+
+    @property
+    def left_alone(self) -> list[str]:
+        """Linears that stay as they are without being ignored."""
+        return [*self.routers, *self.outside]
+
+    def experts_alone(self) -> "_Layers":
+        """The fused experts; other linears stay as they are."""
+        return replace(self, linears={}, unpackable={}, outside=list(self.linears))
 
     @property
     def obstacle(self) -> str:
@@ -86,6 +97,8 @@ def make_plan(
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
     if chosen.scheme.weights is not None:
         chosen, format_name = _as_gguf(chosen, format_name)
+    if _is_native(model, layers, chosen):
+        layers, format_name = layers.experts_alone(), "gpt-oss"
     recipe = _fit_groups(chosen, layers)
     _check_blocks(recipe, layers)
     sparsity = _sparsity(recipe)
@@ -96,7 +109,9 @@ def make_plan(
             raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
         notes = left_notes if recipe.changes_shape else [*left_notes, _PRUNED_DENSE]
         target = Target(None, sparsity, None)
-        plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, routers=tuple(layers.routers))
+        plan = Plan(
+            recipe, blocks, target, layers.planned(target), notes, left, left_alone=frozenset(layers.left_alone)
+        )
         return _with_share_note(plan)
     spec, layout = _grid_and_layout(model, recipe, format_name)
     _check_format(layout, layers, recipe)
@@ -104,7 +119,7 @@ def make_plan(
     notes = [*left_notes, *_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
-    plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, routers=tuple(layers.routers))
+    plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, left_alone=frozenset(layers.left_alone))
     return _with_share_note(_with_fallbacks(model, plan))
 
 
@@ -293,6 +308,13 @@ def _check_pattern(recipe: Recipe, sparsity: Sparsity | None, layers: _Layers) -
             )
 
 
+def _is_native(model: LazyModel, layers: _Layers, recipe: Recipe) -> bool:
+    """Whether GPT-OSS's own format holds the result: its experts in MXFP4."""
+    weights = recipe.scheme.weights
+    is_mxfp4 = weights is not None and weights.type == "mxfp4" and recipe.scheme.activations is None
+    return is_mxfp4 and bool(layers.fused) and model.folder.config.model_type == "gpt_oss"
+
+
 def _check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
     """Refuse recipes that do not support fused experts, if the model has any."""
     refusal = None
@@ -354,7 +376,7 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
     Raises:
         CalibrantError: the scheme, the method or a layer does not fit the format.
     """
-    if layout.format == "compressed-tensors":
+    if layout.format in ("compressed-tensors", "gpt-oss"):
         return
     if layout.format == "gguf":
         if recipe.stored_dense or layers.unpackable or layers.fused:
@@ -422,6 +444,10 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
             "loaders of others see the rounded weights alone"
         )
         return [dense, inputs] if layout.activations else [dense]
+    if layout.format == "gpt-oss":
+        return [
+            f"GPT-OSS's own format has its experts in MXFP4 alone: {len(layers.outside)} other linears stay as they are"
+        ]
     if layout.format == "gguf":
         return [
             "model.gguf is for llama.cpp; model.safetensors has the same blocks for calibrant, and no other loader "

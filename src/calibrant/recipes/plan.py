@@ -74,7 +74,7 @@ class Plan:
     ``target`` is the scheme's target; ``layers`` contains every layer to compress by full name (fused experts by their
     parameter's name), with the scheme's target or the one that a budget chose. ``left`` has the sizes of the other
     weights of the blocks, by parameter name. ``notes`` are sentences for the
-    user. ``routers`` choose among fused experts.
+    user. ``left_alone`` are linears that stay as they are without being ignored, such as routers of experts.
     """
 
     recipe: Recipe
@@ -84,11 +84,11 @@ class Plan:
     notes: list[str]
     left: dict[str, int] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
-    routers: tuple[str, ...] = ()
+    left_alone: frozenset[str] = frozenset()
 
     def leaves(self, name: str) -> bool:
-        """Whether the layer or parameter with full name ``name`` stays as it is: ignored, or a router of experts."""
-        return name in self.routers or self.recipe.ignores(name)
+        """Whether the layer or parameter with full name ``name`` stays as it is."""
+        return name in self.left_alone or self.recipe.ignores(name)
 
     @property
     def share(self) -> float:
