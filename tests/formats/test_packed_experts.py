@@ -140,6 +140,28 @@ def test_four_bit_floats_of_experts_are_evaluated_with_all_their_scales(tmp_path
     assert cb.evaluate(output, against=model, length=32, limit=2).divergence.kl_mean < 0.1
 
 
+def test_gpt_oss_has_its_experts_in_its_own_format(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = hf.GptOssConfig(**SIZES, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
+        hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    model, output = tmp_path / "model", tmp_path / "out"
+    report = cb.compress(model, recipe="gptq-mxfp4a16", output=output, calibration=random_set(model, 8, 32))
+    assert any("own format has its experts in MXFP4 alone: 8 other linears stay" in note for note in report.notes)
+    assert report.share > 0.95
+    tensors = load_file(output / "model.safetensors")
+    place = "model.layers.1.mlp.experts.gate_up_proj"
+    assert (tensors[f"{place}_blocks"].shape, tensors[f"{place}_scales"].shape) == ((4, 192, 2, 16), (4, 192, 2))
+    original = load_file(model / "model.safetensors")
+    kept = [name for name in tensors if not name.endswith(("_blocks", "_scales"))]
+    assert all(torch.equal(tensors[name], original[name]) for name in kept)
+    # transformers' own loader reads the experts.
+    proof = cb.prove(output, length=24, windows=1, new_tokens=8)
+    assert proof.difference < 1e-5
+    assert cb.evaluate(output, against=model, length=32, limit=2).divergence.kl_mean < 0.1
+
+
 def test_experts_that_stay_dense_keep_the_whole_model_dense(tmp_path: Path) -> None:
     model = saved(tmp_path / "model", "mixtral")
     recipe = copy.deepcopy(cb.builtin_recipes()["rtn-w8a16"].model_dump()) | {"ignore": ["experts"]}

@@ -48,10 +48,8 @@ class Codes:
     @classmethod
     def stacked(cls, parts: Sequence["Codes"]) -> "Codes":
         """Codes with scales for each row, one below the other."""
-        joined = [
-            torch.cat(one) for one in zip(*((part.codes, part.scale, part.zero_point) for part in parts), strict=True)
-        ]
-        return cls(*joined)
+        tensors = ((part.codes, part.scale, part.zero_point) for part in parts)
+        return cls(*(torch.cat(one) for one in zip(*tensors, strict=True)))
 
     def rows(self, index: torch.Tensor) -> "Codes":
         """The codes of the rows ``index`` (int64), with scales of their own or the one of the whole tensor."""

@@ -54,9 +54,9 @@ class _Layers:
     outside: list[str] = field(default_factory=list)
 
     @property
-    def left_alone(self) -> list[str]:
+    def left_alone(self) -> frozenset[str]:
         """Linears that stay as they are without being ignored."""
-        return [*self.routers, *self.outside]
+        return frozenset([*self.routers, *self.outside])
 
     def experts_alone(self) -> "_Layers":
         """The fused experts; other linears stay as they are."""
@@ -109,9 +109,7 @@ def make_plan(
             raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
         notes = left_notes if recipe.changes_shape else [*left_notes, _PRUNED_DENSE]
         target = Target(None, sparsity, None)
-        plan = Plan(
-            recipe, blocks, target, layers.planned(target), notes, left, left_alone=frozenset(layers.left_alone)
-        )
+        plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, left_alone=layers.left_alone)
         return _with_share_note(plan)
     spec, layout = _grid_and_layout(model, recipe, format_name)
     _check_format(layout, layers, recipe)
@@ -119,7 +117,7 @@ def make_plan(
     notes = [*left_notes, *_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
-    plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, left_alone=frozenset(layers.left_alone))
+    plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, left_alone=layers.left_alone)
     return _with_share_note(_with_fallbacks(model, plan))
 
 
