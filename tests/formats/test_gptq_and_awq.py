@@ -229,7 +229,7 @@ def test_weights_that_float16_scales_cannot_hold_are_refused(
     ("awq", "rtn-w8a8", "for weights alone"),
     ("gptq", "wanda-2:4", "stored dense"),
     ("gptq", "hqq-w4a16", "hqq fits no gptq checkpoint"),
-    ("gguf", "gptq-w4a16", "no such format"),
+    ("exl2", "gptq-w4a16", "no such format"),
 ])  # fmt: skip
 def test_what_a_format_cannot_hold(llama: Path, tmp_path: Path, checkpoint_format, chosen, said: str) -> None:
     with pytest.raises(CalibrantError, match=said):

@@ -277,7 +277,9 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path, model_folder: Ca
     cut = byte_level(pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), _GPT2]))
     assert "words are cut in a way" in refused(write(tmp_path / "cut", tokenizer=cut))
     model = write(tmp_path / "model")
-    assert "Q3: no such type of embeddings; there are Q8_0, stored" in refused(model, embeddings="Q3")
+    assert "Q3: no such type of embeddings; there are Q8_0, Q6_K, Q5_0, Q4_K, Q4_0, stored" in refused(
+        model, embeddings="Q3"
+    )
     config = json.loads((model / "config.json").read_text())
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     (model / "config.json").write_text(json.dumps({**config, "rope_parameters": scaled}))

@@ -263,7 +263,7 @@ class GgufExport:
         kinds = {tensor.kind for tensor in self._tensors if tensor.name in _EMBEDDINGS} - {"F32", "F16", "BF16"}
         if kinds:
             notes.append(
-                f"embeddings and output matrix are rounded to {', '.join(sorted(kinds))}, all else is as stored"
+                f"embeddings and output matrix are rounded to {', '.join(sorted(kinds))}, the rest is as stored"
             )
         if (self._folder.quantization or {}).get("format") == "int-quantized":
             notes.append("llama.cpp rounds activations in its own way, whatever the recipe's were")

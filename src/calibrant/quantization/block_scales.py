@@ -67,7 +67,7 @@ def _fit(groups: torch.Tensor, importance: torch.Tensor, bits: int, kind: BlockS
     if kind.minima:
         scale, minimum = _affine(groups, importance, bits)
     else:
-        scale, minimum = _signed(groups, importance, bits), torch.zeros(groups.shape[:2])
+        scale, minimum = _signed(groups, importance, bits), torch.zeros_like(groups[..., 0])
     if kind.groups == 1:
         stored = _float16(scale)
         if not kind.minima:

@@ -1,0 +1,42 @@
+"""What the committed table of architectures says of each one is still planned: packed or dense, and how much of it."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import calibrant as cb
+from calibrant.modeling.quietly import quietly
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))  # whose scripts import each other by name
+
+from architectures import random_set, recipe, tiny_model, write_tokenizer  # noqa: E402
+
+FOUND = json.loads((ROOT / "benchmarks" / "results" / "architectures.json").read_text())
+ROWS = {one["model_type"]: one for one in FOUND["architectures"] if one["result"] == "works"}
+
+
+def test_nine_of_ten_architectures_that_could_be_made_are_compressed() -> None:
+    made = [one for one in FOUND["architectures"] if one["result"] != "not shrunk"]
+    assert len(ROWS) > 0.9 * len(made)
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_the_plan_is_that_of_the_table(model_type: str, tmp_path: Path) -> None:
+    row = ROWS[model_type]
+    with warnings.catch_warnings(), quietly():
+        warnings.simplefilter("ignore")
+        tiny_model(row["architecture"], model_type).save_pretrained(tmp_path / "source")
+        write_tokenizer(tmp_path / "source")
+        prepared = cb.prepare(
+            tmp_path / "source",
+            output=tmp_path / "out",
+            recipe=recipe(4, "gptq"),
+            calibration=random_set(),
+            dtype="float32",
+        )
+    assert ("packed" if prepared.plan.target.layout else "dense") == row["stored"]
+    assert round(prepared.plan.share, 4) == row["share"]
