@@ -73,6 +73,8 @@ FORMATS: dict[str, tuple[dict[str, Any], str]] = {
     "nvfp4": ({"weights": {"type": "nvfp4"}}, "compressed-tensors"),
     "nvfp4, nvfp4 inputs": ({"weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}}, "compressed-tensors"),
 }
+# llama.cpp's types, which it alone loads.
+TYPES = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k", "q2_k")
 OF_EXPERTS = ("dense, as it was", "4 bits, groups of 128", "8 bits, a scale a channel", "fp8", "mxfp4", "nvfp4")
 BEGIN, END = "<!-- table of benchmarks/engines.py -->", "<!-- end of the table -->"
 
@@ -93,7 +95,8 @@ class Cell:
 def tiny(folder: Path, config: transformers.PretrainedConfig) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.to(torch.bfloat16).save_pretrained(folder)  # whose scales float16 holds, as most models' are
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -133,7 +136,11 @@ def table(cells: list[Cell], versions: dict[str, str]) -> list[str]:
     lines.append("| --- | --- |" + " --- |" * len(engines))
     for model, kind in dict.fromkeys((cell.model, cell.format) for cell in cells):
         row = []
-        for cell in (one for one in cells if (one.model, one.format) == (model, kind)):
+        of_row = {one.engine: one for one in cells if (one.model, one.format) == (model, kind)}
+        for cell in (of_row.get(engine) for engine in engines):
+            if cell is None:
+                row.append("")
+                continue
             if cell.proven:
                 row.append(f"yes ({cell.difference:.1g} of {cell.allowed:.1g})")
                 continue
@@ -170,6 +177,10 @@ def main() -> None:
                 for engine, python in engines.items():
                     cells.append(prove(name, kind, output, engine, python))
                     console.print(cells[-1])
+        for kind in TYPES:
+            output = written(named["Llama"][0], work / kind, {"weights": {"type": kind}}, "gguf")
+            cells.append(prove("Llama", f"{kind.upper()}, in GGUF files", output, "llama.cpp", None))
+            console.print(cells[-1])
     found = {
         "date": datetime.now(UTC).date().isoformat(),
         "system": platform.platform(),

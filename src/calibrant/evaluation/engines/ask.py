@@ -74,7 +74,7 @@ def ask(engine: EngineName, python: Path | None, request: Request) -> Answer:
         command = [interpreter, str(worker), str(asked), str(answered)]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=_environment(), check=False)
         if ran.returncode != 0 or not answered.is_file():
-            raise CalibrantError(f"{request.model}: {engine} fails on it ({_last_words(ran.stderr or ran.stdout)})")
+            raise CalibrantError(f"{request.model}: {engine} fails on it ({_last_words(ran.stdout + ran.stderr)})")
         found = json.loads(answered.read_text(encoding="utf-8"))
     found["positions"] = [
         [{int(token): value for token, value in place.items()} for place in window] for window in found["positions"]
