@@ -83,6 +83,11 @@ def round_to_bytes(linear: nn.Module, super_blocks: bool = False) -> None:
     linear.register_forward_pre_hook(_hook_of(rounding))
 
 
+def round_to_dtype(linear: nn.Module, dtype: torch.dtype) -> None:
+    """Round the inputs of ``linear`` to ``dtype``, as llama.cpp does before it multiplies by weights of that dtype."""
+    linear.register_forward_pre_hook(_hook_of(lambda values: values.to(dtype).float()))
+
+
 def _bytes(values: torch.Tensor, largest_byte: float, scale_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``values`` ``[.., n]`` as int8 numbers times one scale for each row, whose largest number is ``largest_byte``."""
     largest = values.abs().amax(-1, keepdim=True)

@@ -22,7 +22,7 @@ from calibrant.formats.gpt_oss import GptOssExperts
 from calibrant.formats.stored_codes import quantized_linears, stored_format, stored_layout
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.dequantized_model import load_decoded, load_dequantized
-from calibrant.modeling.input_rounding import round_inputs, round_to_bytes
+from calibrant.modeling.input_rounding import round_inputs, round_to_bytes, round_to_dtype
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.pipeline.proof import Proof
@@ -33,6 +33,8 @@ from calibrant.progress import Progress
 _TOP = 20
 # vLLM rounds a token's largest input to the largest int8 number; compressed-tensors to half a step more.
 _VLLM_BYTE = 127.0
+# Of dense matrices, what llama.cpp rounds inputs to.
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -178,15 +180,30 @@ def _round_inputs(model: transformers.PreTrainedModel, folder: ModelFolder, engi
     if engine != "llama.cpp":
         round_inputs(model, folder, _VLLM_BYTE if engine == "vllm" else None)
         return
-    for name in quantized_linears(folder.tensors, folder.quantization):
+    quantized = quantized_linears(folder.tensors, folder.quantization)
+    head = _head(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or module is head:
+            continue
+        if name not in quantized:
+            _as_stored(module, folder.tensors[f"{name}.weight"].dtype)
+            continue
         known = None
         if folder.quantization is not None and stored_format(folder.quantization) == GgufBlocks.name:
             known = GGUF_TYPES[stored_layout(name, folder.quantization).type]
-        round_to_bytes(model.get_submodule(name), known is not None and known.sub_scale is not None)
+        round_to_bytes(module, known is not None and known.sub_scale is not None)
     tensors = _tensors(served)
-    of_head = GGUF_TYPES.get(tensors.get("output.weight", tensors["token_embd.weight"]).tensor_type.name.lower())
-    if of_head is not None:
-        round_to_bytes(_head(model), of_head.sub_scale is not None)
+    kind = tensors.get("output.weight", tensors["token_embd.weight"]).tensor_type.name
+    if kind.lower() in GGUF_TYPES:
+        round_to_bytes(head, GGUF_TYPES[kind.lower()].sub_scale is not None)
+    else:
+        _as_stored(head, kind)
+
+
+def _as_stored(linear: torch.nn.Module, dtype: str) -> None:
+    """Inputs are rounded to the dtype of dense weights."""
+    if dtype in _DTYPES:
+        round_to_dtype(linear, _DTYPES[dtype])
 
 
 def _tensors(file: Path) -> dict[str, Any]:
