@@ -289,6 +289,9 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path, model_folder: Ca
         model, recipe="gptq-w4a16-g128-asym", group_size=32, output=tmp_path / "asymmetric", samples=4, length=16
     )
     assert "asymmetric codes" in refused(tmp_path / "asymmetric")
+    for recipe in ("rtn-fp8", "gptq-nvfp4a16"):
+        cb.compress(model, recipe=recipe, output=tmp_path / recipe, samples=4, length=16)
+        assert "which no type holds without loss" in refused(tmp_path / recipe)
     (tmp_path / "kept.gguf").write_bytes(b"GGUF")
     with pytest.raises(cb.CalibrantError, match="exists"):
         cb.write_gguf(model, output=tmp_path / "kept.gguf")

@@ -12,6 +12,7 @@ WeightType = Literal[
     "int", "fp8", "mxfp4", "nvfp4",
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
 ]  # fmt: skip
+FLOAT_TYPES: tuple[WeightType, ...] = ("fp8", "mxfp4", "nvfp4")
 InputType = Literal["int8", "fp8", "mxfp4", "nvfp4"]
 Granularity = Literal["channel", "tensor", "block"]
 # Rows and columns of a block with one scale.

@@ -11,7 +11,7 @@ from calibrant.formats.float_quantized import FloatQuantized, MxFp4Packed, NvFp4
 from calibrant.formats.gguf_blocks import GgufBlocks
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gptq_and_awq import read_codes
-from calibrant.formats.quantized import BLOCK_SIZE, Codes, Granularity, Layout, WeightFormat, WeightType
+from calibrant.formats.quantized import BLOCK_SIZE, FLOAT_TYPES, Codes, Granularity, Layout, WeightFormat, WeightType
 from calibrant.kernels.number_types import decoded_floats
 
 # Of each format, the tensor that only quantized linears have.
@@ -94,12 +94,13 @@ def settings_of(linear: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def dense_weights(
-    names: Iterable[str], read: Callable[[str], torch.Tensor], settings: Mapping[str, Any]
+    names: Iterable[str], read: Callable[[str], torch.Tensor], settings: Mapping[str, Any], exact: bool = False
 ) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint; quantized linears become ``weight`` ``[out, in]``.
 
-    Weights are in the dtype of their scales, where these are no floats of eight bits: then in float32. ``names`` lists
-    the stored tensors, ``read`` loads one of them; ``settings`` is the ``quantization_config`` of ``config.json``.
+    Weights are computed in the dtype of their scales, as loaders of GPTQ and AWQ do it; in float32 if ``exact``, or if
+    scales are floats of eight bits. ``names`` lists the stored tensors, ``read`` loads one of them; ``settings`` is the
+    ``quantization_config`` of ``config.json``.
 
     Raises:
         CalibrantError: the layout or bit width is not supported, or a linear's tensors are missing or do not fit.
@@ -110,7 +111,7 @@ def dense_weights(
     dense = {name: read(name) for name in sorted(names) if name not in parts}
     for linear, stored in linears.items():
         dense[f"{linear}.weight"] = dequantized(
-            stored_codes(linear, stored, read, settings), stored_type(linear, settings)
+            stored_codes(linear, stored, read, settings), stored_type(linear, settings), exact
         )
     return dense
 
@@ -143,11 +144,11 @@ def dense_shape(
     return rows, columns
 
 
-def dequantized(codes: Codes, kind: WeightType) -> torch.Tensor:
+def dequantized(codes: Codes, kind: WeightType, exact: bool = False) -> torch.Tensor:
     """The weights ``[out, in]`` of ``codes`` of a type; dtype as above, of llama.cpp's types float32."""
     if kind in GGUF_TYPES:
         return _of_blocks(codes)
-    scale = codes.scale.float() if codes.scale.itemsize == 1 else codes.scale
+    scale = codes.scale.float() if exact or codes.scale.itemsize == 1 else codes.scale
     scale = scale if codes.global_scale is None else scale / codes.global_scale
     rows, columns = codes.codes.shape
     if scale.numel() == 1:
@@ -156,7 +157,7 @@ def dequantized(codes: Codes, kind: WeightType) -> torch.Tensor:
         scale = scale.repeat_interleave(BLOCK_SIZE, dim=0).repeat_interleave(BLOCK_SIZE, dim=1)[:rows, :columns]
     else:
         scale = scale.repeat_interleave(columns // scale.shape[1], dim=1)
-    if kind in ("fp8", "mxfp4", "nvfp4"):
+    if kind in FLOAT_TYPES:
         return (decoded_floats(codes.codes).to(scale.dtype) * scale).contiguous()
     zero_point = codes.zero_point.repeat_interleave(columns // codes.zero_point.shape[1], dim=1)
     # The difference of two int8 values can need nine bits.

@@ -14,10 +14,13 @@ from calibrant.modeling.quietly import quietly
 from calibrant.modeling.tensor_sources import layer_of
 
 
-def load_dequantized(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def load_dequantized(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, exact: bool = False
+) -> transformers.PreTrainedModel:
     """The quantized model in ``folder`` in evaluation mode, with decoded weights of ``dtype``; it rounds no inputs.
 
-    Loaders of GPTQ and AWQ need further packages, those of four-bit floats compute in bfloat16 alone.
+    Loaders of GPTQ and AWQ need further packages, those of four-bit floats compute in bfloat16 alone. Codes are
+    multiplied with scales in the dtype of these, or in float32 if ``exact``.
 
     Raises:
         CalibrantError: the checkpoint is damaged, or its format is not read here.
@@ -26,7 +29,7 @@ def load_dequantized(folder: ModelFolder, device: torch.device, dtype: torch.dty
     assert settings is not None
     config = copy.deepcopy(folder.config)
     del config.quantization_config
-    return _load(folder, config, dense_weights(folder.tensors, folder.read, settings), device, dtype)
+    return _load(folder, config, dense_weights(folder.tensors, folder.read, settings, exact), device, dtype)
 
 
 def load_decoded(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> transformers.PreTrainedModel:

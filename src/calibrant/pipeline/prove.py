@@ -67,7 +67,7 @@ def prove_in_engine(
         request = _request(folder, engine, served, question)
         with progress.task(f"asking {engine}", None):
             answer = ask(engine, python, request)
-        reference = _decoded(folder)
+        reference = _decoded(folder, exact=not request.dequantize)
         if engine == "llama.cpp":
             _take_embeddings(reference, served)
         windows = list(question.text.windows)
@@ -127,7 +127,7 @@ def _request(folder: ModelFolder, engine: EngineName, served: Path, question: Qu
         top=min(_TOP, folder.vocabulary),
         dtype=question.dtype,
         device=question.device,
-        dequantize=_needs_dequantizing(folder),
+        dequantize=engine == "transformers" and _needs_dequantizing(folder),
         plain_token=_plain_token(folder),
         threads=question.threads,
     )
@@ -149,13 +149,14 @@ def _plain_token(folder: ModelFolder) -> int:
     return next(index for index, text in texts if text.isascii() and text.isalnum())
 
 
-def _decoded(folder: ModelFolder) -> transformers.PreTrainedModel:
-    """The folder's model in float32, decoded here, without any rounding of inputs."""
+def _decoded(folder: ModelFolder, exact: bool) -> transformers.PreTrainedModel:
+    """The folder's model in float32, decoded here, without any rounding of inputs; codes are multiplied with scales in
+    float32, or if not ``exact`` in the dtype of the scales, as transformers does it when it unpacks."""
     if folder.quantization is None:
         return load_whole(folder, "cpu", "float32")
     if folder.quantization.get("quant_method") == GptOssExperts.name:
         return load_decoded(ModelFolder(folder.path, dequantize=True), torch.device("cpu"), torch.float32)
-    return load_dequantized(folder, torch.device("cpu"), torch.float32)
+    return load_dequantized(folder, torch.device("cpu"), torch.float32, exact)
 
 
 def _take_embeddings(model: transformers.PreTrainedModel, file: Path) -> None:
