@@ -75,9 +75,12 @@ FORMATS: dict[str, tuple[dict[str, Any], str]] = {
 }
 # What vLLM has kernels for on every processor; those for four bits need AVX-512 or a GPU, and each try takes a minute.
 OF_VLLM = (
-    "dense, as it was", "int8, int8 inputs at run time", "int8, int8 inputs, fixed ranges", "fp8, fp8 inputs at run time",
+    "dense, as it was",
+    "int8, int8 inputs at run time",
+    "int8, int8 inputs, fixed ranges",
+    "fp8, fp8 inputs at run time",
     "fp8 a tensor, fp8 inputs, fixed",
-)  # fmt: skip
+)
 # llama.cpp's types, which it alone loads.
 TYPES = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k", "q2_k")
 OF_EXPERTS = ("dense, as it was", "4 bits, groups of 128", "8 bits, a scale a channel", "fp8", "mxfp4", "nvfp4")
