@@ -67,12 +67,13 @@ def prove_in_engine(
         request = _request(folder, engine, served, question)
         with progress.task(f"asking {engine}", None):
             answer = ask(engine, python, request)
-        reference = _decoded(folder, exact=not request.dequantize)
+        reference = _decoded(folder, exact=True)
         if engine == "llama.cpp":
             _take_embeddings(reference, served)
         windows = list(question.text.windows)
         with progress.task("comparing", None):
-            unrounded = log_probabilities(reference, windows)
+            unpacked = engine == "transformers" and _is_packed(folder)
+            unrounded = log_probabilities(_decoded(folder, exact=False) if unpacked else reference, windows)
             _round_inputs(reference, folder, engine, served)
             dtype = torch.float32 if engine == "llama.cpp" else getattr(torch, question.dtype)
             found = agreement(reference, windows, answer.positions, request.prompt, answer.written, dtype, unrounded)
@@ -133,12 +134,16 @@ def _request(folder: ModelFolder, engine: EngineName, served: Path, question: Qu
     )
 
 
+def _is_packed(folder: ModelFolder) -> bool:
+    """Whether transformers may unpack weights to the dtype of their scales: asymmetric ones, and those of experts."""
+    return (folder.quantization or {}).get("format") == "pack-quantized"
+
+
 def _needs_dequantizing(folder: ModelFolder) -> bool:
     """Whether transformers loads the folder only with the option to unpack: asymmetric packed weights."""
     settings = folder.quantization or {}
     groups = settings.get("config_groups", {}).values()
-    packed = settings.get("format") == "pack-quantized"
-    return packed and not all(group["weights"]["symmetric"] for group in groups)
+    return _is_packed(folder) and not all(group["weights"]["symmetric"] for group in groups)
 
 
 def _plain_token(folder: ModelFolder) -> int:
