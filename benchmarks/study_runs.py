@@ -1,6 +1,6 @@
 """What running a study costs beside its cells, and whether it survives being killed.
 
-    python benchmarks/studies.py MODEL
+    python benchmarks/study_runs.py MODEL
 
 200 cells of MODEL run as a study, in a process of one thread for each processor, and again in such processes that only
 run one after the other: what the study takes longer is scheduling and storage. A study of 12 cells is then killed ten
@@ -40,7 +40,7 @@ from calibrant.study.resolve import resolve
 from calibrant.study.steps import CellStep
 from calibrant.study.worker_process import passive_threads, prepare_process
 
-RESULT = Path(__file__).parent / "results" / "studies.json"
+RESULT = Path(__file__).parent / "results" / "study_runs.json"
 RECIPES = ["rtn-w8a16", "wanda-2:4"]
 KILLS = 10
 FIRST = 10
