@@ -35,7 +35,9 @@ def made(model: Path, output: Path, recipe: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("recipe", ["gptq-w4a16", "rtn-w8a8", "rtn-w8a8-static", "rtn-fp8", "wanda-50", "hqq-w4a16"])
+@pytest.mark.parametrize(
+    "recipe", ["gptq-w4a16", "rtn-w8a8", "rtn-w8a8-static", "rtn-fp8", "wanda-50", "hqq-w4a16", "rtn-fp8-kv-fp8"]
+)
 def test_transformers_computes_what_is_stored(model: Path, tmp_path: Path, recipe: str) -> None:
     output = made(model, tmp_path / "out", recipe)
     proof = cb.prove(output, **SHORT)
@@ -47,6 +49,13 @@ def test_transformers_computes_what_is_stored(model: Path, tmp_path: Path, recip
     assert "| transformers " in (output / "README.md").read_text()
     cb.prove(output, **{**SHORT, "new_tokens": 4})  # takes the place of the first
     assert [one.new_tokens for one in cb.RunRecord.read(output).proofs] == [4]
+
+
+def test_a_python_may_be_given_by_a_path_from_here(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(sys.executable).parent)
+    assert cb.prove(made(model, tmp_path / "out", "rtn-fp8"), python=Path(sys.executable).name, **SHORT).agrees
 
 
 def test_asymmetric_weights_are_loaded_as_the_note_says(model: Path, tmp_path: Path) -> None:

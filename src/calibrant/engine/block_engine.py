@@ -2,7 +2,8 @@
 
 ``sequential_pass`` runs one forward pass per micro-batch, each in a greenlet. A pre-forward hook suspends a pass at
 every stage. Once all passes have reached the stage, it is solved, and they continue with the compressed weights.
-``two_passes`` is the usual loop: collect all statistics, solve, propagate. Both report inputs to a ``Visitor``.
+``two_passes`` is the usual loop: collect all statistics, solve; a second pass propagates. Both report
+inputs to a ``Visitor``.
 """
 
 from collections.abc import Callable
@@ -145,11 +146,8 @@ def sequential_pass(
                     run.throw()
 
 
-def two_passes(block: OpenedBlock, structure: BlockStructure, visitor: Visitor, propagate: bool) -> list[torch.Tensor]:
-    """Collect all statistics from the unchanged block and solve it; returns the outputs for the next block.
-
-    With ``propagate`` these are the compressed block's outputs, from a second run; otherwise the unchanged block's.
-    """
+def two_passes(block: OpenedBlock, structure: BlockStructure, visitor: Visitor) -> list[torch.Tensor]:
+    """Collect all statistics from the unchanged block and solve it; returns the unchanged block's outputs."""
     outputs = []
     for batch in block.batches:
 
@@ -165,7 +163,7 @@ def two_passes(block: OpenedBlock, structure: BlockStructure, visitor: Visitor, 
     for stage in structure.stages:
         for unit in _units(stage):
             visitor.solve(unit)
-    return [block.run(batch) for batch in block.batches] if propagate else outputs
+    return outputs
 
 
 def _units(stage: Stage) -> list[Unit]:

@@ -1,12 +1,15 @@
 """Solving the linears of one block when their inputs are complete, and keeping the results until they are written."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from calibrant.clock import Clock
 from calibrant.engine.block_engine import Unit
+from calibrant.engine.cache_scales import observed_caches
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes
 from calibrant.kernels.grid_rounding import round_to_grid
@@ -55,7 +58,8 @@ class BlockSolver:
     """The ``Visitor`` that gathers statistics and solves linears.
 
     It replaces values in the block's ``state`` in place. Every solved linear adds its entries to ``codes``,
-    ``outliers`` (float32 weights and the mask of the outliers among them) and ``layers``.
+    ``outliers`` (float32 weights and the mask of the outliers among them) and ``layers``. ``cache_scales`` are those of
+    keys and values, by name in the block.
     """
 
     block: OpenedBlock
@@ -65,6 +69,7 @@ class BlockSolver:
     layers: list[LayerReport] = field(default_factory=list)
     outliers: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     solved_parameters: set[str] = field(default_factory=set)
+    cache_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     _statistics: dict[Unit, Hessian | HessianDiagonal] = field(default_factory=dict)
     _ranges: dict[Unit, InputRange] = field(default_factory=dict)
 
@@ -91,6 +96,17 @@ class BlockSolver:
             else:
                 self._solve(unit, self._statistics.pop(unit, None))
             self._add_input_grids(unit)
+
+    @contextmanager
+    def observing_caches(self) -> Iterator[None]:
+        """Observe keys and values for ``cache_scales`` in the passes that run within, if the recipe quantizes them."""
+        asked = self.plan.recipe.scheme.kv_cache
+        if asked is None:
+            yield
+            return
+        with observed_caches(self.block, asked.layout) as scales:
+            yield
+        self.cache_scales = scales
 
     def _take(self, linear: Linear, trained: LearnedLinear) -> None:
         """Round a trained linear to its learned grid and keep the result."""

@@ -76,6 +76,9 @@ class CheckpointWriter:
                 del dense[f"{full}.weight"]
             elif layout is None and self._plan.recipe.scheme.activations is not None:
                 self._inputs[full] = _input_grid(codes)
+        for name, scale in solver.cache_scales.items():
+            attention, _, part = f"{prefix}.{name}".rpartition(".")
+            packed[f"{self._stored_module(attention)}.{part}"] = scale.to(self._model.folder.dtype)
         for parameter in [name for name in dense if self._is_packed_experts(name)]:
             packed.update(self._packed_experts(parameter, solver))
             del dense[parameter]
@@ -83,6 +86,11 @@ class CheckpointWriter:
         self.write({**stored, **packed})
         for name, (weight, exact) in solver.outliers.items():
             self._write(sparse_part(f"{prefix}.{name}", weight, exact), self._outliers)
+
+    def _stored_module(self, name: str) -> str:
+        """The name of a module in the checkpoint, by one of its parameters."""
+        inner = next(inner for inner, _ in self._model.module.get_submodule(name).named_parameters())
+        return self._model.stored_name(f"{name}.{inner}").removesuffix(f".{inner}")
 
     def _packed(self, base: str, codes: Codes, layout: Layout) -> dict[str, torch.Tensor]:
         """The tensors of a linear, whose names begin with ``base``."""

@@ -83,7 +83,7 @@ class _Compression:
                 raise CalibrantError(f'{where}; run again with `order="two-pass"`') from difference
             self.notes.append(f"{where}, solved in two passes")
         with self._opened(index) as (solver, structure, _), self._clock.stage("forward"):
-            solver.block.advance(two_passes(solver.block, structure, solver, propagate=True))
+            self._solve_in_two_passes(solver, structure, propagate=True)
             return solver
 
     @contextmanager
@@ -137,16 +137,28 @@ class _Compression:
         elif self._plan.recipe.drift_correction:
             self._solve_beside_original(solver, structure)
         elif self._order == "sequential":
-            block.advance(sequential_pass(block, structure, solver)[0])
+            with solver.observing_caches():
+                block.advance(sequential_pass(block, structure, solver)[0])
         else:
-            block.advance(two_passes(block, structure, solver, propagate=self._order == "two-pass"))
+            self._solve_in_two_passes(solver, structure, propagate=self._order == "two-pass")
+
+    @staticmethod
+    def _solve_in_two_passes(solver: BlockSolver, structure: BlockStructure, propagate: bool) -> None:
+        outputs = two_passes(solver.block, structure, solver)
+        cached = solver.plan.recipe.scheme.kv_cache is not None
+        with solver.observing_caches():
+            after = [solver.block.run(batch) for batch in solver.block.batches] if propagate or cached else outputs
+        solver.block.advance(after if propagate else outputs)
 
     @staticmethod
     def _solve_beside_original(solver: BlockSolver, structure: BlockStructure) -> None:
         block = solver.block
         if any(isinstance(stage, Experts) for stage in structure.stages):
             raise CalibrantError(f"{block.name}: its experts are fused, so {_NO_ORIGINAL}")
-        outputs, originals = sequential_pass(block, structure, solver, original=copy.deepcopy(block.module))
+        # Copied before the caches are watched: a copy has the hooks too.
+        original = copy.deepcopy(block.module)
+        with solver.observing_caches():
+            outputs, originals = sequential_pass(block, structure, solver, original=original)
         block.advance(outputs)
         for batch, hidden in zip(block.batches, originals, strict=True):
             batch.original = hidden

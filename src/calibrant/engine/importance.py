@@ -48,7 +48,7 @@ def input_squares(
     found: dict[str, list[HessianDiagonal]] = {}
     for block in BlockWalk(model, blocks, rows, model.dtype).visit("gathering", progress):
         gathering = _Gathering(block.structure, block.name, model.device)
-        block.advance(two_passes(block, block.structure, gathering, propagate=False))
+        block.advance(two_passes(block, block.structure, gathering))
         found |= gathering.found
     return {name: _as_rows(norms) for name, norms in found.items()}
 

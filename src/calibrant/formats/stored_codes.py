@@ -11,6 +11,7 @@ from calibrant.formats.float_quantized import FloatQuantized, MxFp4Packed, NvFp4
 from calibrant.formats.gguf_blocks import GgufBlocks
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gptq_and_awq import read_codes
+from calibrant.formats.kv_cache import cache_scales
 from calibrant.formats.quantized import BLOCK_SIZE, FLOAT_TYPES, Codes, Granularity, Layout, WeightFormat, WeightType
 from calibrant.kernels.number_types import decoded_floats
 
@@ -107,7 +108,7 @@ def dense_weights(
     """
     names = list(names)
     linears = quantized_linears(names, settings)
-    parts = {name for stored in linears.values() for name in stored}
+    parts = {name for stored in linears.values() for name in stored} | cache_scales(names, settings)
     dense = {name: read(name) for name in sorted(names) if name not in parts}
     for linear, stored in linears.items():
         dense[f"{linear}.weight"] = dequantized(

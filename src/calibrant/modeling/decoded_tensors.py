@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from calibrant.formats.kv_cache import cache_scales
 from calibrant.formats.stored_codes import dense_shape, dequantized, quantized_linears, stored_codes, stored_type
 from calibrant.kernels.number_types import E2M1_NUMBERS
 from calibrant.modeling.weight_files import TensorInfo
@@ -45,6 +46,7 @@ class DecodedTensors:
         find = self._fused_experts if settings.get("quant_method") == "mxfp4" else self._linears
         decoded, parts = find(stored, settings)
         self._decoded = decoded
+        parts |= cache_scales(stored, settings)
         kept = {name: info for name, info in stored.items() if name not in parts}
         self.tensors: dict[str, TensorInfo] = {**kept, **{name: one.info for name, one in decoded.items()}}
 

@@ -12,6 +12,7 @@ from calibrant.formats.gguf_types import SUPER_BLOCK
 from calibrant.formats.input_rounding import BITS, INPUT_ROUNDING, QMAX, QMIN, InputGrids
 from calibrant.formats.stored_codes import quantized_linears, settings_of
 from calibrant.kernels.number_types import E4M3
+from calibrant.modeling.attention_caches import round_caches
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.quantization.grid_fitting import rounded
 from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec
@@ -39,12 +40,13 @@ def apply_input_rounding(model: nn.Module, grids: InputGrids) -> None:
 def round_inputs(model: nn.Module, folder: ModelFolder, largest_byte: float | None = None) -> None:
     """Round inputs in every later forward pass of ``model`` as the checkpoint in ``folder`` says.
 
-    Only those of compressed-tensors have such inputs. A token's largest int8 input is at ``largest_byte`` (None: as in
-    compressed-tensors).
+    Keys and values too, if it says so. Only checkpoints of compressed-tensors have such inputs. A
+    token's largest int8 input is at ``largest_byte`` (None: as in compressed-tensors).
     """
     settings = folder.quantization
     if settings is None or settings.get("quant_method") != "compressed-tensors":
         return
+    round_caches(model, folder)
     for linear in quantized_linears(folder.tensors, settings):
         inputs = settings_of(linear, settings).get("input_activations")
         if inputs is not None:

@@ -1,6 +1,7 @@
 """Inputs of the first block and arguments of every block, recorded by running the model up to its blocks."""
 
 import itertools
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,8 @@ class BlockCalls:
         return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
 
 
+# The mask of the micro-batch that a block runs on, bool ``[rows, length]``; every greenlet has its own.
+RUNNING_MASK: ContextVar[torch.Tensor] = ContextVar("RUNNING_MASK")
 # What blocks return: the hidden states, or a tuple of so many values that begins with them.
 RETURNED_VALUES = (0, 1, 2, 3)
 # Stands for what a block returns besides its hidden states.
@@ -208,6 +211,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 def call_block(block: nn.Module, index: int, batch: MicroBatch) -> torch.Tensor:
     """Hidden states after block ``index``."""
+    RUNNING_MASK.set(batch.mask)
     output = block(batch.hidden, *batch.calls.args[index], **batch.calls.kwargs[index])
     hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden

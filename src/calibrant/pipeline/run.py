@@ -214,6 +214,8 @@ class _Run:
                 if of_layer is not None:
                     layouts.setdefault(of_layer, []).append(name)
             config["quantization_config"] = format_for(layout).config(layouts, self._kept_dense())
+            if self.plan.recipe.scheme.kv_cache is not None:
+                config["quantization_config"]["kv_cache_scheme"] = self.plan.recipe.scheme.kv_cache.layout.scheme()
             if layout.format == "gptq":  # older GPTQ loaders read this file
                 settings = canonical_json(config["quantization_config"])
                 (self.folder / "quantize_config.json").write_text(settings, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -15,6 +15,7 @@ from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import BLOCK_SIZE, FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.methods.solvers.sparsity import Sparsity
+from calibrant.modeling.attention_caches import cached_attentions
 from calibrant.modeling.expert_tensors import expert_tensors
 from calibrant.modeling.find_blocks import blocks_beside
 from calibrant.modeling.lazy_model import LazyModel
@@ -114,6 +115,7 @@ def make_plan(
     spec, layout = _grid_and_layout(model, recipe, format_name)
     _check_format(layout, layers, recipe)
     _check_bits_budget(layout, layers, recipe)
+    _check_kv_cache(model, blocks, layout, layers, recipe)
     notes = [*left_notes, *_group_notes(chosen, spec), *_storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
@@ -407,6 +409,21 @@ def _check_bits_budget(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
     if recipe.budget is not None and not packed:
         what = layers.obstacle or f"{recipe.method.name} or {layout.format} was chosen"
         raise CalibrantError(f"a budget of bits needs layers that compressed-tensors can hold packed, but {what}")
+
+
+def _check_kv_cache(model: LazyModel, blocks: list[str], layout: Layout, layers: _Layers, recipe: Recipe) -> None:
+    """Refuse quantized keys and values that no checkpoint of compressed-tensors can describe."""
+    if recipe.scheme.kv_cache is None:
+        return
+    if layout.format != "compressed-tensors" or layers.unpackable:
+        what = f"a model whose {layers.obstacle}" if layers.unpackable else f"the {layout.format} format"
+        raise CalibrantError(f"{what} has no place for scales of keys and values: leave kv_cache out")
+    attentions = cached_attentions(model.module)
+    outside = [name for name in attentions if not any(name.startswith(f"{block}.") for block in blocks)]
+    text: Any = model.folder.config.get_text_config(decoder=True)
+    if not attentions or outside or getattr(text, "num_key_value_heads", None) is None:
+        which = f"{outside[0]} is in no block" if outside else "compressed-tensors finds no attention that keeps them"
+        raise CalibrantError(f"kv_cache: keys and values of this model cannot be quantized ({which}): leave it out")
 
 
 def _group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:

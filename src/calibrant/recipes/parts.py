@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from calibrant.formats.gguf_types import GGUF_TYPES, GgufType
+from calibrant.formats.kv_cache import KvCacheGranularity, KvCacheLayout, KvCacheType
 from calibrant.formats.quantized import STORED_WIDTHS, Granularity, InputType, WeightType
 from calibrant.quantization.activation_ranges import RangeRule
 from calibrant.quantization.grids import RangeSearch
@@ -116,11 +117,27 @@ class Activations(Strict):
         return not self.dynamic or self.type == "nvfp4"
 
 
+class KvCache(Strict):
+    """Quantization of the keys and values that engines keep of a text, symmetric and static.
+
+    ``granularity``: one scale for the keys and one for the values of a layer ("tensor"), or of each head ("head").
+    """
+
+    type: KvCacheType = "fp8"
+    granularity: KvCacheGranularity = "tensor"
+
+    @property
+    def layout(self) -> KvCacheLayout:
+        """How checkpoints say it."""
+        return KvCacheLayout(self.type, self.granularity)
+
+
 class Scheme(Strict):
     """Compression target; ``sparsity`` is a share of zeros ("0.5") or a pattern ("2:4": two of every four kept)."""
 
     weights: Weights | None = None
     activations: Activations | None = None
+    kv_cache: KvCache | None = None
     sparsity: str | None = None
 
     @field_validator("sparsity", mode="before")
@@ -142,6 +159,8 @@ class Scheme(Strict):
     def _something(self) -> "Scheme":
         if self.weights is None and self.sparsity is None:
             raise ValueError("a scheme needs weights, a sparsity or both")
+        if self.kv_cache is not None and self.weights is None:
+            raise ValueError("a quantized kv_cache goes with quantized weights")
         if self.activations is None:
             return self
         if self.weights is None:

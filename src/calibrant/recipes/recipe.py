@@ -101,6 +101,9 @@ class Recipe(Strict):
         if scheme.activations is not None and self.stored_dense:
             name = self.method.name
             raise ValueError(f"{name} gives no codes of weights, without which quantized activations are not stored")
+        if scheme.kv_cache is not None and (self.stored_dense or self.training is not None):
+            what = "trains the model" if self.training is not None else "gives no codes of weights"
+            raise ValueError(f"{self.method.name} {what}, beside which no kv_cache is quantized: take another method")
         return self
 
     def _drift_refusal(self) -> str | None:
@@ -159,11 +162,12 @@ class Recipe(Strict):
 
     @property
     def solves_with_data(self) -> bool:
-        """Whether layers are solved with statistics or ranges of their inputs."""
+        """Whether layers are solved with statistics or ranges of their inputs, or keys and values are observed."""
         if self.training is not None:
             return False
         activations = self.scheme.activations
-        return self.statistic is not None or (activations is not None and activations.observed)
+        observed = activations is not None and activations.observed
+        return self.statistic is not None or observed or self.scheme.kv_cache is not None
 
     @property
     def learns(self) -> bool:

@@ -64,7 +64,8 @@ def ask(engine: EngineName, python: Path | None, request: Request) -> Answer:
     Raises:
         CalibrantError: that Python has no such engine, or the engine fails; the message has its last words.
     """
-    interpreter = str(python or sys.executable)
+    # Absolute, since the worker runs in another folder; links stay, they tell which environment a Python is of.
+    interpreter = str((python or Path(sys.executable)).absolute())
     _check(engine, interpreter)
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
