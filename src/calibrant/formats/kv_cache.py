@@ -41,7 +41,7 @@ class KvCacheLayout:
         }
 
     def scales(self, largest: torch.Tensor) -> torch.Tensor:
-        """Scales ``[1]`` or ``[heads, 1, 1]``, with which the ``largest`` magnitudes ``[heads]`` are the largest number."""
+        """Scales ``[1]`` or ``[heads, 1, 1]``, by which ``largest`` magnitudes ``[heads]`` are the largest number."""
         found = largest.amax()[None] if self.granularity == "tensor" else largest[:, None, None]
         return torch.where(found > 0, found / self.numbers.qmax, 1.0)
 

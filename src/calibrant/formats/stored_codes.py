@@ -91,7 +91,18 @@ def stored_layout(linear: str, settings: Mapping[str, Any]) -> Layout:
 def settings_of(linear: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The group of a compressed-tensors configuration that ``linear`` is in."""
     groups: list[Mapping[str, Any]] = list(settings["config_groups"].values())
-    return next((group for group in groups if linear in group["targets"]), groups[0])
+    if len(groups) == 1:
+        return groups[0]
+    # Targets are names of modules, which may begin otherwise than the names of stored tensors.
+    return max(groups, key=lambda group: max(_same_end(linear, target) for target in group["targets"]))
+
+
+def _same_end(name: str, other: str) -> int:
+    """How many parts two dotted names share at their ends."""
+    pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
+    return next(
+        (count for count, (one, two) in enumerate(pairs) if one != two), min(name.count("."), other.count(".")) + 1
+    )
 
 
 def dense_weights(

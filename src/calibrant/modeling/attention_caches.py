@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from calibrant.errors import CalibrantError
-from calibrant.formats.kv_cache import KvCacheLayout, kv_cache_layout
+from calibrant.formats.kv_cache import KvCacheLayout, cache_scales, kv_cache_layout
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hooks import Hook
+from calibrant.modeling.tensor_sources import loaded_names
 
 _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 _ARGUMENTS = ("past_key_values", "past_key_value")
@@ -45,7 +47,7 @@ def cache_hook(attention: nn.Module, change: Change) -> tuple[nn.Module, Hook]:
     return attention, hook
 
 
-def round_caches(model: nn.Module, folder: ModelFolder) -> None:
+def round_caches(model: transformers.PreTrainedModel, folder: ModelFolder) -> None:
     """Round keys and values in every later forward pass of ``model`` as the checkpoint in ``folder`` says.
 
     Raises:
@@ -54,11 +56,13 @@ def round_caches(model: nn.Module, folder: ModelFolder) -> None:
     layout = kv_cache_layout(folder.quantization or {})
     if layout is None:
         return
+    stored = loaded_names(model, cache_scales(folder.tensors, folder.quantization or {}))
+    places = {name: place for place, name in stored.items()}
     for name, attention in cached_attentions(model).items():
-        missing = [part for part in ("k_scale", "v_scale") if f"{name}.{part}" not in folder.tensors]
+        missing = [part for part in ("k_scale", "v_scale") if f"{name}.{part}" not in places]
         if missing:
             raise CalibrantError(f"{folder.path}: its files lack {name}.{missing[0]}; copy or download it again")
-        scales = {part: folder.read(f"{name}.{part}") for part in ("k_scale", "v_scale")}
+        scales = {part: folder.read(places[f"{name}.{part}"]) for part in ("k_scale", "v_scale")}
         module, hook = cache_hook(attention, _rounding(layout, scales))
         module.register_forward_pre_hook(hook, with_kwargs=True)
 

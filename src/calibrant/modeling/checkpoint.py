@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING
@@ -13,6 +12,7 @@ from calibrant.hashing import sha256_file, sha256_json
 from calibrant.modeling.decoded_tensors import DecodedTensors, decoded_dtype
 from calibrant.modeling.model_config import (
     CONFIG_FILE,
+    LANGUAGE_MODELS,
     QUANTIZATION_KEYS,
     architecture,
     check_sizes,
@@ -102,7 +102,7 @@ class ModelFolder:
     @property
     def causal(self) -> bool:
         """Whether the model is a causal language model, which can generate text."""
-        return self.architecture in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        return self.architecture in LANGUAGE_MODELS
 
     @property
     def vocabulary(self) -> int:

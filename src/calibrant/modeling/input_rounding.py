@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from calibrant.errors import CalibrantError
@@ -14,6 +15,7 @@ from calibrant.formats.stored_codes import quantized_linears, settings_of
 from calibrant.kernels.number_types import E4M3
 from calibrant.modeling.attention_caches import round_caches
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.tensor_sources import loaded_names
 from calibrant.quantization.grid_fitting import rounded
 from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec
 from calibrant.quantization.token_scales import token_scales
@@ -37,7 +39,7 @@ def apply_input_rounding(model: nn.Module, grids: InputGrids) -> None:
         modules[name].register_forward_pre_hook(_rounding_hook(grid))
 
 
-def round_inputs(model: nn.Module, folder: ModelFolder, largest_byte: float | None = None) -> None:
+def round_inputs(model: transformers.PreTrainedModel, folder: ModelFolder, largest_byte: float | None = None) -> None:
     """Round inputs in every later forward pass of ``model`` as the checkpoint in ``folder`` says.
 
     Keys and values too, if it says so. Only checkpoints of compressed-tensors have such inputs. A
@@ -47,12 +49,15 @@ def round_inputs(model: nn.Module, folder: ModelFolder, largest_byte: float | No
     if settings is None or settings.get("quant_method") != "compressed-tensors":
         return
     round_caches(model, folder)
-    for linear in quantized_linears(folder.tensors, settings):
+    linears = quantized_linears(folder.tensors, settings)
+    modules = loaded_names(model, [f"{linear}.weight" for linear in linears])
+    for linear in linears:
         inputs = settings_of(linear, settings).get("input_activations")
         if inputs is not None:
             stored = [part for part in _INPUT_TENSORS if f"{linear}.{part}" in folder.tensors]
             scales = {part: folder.read(f"{linear}.{part}") for part in stored}
-            model.get_submodule(linear).register_forward_pre_hook(_hook(inputs, scales, largest_byte))
+            module = model.get_submodule(modules[f"{linear}.weight"].removesuffix(".weight"))
+            module.register_forward_pre_hook(_hook(inputs, scales, largest_byte))
 
 
 def _hook(inputs: Mapping[str, Any], scales: Mapping[str, torch.Tensor], largest_byte: float | None) -> Hook:

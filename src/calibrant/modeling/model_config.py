@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from calibrant.errors import CalibrantError
 from calibrant.modeling.json_file import read_json
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 CONFIG_FILE = "config.json"
+# Classes of transformers that write a text token by token, among them those that also take images or sounds.
+_WRITERS = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()]
+LANGUAGE_MODELS = frozenset(name for one in _WRITERS for name in ((one,) if isinstance(one, str) else one))
 _LARGEST_CONFIG_BYTES = 2**26
 # Keys that count modules, of which transformers builds as many as a stranger's file says.
 _LAYER_COUNT = re.compile(r"^(num|n)_.*(layers?|blocks)|layers?$|^depths?$")
@@ -126,7 +132,7 @@ def architecture(path: Path, config: dict[str, Any], allow_encoder: bool) -> str
     """
     listed = config.get("architectures")
     named = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
-    if named in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    if named in LANGUAGE_MODELS:
         return named
     known = getattr(transformers, named, None) if allow_encoder and named else None
     if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):

@@ -1,7 +1,7 @@
 """Which stored tensors fill which parameters of a model; every tensor of a checkpoint is accounted for."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from calibrant.errors import CalibrantError
@@ -72,6 +73,14 @@ def account_for_tensors(
     renamed = _stored_under_other_name(model, sources)
     _check_complete(model, sources, converters, folder)
     return TensorSources(sources, frozenset(converted), renamed, tuple(name for name, _ in unused))
+
+
+def loaded_names(model: transformers.PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The names that transformers gives the stored tensors ``names`` when it loads them into ``model``."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    known = model.state_dict()
+    return {name: rename_source_key(name, renamings, [], model.base_model_prefix, known)[0] for name in names}
 
 
 def _check_dtype(folder: Path, name: str, info: TensorInfo, taken_by: torch.Tensor) -> None:
