@@ -2,15 +2,17 @@
 
     python benchmarks/architectures.py [MODEL_TYPE ...]
 
-Every causal language model of the installed transformers is made with a tiny configuration and random weights,
-compressed by GPTQ (4 bits) and rounded to 8 bits on random tokens in float32, and loaded again by transformers. Checked
-are: the hidden states of the block walk against the model's own; the logits of the packed output against a plain model
-with the decoded weights; the logits at 8 bits against those of the original. Each architecture runs in a process of its
-own, so that nothing stops the others.
+Every language model of the installed transformers, with ``--multimodal`` every one that takes images or sounds too, is
+made with a tiny configuration and random weights, compressed by GPTQ (4 bits), to 8 bits, to W8A8 and by Wanda on random
+tokens in float32, and loaded again by transformers. Checked are: the hidden states of the block walk against the
+model's own; the logits of packed outputs against a plain model with the decoded weights, whose inputs are rounded; the
+logits at 8 bits against those of the original; the zeros of the pruned model. Each architecture runs in a process of
+its own, so that nothing stops the others.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import platform
 import tempfile
@@ -29,7 +31,10 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer as Backend
 from tokenizers import models as token_models
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
@@ -37,10 +42,13 @@ from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.dequantized_model import load_dequantized
 from calibrant.modeling.find_blocks import find_blocks
+from calibrant.modeling.input_rounding import round_inputs
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.quietly import quietly
 from calibrant.modeling.token_rows import TokenRows
+from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress
+from calibrant.recipes.plan import LayerPlan
 from calibrant.recipes.recipe import Recipe
 from compress import HERE, pinned_versions
 from tiny_configs import tiny_config
@@ -58,8 +66,9 @@ EQUAL = 1e-4
 class Outcome:
     """What came of one architecture; ``result`` is what stopped it, or "works".
 
-    ``share`` is the share of the blocks' weights that is compressed; ``walk``, ``logits`` and ``eight_bits`` are
-    relative distances: of the walked hidden states, of the loaded output, and of its logits at 8 bits.
+    ``share`` is the share of the blocks' weights that is compressed, ``size`` the bits on disk of each of these, scales
+    included; ``walk``, ``logits``, ``eight_bits`` and ``w8a8`` are relative distances: of the walked hidden states, of
+    the loaded output, of its logits at 8 bits, and of the output with int8 inputs; ``zeros`` is Wanda's share of them.
     """
 
     architecture: str
@@ -72,11 +81,21 @@ class Outcome:
     walk: float | None = None
     logits: float | None = None
     eight_bits: float | None = None
+    size: float | None = None
+    w8a8: float | None = None
+    w8a8_refused: str = ""
+    zeros: float | None = None
 
 
 def recipe(bits: int, method: str) -> Recipe:
     scheme = {"weights": {"bits": bits, "group_size": "auto"}}
     return Recipe.model_validate({"name": method, "description": method, "method": {"name": method}, "scheme": scheme})
+
+
+W8A8 = Recipe.model_validate({
+    "name": "w8a8", "description": "w8a8", "method": {"name": "rtn"},
+    "scheme": {"weights": {"bits": 8}, "activations": {"dynamic": True}},
+})  # fmt: skip
 
 
 def random_set() -> CalibrationSet:
@@ -149,10 +168,42 @@ def walk_distance(folder: Path, architecture: str) -> float:
 
 def decoded_logits(output: Path) -> torch.Tensor:
     """Of a plain model with the weights that the stored codes stand for, by our own reading."""
-    model = load_dequantized(ModelFolder(output, allow_quantized=True), torch.device("cpu"), torch.float32)
+    folder = ModelFolder(output, allow_quantized=True)
+    model = load_dequantized(folder, torch.device("cpu"), torch.float32)
+    round_inputs(model, folder)
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=TOKENS[:2], use_cache=False).logits
     return logits
+
+
+def dense_logits(output: Path) -> torch.Tensor:
+    """Of a dense output, by the loading that ``calibrant evaluate`` does."""
+    with torch.no_grad():
+        logits: torch.Tensor = load_whole(ModelFolder(output), "cpu", "float32")(input_ids=TOKENS[:2]).logits
+    return logits
+
+
+def weights_of(layer: LayerPlan) -> int:
+    return math.prod(layer.shape)
+
+
+def bits_on_disk(source: Path, output: Path, weights: int) -> float:
+    """Bits of each of the compressed ``weights`` in the files: what the files lost is theirs."""
+    before, after = (sum(file.stat().st_size for file in one.glob("*.safetensors")) for one in (source, output))
+    return round(32 - 8 * (before - after) / weights, 2)
+
+
+def with_inputs(outcome: Outcome, source: Path, output: Path) -> None:
+    """Int8 weights and inputs; a sentence before any work is a result too."""
+    try:
+        prepared = cb.prepare(source, output=output, recipe=W8A8, dtype="float32", overwrite=True)
+    except cb.CalibrantError as error:
+        outcome.w8a8_refused = str(error).replace(str(source), "")
+        return
+    prepared.run()
+    found = logits_of(output, outcome.architecture)
+    if prepared.plan.target.layout:
+        outcome.w8a8 = distance(found, decoded_logits(output))
 
 
 def attempt(outcome: Outcome, folder: Path) -> None:
@@ -172,6 +223,7 @@ def attempt(outcome: Outcome, folder: Path) -> None:
     outcome.share = round(prepared.plan.share, 4)
     outcome.stored = "packed" if prepared.plan.target.layout else "dense"
     prepared.run()
+    outcome.size = bits_on_disk(source, output, sum(map(weights_of, prepared.plan.layers.values())))
     outcome.result = "walk fails"
     outcome.walk = walk_distance(source, outcome.architecture)
     outcome.result = "output does not load"
@@ -181,10 +233,18 @@ def attempt(outcome: Outcome, folder: Path) -> None:
     outcome.result = "8 bits fail"
     cb.compress(source, output=output, recipe=recipe(8, "rtn"), dtype="float32", overwrite=True)
     outcome.eight_bits = median_distance(logits_of(output, outcome.architecture), original)
+    outcome.result = "W8A8 fails"
+    with_inputs(outcome, source, output)
+    outcome.result = "Wanda fails"
+    wanda = cb.builtin_recipes()["wanda-50"]
+    report = cb.compress(source, output=output, recipe=wanda, calibration=random_set(), dtype="float32", overwrite=True)
+    outcome.zeros = sum(one.zeros for one in report.layers) / sum(one.elements for one in report.layers)
     wrong = [
         name
         for name, value, bound in (
-            ("walk", outcome.walk, EQUAL), ("logits", outcome.logits, EQUAL), ("8 bits", outcome.eight_bits, CLOSE)
+            ("walk", outcome.walk, EQUAL), ("logits", outcome.logits, EQUAL), ("8 bits", outcome.eight_bits, CLOSE),
+            ("W8A8", outcome.w8a8, EQUAL), ("zeros", abs(outcome.zeros - 0.5), 0.01),
+            ("Wanda's logits", distance(logits_of(output, outcome.architecture), dense_logits(output)), EQUAL),
         )
         if value is not None and not value <= bound
     ]  # fmt: skip
@@ -223,10 +283,13 @@ def try_one(architecture: str, model_type: str, verbose: bool) -> Outcome:
     return outcome
 
 
-def architectures() -> dict[str, str]:
+def architectures(multimodal: bool) -> dict[str, str]:
     """A model type for every class, its own where the class is listed several times."""
     found: dict[str, str] = {}
-    for model_type, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+    listed = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
+    for model_type, names in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items() if multimodal else ():
+        listed += [(model_type, name) for name in ((names,) if isinstance(names, str) else names)]
+    for model_type, architecture in listed:
         kind = getattr(transformers, architecture, None)
         own = kind is not None and kind.config_class.model_type == model_type
         if own or architecture not in found:
@@ -236,23 +299,35 @@ def architectures() -> dict[str, str]:
 
 def row_of(one: Outcome) -> list[str]:
     numbers = [
-        "" if value is None else f"{value:.1g}" if value else "0" for value in (one.walk, one.logits, one.eight_bits)
+        "" if value is None else f"{value:.1g}" if value else "0"
+        for value in (one.walk, one.logits, one.eight_bits, one.w8a8)
     ]
+    if one.w8a8_refused:
+        numbers[-1] = "refused"
+    elif one.w8a8 is None and one.zeros is not None:
+        numbers[-1] = "dense"
     share = "" if one.share is None else f"{one.share:.0%}"
-    return [one.architecture, one.result, str(one.blocks or ""), share, one.stored, *numbers, one.detail]
+    size = "" if one.size is None else f"{one.size:.1f}"
+    zeros = "" if one.zeros is None else f"{one.zeros:.0%}"
+    return [one.architecture, one.result, str(one.blocks or ""), share, one.stored, size, *numbers, zeros, one.detail]
 
 
-HEADINGS = ["architecture", "result", "blocks", "share", "stored", "walk", "logits", "8 bits", "why"]
+HEADINGS = [
+    "architecture", "result", "blocks", "share", "stored", "size", "walk", "logits", "8 bits", "W8A8", "Wanda", "why",
+]  # fmt: skip
 
 
 def page(outcomes: list[Outcome], date: str) -> str:
     """The table as Markdown."""
     works = sum(one.result == "works" for one in outcomes)
+    made = sum(one.result != "not shrunk" for one in outcomes)
     lines = [
         "# Architectures",
         "",
-        f"Every causal language model of transformers {transformers.__version__}, shrunk to a tiny model with random "
-        f"weights, on {date}: {works} of {len(outcomes)} work. Written by `benchmarks/architectures.py`; do not edit.",
+        f"Language models of transformers {transformers.__version__}, shrunk to tiny models with random weights, on "
+        f"{date}: {works} of {made} that could be made work, and of {len(outcomes) - made} no tiny model could be made. "
+        "All causal ones are here, and those that also take images or sounds. Written by "
+        "`benchmarks/architectures.py --multimodal`; do not edit.",
         "",
         "*Works* says: GPTQ at 4 bits on 8 x 32 random tokens ends without an error, transformers loads the output "
         "without a missing parameter and runs it, and every number that the row has is within its bound. All is done "
@@ -262,12 +337,18 @@ def page(outcomes: list[Outcome], date: str) -> str:
         "| --- | --- |",
         "| share | not checked: of the weights of the blocks that a text runs through, those that are compressed |",
         "| stored | not checked: packed, or dense (as rounded values) where transformers loads no packed ones |",
+        "| size | not checked: bits on disk of each compressed weight, scales included, in GPTQ's output; 32 before. "
+        "Models this small have layers that only one scale a channel fits, of which scales take more than usual |",
         "| walk | hidden states behind the last block, walked block by block, against the model's own; the norm of the "
         f"difference over the norm, 2 x 32 tokens, at most {EQUAL:g} |",
         "| logits | the loaded packed output against a plain model with the decoded weights, as above, at most "
         f"{EQUAL:g}; empty for dense outputs, whose values at 4 bits are compared with nothing here |",
         "| 8 bits | the logits of a second output, rounded to 8 bits, against the original's: the relative distance of "
         f"each token, of these the median, at most {CLOSE:g} |",
+        "| W8A8 | the loaded output with int8 weights and int8 inputs against a plain model with the decoded weights "
+        f"and rounded inputs, at most {EQUAL:g}; *dense*: stored as rounded values, loaded and run; *refused*: by a "
+        "sentence before any work, mostly since experts are fused |",
+        "| Wanda | share of zeros of the compressed weights, 50%; the loaded output is run |",
         "",
         "*Refused*: the compression ends with the error in the last column. *Not shrunk*: no tiny model could be made "
         "here, so nothing is known.",
@@ -282,11 +363,13 @@ def page(outcomes: list[Outcome], date: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--multimodal", action="store_true", help="those that also take images or sounds too")
     parser.add_argument("model_types", nargs="*", help="only these; the other rows stay as they are")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity(50)
-    chosen = {a: t for a, t in architectures().items() if not options.model_types or t in options.model_types}
+    every = architectures(options.multimodal)
+    chosen = {a: t for a, t in every.items() if not options.model_types or t in options.model_types}
     torch.set_num_threads(1)
     numba.config.THREADING_LAYER = "workqueue"  # OpenMP's does not survive a fork
     # What is imported and compiled here is there in every forked process.

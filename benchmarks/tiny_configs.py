@@ -84,6 +84,8 @@ _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_sta
 _NEEDED = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "num_experts_per_token")
 _DROPPED = ("transformers_version", "model_type", "architectures", "dtype", "_name_or_path", "per_layer_config")
 
+# Parts of half a head that are rotated by time, height and width.
+_SECTIONS = [2, 3, 3]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 # What the sizes by name do not get right, by model type; a nested dict goes into the sub-configuration.
@@ -171,6 +173,8 @@ def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
             continue
         if isinstance(value, dict) and "model_type" in value:
             small[name] = {"model_type": value["model_type"], **_shrunk(value)}
+        elif isinstance(value, dict) and "mrope_section" in value:
+            small[name] = {**value, "mrope_section": _SECTIONS}
         elif name in per_layer:
             small[name] = [_small(name, per_layer[name][index]) for index in chosen]
         elif name in _LAYERS and isinstance(value, int):

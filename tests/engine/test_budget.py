@@ -234,3 +234,30 @@ def test_a_model_with_a_bias_in_its_head_can_have_a_budget(model_folder, tmp_pat
     chosen, data = recipe(**QUANTIZE), random_set(model)
     cb.compress(model, output=tmp_path / "out", recipe=chosen, calibration=data, dtype="float32", allow_encoder=True)
     assert json.loads((tmp_path / "out" / "calibrant.json").read_text())["budget"]["sensitivities"]
+
+
+TYPES = {"scheme": {"weights": {"type": "q4_k", "range_search": "importance"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({**TYPES, "budget": {"choices": [2, 4]}}, "names no bits"),
+        ({**TYPES, "budget": {"choices": ["q4_k", 4]}}, "names no bits"),
+        ({**QUANTIZE, "budget": {"choices": ["q4_k", "q6_k"]}}, "goes with weights of such a type"),
+        ({**TYPES, "budget": {"choices": ["q4_k", "q4_k"]}}, "name one twice"),
+        ({**TYPES, "budget": {"choices": ["q2_k", "q3_k"]}}, "cannot average 4.5 bits"),
+        ({**TYPES, "budget": {"choices": ["q2_k", "q9_k"]}}, "q9_k|Input should be"),
+    ],
+)
+def test_what_a_budget_of_types_cannot_be(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        recipe(**fields)
+
+
+def test_bits_are_no_types_in_a_gguf_file(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrantError, match="a budget of bits needs layers that compressed-tensors"):
+        cb.compress(
+            llama, output=tmp_path / "out", recipe=recipe(**QUANTIZE), calibration=random_set(llama),
+            checkpoint_format="gguf",
+        )  # fmt: skip

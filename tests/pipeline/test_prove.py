@@ -122,6 +122,33 @@ def test_every_type_of_gguf_files_runs_in_llama_cpp(wide: Path, tmp_path: Path, 
     assert proof.difference < 0.03
 
 
+def test_a_budget_mixes_types(wide: Path, tmp_path: Path) -> None:
+    """Layers that super-blocks do not divide take fallbacks, whose bits count."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp, which runs llama.cpp, is not installed")
+    weights = {"type": "q4_k", "range_search": "importance"}
+    said = {"name": "mixed", "description": "d", "method": {"name": "gptq"}, "scheme": {"weights": weights}}
+    recipe = cb.Recipe.model_validate({**said, "budget": {"choices": ["q2_k", "q4_k", "q6_k"], "average": 4.5}})
+    output = tmp_path / "out"
+    report = cb.compress(wide, recipe=recipe, output=output, calibration=random_set(wide, 8, 32))
+    assert any(note.startswith("budget: types of groups of layers") for note in report.notes)
+    budget = json.loads((output / "calibrant.json").read_text())["budget"]
+    types = {
+        layer: choice
+        for one, choice in zip(budget["sensitivities"], budget["chosen"], strict=True)
+        for layer in one["layers"]
+    }
+    assert len(set(types.values())) > 1
+    stored = json.loads((output / "config.json").read_text())["quantization_config"]["types"]
+    for layer, choice in types.items():
+        assert stored[layer] == (GGUF_TYPES[choice].fallback if layer.endswith("down_proj") else choice)
+    tensors = gguf.GGUFReader(output / "model.gguf").tensors
+    blocks = [one for one in tensors if one.name.startswith("blk") and "norm" not in one.name]
+    bits = 8 * sum(int(one.n_bytes) for one in blocks) / sum(int(one.n_elements) for one in blocks)
+    assert bits == pytest.approx(budget["average"])
+    assert bits <= 4.5
+    assert cb.prove(output, engine="llama.cpp", gguf=output / "model.gguf", **SHORT).difference < 0.03
+
+
 @pytest.mark.parametrize("kind", ["Q6_K", "Q4_K", "Q5_0", "Q4_0"])
 def test_embeddings_have_a_type_of_their_own(wide: Path, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("xllamacpp", reason="xllamacpp, which runs llama.cpp, is not installed")

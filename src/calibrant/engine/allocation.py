@@ -26,7 +26,8 @@ def allocate(costs: np.ndarray, sizes: np.ndarray, choices: np.ndarray, average:
     Args:
         costs: ``[units, choices]``.
         sizes: numbers of weights ``[units]``.
-        choices: values of the settings ``[choices]``, in bits or shares of zeros.
+        choices: values of the settings ``[choices]``, or of those of each unit ``[units, choices]``, in bits or
+            shares of zeros.
         average: bound on the mean of the chosen values, weighted by ``sizes``.
         at_most: whether ``average`` is an upper bound; otherwise it is a lower bound.
 
@@ -37,7 +38,7 @@ def allocate(costs: np.ndarray, sizes: np.ndarray, choices: np.ndarray, average:
 
     units, count = costs.shape
     one_each = np.kron(np.eye(units), np.ones(count))
-    weights = (sizes[:, None] / sizes.sum() * choices[None]).ravel()
+    weights = (sizes[:, None] / sizes.sum() * np.broadcast_to(choices, costs.shape)).ravel()
     limits = (-np.inf, average + 1e-9) if at_most else (average - 1e-9, np.inf)
     found = optimize.milp(
         costs.ravel(),

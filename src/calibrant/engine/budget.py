@@ -9,12 +9,15 @@ import torch
 from calibrant.engine.allocation import allocate
 from calibrant.engine.sensitivity import Compress, Sensitivity, measure_sensitivities
 from calibrant.errors import CalibrantError
+from calibrant.formats.gguf_types import GGUF_TYPES, fitting_type
 from calibrant.methods.solvers.rtn import rtn
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.methods.solvers.wanda import wanda
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
+from calibrant.recipes.gguf_spec import gguf_spec
+from calibrant.recipes.parts import Choice
 from calibrant.recipes.plan import Plan
 
 
@@ -23,8 +26,8 @@ class SpentBudget:
     """Distribution of a budget over groups of layers.
 
     Attributes:
-        choices: available bits or shares of zeros.
-        average: mean of the chosen values, weighted by numbers of weights.
+        choices: available bits, types or shares of zeros.
+        average: mean of the chosen values, of types of their bits in the file, weighted by numbers of weights.
         chosen: chosen value of each entry of ``sensitivities``.
         divergence: sum of the measured divergences in nats.
         bound: lower bound on that sum for every distribution within the budget.
@@ -32,9 +35,9 @@ class SpentBudget:
         sensitivities: measured sensitivities of the groups.
     """
 
-    choices: list[float]
+    choices: list[Choice]
     average: float
-    chosen: list[float]
+    chosen: list[Choice]
     divergence: float
     bound: float
     uniform: float | None
@@ -55,38 +58,64 @@ def spend_budget(
     budget = plan.recipe.budget
     assert budget is not None
     quantizes = plan.target.spec is not None
-    nominal = plan.target.nominal
-    average = budget.average if budget.average is not None else nominal
     measured = measure_sensitivities(
         model, plan.blocks, plan.leaves, budget.choices, _compress(plan), rows, dtype, progress
     )
     costs, sizes = np.array([one.divergences for one in measured]), np.array([float(one.elements) for one in measured])
+    columns = [plan.layers[one.layers[0]].shape[-1] for one in measured]
+    values = np.array([[_value(choice, width) for choice in budget.choices] for width in columns])
+    nominal = _nominal(plan)
+    of_nominal = _mean([_value(nominal, width) for width in columns], sizes)
+    average = budget.average if budget.average is not None else of_nominal
     try:
-        best = allocate(costs, sizes, np.array(budget.choices), average, at_most=quantizes)
+        best = allocate(costs, sizes, values, average, at_most=quantizes)
     except ValueError as error:
         raise CalibrantError(f"recipe {plan.recipe.name}: {error}") from error
     chosen = [budget.choices[index] for index in best.chosen]
     by_layer = {layer: choice for one, choice in zip(measured, chosen, strict=True) for layer in one.layers}
     uniform = None
-    within = nominal <= average if quantizes else nominal >= average
+    within = of_nominal <= average if quantizes else of_nominal >= average
     if nominal in budget.choices and within:
         uniform = float(costs[:, budget.choices.index(nominal)].sum())
-    reached = float((np.array(chosen) * sizes).sum() / sizes.sum())
+    reached = _mean([row[index] for row, index in zip(values, best.chosen, strict=True)], sizes)
     spent = SpentBudget(budget.choices, reached, chosen, best.cost, best.bound, uniform, measured)
-    return replace(plan.with_choices(by_layer), notes=[*plan.notes, _sentence(spent, quantizes)]), spent
+    return replace(plan.with_choices(by_layer), notes=[*plan.notes, _sentence(spent, budget.unit, quantizes)]), spent
+
+
+def _nominal(plan: Plan) -> Choice:
+    """The scheme's own bits, type or share of zeros."""
+    weights = plan.recipe.scheme.weights
+    return plan.target.nominal if weights is None or weights.gguf is None else weights.gguf.name
+
+
+def _value(choice: Choice, columns: int) -> float:
+    """What ``choice`` costs a layer of ``columns`` inputs: bits, or a share of zeros."""
+    return GGUF_TYPES[fitting_type(choice, columns)].bits_per_weight if isinstance(choice, str) else choice
+
+
+def _mean(values: list[float], sizes: np.ndarray) -> float:
+    return float((np.array(values) * sizes).sum() / sizes.sum())
 
 
 def _compress(plan: Plan) -> Compress:
     spec = plan.target.spec
-    if spec is None:
-        return lambda weight, sums, share: wanda(weight, sums, Sparsity(share)).weight
-    return lambda weight, sums, bits: rtn(weight, replace(spec, bits=int(bits), range_search="importance"), sums).weight
+
+    def compress(weight: torch.Tensor, sums: torch.Tensor, choice: Choice) -> torch.Tensor:
+        if isinstance(choice, str):
+            return rtn(weight, gguf_spec(fitting_type(choice, weight.shape[1]), "importance"), sums).weight
+        if spec is None:
+            return wanda(weight, sums, Sparsity(choice)).weight
+        return rtn(weight, replace(spec, bits=int(choice), range_search="importance"), sums).weight
+
+    return compress
 
 
-def _sentence(spent: SpentBudget, quantizes: bool) -> str:
-    counts = sorted(Counter(spent.chosen).items())
-    what = ", ".join(f"{count} at {choice:g}" for choice, count in counts)
-    unit = "bits" if quantizes else "zeros"
-    said = f"budget: {unit} of groups of layers: {what}; {spent.average:.3g} on average; sum of divergences "
+def _sentence(spent: SpentBudget, unit: str, quantizes: bool) -> str:
+    counts = Counter(spent.chosen)
+    named = {choice: choice if isinstance(choice, str) else f"{choice:g}" for choice in spent.choices}
+    what = ", ".join(f"{counts[choice]} at {name}" for choice, name in named.items() if counts[choice])
+    unit = unit if quantizes else "zeros"
+    measure = " bits" if unit == "types" else ""
+    said = f"budget: {unit} of groups of layers: {what}; {spent.average:.3g}{measure} on average; sum of divergences "
     said += f"{spent.divergence:.4f}, the least possible {spent.bound:.4f}"
     return said if spent.uniform is None else f"{said}, uniformly {spent.uniform:.4f}"

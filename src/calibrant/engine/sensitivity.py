@@ -19,12 +19,13 @@ from calibrant.modeling.structure import BlockStructure, InputGroup
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.quantization.statistics import HessianDiagonal
+from calibrant.recipes.parts import Choice
 
 # Length of the window in tokens, and the stride of compared tokens (ours).
 WINDOW_TOKENS = 512
 _STRIDE = 4
 
-Compress = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+Compress = Callable[[torch.Tensor, torch.Tensor, Choice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def measure_sensitivities(
     model: LazyModel,
     blocks: list[str],
     ignored: Callable[[str], bool],
-    choices: list[float],
+    choices: list[Choice],
     compress: Compress,
     rows: TokenRows,
     dtype: torch.dtype,
@@ -122,7 +123,7 @@ def _diagonals(
 
 
 def _compressed(
-    block: OpenedBlock, group: InputGroup, diagonal: HessianDiagonal, choice: float, compress: Compress
+    block: OpenedBlock, group: InputGroup, diagonal: HessianDiagonal, choice: Choice, compress: Compress
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs of a parameter of the group and its compressed value."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []

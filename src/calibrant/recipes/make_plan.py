@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.errors import CalibrantError
-from calibrant.formats.gguf_types import GGUF_TYPES, SUPER_BLOCK
+from calibrant.formats.gguf_types import GGUF_TYPES, SUPER_BLOCK, fitting_type
 from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import BLOCK_SIZE, FormatName, Layout
 from calibrant.formats.registry import format_for
@@ -120,7 +120,7 @@ def make_plan(
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
     plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, left_alone=layers.left_alone)
-    return _with_share_note(_with_fallbacks(model, plan))
+    return _with_share_note(_with_fallbacks(plan))
 
 
 def _as_gguf(recipe: Recipe, format_name: FormatName) -> tuple[Recipe, FormatName]:
@@ -151,24 +151,20 @@ def _as_gguf(recipe: Recipe, format_name: FormatName) -> tuple[Recipe, FormatNam
     return recipe.model_copy(update={"scheme": scheme}), "gguf"
 
 
-def _with_fallbacks(model: LazyModel, plan: Plan) -> Plan:
+def _with_fallbacks(plan: Plan) -> Plan:
     """``plan`` with another type for layers that super-blocks of 256 do not divide."""
     weights = plan.recipe.scheme.weights
-    if weights is None or weights.gguf is None or weights.gguf.fallback is None:
+    if weights is None or weights.gguf is None:
         return plan
-    other = Weights.model_validate({"type": weights.gguf.fallback, "range_search": weights.range_search})
-    scheme = plan.recipe.scheme.model_copy(update={"weights": other})
-    spec, layout = _grid_and_layout(model, plan.recipe.model_copy(update={"scheme": scheme}), "gguf")
-    target = replace(plan.target, spec=spec, layout=layout)
-    wrong = [name for name, layer in plan.layers.items() if layer.shape[-1] % SUPER_BLOCK]
-    if not wrong:
+    kind = weights.gguf.name
+    wrong = [name for name, layer in plan.layers.items() if fitting_type(kind, layer.shape[-1]) != kind]
+    if not wrong or plan.recipe.budget is not None:
         return plan
-    layers = {name: replace(layer, target=target) if name in wrong else layer for name, layer in plan.layers.items()}
     note = (
-        f"{len(wrong)} of {len(layers)} layers have inputs that super-blocks of {SUPER_BLOCK} do not divide "
-        f"({wrong[0]}: {plan.layers[wrong[0]].shape[-1]}): they become {other.type}, as in llama.cpp"
+        f"{len(wrong)} of {len(plan.layers)} layers have inputs that super-blocks of {SUPER_BLOCK} do not divide "
+        f"({wrong[0]}: {plan.layers[wrong[0]].shape[-1]}): they become {weights.gguf.fallback}, as in llama.cpp"
     )
-    return replace(plan, layers=layers, notes=[*plan.notes, note])
+    return replace(plan.with_choices(dict.fromkeys(wrong, kind)), notes=[*plan.notes, note])
 
 
 def _left(model: LazyModel, blocks: list[str], layers: _Layers) -> dict[str, int]:
@@ -405,10 +401,12 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
 
 
 def _check_bits_budget(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
-    packed = layout.format == "compressed-tensors" and not layers.unpackable and not recipe.stored_dense
-    if recipe.budget is not None and not packed:
+    if recipe.budget is None:
+        return
+    holder = "gguf" if recipe.budget.of_types else "compressed-tensors"
+    if layout.format != holder or layers.unpackable or recipe.stored_dense:
         what = layers.obstacle or f"{recipe.method.name} or {layout.format} was chosen"
-        raise CalibrantError(f"a budget of bits needs layers that compressed-tensors can hold packed, but {what}")
+        raise CalibrantError(f"a budget of {recipe.budget.unit} needs layers that {holder} can hold packed, but {what}")
 
 
 def _check_kv_cache(model: LazyModel, blocks: list[str], layout: Layout, layers: _Layers, recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from calibrant.formats.gguf_types import GGUF_TYPES, GgufType
+from calibrant.formats.gguf_types import GGUF_TYPES, GgufName, GgufType
 from calibrant.formats.kv_cache import KvCacheGranularity, KvCacheLayout, KvCacheType
 from calibrant.formats.quantized import STORED_WIDTHS, Granularity, InputType, WeightType
 from calibrant.quantization.activation_ranges import RangeRule
@@ -17,6 +17,10 @@ _FLOATS: dict[str, tuple[int, int | None]] = {"fp8": (8, None), "mxfp4": (4, 32)
 _TYPES = _FLOATS | {name: (one.bits, one.group_size) for name, one in GGUF_TYPES.items()}
 # Four-bit integers beside FP8 activations, in groups, and the group size of vLLM's kernels for them.
 _MIXED_BITS = 4
+
+
+# Of a budget: bits, a share of zeros, or one of llama.cpp's types.
+Choice = float | GgufName
 
 
 class Weights(Strict):
@@ -193,17 +197,31 @@ def _activations_refusal(weights: Weights, activations: Activations) -> str | No
 
 
 class Budget(Strict):
-    """Distribution of bits, or of shares of zeros, over groups of layers: the ``choices`` that change the model least.
+    """Distribution over groups of layers of bits, of llama.cpp's types, or of shares of zeros: the ``choices`` that
+    change the model least.
 
-    ``average`` is the average over all weights; None is the scheme's bits or share.
+    ``average`` is the average over all weights, of types that of the bits in the file; None is the scheme's.
     """
 
-    choices: list[float] = Field(min_length=2, max_length=16)
+    choices: list[Choice] = Field(min_length=2, max_length=16)
     average: float | None = None
+
+    @property
+    def of_types(self) -> bool:
+        """Whether the choices are llama.cpp's types."""
+        return any(isinstance(choice, str) for choice in self.choices)
+
+    @property
+    def unit(self) -> str:
+        """What ``choices`` are."""
+        return "types" if self.of_types else "bits"
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Why ``scheme`` cannot have this budget, or None."""
-        choices, weights = self.choices, scheme.weights
+        weights = scheme.weights
+        if self.of_types or (weights is not None and weights.gguf is not None):
+            return self._refusal_of_types(weights)
+        choices = [choice for choice in self.choices if not isinstance(choice, str)]
         if scheme.activations is not None or (weights is not None and scheme.sparsity is not None):
             return "a budget is of bits or of zeros, not of both, and not for int8 activations"
         if weights is not None and weights.type != "int":
@@ -221,6 +239,19 @@ class Budget(Strict):
             return f"budget.choices: {choices} name one twice"
         if not min(choices) <= average <= max(choices):
             return f"budget: {choices} cannot average {average:g}; take others"
+        return None
+
+    def _refusal_of_types(self, weights: Weights | None) -> str | None:
+        """Why weights cannot have a budget of llama.cpp's types, or None."""
+        kinds = [choice for choice in self.choices if isinstance(choice, str)]
+        if len(kinds) < len(self.choices) or weights is None or weights.gguf is None:
+            return "a budget of types, such as [q3_k, q4_k, q6_k], goes with weights of such a type, and names no bits"
+        if len(set(kinds)) < len(kinds):
+            return f"budget.choices: {kinds} name one twice"
+        bits = [GGUF_TYPES[kind].bits_per_weight for kind in kinds]
+        average = self.average if self.average is not None else weights.gguf.bits_per_weight
+        if not min(bits) <= average <= max(bits):
+            return f"budget: {kinds} cannot average {average:g} bits; take others"
         return None
 
 

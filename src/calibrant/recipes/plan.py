@@ -1,14 +1,18 @@
 """A plan: a recipe fitted to a model."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from calibrant.formats.gguf_types import GgufName, fitting_type
 from calibrant.formats.quantized import Layout
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.quantization.activation_ranges import InputGrid
 from calibrant.quantization.grids import Grid, GridSpec
+from calibrant.recipes.gguf_spec import gguf_spec
+from calibrant.recipes.parts import Choice
 from calibrant.recipes.recipe import Recipe
 
 
@@ -30,12 +34,22 @@ class Target:
         """Dtype of rounded values: float32 if loaders compute them from codes, otherwise the model's dtype."""
         return torch.float32 if self.layout is not None or self.spec is None else self.spec.scale_dtype
 
-    def at(self, choice: float) -> "Target":
-        """The same target with ``choice`` as its bits, or as its share of zeros."""
+    def at(self, choice: Choice, columns: int) -> "Target":
+        """The same target with ``choice`` as its bits, its type or its share of zeros, for ``columns`` inputs."""
+        if isinstance(choice, str):
+            return self._of_type(fitting_type(choice, columns))
         if self.spec is None:
             return replace(self, sparsity=Sparsity(choice))
         layout = replace(self.layout, bits=int(choice)) if self.layout is not None else None
         return replace(self, spec=replace(self.spec, bits=int(choice)), layout=layout)
+
+    def _of_type(self, kind: GgufName) -> "Target":
+        """The same target with another of llama.cpp's types."""
+        assert self.spec is not None
+        assert self.layout is not None
+        spec = gguf_spec(kind, self.spec.range_search)
+        layout = replace(self.layout, bits=spec.bits, symmetric=spec.symmetric, group_size=spec.group_size, type=kind)
+        return replace(self, spec=spec, layout=layout)
 
 
 @dataclass(frozen=True)
@@ -119,10 +133,10 @@ class Plan:
         """Target of the layer with full name ``name``; single experts of a fused parameter get the scheme's target."""
         return self.layers[name].target if name in self.layers else self.target
 
-    def with_choices(self, choices: dict[str, float]) -> "Plan":
-        """The plan with a budget's ``choices``: bits or shares of zeros by full layer name."""
+    def with_choices(self, choices: Mapping[str, Choice]) -> "Plan":
+        """The plan with ``choices`` by full layer name: bits, types or shares of zeros, as a budget has them."""
         layers = {
-            name: replace(layer, target=layer.target.at(choices[name])) if name in choices else layer
+            name: replace(layer, target=layer.target.at(choices[name], layer.shape[-1])) if name in choices else layer
             for name, layer in self.layers.items()
         }
         return replace(self, layers=layers)
