@@ -3,8 +3,8 @@
     python benchmarks/architectures.py [MODEL_TYPE ...]
 
 Every language model of the installed transformers, with ``--multimodal`` every one that takes images or sounds too, is
-made with a tiny configuration and random weights, compressed by GPTQ (4 bits), to 8 bits, to W8A8 and by Wanda on random
-tokens in float32, and loaded again by transformers. Checked are: the hidden states of the block walk against the
+made with a tiny configuration and random weights, compressed by GPTQ (4 bits), to 8 bits, to W8A8 and by Wanda on
+random tokens in float32, and loaded again by transformers. Checked are: the hidden states of the block walk against the
 model's own; the logits of packed outputs against a plain model with the decoded weights, whose inputs are rounded; the
 logits at 8 bits against those of the original; the zeros of the pruned model. Each architecture runs in a process of
 its own, so that nothing stops the others.
@@ -179,7 +179,8 @@ def decoded_logits(output: Path) -> torch.Tensor:
 def dense_logits(output: Path) -> torch.Tensor:
     """Of a dense output, by the loading that ``calibrant evaluate`` does."""
     with torch.no_grad():
-        logits: torch.Tensor = load_whole(ModelFolder(output), "cpu", "float32")(input_ids=TOKENS[:2]).logits
+        model = load_whole(ModelFolder(output), "cpu", "float32")
+        logits: torch.Tensor = model(input_ids=TOKENS[:2], use_cache=False).logits
     return logits
 
 
@@ -325,7 +326,7 @@ def page(outcomes: list[Outcome], date: str) -> str:
         "# Architectures",
         "",
         f"Language models of transformers {transformers.__version__}, shrunk to tiny models with random weights, on "
-        f"{date}: {works} of {made} that could be made work, and of {len(outcomes) - made} no tiny model could be made. "
+        f"{date}: {works} of {made} that could be made work; of {len(outcomes) - made} no tiny model could be made. "
         "All causal ones are here, and those that also take images or sounds. Written by "
         "`benchmarks/architectures.py --multimodal`; do not edit.",
         "",
@@ -347,7 +348,8 @@ def page(outcomes: list[Outcome], date: str) -> str:
         f"each token, of these the median, at most {CLOSE:g} |",
         "| W8A8 | the loaded output with int8 weights and int8 inputs against a plain model with the decoded weights "
         f"and rounded inputs, at most {EQUAL:g}; *dense*: stored as rounded values, loaded and run; *refused*: by a "
-        "sentence before any work, mostly since experts are fused |",
+        "sentence before any work, mostly since experts are fused. compressed-tensors 0.20 takes one scale for all "
+        "tokens where a linear's input is not `[rows, length, width]`, so four architectures differ there |",
         "| Wanda | share of zeros of the compressed weights, 50%; the loaded output is run |",
         "",
         "*Refused*: the compression ends with the error in the last column. *Not shrunk*: no tiny model could be made "

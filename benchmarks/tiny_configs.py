@@ -88,8 +88,14 @@ _DROPPED = ("transformers_version", "model_type", "architectures", "dtype", "_na
 _SECTIONS = [2, 3, 3]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
+_MROPE = {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": _SECTIONS}}}
+
 # What the sizes by name do not get right, by model type; a nested dict goes into the sub-configuration.
 _SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("glm46v", "glm4v", "glm_ocr", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), _MROPE
+    ),
+    "glm4v_moe": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}},
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "blt": {"encoder_hash_byte_group_vocab": 64},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from calibrant.formats.gguf_blocks import pack_blocks, unpack_blocks
 from calibrant.formats.gguf_types import GGUF_TYPES, SUPER_BLOCK
-from calibrant.formats.quantized import Codes
+from calibrant.formats.quantized import Codes, Layout
 from calibrant.formats.stored_codes import dequantized
 from calibrant.quantization.block_scales import BlockScales
 from calibrant.quantization.grid_fitting import fit_grid
@@ -40,13 +40,14 @@ def test_blocks_hold_what_was_solved(kind: str, seed: int) -> None:
     codes, values = solved(kind, *problem(seed))
     data = pack_blocks(codes, kind)
     known = GGUF_TYPES[kind]
+    layout = Layout(known.bits, not known.minima, known.group_size, format="gguf", type=known.name)
     assert data.shape == (9, COLUMNS // known.block * known.block_bytes)
     theirs = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind.upper()]))
-    assert torch.equal(dequantized(codes, kind), theirs)
+    assert torch.equal(dequantized(codes, layout), theirs)
     torch.testing.assert_close(values, theirs, rtol=1e-5, atol=1e-6)
     back = unpack_blocks(data, kind)
     assert torch.equal(back.codes, codes.codes)
-    assert torch.equal(dequantized(back, kind), theirs)
+    assert torch.equal(dequantized(back, layout), theirs)
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
@@ -83,3 +84,25 @@ def test_zeros_and_tiny_weights_become_finite_blocks(kind: str) -> None:
     assert np.isfinite(theirs).all()
     assert bool((values[0] == 0).all())
     assert (values - weight).abs().max() < 1.1
+
+
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_a_group_of_zeros_does_not_change_its_super_block(kind: str) -> None:
+    weight, hessian = problem(2)
+    rest = torch.arange(COLUMNS) >= 32
+    _, whole = solved(kind, weight, hessian)
+    zeroed = torch.where(rest, weight, 0.0)
+    _, values = solved(kind, zeroed, hessian)
+    assert not values[:, ~rest].any()
+    before, after = (((one - weight)[:, rest].square() @ hessian.diagonal()[rest]).sum() for one in (whole, values))
+    assert after < 1.2 * before
+
+
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_scales_beyond_float16_are_its_smallest_or_largest(kind: str) -> None:
+    weight, _ = problem(3)
+    for size in (2e-7, 1e6):
+        scaled = weight / weight.abs().amax() * size
+        _, values = solved(kind, scaled, None)
+        assert bool(values.isfinite().all())
+        assert (values - scaled).norm() < scaled.norm()

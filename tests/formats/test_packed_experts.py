@@ -179,3 +179,30 @@ def test_what_no_loader_takes_is_refused(tmp_path: Path, kind: str, options: dic
     with pytest.raises(cb.CalibrantError, match=said):
         cb.compress(model, output=tmp_path / "no", **{"recipe": "rtn-w8a16", **options})
     assert not (tmp_path / "no").exists()
+
+
+def weights(**said: Any) -> cb.Recipe:
+    method = {"name": "r", "description": "d", "method": {"name": "rtn"}}
+    return cb.Recipe.model_validate({**method, "scheme": {"weights": said.pop("weights")}, **said})
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "options", "said"),
+    [
+        ("qwen3_moe", {"weights": {"bits": 4, "group_size": 32, "symmetric": False}}, {}, "experts with zero points"),
+        ("gpt_oss", {"weights": {"type": "mxfp4"}, "ignore": [r"layers\.0\."]}, {}, "all experts in MXFP4"),
+        ("gpt_oss", {"weights": {"type": "mxfp4"}}, {"checkpoint_format": "gptq"}, "leave out gptq"),
+    ],
+)
+def test_what_no_engine_loads_is_refused_before_any_work(
+    kind: str, recipe: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(cb.CalibrantError, match=said):
+        cb.prepare(saved(tmp_path / "model", kind), recipe=weights(**recipe), output=tmp_path / "out", **options)
+
+
+def test_split_experts_may_have_zero_points(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "llama4")
+    recipe = weights(weights={"bits": 4, "group_size": 32, "symmetric": False})
+    cb.compress(model, recipe=recipe, output=tmp_path / "out")
+    assert cb.prove(tmp_path / "out", length=24, windows=1, new_tokens=4).agrees

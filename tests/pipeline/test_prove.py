@@ -1,6 +1,7 @@
 """Proof in an engine: real engines agree with what is stored, and what they read otherwise is found out."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import gguf
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import calibrant as cb
@@ -171,6 +173,7 @@ def test_integers_become_the_type_that_has_them(wide: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(("recipe", "options", "said"), [
     ("gptq-nvfp4a16", {"checkpoint_format": "gguf"}, "no type of GGUF files has nvfp4"),
     ("rtn-w8a8", {"checkpoint_format": "gguf"}, "no type of GGUF files has these integers"),
+    ("gptq-w4a16-budget", {"checkpoint_format": "gguf"}, "leave gguf out"),
     ("gptq-q4_k", {"checkpoint_format": "awq"}, "q4_k is a type of GGUF files: leave out the awq format"),
     ("gptq-q4_k", {"bits": 3}, "q4_k weights have 4 bits, groups of 32 and minima"),
 ])  # fmt: skip
@@ -187,6 +190,35 @@ def test_models_that_llama_cpp_has_in_another_way_are_refused_before_any_work(
 ) -> None:
     with pytest.raises(cb.CalibrantError, match="phi models are not written as GGUF files here"):
         cb.prepare(model_folder("phi"), recipe="gptq-q4_0", output=tmp_path / "no")
+
+
+def test_blocks_that_do_not_divide_a_fallback_are_refused(tmp_path: Path) -> None:
+    """16 divides the inputs, as Q2_K's groups want it, and 32 does not, as its fallback wants it."""
+    model = write(tmp_path / "model")
+    config = hf.LlamaConfig(**{**_SHAPE, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3})
+    hf.LlamaForCausalLM(config).save_pretrained(model)
+    with pytest.raises(cb.CalibrantError, match="blocks of 32 weights of the type q4_0 do not divide its 48 inputs"):
+        cb.prepare(model, recipe="gptq-q2_k", output=tmp_path / "no", calibration=random_set(model, 8, 32))
+
+
+def test_a_training_has_no_type_of_gguf_files(model: Path, tmp_path: Path) -> None:
+    scheme = {"weights": {"bits": 4, "group_size": 32}}
+    said = {"name": "trained", "description": "d", "method": {"name": "qat", "steps": 1}, "scheme": scheme}
+    with pytest.raises(cb.CalibrantError, match="qat trains integers"):
+        cb.prepare(
+            model, recipe=cb.Recipe.model_validate(said), output=tmp_path / "no", checkpoint_format="gguf",
+            calibration=random_set(model, 8, 64),
+        )  # fmt: skip
+
+
+def test_files_may_name_tensors_without_the_prefix(wide: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp, which runs llama.cpp, is not installed")
+    model = Path(shutil.copytree(wide, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    short = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(short, model / "model.safetensors", {"format": "pt"})
+    output = made(model, tmp_path / "out", "gptq-q4_k")
+    assert cb.prove(output, engine="llama.cpp", **SHORT).difference < 0.03
 
 
 @pytest.mark.parametrize(("recipe", "bits"), [("gptq-w8a8", 7), ("rtn-fp8", None)])

@@ -74,6 +74,7 @@ def test_the_page_of_recipes_has_every_key_with_its_default() -> None:
     assert found.pop("scheme") == keys(parts.Scheme)
     assert found.pop("scheme.weights") == keys(parts.Weights)
     assert found.pop("scheme.activations") == keys(parts.Activations)
+    assert found.pop("scheme.kv_cache") == keys(parts.KvCache)
     assert found.pop("budget") == keys(parts.Budget)
     for name, method in METHODS.items():
         trained = isinstance(method, Trainer)
@@ -91,6 +92,12 @@ def test_the_example_of_the_page_is_a_recipe() -> None:
     example = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert example is not None
     assert Recipe.model_validate(yaml.safe_load(example[1])).ignores("model.layers.0.mlp.up_proj")
+
+
+def test_minima_and_zeros_do_not_go_together() -> None:
+    said = {"name": "r", "description": "d", "method": {"name": "sparsegpt"}}
+    with pytest.raises(ValidationError, match="q4_1 has minima, beside which no weight is exactly zero"):
+        Recipe.model_validate({**said, "scheme": {"weights": {"type": "q4_1"}, "sparsity": "2:4"}})
 
 
 def test_a_percentile_is_for_ranges_of_that_kind() -> None:

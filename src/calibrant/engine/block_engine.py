@@ -184,15 +184,19 @@ def _stage_hooks(
 
 
 def _counted(inputs: torch.Tensor, mask: torch.Tensor, stage: InputGroup) -> torch.Tensor:
-    """Rows ``[tokens, in_features]`` of a stage's input that belong to counted tokens."""
+    """Rows ``[tokens, in_features]`` of a stage's input that belong to counted tokens, of which each may have several."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     flat = mask.reshape(-1)
+    if bool(flat.all()):
+        return rows
+    if inputs.shape[:2] == mask.shape:
+        return inputs[mask].reshape(-1, inputs.shape[-1])
     if rows.shape[0] != flat.shape[0]:
         raise CalibrantError(
             f"{stage.module}: its input has {rows.shape[0]} rows for {flat.shape[0]} tokens, so the mask cannot be "
-            "applied; add the layer to the recipe's ignore list"
+            "applied; count every token, or add the layer to the recipe's ignore list"
         )
-    return rows if bool(flat.all()) else rows[flat]
+    return rows[flat]
 
 
 def _solve_experts(

@@ -7,6 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+_ELEMENT_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of a number of ``dtype``, as headers of safetensors spell it."""
+    return _ELEMENT_BYTES.get(dtype, 1)
+
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write ``tensors`` to ``path`` with the permissions of any new file; a file that is there is replaced.

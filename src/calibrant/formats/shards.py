@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from calibrant.formats.safetensors_file import element_bytes
+
 # The default shard size of save_pretrained in transformers 5.
 SHARD_BYTES = 50 * 10**9
 _COPY_BYTES = 16 << 20
-_ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class ShardWriter:
         header: dict[str, Any] = {"__metadata__": self._metadata}
         position = 0
         # Wider types first keep every tensor aligned, as in files of the safetensors library.
-        order = sorted(names, key=lambda name: (-_width(self._stored[name].dtype), name))
+        order = sorted(names, key=lambda name: (-element_bytes(self._stored[name].dtype), name))
         for name in order:
             stored = self._stored[name]
             header[name] = {
@@ -108,10 +109,6 @@ class ShardWriter:
             output.write(struct.pack("<Q", len(text)) + text)
             for name in order:
                 _copy(self._stored[name], output)
-
-
-def _width(dtype: str) -> int:
-    return _ELEMENT_BYTES.get(dtype, 1)
 
 
 def _copy(stored: _Stored, output: Any) -> None:

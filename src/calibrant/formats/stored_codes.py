@@ -12,7 +12,7 @@ from calibrant.formats.gguf_blocks import GgufBlocks
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gptq_and_awq import read_codes
 from calibrant.formats.kv_cache import cache_scales
-from calibrant.formats.quantized import BLOCK_SIZE, FLOAT_TYPES, Codes, Granularity, Layout, WeightFormat, WeightType
+from calibrant.formats.quantized import BLOCK_SIZE, FLOAT_TYPES, STORED_WIDTHS, Codes, Layout, WeightFormat, WeightType
 from calibrant.kernels.number_types import decoded_floats
 
 # Of each format, the tensor that only quantized linears have.
@@ -38,6 +38,10 @@ _TYPES: dict[str, WeightType] = {
 }
 
 
+# How compressed-tensors calls a scale a channel, and one a group.
+_STRATEGIES = ("channel", "group", "tensor_group")
+
+
 def quantized_linears(names: Iterable[str], settings: Mapping[str, Any] | None) -> dict[str, list[str]]:
     """The stored tensors of every quantized linear by the linear's name.
 
@@ -48,11 +52,26 @@ def quantized_linears(names: Iterable[str], settings: Mapping[str, Any] | None) 
     mark, known = _MARKS[stored_format(settings)], set(names)
     linears = {name.removesuffix(f".{mark}") for name in known if name.endswith(f".{mark}")}
     found: dict[str, list[str]] = {linear: [] for linear in sorted(linears)}
-    for name in known:
+    for name in sorted(known):
         linear, _, suffix = name.rpartition(".")
         if linear in found and suffix != "bias":
             found[linear].append(name)
     return found
+
+
+def decoded_weight(
+    linear: str,
+    tensors: Iterable[str],
+    read: Callable[[str], torch.Tensor],
+    settings: Mapping[str, Any],
+    exact: bool = False,
+) -> torch.Tensor:
+    """The weight ``[out, in]`` that the stored ``tensors`` of ``linear`` stand for; dtype as in ``dense_weights``.
+
+    Raises:
+        CalibrantError: as ``stored_codes``.
+    """
+    return dequantized(stored_codes(linear, tensors, read, settings), stored_layout(linear, settings), exact)
 
 
 def stored_codes(
@@ -64,45 +83,107 @@ def stored_codes(
         CalibrantError: the format is not one of ours, or a tensor is missing or does not fit.
     """
     parts = {name.rpartition(".")[2]: read(name) for name in tensors}
-    kind = stored_format(settings)
+    kind, layout = stored_format(settings), stored_layout(linear, settings)
     if kind in ("gptq", "awq"):
         return read_codes(linear, parts, dict(settings))
-    if kind == "fp8":
-        scale = parts["weight_scale_inv"].float()
-        return Codes(parts["weight"].view(torch.int8), scale, torch.zeros(scale.shape, dtype=torch.int8))
-    return _FORMATS[kind].read(parts, stored_layout(linear, settings))
+    if "weight_g_idx" in parts:
+        raise CalibrantError(f"{linear}: its groups are out of order (actorder), which is not read here")
+    try:
+        if kind == "fp8":
+            parts["weight_scale"] = parts["weight_scale_inv"].float()
+        codes = _FORMATS["float-quantized" if kind == "fp8" else kind].read(parts, layout)
+        fits = codes.scale.shape in _scale_shapes(codes.codes.shape, layout)
+    except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise CalibrantError(
+            f"{linear}: its tensors are not what config.json describes ({error!r}); copy or download the model again"
+        ) from error
+    if not fits:
+        raise CalibrantError(
+            f"{linear}: scales of shape {tuple(codes.scale.shape)} do not fit its weight of shape "
+            f"{tuple(codes.codes.shape)} and config.json; copy or download the model again"
+        )
+    return codes
+
+
+def _scale_shapes(shape: torch.Size, layout: Layout) -> list[tuple[int, int]]:
+    """What shapes scales of a weight of ``shape`` may have."""
+    rows, columns = shape
+    if layout.type in GGUF_TYPES:
+        return [(rows, columns // GGUF_TYPES[layout.type].block)]
+    if layout.granularity == "block":
+        return [(-(-rows // BLOCK_SIZE), -(-columns // BLOCK_SIZE))]
+    return [(1, 1)] if layout.granularity == "tensor" else [(rows, columns // (layout.group_size or columns))]
 
 
 def stored_layout(linear: str, settings: Mapping[str, Any]) -> Layout:
-    """The layout of ``linear`` in a checkpoint of compressed-tensors or of GGUF blocks."""
-    if stored_format(settings) == GgufBlocks.name:
-        kind = settings["types"][linear]
-        known = GGUF_TYPES[kind]
-        return Layout(known.bits, not known.minima, known.group_size, format="gguf", type=kind)
-    weights = settings_of(linear, settings)["weights"]
-    granularity: Granularity = "channel"
-    if weights["strategy"] in ("tensor", "block"):
-        granularity = weights["strategy"]
-    kind = _TYPES.get(stored_format(settings), "int")
-    symmetric = bool(weights["symmetric"])
-    return Layout(int(weights["num_bits"]), symmetric, weights.get("group_size"), type=kind, granularity=granularity)
+    """The layout of ``linear``.
+
+    Raises:
+        CalibrantError: the settings lack something, or describe what is not read here.
+    """
+    kind = stored_format(settings)
+    try:
+        if kind in ("gptq", "awq"):
+            return Layout(int(settings.get("bits", 4)), False, None, format="gptq" if kind == "gptq" else "awq")
+        if kind == "fp8":
+            return _fp8_layout(settings)
+        if kind == GgufBlocks.name:
+            known = GGUF_TYPES[settings["types"][linear]]
+            return Layout(known.bits, not known.minima, known.group_size, format="gguf", type=known.name)
+        return _layout(kind, settings_of(linear, settings)["weights"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CalibrantError(
+            f"config.json: quantization_config does not describe {linear} ({error!r}); copy or download it again"
+        ) from error
+
+
+def _fp8_layout(settings: Mapping[str, Any]) -> Layout:
+    """Of models as DeepSeek publishes them."""
+    if list(settings.get("weight_block_size") or []) != [BLOCK_SIZE] * 2 or settings.get("fmt", "e4m3") != "e4m3":
+        raise CalibrantError(
+            f"config.json: FP8 weights are read as e4m3 in blocks of {BLOCK_SIZE} x {BLOCK_SIZE} alone, not as "
+            f"{settings.get('fmt', 'e4m3')} in {settings.get('weight_block_size')}"
+        )
+    return Layout(8, True, None, type="fp8", granularity="block")
+
+
+def _layout(kind: str, weights: Mapping[str, Any]) -> Layout:
+    """Of the ``weights`` of a group of compressed-tensors."""
+    bits, strategy, symmetric = weights["num_bits"], weights["strategy"], weights["symmetric"]
+    of_type = _TYPES.get(kind, "int")
+    blocks = weights.get("block_structure") if strategy == "block" else None
+    known = (8,) if of_type == "fp8" or kind == IntQuantized.name else (4,) if of_type != "int" else STORED_WIDTHS
+    coarse = of_type == "fp8" and (strategy == "tensor" or (strategy == "block" and blocks == [BLOCK_SIZE] * 2))
+    if bits not in known or type(symmetric) is not bool or not (coarse or strategy in _STRATEGIES):
+        raise CalibrantError(
+            f"config.json: weights of {bits} bits in the format {kind}, strategy {strategy}"
+            f"{f' of {blocks}' if blocks else ''}, are not read here"
+        )
+    group_size = None if coarse or strategy == "channel" else int(weights["group_size"])
+    return Layout(bits, symmetric, group_size, type=of_type, granularity=strategy if coarse else "channel")
 
 
 def settings_of(linear: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The group of a compressed-tensors configuration that ``linear`` is in."""
+    """The group of a compressed-tensors configuration that ``linear`` is in.
+
+    Raises:
+        CalibrantError: there are several, and targets other than names of layers.
+    """
     groups: list[Mapping[str, Any]] = list(settings["config_groups"].values())
     if len(groups) == 1:
         return groups[0]
-    # Targets are names of modules, which may begin otherwise than the names of stored tensors.
+    targets = [target for group in groups for target in group["targets"]]
+    vague = next((target for target in targets if target.startswith("re:") or "." not in target), None)
+    if vague is not None:
+        raise CalibrantError(f"config.json: several config_groups, of which one is for {vague!r}, are not read here")
+    # Names of modules may begin otherwise than the names of stored tensors.
     return max(groups, key=lambda group: max(_same_end(linear, target) for target in group["targets"]))
 
 
 def _same_end(name: str, other: str) -> int:
     """How many parts two dotted names share at their ends."""
-    pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
-    return next(
-        (count for count, (one, two) in enumerate(pairs) if one != two), min(name.count("."), other.count(".")) + 1
-    )
+    pairs = list(zip(reversed(name.split(".")), reversed(other.split(".")), strict=False))
+    return next((count for count, (one, two) in enumerate(pairs) if one != two), len(pairs))
 
 
 def dense_weights(
@@ -122,54 +203,53 @@ def dense_weights(
     parts = {name for stored in linears.values() for name in stored} | cache_scales(names, settings)
     dense = {name: read(name) for name in sorted(names) if name not in parts}
     for linear, stored in linears.items():
-        dense[f"{linear}.weight"] = dequantized(
-            stored_codes(linear, stored, read, settings), stored_type(linear, settings), exact
-        )
+        dense[f"{linear}.weight"] = decoded_weight(linear, stored, read, settings, exact)
     return dense
-
-
-def stored_type(linear: str, settings: Mapping[str, Any]) -> WeightType:
-    """The type of the weights of ``linear``."""
-    kind = stored_format(settings)
-    if kind in ("gptq", "awq"):
-        return "int"
-    return "fp8" if kind == "fp8" else stored_layout(linear, settings).type
 
 
 def dense_shape(
     linear: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], settings: Mapping[str, Any]
 ) -> tuple[int, int]:
-    """``(out, in)`` of ``linear``, from the ``shapes`` of stored tensors; ``read`` loads small ones."""
-    kind = stored_format(settings)
-    rows, columns = shapes[f"{linear}.{'weight' if _MARKS[kind].startswith('weight_scale') else _MARKS[kind]}"]
-    if kind == "pack-quantized":
-        rows, columns = read(f"{linear}.weight_shape").tolist()
-    elif kind == "gptq":
-        rows, columns = columns, rows * 32 // int(settings.get("bits", 4))
+    """``(out, in)`` of ``linear``, from the ``shapes`` of stored tensors; ``read`` loads small ones.
+
+    Raises:
+        CalibrantError: a tensor is missing, or the settings are damaged.
+    """
+    kind, layout = stored_format(settings), stored_layout(linear, settings)
+    try:
+        rows, columns = shapes[f"{linear}.{'weight' if _MARKS[kind].startswith('weight_scale') else _MARKS[kind]}"]
+        if kind == "pack-quantized":
+            rows, columns = read(f"{linear}.weight_shape").tolist()
+    except (KeyError, ValueError) as error:
+        raise CalibrantError(
+            f"{linear}: its tensors are not what config.json describes ({error!r}); copy or download the model again"
+        ) from error
+    if kind == "gptq":
+        rows, columns = columns, rows * 32 // layout.bits
     elif kind == "awq":
-        rows, columns = columns * 32 // int(settings.get("bits", 4)), rows
-    elif kind == GgufBlocks.name:
-        known = GGUF_TYPES[settings["types"][linear]]
+        rows, columns = columns * 32 // layout.bits, rows
+    elif layout.type in GGUF_TYPES:
+        known = GGUF_TYPES[layout.type]
         columns = columns // known.block_bytes * known.block
     elif kind in ("mxfp4-pack-quantized", "nvfp4-pack-quantized"):
         columns = 2 * columns
     return rows, columns
 
 
-def dequantized(codes: Codes, kind: WeightType, exact: bool = False) -> torch.Tensor:
-    """The weights ``[out, in]`` of ``codes`` of a type; dtype as above, of llama.cpp's types float32."""
-    if kind in GGUF_TYPES:
+def dequantized(codes: Codes, layout: Layout, exact: bool = False) -> torch.Tensor:
+    """The weights ``[out, in]`` of ``codes``; dtype as in ``dense_weights``, of llama.cpp's types float32."""
+    if layout.type in GGUF_TYPES:
         return _of_blocks(codes)
     scale = codes.scale.float() if exact or codes.scale.itemsize == 1 else codes.scale
     scale = scale if codes.global_scale is None else scale / codes.global_scale
     rows, columns = codes.codes.shape
-    if scale.numel() == 1:
+    if layout.granularity == "tensor":
         scale = scale.expand(rows, columns)
-    elif scale.shape[0] != rows:  # blocks, of which the last may be cut off
+    elif layout.granularity == "block":  # of which the last may be cut off
         scale = scale.repeat_interleave(BLOCK_SIZE, dim=0).repeat_interleave(BLOCK_SIZE, dim=1)[:rows, :columns]
     else:
         scale = scale.repeat_interleave(columns // scale.shape[1], dim=1)
-    if kind in FLOAT_TYPES:
+    if layout.type in FLOAT_TYPES:
         return (decoded_floats(codes.codes).to(scale.dtype) * scale).contiguous()
     zero_point = codes.zero_point.repeat_interleave(columns // codes.zero_point.shape[1], dim=1)
     # The difference of two int8 values can need nine bits.

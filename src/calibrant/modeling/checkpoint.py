@@ -13,12 +13,13 @@ from calibrant.modeling.decoded_tensors import DecodedTensors, decoded_dtype
 from calibrant.modeling.model_config import (
     CONFIG_FILE,
     LANGUAGE_MODELS,
-    QUANTIZATION_KEYS,
     architecture,
     check_sizes,
+    drop_quantization,
     parse_config,
     quantization_settings,
     read_config_dict,
+    without_quantization,
 )
 from calibrant.modeling.weight_files import find_weights
 
@@ -80,11 +81,8 @@ class ModelFolder:
         except CalibrantError as error:
             raise CalibrantError(f"{self.path}: {error}") from error
         self.tensors, self.quantization, self.quantized = self._decoded.tensors, None, False
-        self.config_dict = {name: value for name, value in self.config_dict.items() if name not in QUANTIZATION_KEYS}
-        for config in (self.config, self.config.get_text_config()):
-            for key in QUANTIZATION_KEYS:
-                if hasattr(config, key):
-                    delattr(config, key)
+        self.config_dict = without_quantization(self.config_dict)
+        drop_quantization(self.config)
 
     @property
     def decoded(self) -> bool:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from calibrant.errors import CalibrantError
 from calibrant.formats.kv_cache import cache_scales
-from calibrant.formats.stored_codes import dense_shape, dequantized, quantized_linears, stored_codes, stored_type
+from calibrant.formats.stored_codes import decoded_weight, dense_shape, quantized_linears
 from calibrant.kernels.number_types import E2M1_NUMBERS
 from calibrant.modeling.weight_files import TensorInfo
 
@@ -60,13 +61,14 @@ class DecodedTensors:
         self, stored: Mapping[str, TensorInfo], settings: Mapping[str, Any]
     ) -> tuple[dict[str, _Decoded], set[str]]:
         found, parts = {}, set()
+        shapes = {name: info.shape for name, info in stored.items()}
         for linear, names in quantized_linears(stored, settings).items():
             parts |= set(names)
-            shape = dense_shape(linear, {name: info.shape for name, info in stored.items()}, self._read, settings)
+            shape = dense_shape(linear, shapes, self._read, settings)
             info = TensorInfo(stored[names[0]].file, _spelled(self._dtype), shape)
 
             def read(linear: str = linear, names: list[str] = names) -> torch.Tensor:
-                return dequantized(stored_codes(linear, names, self._read, settings), stored_type(linear, settings))
+                return decoded_weight(linear, names, self._read, settings)
 
             found[f"{linear}.weight"] = _Decoded(info, read)
         return found, parts
@@ -81,6 +83,8 @@ class DecodedTensors:
             base = name.removesuffix(_BLOCKS)
             scales = base + _SCALES
             parts |= {name, scales}
+            if scales not in stored or len(stored[name].shape) != 4 or stored[scales].shape != stored[name].shape[:3]:
+                raise CalibrantError(f"{scales} is missing, or does not fit {name}; copy or download the model again")
             experts, rows, groups, size = stored[name].shape
             info = TensorInfo(stored[name].file, _spelled(self._dtype), (experts, groups * size * 2, rows))
 
@@ -107,5 +111,5 @@ def decoded_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype of dense weights that ``config.json`` names; bfloat16 if it names none that they have."""
     text = config.get("text_config")
     names = [place.get(key) for place in (config, text if isinstance(text, dict) else {}) for key in _DTYPE_KEYS]
-    known = {"float32": torch.float32, "float16": torch.float16}
-    return next((known[name] for name in names if name in known), torch.bfloat16)
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return next((known[name] for name in map(str, names) if name in known), torch.bfloat16)

@@ -10,6 +10,7 @@ from calibrant.errors import CalibrantError
 from calibrant.formats.stored_codes import dense_weights
 from calibrant.modeling.checkpoint import ModelFolder, model_class
 from calibrant.modeling.expert_tensors import join_split_experts
+from calibrant.modeling.model_config import drop_quantization
 from calibrant.modeling.quietly import quietly
 from calibrant.modeling.tensor_sources import layer_of
 
@@ -28,7 +29,7 @@ def load_dequantized(
     settings = folder.quantization
     assert settings is not None
     config = copy.deepcopy(folder.config)
-    del config.quantization_config
+    drop_quantization(config)
     return _load(folder, config, dense_weights(folder.tensors, folder.read, settings, exact), device, dtype)
 
 

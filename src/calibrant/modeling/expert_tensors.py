@@ -27,7 +27,7 @@ def expert_tensors(model: PreTrainedModel, parameter: str, shape: tuple[int, ...
     transformers' rules that turn fused weights into a checkpoint are applied to the numbers of the rows. It builds some
     experts (Llama 4's) as separate linears if their weights are quantized; those have rules of their own there.
     """
-    if _is_split(model, parameter):
+    if is_split(model, parameter):
         return _split(parameter, shape)
     experts, rows = shape[0], shape[1]
     numbers = torch.arange(experts * rows).view(experts, rows, 1)
@@ -40,7 +40,7 @@ def expert_tensors(model: PreTrainedModel, parameter: str, shape: tuple[int, ...
     return found
 
 
-def _is_split(model: PreTrainedModel, parameter: str) -> bool:
+def is_split(model: PreTrainedModel, parameter: str) -> bool:
     """Whether transformers replaces the experts by separate linears in models of compressed-tensors."""
     owner = type(model.get_submodule(parameter.rpartition(".")[0])).__name__
     patch: dict[str, Any] | None = MODULES_TO_PATCH_FOR_QUANTIZATION.get(owner)
@@ -50,7 +50,7 @@ def _is_split(model: PreTrainedModel, parameter: str) -> bool:
 def join_split_experts(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
     """Replace, in a checkpoint's ``state``, linears of experts by the fused parameters that ``model`` has for them."""
     for parameter, values in fused_parameters(model).items():
-        if not _is_split(model, parameter):
+        if not is_split(model, parameter):
             continue
         parts = _split(parameter, tuple(values.shape))
         if all(f"{part.name}.weight" in state for part in parts):

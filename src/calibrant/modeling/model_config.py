@@ -63,6 +63,21 @@ def quantization_settings(config: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without the descriptions that ``quantization_settings`` looks for."""
+    kept = {name: value for name, value in config.items() if name not in QUANTIZATION_KEYS}
+    text = kept.get("text_config")
+    return {**kept, "text_config": without_quantization(text)} if isinstance(text, dict) else kept
+
+
+def drop_quantization(config: transformers.PretrainedConfig) -> None:
+    """The same of a configuration object, in place."""
+    for one in (config, config.get_text_config()):
+        for key in QUANTIZATION_KEYS:
+            if hasattr(one, key):
+                delattr(one, key)
+
+
 def check_sizes(path: Path, config: dict[str, Any], tensors: int) -> None:
     """Refuse numbers of layers, experts and labels that would make transformers build modules without end.
 

@@ -14,8 +14,12 @@ from calibrant.modeling.input_rounding import apply_input_rounding, round_inputs
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.quietly import quietly
 
+# Formats whose loaders need other packages or a dtype, or round inputs otherwise than they should: compressed-tensors
+# 0.20 takes one scale for all tokens where a linear's input is not ``[rows, length, width]`` (OPT's, DeepSeek-V3's).
+_DECODED_HERE = {
+    "gptq", "awq", "mxfp4-pack-quantized", "nvfp4-pack-quantized", "gguf-blocks", "int-quantized", "float-quantized",
+}  # fmt: skip
 # Processor features whose bfloat16 products are faster than float32 (two of x86, one of Arm).
-_DEQUANTIZED_HERE = {"gptq", "awq", "mxfp4-pack-quantized", "nvfp4-pack-quantized", "gguf-blocks"}
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -76,7 +80,7 @@ def _try(model: transformers.PreTrainedModel, folder: ModelFolder) -> None:
     """
     try:
         with quietly(), torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     except Exception as error:  # invalid configurations raise any exception in the model classes
         raise CalibrantError(
             f"{folder.path}: the model that config.json describes does not run ({first_line(error)})"
@@ -95,7 +99,7 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
     settings = folder.quantization
     if folder.decoded:
         return load_decoded(folder, place, torch_dtype(dtype, place))
-    if settings is not None and {settings.get("quant_method"), settings.get("format")} & _DEQUANTIZED_HERE:
+    if settings is not None and {str(settings.get(key)) for key in ("quant_method", "format")} & _DECODED_HERE:
         dequantized = load_dequantized(folder, place, torch_dtype(dtype, place))
         round_inputs(dequantized, folder)
         return dequantized

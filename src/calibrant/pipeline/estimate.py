@@ -16,6 +16,7 @@ import torch
 
 from calibrant.engine.block_solver import relative_error
 from calibrant.formats.gguf_types import GGUF_TYPES
+from calibrant.formats.safetensors_file import element_bytes
 from calibrant.hashing import sha256_bytes
 from calibrant.methods.method import LayerProblem, LayerSolver
 from calibrant.methods.solvers.rtn import RTN
@@ -264,9 +265,8 @@ def _layer_bytes(layer: LayerPlan, element: int) -> int:
 
 
 def _stored_bytes(folder: ModelFolder, names: list[str]) -> int:
-    widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
     tensors = [folder.tensors[name] for name in names]
-    return sum(widths.get(info.dtype, 1) * torch.Size(info.shape).numel() for info in tensors)
+    return sum(element_bytes(info.dtype) * torch.Size(info.shape).numel() for info in tensors)
 
 
 def best_seconds(work: Callable[[], object], repeats: int = 2) -> float:

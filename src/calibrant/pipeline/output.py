@@ -11,12 +11,11 @@ from calibrant.engine.block_solver import LayerReport
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation
 from calibrant.evaluation.recorded import saved_evaluation
+from calibrant.formats.safetensors_file import element_bytes
 from calibrant.modeling.weight_files import find_weights
 from calibrant.pipeline.record import RECORD_NAME, RunRecord, RunReport
 from calibrant.recipes.parts import Scheme
 
-# Bits of a number by its dtype in safetensors headers.
-_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _PLACE = re.compile(r"(?P<stack>.*?)\.(?P<block>\d+)\.(?P<kind>.+)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -62,9 +61,7 @@ class Output:
             layer, _, part = name.rpartition(".")
             if part == "bias":
                 continue
-            if info.dtype not in _BITS:
-                return None
-            own[layer] = own.get(layer, 0) + math.prod(info.shape) * _BITS[info.dtype]
+            own[layer] = own.get(layer, 0) + math.prod(info.shape) * 8 * element_bytes(info.dtype)
         for one in self.layers:
             if one.name not in own:
                 return None

@@ -15,14 +15,14 @@ from calibrant.errors import CalibrantError
 from calibrant.evaluation.agreement import Agreement, agreement, divergence_from, log_probabilities
 from calibrant.evaluation.engines.ask import Answer, EngineName, Request, ask
 from calibrant.evaluation.text import EvaluationText
-from calibrant.formats.gguf_blocks import GgufBlocks
 from calibrant.formats.gguf_names import gguf_library
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gpt_oss import GptOssExperts
-from calibrant.formats.stored_codes import quantized_linears, stored_format, stored_layout
+from calibrant.formats.stored_codes import quantized_linears, stored_layout
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.dequantized_model import load_decoded, load_dequantized
 from calibrant.modeling.input_rounding import round_inputs, round_to_bytes, round_to_dtype
+from calibrant.modeling.tensor_sources import loaded_names
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.pipeline.proof import Proof
@@ -186,17 +186,18 @@ def _round_inputs(model: transformers.PreTrainedModel, folder: ModelFolder, engi
     if engine != "llama.cpp":
         round_inputs(model, folder, _VLLM_BYTE if engine == "vllm" else None)
         return
-    quantized = quantized_linears(folder.tensors, folder.quantization)
     head = _head(model)
-    for name, module in model.named_modules():
+    linears = quantized_linears(folder.tensors, folder.quantization)
+    weights = [f"{linear}.weight" for linear in linears] + [name for name in folder.tensors if name.endswith(".weight")]
+    modules = dict(model.named_modules())
+    for stored, loaded in loaded_names(model, weights).items():
+        name, module = stored.removesuffix(".weight"), modules.get(loaded.removesuffix(".weight"))
         if not isinstance(module, torch.nn.Linear) or module is head:
             continue
-        if name not in quantized:
-            _as_stored(module, folder.tensors[f"{name}.weight"].dtype)
+        if name not in linears or folder.quantization is None:
+            _as_stored(module, folder.tensors[stored].dtype)
             continue
-        known = None
-        if folder.quantization is not None and stored_format(folder.quantization) == GgufBlocks.name:
-            known = GGUF_TYPES[stored_layout(name, folder.quantization).type]
+        known = GGUF_TYPES.get(stored_layout(name, folder.quantization).type)
         round_to_bytes(module, known is not None and known.sub_scale is not None)
     tensors = _tensors(served)
     kind = tensors.get("output.weight", tensors["token_embd.weight"]).tensor_type.name

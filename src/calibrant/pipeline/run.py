@@ -212,7 +212,9 @@ class _Run:
             for name in sorted({layer.name for layer in self.layers}):
                 of_layer = self.plan.target_of(name).layout
                 if of_layer is not None:
-                    layouts.setdefault(of_layer, []).append(name)
+                    # Engines look for names of modules; the files' own names are for our formats alone.
+                    stored = self.model.stored_name(f"{name}.weight") if layout.format == "gguf" else f"{name}.weight"
+                    layouts.setdefault(of_layer, []).append(stored.removesuffix(".weight"))
             config["quantization_config"] = format_for(layout).config(layouts, self._kept_dense())
             if self.plan.recipe.scheme.kv_cache is not None:
                 config["quantization_config"]["kv_cache_scheme"] = self.plan.recipe.scheme.kv_cache.layout.scheme()

@@ -23,7 +23,7 @@ from calibrant.formats.gguf_names import gguf_library, gguf_names
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
 from calibrant.formats.quantized import FLOAT_TYPES, Codes
-from calibrant.formats.stored_codes import quantized_linears, stored_codes, stored_format, stored_type
+from calibrant.formats.stored_codes import quantized_linears, stored_codes, stored_format, stored_layout
 from calibrant.hashing import sha256_bytes
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.tokenizer import Tokenizer
@@ -169,8 +169,9 @@ class GgufExport:
     def _quantized(self, name: str, base: str, stored: list[str], settings: dict[str, Any]) -> _Tensor:
         """A linear whose codes are stored; they are read now for their type, and again when they are written."""
 
-        if stored_type(base, settings) in FLOAT_TYPES:
-            raise CalibrantError(f"{base}: {stored_type(base, settings)} weights, which no type holds without loss")
+        layout = stored_layout(base, settings)
+        if layout.type in FLOAT_TYPES:
+            raise CalibrantError(f"{base}: {layout.type} weights, which no type holds without loss")
         if stored_format(settings) == GgufBlocks.name:
             return self._blocks(name, base, stored[0], settings["types"][base])
 

@@ -14,6 +14,8 @@ import torch
 _STEPS = [step / 10 for step in range(-9, 10)]
 # Weights that are fitted at a time: few enough to stay in a cache, enough to be worth a call.
 _CACHED = 1 << 17
+# The smallest and the largest number of float16.
+_FLOAT16 = 2.0**-24, 65504.0
 # The largest integer that a super-block's largest scale becomes is tried from its limit down to this share of it.
 _SUPER_SHARES = [1 - step / 40 for step in range(13)]
 
@@ -72,7 +74,8 @@ def _fit(groups: torch.Tensor, importance: torch.Tensor, bits: int, kind: BlockS
         stored = _float16(scale)
         if not kind.minima:
             return StoredScales(stored)
-        return StoredScales(stored, _refitted_minimum(groups, importance, stored.float(), minimum, bits).half())
+        lowest = _refitted_minimum(groups, importance, stored.float(), minimum, bits)
+        return StoredScales(stored, lowest.clamp(max=_FLOAT16[1]).half())
     weight = importance.sum(-1)
     shared, sub_scale = _shared(scale, weight, kind)
     if not kind.minima:
@@ -106,7 +109,8 @@ def _affine(groups: torch.Tensor, importance: torch.Tensor, bits: int) -> tuple[
     high = (1 << bits) - 1
     low, top = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     best = torch.full_like(low, torch.inf)
-    found_scale, found_minimum = torch.ones_like(low), torch.zeros_like(low)
+    # A group of zeros wants no scale: it would widen those of the super-block.
+    found_scale, found_minimum = (top > low).to(low.dtype), torch.zeros_like(low)
     total, mean = importance.sum(-1), (importance * groups).sum(-1)
     for step in [*_STEPS, *(step + 2 for step in _STEPS[::3])]:
         tried = (top - low) / max(high + step, 1.0)
@@ -176,9 +180,9 @@ def _shared(
 
 
 def _float16(scale: torch.Tensor) -> torch.Tensor:
-    """``scale`` in float16; what becomes 0 or too large there is 1, since scales are divisors."""
-    stored = scale.half()
-    return torch.where((stored != 0) & stored.isfinite(), stored, torch.ones_like(stored))
+    """``scale`` in float16, no closer to 0 and no further from it than float16 has numbers; 0 is 1, a divisor."""
+    kept = torch.where(scale == 0, 1.0, scale)
+    return (kept.abs().clamp(*_FLOAT16) * kept.sign()).half()
 
 
 def _codes(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:

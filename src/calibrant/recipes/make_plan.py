@@ -16,7 +16,7 @@ from calibrant.formats.quantized import BLOCK_SIZE, FormatName, Layout
 from calibrant.formats.registry import format_for
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.modeling.attention_caches import cached_attentions
-from calibrant.modeling.expert_tensors import expert_tensors
+from calibrant.modeling.expert_tensors import expert_tensors, is_split
 from calibrant.modeling.find_blocks import blocks_beside
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.linear_use import linear_use
@@ -24,7 +24,6 @@ from calibrant.modeling.packable import first_not_packable
 from calibrant.modeling.structure import fused_parameters, routers
 from calibrant.quantization.grids import MX_SCALE, NV_SCALE, GridSpec, RangeSearch
 from calibrant.recipes.gguf_spec import gguf_spec
-from calibrant.recipes.parts import Weights
 from calibrant.recipes.plan import LayerPlan, Plan, Target
 from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 
@@ -44,7 +43,7 @@ class _Layers:
 
     ``unpackable`` has what keeps transformers from loading packed weights of this model: names, and what is so about
     each. ``uncalled`` are linears that no text calls, ``routers`` those that choose among fused experts,
-    ``outside`` those for which GPT-OSS's own format has no place.
+    ``outside`` those for which GPT-OSS's own format has no place; ``joined`` are fused experts that loaders join.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -53,6 +52,7 @@ class _Layers:
     uncalled: list[str]
     routers: list[str]
     outside: list[str] = field(default_factory=list)
+    joined: list[str] = field(default_factory=list)
 
     @property
     def left_alone(self) -> frozenset[str]:
@@ -99,6 +99,8 @@ def make_plan(
     if chosen.scheme.weights is not None:
         chosen, format_name = _as_gguf(chosen, format_name)
     if _is_native(model, layers, chosen):
+        if format_name != "compressed-tensors":
+            raise CalibrantError(f"GPT-OSS's experts in MXFP4 have a format of their own: leave out {format_name}")
         layers, format_name = layers.experts_alone(), "gpt-oss"
     recipe = _fit_groups(chosen, layers)
     _check_blocks(recipe, layers)
@@ -146,19 +148,31 @@ def _as_gguf(recipe: Recipe, format_name: FormatName) -> tuple[Recipe, FormatNam
         kind = weights.type if weights.type != "int" else "these integers"
         raise CalibrantError(f"no type of GGUF files has {kind}: take one of {', '.join(GGUF_TYPES)}")
     search: RangeSearch = "none" if weights.range_search in ("none", "mse") else "importance"
-    changed = Weights.model_validate({"type": known[0], "range_search": search})
-    scheme = recipe.scheme.model_copy(update={"weights": changed})
-    return recipe.model_copy(update={"scheme": scheme}), "gguf"
+    if recipe.budget is not None:
+        raise CalibrantError("a budget of bits needs layers that compressed-tensors can hold packed: leave gguf out")
+    return recipe.with_type(known[0], search), "gguf"
 
 
 def _with_fallbacks(plan: Plan) -> Plan:
-    """``plan`` with another type for layers that super-blocks of 256 do not divide."""
-    weights = plan.recipe.scheme.weights
+    """``plan`` with another type for layers that super-blocks of 256 do not divide.
+
+    Raises:
+        CalibrantError: the groups of a type that a layer may get do not divide its inputs.
+    """
+    weights, budget = plan.recipe.scheme.weights, plan.recipe.budget
     if weights is None or weights.gguf is None:
         return plan
     kind = weights.gguf.name
+    for choice in [kind, *(choice for choice in (budget.choices if budget else ()) if isinstance(choice, str))]:
+        for name, layer in plan.layers.items():
+            fitting = GGUF_TYPES[fitting_type(choice, layer.shape[-1])]
+            if layer.shape[-1] % fitting.block:
+                raise CalibrantError(
+                    f"{name}: blocks of {fitting.block} weights of the type {fitting.name} do not divide its "
+                    f"{layer.shape[-1]} inputs; ignore it, or take compressed-tensors"
+                )
     wrong = [name for name, layer in plan.layers.items() if fitting_type(kind, layer.shape[-1]) != kind]
-    if not wrong or plan.recipe.budget is not None:
+    if not wrong or budget is not None:
         return plan
     note = (
         f"{len(wrong)} of {len(plan.layers)} layers have inputs that super-blocks of {SUPER_BLOCK} do not divide "
@@ -222,6 +236,8 @@ def _layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> _Layers:
             found.fused[name] = shape
             if not expert_tensors(model.module, name, shape):
                 found.unpackable[name] = "is fused in checkpoints too"
+            elif not is_split(model.module, name):
+                found.joined.append(name)
     # transformers unpacks whatever it converts, packed or not; of experts it knows how.
     for name in set(model.converted) - found.fused.keys():
         found.unpackable.setdefault(name, "is made of other tensors while it is loaded")
@@ -308,7 +324,12 @@ def _is_native(model: LazyModel, layers: _Layers, recipe: Recipe) -> bool:
     """Whether GPT-OSS's own format holds the result: its experts in MXFP4."""
     weights = recipe.scheme.weights
     is_mxfp4 = weights is not None and weights.type == "mxfp4" and recipe.scheme.activations is None
-    return is_mxfp4 and bool(layers.fused) and model.folder.config.model_type == "gpt_oss"
+    if not is_mxfp4 or not layers.fused or model.folder.config.model_type != "gpt_oss":
+        return False
+    left = next((name for name in fused_parameters(model.module) if name not in layers.fused), None)
+    if left is not None:
+        raise CalibrantError(f"{left}: GPT-OSS's own format has all experts in MXFP4; take the experts out of ignore")
+    return True
 
 
 def _check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
@@ -323,7 +344,7 @@ def _check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
     elif recipe.budget is not None:
         refusal = "which a budget cannot measure; take a recipe without that"
     elif recipe.scheme.activations is not None:
-        refusal = "which quantized activations do not go with; ignore them, or take a weight-only recipe"
+        refusal = "which quantized activations do not go with; take a weight-only recipe"
     if fused and refusal is not None:
         raise CalibrantError(f"{next(iter(fused))}: fused experts, {refusal}")
 
@@ -367,11 +388,16 @@ def _activations(recipe: Recipe) -> Literal["dynamic", "static"] | None:
 
 
 def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
-    """Check that a format other than compressed-tensors can store the result.
+    """Check that the format can store the result.
 
     Raises:
         CalibrantError: the scheme, the method or a layer does not fit the format.
     """
+    if layout.format == "compressed-tensors" and layers.joined and not layout.symmetric and not layers.unpackable:
+        raise CalibrantError(
+            f"{layers.joined[0]}: no engine loads packed experts with zero points; take symmetric weights, or ignore "
+            "the experts"
+        )
     if layout.format in ("compressed-tensors", "gpt-oss"):
         return
     if layout.format == "gguf":

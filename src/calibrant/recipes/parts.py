@@ -165,6 +165,8 @@ class Scheme(Strict):
             raise ValueError("a scheme needs weights, a sparsity or both")
         if self.kv_cache is not None and self.weights is None:
             raise ValueError("a quantized kv_cache goes with quantized weights")
+        if self.sparsity is not None and self.weights is not None and self.weights.gguf and self.weights.gguf.minima:
+            raise ValueError(f"{self.weights.type} has minima, beside which no weight is exactly zero: drop sparsity")
         if self.activations is None:
             return self
         if self.weights is None:

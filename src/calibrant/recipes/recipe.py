@@ -244,6 +244,18 @@ class Recipe(Strict):
         found._origin = self._origin
         return found
 
+    def with_type(self, kind: str, range_search: RangeSearch) -> "Recipe":
+        """The recipe with weights of the type ``kind``.
+
+        Raises:
+            CalibrantError: the type does not fit the recipe.
+        """
+        changed = self.as_written()
+        changed["scheme"]["weights"] = {"type": kind, "range_search": range_search}
+        found = _validate(changed, f"recipe {self.name} with weights of type {kind}")
+        found._origin = self._origin
+        return found
+
 
 def builtin_recipes() -> dict[str, Recipe]:
     """The recipes shipped with the package, by name."""
