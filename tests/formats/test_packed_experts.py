@@ -140,13 +140,17 @@ def test_four_bit_floats_of_experts_are_evaluated_with_all_their_scales(tmp_path
     assert cb.evaluate(output, against=model, length=32, limit=2).divergence.kl_mean < 0.1
 
 
-def test_gpt_oss_has_its_experts_in_its_own_format(tmp_path: Path) -> None:
+def saved_gpt_oss(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = hf.GptOssConfig(**SIZES, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
-        hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    write_tokenizer(tmp_path / "model")
-    model, output = tmp_path / "model", tmp_path / "out"
+        hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def test_gpt_oss_has_its_experts_in_its_own_format(tmp_path: Path) -> None:
+    model, output = saved_gpt_oss(tmp_path / "model"), tmp_path / "out"
     report = cb.compress(model, recipe="gptq-mxfp4a16", output=output, calibration=random_set(model, 8, 32))
     assert any("own format has its experts in MXFP4 alone: 8 other linears stay" in note for note in report.notes)
     assert report.share > 0.95
@@ -197,8 +201,9 @@ def weights(**said: Any) -> cb.Recipe:
 def test_what_no_engine_loads_is_refused_before_any_work(
     kind: str, recipe: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
+    model = saved_gpt_oss(tmp_path / "model") if kind == "gpt_oss" else saved(tmp_path / "model", kind)
     with pytest.raises(cb.CalibrantError, match=said):
-        cb.prepare(saved(tmp_path / "model", kind), recipe=weights(**recipe), output=tmp_path / "out", **options)
+        cb.prepare(model, recipe=weights(**recipe), output=tmp_path / "out", **options)
 
 
 def test_split_experts_may_have_zero_points(tmp_path: Path) -> None:
