@@ -184,7 +184,7 @@ def _stage_hooks(
 
 
 def _counted(inputs: torch.Tensor, mask: torch.Tensor, stage: InputGroup) -> torch.Tensor:
-    """Rows ``[tokens, in_features]`` of a stage's input that belong to counted tokens, of which each may have several."""
+    """Rows ``[tokens, in_features]`` of a stage's input of counted tokens, each of which may have several."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     flat = mask.reshape(-1)
     if bool(flat.all()):

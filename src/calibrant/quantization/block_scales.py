@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from calibrant.kernels.group_moments import Moments, WeightedGroups
+from calibrant.kernels.number_types import NumberType
+
 # Ranges that are tried: as many levels more or fewer than the range has, in steps of a tenth.
 _STEPS = [step / 10 for step in range(-9, 10)]
-# Weights that are fitted at a time: few enough to stay in a cache, enough to be worth a call.
-_CACHED = 1 << 17
 # The smallest and the largest number of float16.
 _FLOAT16 = 2.0**-24, 65504.0
 # The largest integer that a super-block's largest scale becomes is tried from its limit down to this share of it.
@@ -56,75 +57,66 @@ def _times(values: torch.Tensor, integers: torch.Tensor | None) -> torch.Tensor:
 
 def fit_block_scales(groups: torch.Tensor, importance: torch.Tensor, bits: int, kind: BlockScales) -> StoredScales:
     """Fit ``groups`` float32 ``[rows, groups, width]``; squared errors are weighted by ``importance`` (same shape)."""
-    step = max(1, _CACHED // groups[0].numel())
-    parts = [
-        _fit(some, weights, bits, kind)
-        for some, weights in zip(groups.split(step), importance.split(step), strict=True)
-    ]
-    joined = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
-    return StoredScales(**{name: torch.cat(values) for name, values in joined.items() if values[0] is not None})
-
-
-def _fit(groups: torch.Tensor, importance: torch.Tensor, bits: int, kind: BlockScales) -> StoredScales:
+    numbers = NumberType.naturals(bits) if kind.minima else NumberType.integers(bits)
+    weighted, total = WeightedGroups(groups, importance, numbers), importance.sum(-1)
     if kind.minima:
-        scale, minimum = _affine(groups, importance, bits)
+        mean = (importance * groups).sum(-1)
+        scale, minimum = _affine(weighted, total, mean)
     else:
-        scale, minimum = _signed(groups, importance, bits), torch.zeros_like(groups[..., 0])
+        scale = _signed(weighted)
     if kind.groups == 1:
         stored = _float16(scale)
         if not kind.minima:
             return StoredScales(stored)
-        lowest = _refitted_minimum(groups, importance, stored.float(), minimum, bits)
+        lowest = _refitted_minimum(weighted, stored.float(), minimum, total, mean)
         return StoredScales(stored, lowest.clamp(max=_FLOAT16[1]).half())
-    weight = importance.sum(-1)
-    shared, sub_scale = _shared(scale, weight, kind)
+    shared, sub_scale = _shared(scale, total, kind)
     if not kind.minima:
         return StoredScales(shared, sub_scale=sub_scale)
     rounded, _ = StoredScales(shared, sub_scale=sub_scale).of_groups()
-    fitted = _refitted_minimum(groups, importance, rounded, minimum, bits)
-    lowest, sub_minimum = _shared(fitted.clamp(min=0), weight, BlockScales(True, kind.groups, kind.largest), least=0)
+    fitted = _refitted_minimum(weighted, rounded, minimum, total, mean)
+    lowest, sub_minimum = _shared(fitted.clamp(min=0), total, BlockScales(True, kind.groups, kind.largest), least=0)
     return StoredScales(shared, lowest, sub_scale, sub_minimum.to(torch.uint8))
 
 
-def _signed(groups: torch.Tensor, importance: torch.Tensor, bits: int) -> torch.Tensor:
+def _signed(weighted: WeightedGroups) -> torch.Tensor:
     """Scales ``[rows, groups]`` of codes from ``-2^(bits-1)``, of either sign."""
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    largest = groups.abs().amax(-1)
-    best = torch.full_like(largest, torch.inf)
-    found = torch.ones_like(largest)
+    largest = weighted.groups.abs().amax(-1)
+    best, found, none = torch.full_like(largest, torch.inf), torch.ones_like(largest), torch.zeros_like(largest)
     for step in _STEPS:
         for sign in (1.0, -1.0):
-            tried = sign * largest / (-low + step)
-            codes = _codes(groups, tried, low, high)
-            scale = _quotient((importance * groups * codes).sum(-1), (importance * codes.square()).sum(-1), tried)
-            codes = _codes(groups, scale, low, high)
-            error = (importance * (groups - scale[..., None] * codes).square()).sum(-1)
+            tried = _divisor(sign * largest / (step - weighted.numbers.qmin))
+            sums = weighted.moments(tried, none)
+            scale = _quotient(sums.products, sums.squares, tried)
+            error = weighted.moments(scale, none).error
             better = error < best
             best, found = torch.where(better, error, best), torch.where(better, scale, found)
-    return found
-
-
-def _affine(groups: torch.Tensor, importance: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and minima ``[rows, groups]`` of ``w = scale q - minimum``, with codes from 0; minima are not negative."""
-    high = (1 << bits) - 1
-    low, top = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    best = torch.full_like(low, torch.inf)
     # A group of zeros wants no scale: it would widen those of the super-block.
+    return torch.where(largest > 0, found, 0.0)
+
+
+def _affine(weighted: WeightedGroups, total: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and minima ``[rows, groups]`` of ``w = scale q - minimum``, with codes from 0; minima are not negative.
+
+    ``total`` is the sum of the importance, ``mean`` that of the weights times it.
+    """
+    low, top = weighted.groups.amin(-1).clamp(max=0), weighted.groups.amax(-1).clamp(min=0)
+    best = torch.full_like(low, torch.inf)
+    # Of a group of zeros 0, as above.
     found_scale, found_minimum = (top > low).to(low.dtype), torch.zeros_like(low)
-    total, mean = importance.sum(-1), (importance * groups).sum(-1)
     for step in [*_STEPS, *(step + 2 for step in _STEPS[::3])]:
-        tried = (top - low) / max(high + step, 1.0)
-        codes = _codes(groups - low[..., None], tried, 0, high)
-        ones, squares = (importance * codes).sum(-1), (importance * codes.square()).sum(-1)
-        products = (importance * groups * codes).sum(-1)
+        tried = (top - low) / max(weighted.numbers.qmax + step, 1.0)
+        sums = _moments(weighted, tried, -low)
+        ones, products, squares = sums.ones, sums.products, sums.squares
         determinant = total * squares - ones.square()
         scale = _quotient(total * products - mean * ones, determinant, tried)
         minimum = -_quotient(squares * mean - ones * products, determinant, low)
         negative = minimum < 0
         scale = torch.where(negative, _quotient(products, squares, tried), scale)
         minimum = torch.where(negative, 0.0, minimum)
-        for one, other in ((scale, minimum), (tried, -low)):
-            error = _error(groups, importance, one, other, high)
+        for one, other, error in (
+            (scale, minimum, _moments(weighted, scale, minimum).error), (tried, -low, sums.error)
+        ):  # fmt: skip
             better = (error < best) & (one > 0)
             best = torch.where(better, error, best)
             found_scale = torch.where(better, one, found_scale)
@@ -133,23 +125,17 @@ def _affine(groups: torch.Tensor, importance: torch.Tensor, bits: int) -> tuple[
 
 
 def _refitted_minimum(
-    groups: torch.Tensor, importance: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, bits: int
+    weighted: WeightedGroups, scale: torch.Tensor, minimum: torch.Tensor, total: torch.Tensor, mean: torch.Tensor
 ) -> torch.Tensor:
     """The minimum that fits a ``scale`` in its stored form, and codes that fit both, if the error is less."""
-    high = (1 << bits) - 1
-    codes = _codes(groups + minimum[..., None], scale, 0, high)
-    fitted = (importance * (scale[..., None] * codes - groups)).sum(-1) / importance.sum(-1).clamp(min=1e-30)
-    fitted = fitted.clamp(min=0)
-    before, after = (_error(groups, importance, scale, one, high) for one in (minimum, fitted))
-    return torch.where(after < before, fitted, minimum)
+    before = _moments(weighted, scale, minimum)
+    fitted = ((scale * before.ones - mean) / total.clamp(min=1e-30)).clamp(min=0)
+    return torch.where(_moments(weighted, scale, fitted).error < before.error, fitted, minimum)
 
 
-def _error(
-    groups: torch.Tensor, importance: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, high: int
-) -> torch.Tensor:
-    codes = _codes(groups + minimum[..., None], scale, 0, high)
-    values = scale[..., None] * codes - minimum[..., None]
-    return (importance * (groups - values).square()).sum(-1)
+def _moments(weighted: WeightedGroups, scale: torch.Tensor, minimum: torch.Tensor) -> Moments:
+    divisor = _divisor(scale)
+    return weighted.moments(divisor, minimum / divisor, centred=False)
 
 
 def _shared(
@@ -185,9 +171,8 @@ def _float16(scale: torch.Tensor) -> torch.Tensor:
     return (kept.abs().clamp(*_FLOAT16) * kept.sign()).half()
 
 
-def _codes(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    safe = torch.where(scale == 0, 1.0, scale)
-    return (groups / safe[..., None]).round().clamp(low, high)
+def _divisor(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def _quotient(numerator: torch.Tensor, denominator: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,11 @@ The plain range is the first candidate, so no search ends with a higher cost.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
+from calibrant.kernels.group_moments import WeightedGroups
 from calibrant.kernels.range_search import cheapest_range
 from calibrant.quantization.block_scales import fit_block_scales
 from calibrant.quantization.grids import Grid, GridSpec, encode_groups, parameters, stored_scale
@@ -31,7 +33,8 @@ _SCALE_STEP_LEVELS = 0.1
 # Floats have no even steps: a group may want its largest weight far from the largest number (ours).
 _FLOAT_FACTORS = (0.5, 0.75, 1.5, 2.0)
 
-Cost = Callable[[torch.Tensor], torch.Tensor]
+# Of scales and zero points, by group.
+Cost = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Parameters = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -56,15 +59,16 @@ def fit_grid(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None 
         low = -high
     plain = parameters(low, high, spec)
     if spec.range_search == "mse":
-        return Grid(spec, *_cheapest(groups, plain, _shrunk(low, high, spec), spec, _power_cost))
+        return Grid(spec, *_cheapest(plain, _shrunk(low, high, spec), partial(_power_cost, groups, spec)))
     if spec.range_search == "four-over-six":
         wider = iter([parameters(1.5 * low, 1.5 * high, spec)])
-        return Grid(spec, *_cheapest(groups, plain, wider, spec, lambda e: e.square().sum(-1)))
+        weighted = WeightedGroups(groups, torch.ones_like(groups), spec.numbers)
+        return Grid(spec, *_cheapest(plain, wider, lambda *one: weighted.moments(*one).error))
     if spec.range_search == "importance" and hessian is not None:
         diagonal = hessian.diagonal() if hessian.ndim == 2 else hessian
-        importance = _importance(groups, weight, diagonal)
-        tried = _refitted(groups, low, high, importance, spec)
-        return Grid(spec, *_cheapest(groups, plain, tried, spec, lambda e: (importance * e.square()).sum(-1)))
+        weighted = WeightedGroups(groups, _importance(groups, weight, diagonal), spec.numbers)
+        tried = _refitted(weighted, low, high, spec)
+        return Grid(spec, *_cheapest(plain, tried, lambda *one: weighted.moments(*one).error))
     if spec.range_search == "clip" and hessian is not None:
         return Grid(spec, *_best_clipped(groups, [plain, *_clipped(low, high, spec)], hessian, spec))
     return Grid(spec, *plain)
@@ -87,19 +91,12 @@ def _shared(bounds: torch.Tensor, scale_rows: int | None, reduce: Callable[..., 
     return reduce(blocks, dim=1).repeat_interleave(size, dim=0)
 
 
-def _cheapest(
-    groups: torch.Tensor, plain: Parameters, candidates: Iterator[Parameters], spec: GridSpec, cost: Cost
-) -> Parameters:
+def _cheapest(plain: Parameters, candidates: Iterator[Parameters], cost: Cost) -> Parameters:
     """The cheapest parameters of every group; ties go to the first."""
-
-    def cost_of(scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        codes = encode_groups(groups, scale[..., None], zero_point[..., None], spec)
-        return cost((codes - zero_point[..., None]) * scale[..., None] - groups)
-
     scale, zero_point = plain
-    best = cost_of(scale, zero_point)
+    best = cost(scale, zero_point)
     for tried_scale, tried_zero_point in candidates:
-        error = cost_of(tried_scale, tried_zero_point)
+        error = cost(tried_scale, tried_zero_point)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero_point = torch.where(better, tried_scale, scale), torch.where(better, tried_zero_point, zero_point)
@@ -112,8 +109,9 @@ def _shrunk(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[P
         yield parameters(low * share, high * share, spec)
 
 
-def _power_cost(errors: torch.Tensor) -> torch.Tensor:
-    return (errors.abs() ** _SHRINK_NORM).sum(-1)
+def _power_cost(groups: torch.Tensor, spec: GridSpec, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    codes = encode_groups(groups, scale[..., None], zero_point[..., None], spec)
+    return (((codes - zero_point[..., None]) * scale[..., None] - groups).abs() ** _SHRINK_NORM).sum(-1)
 
 
 def _clipped(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[Parameters]:
@@ -140,13 +138,11 @@ def _importance(groups: torch.Tensor, weight: torch.Tensor, diagonal: torch.Tens
     return diagonal.reshape(groups.shape[1:]) * (spread + groups.square()).sqrt()
 
 
-def _refitted(
-    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, importance: torch.Tensor, spec: GridSpec
-) -> Iterator[Parameters]:
+def _refitted(weighted: WeightedGroups, low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[Parameters]:
     levels = (spec.qmax - spec.qmin) / 2
     factors = [levels / (levels + _SCALE_STEP_LEVELS * step) for step in range(-_SCALE_STEPS, _SCALE_STEPS + 1)]
     for factor in [*factors, *(_FLOAT_FACTORS if spec.floating else ())]:
         scale, zero_point = parameters(low * factor, high * factor, spec)
-        steps = encode_groups(groups, scale[..., None], zero_point[..., None], spec) - zero_point[..., None]
-        fitted = (importance * groups * steps).sum(-1) / (importance * steps.square()).sum(-1)
+        sums = weighted.moments(scale, zero_point)
+        fitted = sums.products / sums.squares
         yield torch.where(fitted > 0, stored_scale(fitted.nan_to_num(), spec), scale), zero_point
