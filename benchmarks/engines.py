@@ -59,6 +59,14 @@ FORMATS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fp8": ({"weights": {"type": "fp8"}}, "compressed-tensors"),
     "fp8, fp8 inputs at run time": ({"weights": {"type": "fp8"}, "activations": FP8}, "compressed-tensors"),
+    "fp8, fp8 inputs, fp8 keys and values": (
+        {"weights": {"type": "fp8"}, "activations": FP8, "kv_cache": FP8},
+        "compressed-tensors",
+    ),
+    "8 bits, int8 keys and values a head": (
+        {"weights": {"bits": 8}, "kv_cache": {**INT8, "granularity": "head"}},
+        "compressed-tensors",
+    ),
     "fp8 in blocks, fp8 inputs": (
         {"weights": {"type": "fp8", "granularity": "block"}, "activations": FP8},
         "compressed-tensors",
@@ -79,6 +87,7 @@ OF_VLLM = (
     "int8, int8 inputs at run time",
     "int8, int8 inputs, fixed ranges",
     "fp8, fp8 inputs at run time",
+    "fp8, fp8 inputs, fp8 keys and values",
     "fp8 a tensor, fp8 inputs, fixed",
 )
 # llama.cpp's types, which it alone loads.

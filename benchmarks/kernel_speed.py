@@ -19,8 +19,10 @@ from torch import nn
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import solve_columns
 from calibrant.kernels.gram import add_gram
+from calibrant.kernels.group_moments import WeightedGroups
 from calibrant.kernels.inverse_factor import inverse_factor
 from calibrant.kernels.lookup import every_number, look_up
+from calibrant.kernels.number_types import NumberType
 from calibrant.kernels.outlier_columns import OutlierColumns, RangeGrid, leave_one_out_gains
 from calibrant.kernels.rms_norm import rms_norm
 from calibrant.methods.solvers.gptq import quantization_problem
@@ -101,6 +103,15 @@ def outlier_columns(rows: int, width: int) -> tuple[float, float]:
     return best(lambda: solve(True)), best(lambda: solve(False))
 
 
+def moments(width: int) -> tuple[float, float]:
+    """Moments of four-bit codes of a million weights in groups of ``width`` versus their PyTorch twin."""
+    groups, importance = torch.randn(1024, 1024 // width, width), torch.rand(1024, 1024 // width, width)
+    scale, none = groups.abs().amax(-1) / 7, torch.zeros(1024, 1024 // width)
+    numbers = NumberType.integers(4)
+    kernel, twin = (WeightedGroups(groups, importance, numbers, compiled) for compiled in (True, False))
+    return best(lambda: kernel.moments(scale, none)), best(lambda: twin.moments(scale, none))
+
+
 def factor(width: int) -> tuple[float, float]:
     """One factorization versus the three steps of the papers' released code."""
     inputs = torch.randn(2 * width, width)
@@ -131,6 +142,7 @@ def main() -> None:
             "columns 576 x 1536": columns(576, 1536),
             "outlier columns 3072 x 576": outlier_columns(3072, 576),
             "outlier columns 576 x 1536": outlier_columns(576, 1536),
+            "moments, groups of 32": moments(32),
             "factor 1536": factor(1536),
         }
     table = Table("kernel", "ms", "replaced ms", "ratio")
