@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import calibrant as cb
 from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import PackQuantized
+from calibrant.formats.gptq import Gptq
 from calibrant.formats.quantized import Codes, Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.stored_codes import dense_weights
@@ -164,6 +165,24 @@ def test_gptq_of_three_bits_is_read() -> None:
     group = torch.arange(64) // 32
     expected = (codes - zeros[group] - 1).half() * scales[group]
     assert torch.equal(read, expected.T)
+    written = Gptq().write(
+        Codes((codes.T - 4).to(torch.int8), scales.T.contiguous(), (zeros.T - 3).to(torch.int8)),
+        Layout(3, True, 32, format="gptq"),
+    )
+    assert torch.equal(written["qweight"], tensors["layer.qweight"])
+    assert torch.equal(written["qzeros"], tensors["layer.qzeros"])
+
+
+def test_three_bits_make_smaller_files_in_the_gptq_format(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama", torch.float16)
+    made = random_set(model)
+    cb.compress(model, output=tmp_path / "out", recipe=recipe(3, True), calibration=made, checkpoint_format="gptq")
+    linear = "model.layers.0.mlp.up_proj"
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    rows, columns = ModelFolder(model).tensors[f"{linear}.weight"].shape
+    assert stored[f"{linear}.qweight"].nbytes == rows * columns * 3 // 8
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["bits"] == 3
+    assert cb.evaluate(tmp_path / "out", against=model, length=32, limit=2).divergence is not None
 
 
 def stored(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

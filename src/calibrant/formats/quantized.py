@@ -80,8 +80,10 @@ class Layout:
 
     @property
     def stored_bits(self) -> int:
-        """Bit width in the file: 3 bits become 4, and 5 to 7 become 8 (ours: versions pack odd widths differently)."""
-        return next(width for width in STORED_WIDTHS if width >= self.bits)
+        """Bit width in the file: 3 bits become 4, and 5 to 7 become 8 (ours: versions of compressed-tensors pack odd
+        widths differently); GPTQ files have 3 bits."""
+        widths = READ_WIDTHS if self.format == "gptq" else STORED_WIDTHS
+        return next(width for width in widths if width >= self.bits)
 
 
 class WeightFormat(Protocol):

@@ -1,5 +1,6 @@
 """Fits a recipe to a model, before any weight is read."""
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -418,10 +419,11 @@ def _check_format(layout: Layout, layers: _Layers, recipe: Recipe) -> None:
     if recipe.stored_dense or layers.unpackable:
         what = recipe.method.name if recipe.stored_dense else f"a model whose {layers.obstacle}"
         refusal = f"{what} fits no {layout.format} checkpoint: take compressed-tensors"
-    words = 32 // layout.stored_bits
+    # Codes that fill words together.
+    whole = 32 // math.gcd(32, layout.stored_bits)
     for name, shape in layers.linears.items():
-        if any(size % words for size in shape):
-            refusal = refusal or f"{name}: the {layout.format} format needs sizes that {words} divides, it has {shape}"
+        if any(size % whole for size in shape):
+            refusal = refusal or f"{name}: the {layout.format} format needs sizes that {whole} divides, it has {shape}"
     if refusal:
         raise CalibrantError(refusal)
 
@@ -513,5 +515,6 @@ def _storage_notes(layout: Layout, layers: _Layers, recipe: Recipe) -> list[str]
             "the files are as large as those of 8 bits"
         ]
     if layout.stored_bits != layout.bits and recipe.budget is None:
-        return [f"{layout.bits}-bit values are stored in {layout.stored_bits} bits, which every loader reads alike"]
+        note = f"{layout.bits}-bit values are stored in {layout.stored_bits} bits, which every loader reads alike"
+        return [f"{note}; the gptq format has 3 bits" if layout.bits == 3 else note]
     return []
