@@ -37,9 +37,7 @@ def made(model: Path, output: Path, recipe: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize(
-    "recipe", ["gptq-w4a16", "rtn-w8a8", "rtn-w8a8-static", "rtn-fp8", "wanda-50", "hqq-w4a16", "rtn-fp8-kv-fp8"]
-)
+@pytest.mark.parametrize("recipe", ["gptq-w4a16", "rtn-w8a8", "rtn-w8a8-static", "wanda-50", "rtn-fp8-kv-fp8"])
 def test_transformers_computes_what_is_stored(model: Path, tmp_path: Path, recipe: str) -> None:
     output = made(model, tmp_path / "out", recipe)
     proof = cb.prove(output, **SHORT)

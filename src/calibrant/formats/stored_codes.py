@@ -1,6 +1,6 @@
 """The codes of a finished quantized checkpoint, whatever its format, and the weights they stand for."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,7 +152,11 @@ def _layout(kind: str, weights: Mapping[str, Any]) -> Layout:
     bits, strategy, symmetric = weights["num_bits"], weights["strategy"], weights["symmetric"]
     of_type = _TYPES.get(kind, "int")
     blocks = weights.get("block_structure") if strategy == "block" else None
-    known = (8,) if of_type == "fp8" or kind == IntQuantized.name else (4,) if of_type != "int" else STORED_WIDTHS
+    known: Sequence[int] = STORED_WIDTHS
+    if kind == IntQuantized.name:  # bytes, of which fewer bits may be used
+        known = range(2, 9)
+    elif of_type != "int":
+        known = (8,) if of_type == "fp8" else (4,)
     coarse = of_type == "fp8" and (strategy == "tensor" or (strategy == "block" and blocks == [BLOCK_SIZE] * 2))
     if bits not in known or type(symmetric) is not bool or not (coarse or strategy in _STRATEGIES):
         raise CalibrantError(

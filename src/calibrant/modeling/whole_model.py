@@ -99,8 +99,11 @@ def load_whole(folder: ModelFolder, device: str, dtype: str) -> transformers.Pre
     settings = folder.quantization
     if folder.decoded:
         return load_decoded(folder, place, torch_dtype(dtype, place))
-    if settings is not None and {str(settings.get(key)) for key in ("quant_method", "format")} & _DECODED_HERE:
-        dequantized = load_dequantized(folder, place, torch_dtype(dtype, place))
+    kinds = {str((settings or {}).get(key)) for key in ("quant_method", "format")}
+    if kinds & _DECODED_HERE:
+        # compressed-tensors multiplies codes with scales in the dtype that the model is loaded in.
+        exact = bool(kinds & {"int-quantized", "float-quantized"})
+        dequantized = load_dequantized(folder, place, torch_dtype(dtype, place), exact)
         round_inputs(dequantized, folder)
         return dequantized
     if settings is None:
