@@ -181,10 +181,12 @@ def floor_ratios(runs: list[Run], flops: dict[str, float], rates: list[float]) -
     table: dict[str, dict[str, float]] = {}
     for method in dict.fromkeys(run.method for run in runs):
         ours = [run.stages for run in runs if run.tool == "calibrant" and run.method == method and run.stages]
+        spent = {stage: statistics.median(stages[stage] for stages in ours) for stage in ours[0]}
+        if "statistics" not in spent:  # round-to-nearest runs no forward pass
+            continue
         floor = {"forward": flops["forward"] / rate}
         if method != "wanda":
             floor["statistics"] = flops["statistics"] / rate
-        spent = {stage: statistics.median(stages[stage] for stages in ours) for stage in ours[0]}
         row = {f"{stage} seconds": round(seconds, 2) for stage, seconds in spent.items()}
         row |= {f"{stage} floor": round(seconds, 2) for stage, seconds in floor.items()}
         row |= {f"{stage} ratio": round(spent[stage] / seconds, 2) for stage, seconds in floor.items()}

@@ -53,6 +53,8 @@ class NumberType:
         clamped = torch.clamp(values, self.qmin, self.qmax)
         if not self.floating:
             return torch.round(clamped)
+        if self == E4M3:  # as PyTorch casts
+            return clamped.to(torch.float8_e4m3fn).to(values.dtype)
         exponent = (torch.frexp(clamped).exponent - 1).clamp(min=self.least_exponent)
         step = torch.ldexp(torch.ones_like(clamped), exponent - self.mantissa_bits)
         return torch.round(clamped / step) * step
