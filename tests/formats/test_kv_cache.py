@@ -18,6 +18,8 @@ from calibrant.modeling.input_rounding import round_inputs
 from calibrant.modeling.whole_model import load_whole
 from tests.conftest import random_set, write_tokenizer
 
+from ..pipeline.test_write_gguf import write
+
 HEADS = 2
 TOKENS = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -127,6 +129,17 @@ def test_formats_without_a_place_refuse(format_name: Any, said: str, model: Path
             checkpoint_format=format_name,
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_leaves_the_scales_out(tmp_path: Path) -> None:
+    """llama.cpp has settings of its own for keys and values."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp, which runs llama.cpp, is not installed")
+    model, output = write(tmp_path / "model"), tmp_path / "out"
+    hf.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(model)
+    cb.compress(model, recipe=recipe({"bits": 8}, {}), calibration=random_set(model, 8, 32), output=output)
+    found = cb.write_gguf(output, output=tmp_path / "model.gguf")
+    assert any("keys and values in a type of its own" in note for note in found.notes)
+    assert cb.prove(output, engine="llama.cpp", length=24, windows=1, new_tokens=4).agrees
 
 
 def test_recipes_that_cannot_are_refused() -> None:

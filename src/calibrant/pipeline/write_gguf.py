@@ -22,6 +22,7 @@ from calibrant.formats.gguf_blocks import GgufBlocks, block_type, pack_blocks
 from calibrant.formats.gguf_names import gguf_library, gguf_names
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
+from calibrant.formats.kv_cache import cache_scales, kv_cache_layout
 from calibrant.formats.quantized import FLOAT_TYPES, Codes
 from calibrant.formats.stored_codes import quantized_linears, stored_codes, stored_format, stored_layout
 from calibrant.hashing import sha256_bytes
@@ -140,7 +141,7 @@ class GgufExport:
         """The tensors in the order of their names there."""
         folder, settings = self._folder, self._folder.quantization
         linears = quantized_linears(folder.tensors, settings)
-        parts = {name for names in linears.values() for name in names}
+        parts = {name for names in linears.values() for name in names} | cache_scales(folder.tensors, settings or {})
         others = [name for name in folder.tensors if name not in parts and not self._is_left_out(name)]
         bases = {name.rpartition(".")[0] for name in others} | set(linears)
         named = gguf_names(self._config, self._config.num_hidden_layers, {base: f"{base}.weight" for base in bases})
@@ -270,6 +271,8 @@ class GgufExport:
             )
         if (self._folder.quantization or {}).get("format") == "int-quantized":
             notes.append("llama.cpp rounds activations in its own way, whatever the recipe's were")
+        if kv_cache_layout(self._folder.quantization or {}) is not None:
+            notes.append("llama.cpp keeps keys and values in a type of its own, whatever the recipe's was")
         return tuple(notes)
 
 
