@@ -246,6 +246,14 @@ TYPES = {"scheme": {"weights": {"type": "q4_k", "range_search": "importance"}}}
         ({**TYPES, "budget": {"choices": ["q4_k", 4]}}, "names no bits"),
         ({**QUANTIZE, "budget": {"choices": ["q4_k", "q6_k"]}}, "goes with weights of such a type"),
         ({**TYPES, "budget": {"choices": ["q4_k", "q4_k"]}}, "name one twice"),
+        (
+            {
+                "method": {"name": "sparsegpt"},
+                "scheme": {"weights": {"type": "q4_0"}, "sparsity": "2:4"},
+                "budget": {"choices": ["q4_0", "q8_0"]},
+            },
+            "of types or of zeros, not of both",
+        ),
         ({**TYPES, "budget": {"choices": ["q2_k", "q3_k"]}}, "cannot average 4.5 bits"),
         ({**TYPES, "budget": {"choices": ["q2_k", "q9_k"]}}, "q9_k|Input should be"),
     ],

@@ -74,11 +74,14 @@ def test_transformers_rounds_as_we_do(kind: str, granularity: str, model: Path, 
 def test_a_text_goes_on_from_a_rounded_cache(model: Path, tmp_path: Path) -> None:
     folder = ModelFolder(compressed(model, tmp_path / "out", {}), allow_quantized=True)
     ours = load_dequantized(folder, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        unrounded = ours(TOKENS).logits[:, -1]
     round_inputs(ours, folder)
     with torch.inference_mode():
         begun = ours(TOKENS[:, :-1], use_cache=True)
         cached = ours(TOKENS[:, -1:], past_key_values=begun.past_key_values).logits[:, -1]
         torch.testing.assert_close(cached, ours(TOKENS).logits[:, -1], atol=1e-4, rtol=1e-4)
+    assert (cached - unrounded).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("order", ["sequential", "two-pass", "independent"])
@@ -111,6 +114,8 @@ def test_config_says_it_as_compressed_tensors_does(model: Path, tmp_path: Path) 
     }  # fmt: skip
     with pytest.raises(CalibrantError, match="not read here"):
         kv_cache_layout({"kv_cache_scheme": {**settings["kv_cache_scheme"], "num_bits": 4}})
+    with pytest.raises(CalibrantError, match="not read here"):
+        kv_cache_layout({"kv_cache_scheme": ["fp8"]})
 
 
 def test_decoding_leaves_no_scale_behind(model: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def spend_budget(
         uniform = float(costs[:, budget.choices.index(nominal)].sum())
     reached = _mean([row[index] for row, index in zip(values, best.chosen, strict=True)], sizes)
     spent = SpentBudget(budget.choices, reached, chosen, best.cost, best.bound, uniform, measured)
-    return replace(plan.with_choices(by_layer), notes=[*plan.notes, _sentence(spent, budget.unit, quantizes)]), spent
+    return replace(plan.with_choices(by_layer), notes=[*plan.notes, _sentence(spent, quantizes)]), spent
 
 
 def _nominal(plan: Plan) -> Choice:
@@ -110,12 +110,12 @@ def _compress(plan: Plan) -> Compress:
     return compress
 
 
-def _sentence(spent: SpentBudget, unit: str, quantizes: bool) -> str:
+def _sentence(spent: SpentBudget, quantizes: bool) -> str:
     counts = Counter(spent.chosen)
     named = {choice: choice if isinstance(choice, str) else f"{choice:g}" for choice in spent.choices}
     what = ", ".join(f"{counts[choice]} at {name}" for choice, name in named.items() if counts[choice])
-    unit = unit if quantizes else "zeros"
-    measure = " bits" if unit == "types" else ""
+    of_types = any(isinstance(choice, str) for choice in spent.choices)
+    unit, measure = ("types", " bits") if of_types else ("bits" if quantizes else "zeros", "")
     said = f"budget: {unit} of groups of layers: {what}; {spent.average:.3g}{measure} on average; sum of divergences "
     said += f"{spent.divergence:.4f}, the least possible {spent.bound:.4f}"
     return said if spent.uniform is None else f"{said}, uniformly {spent.uniform:.4f}"

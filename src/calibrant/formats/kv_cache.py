@@ -62,9 +62,10 @@ def kv_cache_layout(settings: Mapping[str, Any]) -> KvCacheLayout | None:
     scheme = settings.get("kv_cache_scheme")
     if scheme is None:
         return None
+    said = scheme if isinstance(scheme, dict) else {}
     for kind in ("fp8", "int8"):
         for granularity in ("tensor", "head"):
             layout = KvCacheLayout(kind, granularity)
-            if all(scheme.get(key) == value for key, value in layout.scheme().items()):
+            if all(said.get(key) == value for key, value in layout.scheme().items()):
                 return layout
     raise CalibrantError(f"config.json: keys and values quantized as {scheme}, which is not read here")

@@ -36,8 +36,6 @@ _TYPES: dict[str, WeightType] = {
     "mxfp4-pack-quantized": "mxfp4",
     "nvfp4-pack-quantized": "nvfp4",
 }
-
-
 # How compressed-tensors calls a scale a channel, and one a group.
 _STRATEGIES = ("channel", "group", "tensor_group")
 
@@ -92,7 +90,7 @@ def stored_codes(
         if kind == "fp8":
             parts["weight_scale"] = parts["weight_scale_inv"].float()
         codes = _FORMATS["float-quantized" if kind == "fp8" else kind].read(parts, layout)
-        fits = codes.scale.shape in _scale_shapes(codes.codes.shape, layout)
+        fits = codes.scale.shape == _scale_shape(codes.codes.shape, layout)
     except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
         raise CalibrantError(
             f"{linear}: its tensors are not what config.json describes ({error!r}); copy or download the model again"
@@ -105,14 +103,14 @@ def stored_codes(
     return codes
 
 
-def _scale_shapes(shape: torch.Size, layout: Layout) -> list[tuple[int, int]]:
-    """What shapes scales of a weight of ``shape`` may have."""
+def _scale_shape(shape: torch.Size, layout: Layout) -> tuple[int, int]:
+    """The shape of the scales of a weight of ``shape``."""
     rows, columns = shape
     if layout.type in GGUF_TYPES:
-        return [(rows, columns // GGUF_TYPES[layout.type].block)]
+        return rows, columns // GGUF_TYPES[layout.type].block
     if layout.granularity == "block":
-        return [(-(-rows // BLOCK_SIZE), -(-columns // BLOCK_SIZE))]
-    return [(1, 1)] if layout.granularity == "tensor" else [(rows, columns // (layout.group_size or columns))]
+        return -(-rows // BLOCK_SIZE), -(-columns // BLOCK_SIZE)
+    return (1, 1) if layout.granularity == "tensor" else (rows, columns // (layout.group_size or columns))
 
 
 def stored_layout(linear: str, settings: Mapping[str, Any]) -> Layout:

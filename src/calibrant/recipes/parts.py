@@ -213,16 +213,11 @@ class Budget(Strict):
         """Whether the choices are llama.cpp's types."""
         return any(isinstance(choice, str) for choice in self.choices)
 
-    @property
-    def unit(self) -> str:
-        """What ``choices`` are."""
-        return "types" if self.of_types else "bits"
-
     def refusal(self, scheme: Scheme) -> str | None:
         """Why ``scheme`` cannot have this budget, or None."""
         weights = scheme.weights
         if self.of_types or (weights is not None and weights.gguf is not None):
-            return self._refusal_of_types(weights)
+            return self._refusal_of_types(scheme)
         choices = [choice for choice in self.choices if not isinstance(choice, str)]
         if scheme.activations is not None or (weights is not None and scheme.sparsity is not None):
             return "a budget is of bits or of zeros, not of both, and not for int8 activations"
@@ -243,9 +238,11 @@ class Budget(Strict):
             return f"budget: {choices} cannot average {average:g}; take others"
         return None
 
-    def _refusal_of_types(self, weights: Weights | None) -> str | None:
-        """Why weights cannot have a budget of llama.cpp's types, or None."""
-        kinds = [choice for choice in self.choices if isinstance(choice, str)]
+    def _refusal_of_types(self, scheme: Scheme) -> str | None:
+        """Why ``scheme`` cannot have a budget of llama.cpp's types, or None."""
+        weights, kinds = scheme.weights, [choice for choice in self.choices if isinstance(choice, str)]
+        if scheme.sparsity is not None:
+            return "a budget is of types or of zeros, not of both"
         if len(kinds) < len(self.choices) or weights is None or weights.gguf is None:
             return "a budget of types, such as [q3_k, q4_k, q6_k], goes with weights of such a type, and names no bits"
         if len(set(kinds)) < len(kinds):

@@ -240,9 +240,7 @@ class Recipe(Strict):
             changed["scheme"]["weights"]["group_size"] = group_size or None
             said.append(f"groups of {group_size}" if group_size else "one scale a channel")
         changed["description"] += f"; changed to {' and '.join(said)}"
-        found = _validate(changed, f"recipe {self.name} with other `bits` or `group_size`")
-        found._origin = self._origin
-        return found
+        return self._changed(changed, "other `bits` or `group_size`")
 
     def with_type(self, kind: str, range_search: RangeSearch) -> "Recipe":
         """The recipe with weights of the type ``kind``.
@@ -252,7 +250,11 @@ class Recipe(Strict):
         """
         changed = self.as_written()
         changed["scheme"]["weights"] = {"type": kind, "range_search": range_search}
-        found = _validate(changed, f"recipe {self.name} with weights of type {kind}")
+        return self._changed(changed, f"weights of type {kind}")
+
+    def _changed(self, fields: dict[str, Any], what: str) -> "Recipe":
+        """The recipe of changed ``fields``; ``what`` is for messages."""
+        found = _validate(fields, f"recipe {self.name} with {what}")
         found._origin = self._origin
         return found
 
