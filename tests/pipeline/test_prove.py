@@ -199,6 +199,13 @@ def test_blocks_that_do_not_divide_a_fallback_are_refused(tmp_path: Path) -> Non
         cb.prepare(model, recipe="gptq-q2_k", output=tmp_path / "no", calibration=random_set(model, 8, 32))
 
 
+def test_four_bit_floats_name_no_other_group_size(tmp_path: Path) -> None:
+    model = write(tmp_path / "model")
+    hf.LlamaForCausalLM(hf.LlamaConfig(**{**_SHAPE, "intermediate_size": 80})).save_pretrained(model)
+    with pytest.raises(cb.CalibrantError, match="mxfp4 has no other size: ignore these layers"):
+        cb.prepare(model, recipe="gptq-mxfp4a16", output=tmp_path / "no", calibration=random_set(model, 8, 32))
+
+
 def test_a_training_has_no_type_of_gguf_files(model: Path, tmp_path: Path) -> None:
     scheme = {"weights": {"bits": 4, "group_size": 32}}
     said = {"name": "trained", "description": "d", "method": {"name": "qat", "steps": 1}, "scheme": scheme}
@@ -253,6 +260,15 @@ def test_the_command_prints_what_was_seen(model: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_asked_is_refused(model: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(cb.CalibrantError, match=said):
         cb.prove(model, **{**SHORT, **options})
+
+
+def test_what_is_no_gguf_file_is_named(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp, which runs llama.cpp, is not installed")
+    with pytest.raises(cb.CalibrantError, match=r"x\.gguf: no such file"):
+        cb.prove(model, engine="llama.cpp", gguf=tmp_path / "x.gguf", **SHORT)
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(cb.CalibrantError, match=r"x\.gguf: is no GGUF file"):
+        cb.prove(model, engine="llama.cpp", gguf=tmp_path / "x.gguf", **SHORT)
 
 
 def test_an_engine_that_fails_is_quoted(model: Path, tmp_path: Path) -> None:

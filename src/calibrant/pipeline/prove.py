@@ -33,6 +33,7 @@ from calibrant.progress import Progress
 _TOP = 20
 # vLLM rounds a token's largest input to the largest int8 number; compressed-tensors to half a step more.
 _VLLM_BYTE = 127.0
+_GGUF_MAGIC = b"GGUF"
 # Of dense matrices, what llama.cpp rounds inputs to.
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -108,12 +109,22 @@ def _served(folder: ModelFolder, engine: EngineName, gguf: Path | None, progress
             raise CalibrantError(f"{gguf}: only llama.cpp loads GGUF files, not {engine}")
         yield folder.path
     elif gguf is not None:
+        _check_gguf(gguf)
         yield gguf
     else:
         with tempfile.TemporaryDirectory() as made:
             target = Path(made) / "model.gguf"
             GgufExport(folder, "Q8_0", progress).write(target)
             yield target
+
+
+def _check_gguf(file: Path) -> None:
+    """Refuse what llama.cpp says nothing about but that it fails."""
+    if not file.is_file():
+        raise CalibrantError(f"{file}: no such file; write it first (calibrant gguf), or leave `gguf` out")
+    with file.open("rb") as stream:
+        if stream.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+            raise CalibrantError(f"{file}: is no GGUF file; write it again (calibrant gguf)")
 
 
 def _request(folder: ModelFolder, engine: EngineName, served: Path, question: Question) -> Request:

@@ -147,7 +147,8 @@ def _is_native(model: LazyModel, layers: ModelLayers, recipe: Recipe) -> bool:
 
 def _fit_groups(recipe: Recipe, layers: ModelLayers) -> Recipe:
     weights = recipe.scheme.weights
-    if weights is None or weights.group_size is None:
+    # Layers that do not divide into blocks of llama.cpp's types may get other types, below.
+    if weights is None or weights.group_size is None or weights.gguf is not None:
         return recipe
     widths = layers.widths()
     if weights.group_size == "auto":
@@ -159,10 +160,12 @@ def _fit_groups(recipe: Recipe, layers: ModelLayers) -> Recipe:
     name, width = next(iter(wrong.items()))
     powers = [size for size in (256, 128, 64, 32, 16, 8, 4) if all(w % size == 0 for w in widths.values())]
     fits = ", ".join(map(str, powers)) if powers else "none"
+    way = f"sizes that fit every layer: {fits}; `group_size=0` takes one scale per channel"
+    if weights.floating:
+        way = f"{weights.type} has no other size: ignore these layers, or take fp8 or integers"
     raise CalibrantError(
         f"group size {weights.group_size} does not divide the {width} inputs of {name} "
-        f"(and {len(wrong) - 1} more layers); "
-        f"sizes that fit every layer: {fits}; `group_size=0` takes one scale per channel"
+        f"(and {len(wrong) - 1} more layers); {way}"
     )
 
 

@@ -208,6 +208,14 @@ class Budget(Strict):
     choices: list[Choice] = Field(min_length=2, max_length=16)
     average: float | None = None
 
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _known(cls, value: object) -> object:
+        for choice in value if isinstance(value, list) else ():
+            if isinstance(choice, str) and choice not in GGUF_TYPES:
+                raise ValueError(f"{choice!r} is no number and no type of GGUF files, of {', '.join(GGUF_TYPES)}")
+        return value
+
     @property
     def of_types(self) -> bool:
         """Whether the choices are llama.cpp's types."""
