@@ -1,6 +1,8 @@
 """Times kernels and the code they replace: ratios of the best of several runs, in one session.
 
-python benchmarks/kernel_speed.py
+    python benchmarks/kernel_speed.py [--json FILE]
+
+Attention is for processors with AVX512-BF16 alone.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from calibrant.kernels.bfloat16_tile import available
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import solve_columns
 from calibrant.kernels.gram import add_gram
@@ -133,8 +136,7 @@ def main() -> None:
             "gram bfloat16 576": gram(576, torch.bfloat16),
             "gram bfloat16 1536": gram(1536, torch.bfloat16),
             "gram float32 1536": gram(1536, torch.float32),
-            "attention 512": attention(512),
-            "attention 2048": attention(2048),
+            **({"attention 512": attention(512), "attention 2048": attention(2048)} if available() else {}),
             "norm 576": norm(576),
             "gelu 2048": activation(nn.GELU("tanh"), 2048),
             "silu 1536": activation(nn.SiLU(), 1536),
