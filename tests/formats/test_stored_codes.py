@@ -1,6 +1,7 @@
 """Checkpoints that say or hold something else than what is read: refused in a sentence, never decoded wrongly."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -99,13 +100,32 @@ def test_one_row_in_several_blocks_is_decoded_by_blocks() -> None:
     assert torch.equal(read(codes, FP8)["a.q.weight"][0], expected)
 
 
-def test_groups_by_names_are_found_under_other_prefixes_and_vague_ones_refused() -> None:
-    other = {"targets": ["model.language_model.layers.0.up"], "weights": {"num_bits": 8}}
-    groups = {"a": {"targets": ["model.language_model.layers.0.q"], "weights": {"num_bits": 4}}, "b": other}
-    assert settings_of("language_model.model.layers.0.up", {"config_groups": groups}) is other
-    vague = {"a": {"targets": ["re:.*q$"]}, "b": other}
-    with pytest.raises(CalibrantError, match=r"re:\.\*q\$"):
-        settings_of("a.q", {"config_groups": vague})
+def test_groups_are_found_by_name_by_expression_and_by_class() -> None:
+    named = {"targets": ["model.language_model.layers.0.q", "model.language_model.layers.10.q"]}
+    other = {"targets": ["model.language_model.layers.0.up", "lm_head"]}
+    matched, linears = {"targets": [r"re:.*\.down$"]}, {"targets": ["Linear"]}
+
+    def found(name: str, *groups: dict[str, list[str]]) -> Any:
+        return settings_of(name, {"config_groups": dict(enumerate(groups))})
+
+    # Names of stored tensors may begin otherwise.
+    assert found("language_model.model.layers.0.up", named, other) is other
+    assert found("language_model.lm_head", named, other) is other
+    for groups in itertools.permutations((named, other, matched, linears)):
+        assert found("model.language_model.layers.10.q", *groups) is named
+        assert found("model.language_model.layers.1.q", *groups) is linears
+        assert found("layers.0.down", *groups) is matched
+        assert found("lm_head", *groups) is other
+    with pytest.raises(CalibrantError, match=r"none of its 2 config_groups is for layers\.3\.q"):
+        found("layers.3.q", named, matched)
+
+
+def test_expressions_that_never_end_are_refused() -> None:
+    settings = {"config_groups": {"a": {"targets": ["re:(a+)+$"]}, "b": {"targets": ["re:("]}}}
+    with pytest.raises(CalibrantError, match=r"cannot be matched"):
+        settings_of("a" * 40 + "b", settings)
+    with pytest.raises(CalibrantError, match=r"cannot be matched"):
+        settings_of("q", settings)
 
 
 def test_codes_and_layout_give_the_weight() -> None:

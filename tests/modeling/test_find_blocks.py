@@ -210,9 +210,3 @@ def test_other_parameters_with_three_dimensions_are_no_experts(name: str) -> Non
     model = made(NO_EXPERTS[name]())
     assert any(parameter.ndim == 3 for parameter in model.parameters())
     assert fused_parameters(model) == {}
-
-
-def test_a_block_that_reads_more_of_the_block_before_is_refused() -> None:
-    config = hf.AutoConfig.for_model("zaya", **TEXT)
-    with pytest.raises(CalibrantError, match=r"layers\.1 reads more of what .*layers\.0 returns"):
-        find_blocks(made(config))

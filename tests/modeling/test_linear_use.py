@@ -33,6 +33,8 @@ class Block(nn.Module):
             return other(hidden.to(other.weight.dtype))
         if self.way == "experts":
             return other(hidden) + self.experts[0](hidden)
+        if self.way == "flat":
+            return other(hidden.flatten(0, 1)).view(hidden.shape)
         if self.way == "values":
             return other(hidden) if float(hidden.sum()) > 0 else hidden
         return hidden if beside is None else other(beside)
@@ -82,3 +84,8 @@ def test_the_use_of_linears_is_seen_without_values(way: str, device: str, uncall
     found = use_of(way, device)
     assert found.uncalled == {f"layers.{index}.{name}" for index in range(2) for name in uncalled}
     assert found.read == {f"layers.{index}.{name}" for index in range(2) for name in read}
+
+
+def test_inputs_without_rows_are_seen() -> None:
+    assert use_of("both", "meta").flat == frozenset()
+    assert use_of("flat", "meta").flat == {"layers.0.other", "layers.1.other"}

@@ -75,6 +75,7 @@ def test_the_page_of_recipes_has_every_key_with_its_default() -> None:
     assert found.pop("scheme.weights") == keys(parts.Weights)
     assert found.pop("scheme.activations") == keys(parts.Activations)
     assert found.pop("scheme.kv_cache") == keys(parts.KvCache)
+    assert found.pop("scheme.lm_head") == keys(parts.Head)
     assert found.pop("budget") == keys(parts.Budget)
     for name, method in METHODS.items():
         trained = isinstance(method, Trainer)

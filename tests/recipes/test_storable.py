@@ -1,5 +1,6 @@
 """What transformers does not load packed is stored dense with the reason; what no text reaches stays as it is."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,14 @@ def test_layers_that_no_text_reaches_are_not_planned(name: str, tmp_path: Path) 
     attention, mlp = 4 * 64 * 64, 2 * 64 * 96
     assert plan.share == pytest.approx((attention + mlp) / (2 * attention + mlp), abs=1e-6)
     assert any("no text calls them" in note and "encoder_attn" in note for note in plan.notes)
+
+
+def test_inputs_that_transformers_rounds_by_one_scale_are_said(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    said = "rounds all by one scale"
+    plan = cb.prepare(model_folder("opt"), output=tmp_path / "out", recipe="rtn-w8a8").plan
+    assert [note for note in plan.notes if said in note and note.startswith("model.decoder.layers.0.fc1")]
+    static = cb.prepare(model_folder("opt"), output=tmp_path / "out", recipe="rtn-w8a8-static").plan
+    other = cb.prepare(model_folder("llama"), output=tmp_path / "out", recipe="rtn-w8a8").plan
+    assert not [note for note in [*static.notes, *other.notes] if said in note]

@@ -55,6 +55,7 @@ class CheckpointWriter:
         prefix = solver.block.name
         packed: dict[str, torch.Tensor] = {}
         dense = {f"{prefix}.{name}": value for name, value in solver.block.state.items()}
+        dense = {name: value for name, value in dense.items() if not self._model.is_shared(name, prefix)}
         solved = {f"{prefix}.{linear}" for linear in solver.solved_parameters}
         untouched = [name for name in dense if name not in solved and self._model.is_stored_alone(name)]
         for name in untouched:
@@ -86,6 +87,10 @@ class CheckpointWriter:
         self.write({**stored, **packed})
         for name, (weight, exact) in solver.outliers.items():
             self._write(sparse_part(f"{prefix}.{name}", weight, exact), self._outliers)
+
+    def write_head(self, name: str, codes: Codes, layout: Layout) -> None:
+        """Write the codes of the linear ``name``, the output matrix."""
+        self.write(self._packed(self._model.stored_name(f"{name}.weight").removesuffix("weight"), codes, layout))
 
     def _stored_module(self, name: str) -> str:
         """The name of a module in the checkpoint, by one of its parameters."""

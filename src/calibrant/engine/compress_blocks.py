@@ -136,6 +136,10 @@ class _Compression:
                 block.advance(outputs)
         elif self._plan.recipe.drift_correction:
             self._solve_beside_original(solver, structure)
+        elif self._order == "sequential" and structure.recurring:
+            name = min(structure.recurring)
+            self._note(f"{name} runs several times in a pass: blocks with such a layer are solved in two passes")
+            self._solve_in_two_passes(solver, structure, propagate=True)
         elif self._order == "sequential":
             with solver.observing_caches():
                 block.advance(sequential_pass(block, structure, solver)[0])
@@ -155,6 +159,9 @@ class _Compression:
         block = solver.block
         if any(isinstance(stage, Experts) for stage in structure.stages):
             raise CalibrantError(f"{block.name}: its experts are fused, so {_NO_ORIGINAL}")
+        if structure.recurring:
+            name = min(structure.recurring)
+            raise CalibrantError(f"{block.name}: {name} runs several times in a pass, so {_NO_ORIGINAL}")
         # Copied before the caches are watched: a copy has the hooks too.
         original = copy.deepcopy(block.module)
         with solver.observing_caches():

@@ -193,7 +193,7 @@ def _neuron_norms(
         down = block.module.get_submodule(parts[block.index].down.name)
         for batch in block.batches:
             with hooked([(down, _adder(norm, batch))]):
-                batch.hidden = block.run(batch)
+                batch.advance(block.run(batch))
         norms.append(norm)
     return norms
 

@@ -40,6 +40,15 @@ def quantization_config(name: str, layouts: Mapping[Layout, list[str]], ignored:
     }
 
 
+def add_group(settings: dict[str, Any], layout: Layout, linear: str) -> None:
+    """Add to ``settings``, which ``quantization_config`` made, a group of the packed ``linear`` alone.
+
+    Loaders look for groups by names of modules first, so that it is in no group of a class.
+    """
+    group = quantization_config(settings["format"], {layout: [linear]}, [])["config_groups"]["group_0"]
+    settings["config_groups"][f"group_{len(settings['config_groups'])}"] = {**group, "targets": [linear]}
+
+
 def _weights(layout: Layout) -> dict[str, Any]:
     if layout.type in _SCALES:
         return {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, **_SCALES[layout.type]}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import regex
 import torch
 
 from calibrant.errors import CalibrantError
@@ -37,6 +38,7 @@ _TYPES: dict[str, WeightType] = {
     "nvfp4-pack-quantized": "nvfp4",
 }
 # How compressed-tensors calls a scale a channel, and one a group.
+_MATCHING_SECONDS = 1.0
 _STRATEGIES = ("channel", "group", "tensor_group")
 
 
@@ -166,26 +168,48 @@ def _layout(kind: str, weights: Mapping[str, Any]) -> Layout:
 
 
 def settings_of(linear: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The group of a compressed-tensors configuration that ``linear`` is in.
+    """The group of a compressed-tensors configuration that ``linear`` is in: by its name, by an expression, by class.
 
     Raises:
-        CalibrantError: there are several, and targets other than names of layers.
+        CalibrantError: none of several is for it, or the targets do not say which.
     """
     groups: list[Mapping[str, Any]] = list(settings["config_groups"].values())
     if len(groups) == 1:
         return groups[0]
-    targets = [target for group in groups for target in group["targets"]]
-    vague = next((target for target in targets if target.startswith("re:") or "." not in target), None)
-    if vague is not None:
-        raise CalibrantError(f"config.json: several config_groups, of which one is for {vague!r}, are not read here")
-    # Names of modules may begin otherwise than the names of stored tensors.
-    return max(groups, key=lambda group: max(_same_end(linear, target) for target in group["targets"]))
+    alike = [max((_same_end(linear, target) for target in group["targets"]), default=0) for group in groups]
+    if max(alike) > 0:
+        return groups[alike.index(max(alike))]
+    for fits in (_is_matched, lambda _, target: target == "Linear"):
+        found = [group for group in groups if any(fits(linear, target) for target in group["targets"])]
+        if found:
+            return found[0]
+    raise CalibrantError(f"config.json: none of its {len(groups)} config_groups is for {linear}")
+
+
+def _is_matched(name: str, target: str) -> bool:
+    """Whether ``target`` is an expression that ``name`` begins with."""
+    if not target.startswith("re:"):
+        return False
+    try:
+        return regex.match(target.removeprefix("re:"), name, timeout=_MATCHING_SECONDS) is not None
+    except (regex.error, OverflowError, RecursionError, TimeoutError) as error:
+        raise CalibrantError(f"config.json: the target {target!r} of config_groups cannot be matched") from error
 
 
 def _same_end(name: str, other: str) -> int:
-    """How many parts two dotted names share at their ends."""
+    """How many parts two dotted names of one module share at their ends; 0 if they name different modules.
+
+    Names of modules may begin otherwise than the names of stored tensors, but are equal from the block's number on.
+    """
+    if _tail(name) != _tail(other):
+        return 0
     pairs = list(zip(reversed(name.split(".")), reversed(other.split(".")), strict=False))
     return next((count for count, (one, two) in enumerate(pairs) if one != two), len(pairs))
+
+
+def _tail(name: str) -> list[str]:
+    parts = name.split(".")
+    return parts[next((index for index, part in enumerate(parts) if part.isdigit()), -1) :]
 
 
 def dense_weights(

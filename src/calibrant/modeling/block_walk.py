@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from calibrant.modeling.entry import cast, enter_blocks
-from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.inputs import Carried, MicroBatch, call_block
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, probe_block
 from calibrant.modeling.token_rows import TokenRows
@@ -42,7 +43,7 @@ class OpenedBlock:
     def advance(self, outputs: Sequence[torch.Tensor] | None = None) -> None:
         """Move the batches behind the block: to ``outputs``, or to what the block gives now."""
         for position, batch in enumerate(self.batches):
-            batch.hidden = self.run(batch) if outputs is None else outputs[position]
+            batch.advance(self.run(batch) if outputs is None else outputs[position])
 
 
 class BlockWalk:
@@ -69,6 +70,8 @@ class BlockWalk:
     ) -> None:
         self.model, self.blocks, self.dtype = model, blocks, dtype
         self.probe, self.batches = enter_blocks(model, blocks, rows, dtype, with_original)
+        # What blocks before each return for the probe besides hidden states; blocks are opened in order first.
+        self._before: dict[int, dict[Carried, Any]] = {0: {}}
 
     @contextmanager
     def opened(self, index: int) -> Iterator[OpenedBlock]:
@@ -77,8 +80,10 @@ class BlockWalk:
         with self.model.loaded(name) as module:
             state = {key: value.data for key, value in module.state_dict().items()}
             cast(module, self.dtype, copy=True)
-            structure = probe_block(module, index, self.probe)
-            yield OpenedBlock(index, name, module, state, structure, self.probe, self.batches)
+            probe = replace(self.probe, carried=self._before.get(index, {}))
+            structure = probe_block(module, index, probe)
+            self._before[index + 1] = {**probe.carried, **probe.returned}
+            yield OpenedBlock(index, name, module, state, structure, probe, self.batches)
 
     def visit(self, label: str, progress: Progress) -> Iterator[OpenedBlock]:
         """Every block in order, each opened in turn; the caller advances the batches."""

@@ -101,16 +101,13 @@ def _parameters(model: nn.Module, name: str) -> int:
 
 
 def _shared(model: transformers.PreTrainedModel, blocks: list[str]) -> str | None:
-    """A sentence about weights that two blocks share, if any do."""
-    tied = [*model.all_tied_weights_keys.items()]
-    first: dict[int, str] = {}
+    """A sentence about modules that are part of two blocks, if any are."""
+    first: dict[int, tuple[str, str]] = {}
     for block in blocks:
-        for name, parameter in model.get_submodule(block).named_parameters(prefix=block):
-            tied.append((name, first.setdefault(id(parameter), name)))
-    for one, other in tied:
-        owners = [next((block for block in blocks if name.startswith(f"{block}.")), None) for name in (one, other)]
-        if None not in owners and owners[0] != owners[1]:
-            return f"{owners[0]} and {owners[1]} share {other.removeprefix(f'{owners[1]}.')}"
+        for name, parameter in model.get_submodule(block).named_parameters():
+            owner, other = first.setdefault(id(parameter), (block, name))
+            if owner != block:
+                return f"{block} and {owner} share {other}"
     return None
 
 

@@ -2,13 +2,14 @@
 
 import itertools
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.modeling.hooks import replaced
@@ -23,25 +24,50 @@ class MicroBatch:
         mask: counted tokens, bool ``[rows, length]``.
         calls: arguments of every block other than the hidden states.
         original: hidden states ``[rows, length, width]`` of the original model, if the run needs them.
+        carried: what blocks before have returned for later ones besides hidden states.
+        returned: the same of the latest run of the next block.
     """
 
     hidden: torch.Tensor
     mask: torch.Tensor
     calls: "BlockCalls"
     original: torch.Tensor | None = None
+    carried: dict["Carried", Any] = field(default_factory=dict)
+    returned: dict["Carried", Any] = field(default_factory=dict)
 
     def beside(self) -> "MicroBatch":
         """The same rows with the hidden states of the original model."""
         assert self.original is not None
         return MicroBatch(self.original, self.mask, self.calls)
 
+    def advance(self, hidden: torch.Tensor) -> None:
+        """Move behind the next block, whose output is ``hidden``."""
+        self.hidden = hidden
+        self.carried, self.returned = {**self.carried, **self.returned}, {}
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Stands for what the block of call number ``call`` returns at ``position``, after its hidden states at 0."""
+
+    call: int
+    position: int
+
 
 @dataclass(frozen=True)
 class BlockCalls:
-    """Positional and keyword arguments of every block, without the hidden states."""
+    """Positional and keyword arguments of every block, without the hidden states.
+
+    ``Carried`` stands in them for what a block before returns.
+    """
 
     args: tuple[tuple[Any, ...], ...]
     kwargs: tuple[dict[str, Any], ...]
+
+    @cached_property
+    def carried(self) -> frozenset[Carried]:
+        """What blocks get from blocks before them besides hidden states."""
+        return carried_values((self.args, self.kwargs))
 
     def same_as(self, other: "BlockCalls") -> bool:
         """Whether all arguments are equal, so that ``other`` can be replaced by this object."""
@@ -52,12 +78,15 @@ class BlockCalls:
 RUNNING_MASK: ContextVar[torch.Tensor] = ContextVar("RUNNING_MASK")
 # What blocks return: the hidden states, or a tuple of so many values that begins with them.
 RETURNED_VALUES = (0, 1, 2, 3)
-# Stands for what a block returns besides its hidden states.
-_BESIDES = object()
 
 
-def _returned(hidden: torch.Tensor, values: int) -> Any:
-    return (hidden, *[_BESIDES] * (values - 1)) if values else hidden
+def carried_values(arguments: Any) -> frozenset[Carried]:
+    """The placeholders in ``arguments``."""
+    return frozenset(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Carried))
+
+
+def _returned(hidden: torch.Tensor, values: int, call: int) -> Any:
+    return (hidden, *(Carried(call, position) for position in range(1, values))) if values else hidden
 
 
 class _BlocksReachedError(Exception):
@@ -106,7 +135,7 @@ class Recorder(nn.Module):
         self._calls.append(call)
         if self._last:
             raise _BlocksReachedError
-        return _returned(call.hidden, self._values)
+        return _returned(call.hidden, self._values, len(self._calls) - 1)
 
 
 def record_inputs(
@@ -147,8 +176,6 @@ def changed_between(calls: list[BlockCall]) -> str | None:
     for before, after in itertools.pairwise(calls):
         if before.hidden is not after.hidden and not _equal(before.hidden, after.hidden):
             return f"{after.name} does not read what {before.name} returns"
-        if any(leaf is _BESIDES for leaf in tree_leaves((after.args, after.kwargs))):
-            return f"{after.name} reads more of what {before.name} returns than its hidden states"
     return None
 
 
@@ -160,7 +187,7 @@ class _Replay(Recorder):
         self._hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _returned(self._hidden, self._values)
+        return _returned(self._hidden, self._values, 0)
 
 
 def finish(model: transformers.PreTrainedModel, blocks: list[str], hidden: torch.Tensor) -> torch.Tensor:
@@ -210,8 +237,13 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def call_block(block: nn.Module, index: int, batch: MicroBatch) -> torch.Tensor:
-    """Hidden states after block ``index``."""
+    """Hidden states after block ``index``; ``batch.returned`` gets what later blocks want besides."""
     RUNNING_MASK.set(batch.mask)
-    output = block(batch.hidden, *batch.calls.args[index], **batch.calls.kwargs[index])
+    args, kwargs = batch.calls.args[index], batch.calls.kwargs[index]
+    if batch.calls.carried:
+        args, kwargs = tree_map_only(Carried, batch.carried.__getitem__, (args, kwargs))
+    output = block(batch.hidden, *args, **kwargs)
+    wanted = [one for one in batch.calls.carried if one.call == index]
+    batch.returned = {one: output[one.position] for one in wanted}
     hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden

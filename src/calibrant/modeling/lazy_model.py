@@ -82,6 +82,11 @@ class LazyModel:
         """Whether the checkpoint stores this parameter as a single tensor of the same shape."""
         return len(self._sources.get(parameter, ())) == 1 and parameter not in self._stored.converted
 
+    def is_tied(self, parameter: str) -> bool:
+        """Whether another parameter of the model has the same values."""
+        tied = self.module.all_tied_weights_keys
+        return parameter in tied or parameter in tied.values()
+
     @property
     def converted(self) -> list[str]:
         """Parameters that transformers computes from the stored tensors while it loads them."""
@@ -96,11 +101,25 @@ class LazyModel:
         dotted = prefix + "."
         return [name for target, names in self._sources.items() if target.startswith(dotted) for name in names]
 
+    def is_shared(self, parameter: str, prefix: str) -> bool:
+        """Whether ``parameter``, in the module at ``prefix``, is stored under the name of one outside this module."""
+        main = self.module.all_tied_weights_keys.get(parameter)
+        return main is not None and parameter not in self._sources and not main.startswith(f"{prefix}.")
+
     @contextlib.contextmanager
     def loaded(self, prefix: str) -> Iterator[nn.Module]:
         """Load the weights of the module at ``prefix``, yield the module, and drop the weights on exit."""
-        self.load(self.checkpoint_names(prefix))
         module = self.module.get_submodule(prefix)
+        mains = {
+            name: self.module.all_tied_weights_keys[f"{prefix}.{name}"]
+            for name, _ in module.named_parameters()
+            if self.is_shared(f"{prefix}.{name}", prefix)
+        }
+        self.load(self.checkpoint_names(prefix) + [name for main in mains.values() for name in self._sources[main]])
+        for name, main in mains.items():
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner).register_parameter(leaf, self.module.get_parameter(main))
+            self.drop(self.module.get_submodule(main.rpartition(".")[0]))
         try:
             yield module
         finally:
@@ -159,8 +178,7 @@ class LazyModel:
         """Checkpoint name of the input embedding, if no other parameter shares its values."""
         embedding = self.module.get_input_embeddings()
         names = [f"{name}.weight" for name, module in self.module.named_modules() if module is embedding]
-        tied = {*self.module.all_tied_weights_keys, *self.module.all_tied_weights_keys.values()}
-        return next((self.stored_name(name) for name in names if name in self._sources and name not in tied), None)
+        return next((self.stored_name(n) for n in names if n in self._sources and not self.is_tied(n)), None)
 
     def load_outside(self, prefixes: list[str]) -> None:
         """Load the base model's weights outside the blocks at ``prefixes``: embeddings, final norm."""

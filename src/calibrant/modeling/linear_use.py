@@ -24,10 +24,12 @@ class LinearUse:
     Attributes:
         uncalled: no text calls them, like the cross-attention of a decoder that runs without an encoder.
         read: something other than their own call reads their weights.
+        flat: their inputs are not ``[rows, length, width]``.
     """
 
     uncalled: frozenset[str]
     read: frozenset[str]
+    flat: frozenset[str]
 
 
 def linear_use(model: transformers.PreTrainedModel, blocks: list[str]) -> LinearUse:
@@ -38,13 +40,17 @@ def linear_use(model: transformers.PreTrainedModel, blocks: list[str]) -> Linear
     """
     uncalled: set[str] = set()
     read: set[str] = set()
+    flat: set[str] = set()
     for call in text_calls(model):
         if call.name in blocks:
             watch = _Watch(model.get_submodule(call.name))
             if watch.run(call):
                 uncalled |= {f"{call.name}.{name}" for name in watch.linears.keys() - watch.called}
             read |= {f"{call.name}.{name}" for name in watch.read}
-    return LinearUse(frozenset(name for name in uncalled if not _listed(name, blocks)), frozenset(read))
+            flat |= {f"{call.name}.{name}" for name in watch.flat}
+    return LinearUse(
+        frozenset(name for name in uncalled if not _listed(name, blocks)), frozenset(read), frozenset(flat)
+    )
 
 
 def _listed(name: str, blocks: list[str]) -> bool:
@@ -64,6 +70,7 @@ class _Watch(TorchFunctionMode):
         self._running: set[str] = set()
         self.called: set[str] = set()
         self.read: set[str] = set()
+        self.flat: set[str] = set()
 
     def run(self, call: BlockCall) -> bool:
         """Run the block as in ``call``; whether it ran to its end."""
@@ -81,6 +88,8 @@ class _Watch(TorchFunctionMode):
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.called.add(name)
             self._running.add(name)
+            if args and args[0].ndim != 3:
+                self.flat.add(name)
 
         return hook
 

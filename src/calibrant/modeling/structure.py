@@ -70,12 +70,14 @@ class BlockStructure:
         last_use: number of stages reached at the last use of the input of each stage; at any later stage its memory can
             be released.
         hidden_last_use: the same number for the block's input.
+        recurring: names of linears that are called more than once.
     """
 
     stages: tuple[Stage, ...]
     unseen: tuple[str, ...]
     last_use: tuple[int, ...]
     hidden_last_use: int
+    recurring: frozenset[str] = frozenset()
 
     def partly(self, ignored: Callable[[str], bool]) -> list[str]:
         """A sentence for each group with both ignored and other linears, because inference engines fuse such groups."""
@@ -110,6 +112,7 @@ class BlockStructure:
             self.unseen,
             tuple(reached(self.last_use[index]) for index, _ in kept),
             reached(self.hidden_last_use),
+            frozenset(name for name in self.recurring if not ignored(name)),
         )
 
     def linears(self) -> Iterator[Linear]:
@@ -165,6 +168,7 @@ class _Probe:
         self._fused = fused_parameters(block)
         self._inputs: list[torch.Tensor] = []  # kept alive, because addresses of freed storage are reused
         self._seen: set[str] = set()
+        self._recurring: set[str] = set()
         self._groups: dict[tuple[int, int, int], int] = {}
         self._stages: list[tuple[str, list[Linear], torch.Tensor | None]] = []
         self._products: dict[str, tuple[Linear, ...]] = {}
@@ -174,6 +178,7 @@ class _Probe:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in self._seen:
+                self._recurring.add(name)
                 return
             self._seen.add(name)
             inputs = args[0]
@@ -228,7 +233,8 @@ class _Probe:
                 continue
             last_use.append(self._last_use[_storage(inputs)] if inputs is not None else _ALWAYS)
         unseen = tuple(name for name in self._fused if name not in self._products)
-        return BlockStructure(tuple(stages), unseen, tuple(last_use), self._last_use[_storage(self._hidden)])
+        hidden_last_use = self._last_use[_storage(self._hidden)]
+        return BlockStructure(tuple(stages), unseen, tuple(last_use), hidden_last_use, frozenset(self._recurring))
 
 
 class _Uses(TorchFunctionMode):

@@ -5,6 +5,7 @@ measured in a second or two: the rate of matrix products, hashing and copying, a
 on a small layer. The factors that remain were fitted to runs on a CPU (benchmarks/estimates.py).
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -155,7 +156,11 @@ class _Size:
         """Bytes of the output's files of weights."""
         element = torch.empty(0, dtype=self._model.folder.dtype).element_size()
         kept = self._stored - self._parameters * element
-        return max(0, kept) + sum(_layer_bytes(layer, element) for layer in self._plan.layers.values())
+        layers = list(self._plan.layers.values())
+        if self._plan.head is not None:
+            layers.append(self._plan.head.layer)
+            kept -= element * math.prod(self._plan.head.layer.shape)
+        return max(0, kept) + sum(_layer_bytes(layer, element) for layer in layers)
 
     def _memory_bytes(self) -> int:
         """What the largest phase adds: embedding the rows, a block, or writing the largest tensor outside."""

@@ -114,6 +114,8 @@ def scheme_text(scheme: Scheme) -> str:
         said.append(f"{weights.type if weights.floating else kind}, {groups}")
     if scheme.activations is not None:
         said.append(f"{scheme.activations.type} activations, {'dynamic' if scheme.activations.dynamic else 'static'}")
+    if scheme.lm_head is not None:
+        said.append(f"{scheme.lm_head.bits}-bit lm_head")
     if scheme.kv_cache is not None:
         said.append(f"{scheme.kv_cache.type} keys and values, one scale a {scheme.kv_cache.granularity}")
     if scheme.sparsity is not None:

@@ -183,7 +183,8 @@ def make_record(
 
 def compressed_share(plan: Plan, layers: list[LayerReport]) -> float:
     """Share of the blocks' weights in the solved ``layers``, or in the plan if no layer was solved one by one."""
-    return plan.share_of(sum(layer.elements for layer in layers)) if layers else plan.share
+    blocks = [layer.elements for layer in layers if plan.head is None or layer.name != plan.head.name]
+    return plan.share_of(sum(blocks)) if blocks else plan.share
 
 
 def training_identity(

@@ -14,8 +14,10 @@ from calibrant.engine.block_solver import LayerReport
 from calibrant.engine.budget import SpentBudget, spend_budget
 from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.engine.compress_blocks import compress_blocks
+from calibrant.engine.round_head import round_head
 from calibrant.engine.two_stage_pruning import Pruned, prune_structure
 from calibrant.errors import CalibrantError
+from calibrant.formats.compressed_tensors_config import add_group
 from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
 from calibrant.formats.side_files import copy_side_files
@@ -29,7 +31,7 @@ from calibrant.pipeline.memory import peak_memory
 from calibrant.pipeline.record import RunReport, Settings, compressed_share, make_record, training_identity
 from calibrant.pipeline.write_gguf import GGUF_NAME, GgufExport
 from calibrant.progress import Progress
-from calibrant.recipes.plan import Plan
+from calibrant.recipes.plan import HeadPlan, Plan
 from calibrant.report.model_card import model_card
 from calibrant.training.journal import Journal
 from calibrant.training.quadapter import learn_scales
@@ -170,9 +172,20 @@ class _Run:
             self.progress,
         )
         self.notes += notes
+        if self.plan.head is not None:
+            self._compress_head(self.plan.head)
         uncalled = sorted(set(self.plan.linears) - {layer.name for layer in self.layers})
         if uncalled and self.layers:
             self.notes.append(f"left as they are, since the model does not call them: {', '.join(uncalled)}")
+
+    def _compress_head(self, head: HeadPlan) -> None:
+        layout = head.layer.target.layout
+        assert layout is not None
+        with self.clock.stage("solve"):
+            codes, report = round_head(self.model, head, self.progress)
+        with self.clock.stage("write"):
+            self._writer.write_head(head.name, codes, layout)
+        self.layers.append(report)
 
     def write(self) -> list[Path]:
         """Write everything except the blocks, and return the tensor files."""
@@ -193,8 +206,11 @@ class _Run:
                 structure=self.pruned,
                 training=self.trained,
             )
+            head = self.plan.head
+            compressed = self.model.stored_name(f"{head.name}.weight") if head is not None else None
             for name in [*self.model.names_outside(self.plan.blocks), *self.model.unused]:
-                self._writer.write({name: self.model.folder.read(name)})
+                if name != compressed:
+                    self._writer.write({name: self.model.folder.read(name)})
             files = self._writer.finish()
             self._writer.write_input_rounding(self.folder)
             self._write_config()
@@ -209,13 +225,16 @@ class _Run:
         config.pop("transformers_weights", None)  # names a file of the source
         if layout is not None:
             layouts: dict[Layout, list[str]] = {}
-            for name in sorted({layer.name for layer in self.layers}):
+            for name in sorted({layer.name for layer in self.layers} & self.plan.layers.keys()):
                 of_layer = self.plan.target_of(name).layout
                 if of_layer is not None:
                     # Engines look for names of modules; the files' own names are for our formats alone.
                     stored = self.model.stored_name(f"{name}.weight") if layout.format == "gguf" else f"{name}.weight"
                     layouts.setdefault(of_layer, []).append(stored.removesuffix(".weight"))
             config["quantization_config"] = format_for(layout).config(layouts, self._kept_dense())
+            head = self.plan.head
+            if head is not None and head.layer.target.layout is not None:
+                add_group(config["quantization_config"], head.layer.target.layout, head.name)
             if self.plan.recipe.scheme.kv_cache is not None:
                 config["quantization_config"]["kv_cache_scheme"] = self.plan.recipe.scheme.kv_cache.layout.scheme()
             if layout.format == "gptq":  # older GPTQ loaders read this file

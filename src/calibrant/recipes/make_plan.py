@@ -18,13 +18,15 @@ from calibrant.recipes.plan import Plan, Target
 from calibrant.recipes.plan_checks import (
     check_bits_budget,
     check_blocks,
+    check_carried,
     check_format,
     check_fused,
     check_ignored,
     check_kv_cache,
     check_pattern,
 )
-from calibrant.recipes.plan_notes import group_notes, left_notes, storage_notes, with_share_note
+from calibrant.recipes.plan_head import head_plan
+from calibrant.recipes.plan_notes import group_notes, head_notes, left_notes, storage_notes, with_share_note
 from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
 
 _SCALES = {"mxfp4": MX_SCALE, "nvfp4": NV_SCALE}
@@ -45,6 +47,7 @@ def make_plan(
     layers = model_layers(model, blocks, chosen)
     left = weights_left(model, blocks, layers)
     check_ignored(model, chosen)
+    check_carried(model, blocks, chosen)
     of_left = left_notes(layers)
     if not layers.linears and not layers.fused:
         raise CalibrantError("nothing to compress: the recipe's ignore list covers every linear layer")
@@ -70,10 +73,11 @@ def make_plan(
     check_format(layout, layers, recipe)
     check_bits_budget(layout, layers, recipe)
     check_kv_cache(model, blocks, layout, layers, recipe)
-    notes = [*of_left, *group_notes(chosen, spec), *storage_notes(layout, layers, recipe)]
+    head = head_plan(model, layout, layers, recipe)
+    notes = [*of_left, *group_notes(chosen, spec), *head_notes(head), *storage_notes(layout, layers, recipe)]
     stored = None if recipe.stored_dense or layers.unpackable else layout
     target = Target(spec, sparsity, stored)
-    plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, left_alone=layers.left_alone)
+    plan = Plan(recipe, blocks, target, layers.planned(target), notes, left, left_alone=layers.left_alone, head=head)
     return with_share_note(_with_fallbacks(plan))
 
 
@@ -91,6 +95,10 @@ def _as_gguf(recipe: Recipe, format_name: FormatName) -> tuple[Recipe, FormatNam
         return recipe, "gguf"
     if format_name != "gguf":
         return recipe, format_name
+    if recipe.scheme.lm_head is not None:
+        raise CalibrantError(
+            "the gguf format has no place for a quantized lm_head, which it has as Q8_0: leave lm_head out"
+        )
     known = [
         name
         for name, one in GGUF_TYPES.items()

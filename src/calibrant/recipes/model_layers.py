@@ -22,8 +22,9 @@ class ModelLayers:
     """Layers that a recipe applies to: linears with ``(out, in)`` and fused experts.
 
     ``unpackable`` has what keeps transformers from loading packed weights of this model: names, and what is so about
-    each. ``uncalled`` are linears that no text calls, ``routers`` those that choose among fused experts,
-    ``outside`` those for which GPT-OSS's own format has no place; ``joined`` are fused experts that loaders join.
+    each. ``uncalled`` are linears that no text calls, ``routers`` those that choose among fused experts, ``shared``
+    those whose weights other layers have too, ``outside`` those for which GPT-OSS's own format has no place; ``joined``
+    are fused experts that loaders join, ``flat`` linears with inputs other than ``[rows, length, width]``.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -33,11 +34,13 @@ class ModelLayers:
     routers: list[str]
     outside: list[str] = field(default_factory=list)
     joined: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
+    flat: list[str] = field(default_factory=list)
 
     @property
     def left_alone(self) -> frozenset[str]:
         """Linears that stay as they are without being ignored."""
-        return frozenset([*self.routers, *self.outside])
+        return frozenset([*self.routers, *self.outside, *self.shared])
 
     def experts_alone(self) -> "ModelLayers":
         """The fused experts; other linears stay as they are."""
@@ -71,8 +74,12 @@ def model_layers(model: LazyModel, blocks: list[str], recipe: Recipe) -> ModelLa
             continue
         if name in use.uncalled:
             found.uncalled.append(name)
+        elif isinstance(module, nn.Linear | Conv1D) and model.is_tied(f"{name}.weight"):
+            found.shared.append(name)
         elif isinstance(module, nn.Linear):
             found.linears[name] = (module.out_features, module.in_features)
+            if name in use.flat:
+                found.flat.append(name)
             # Loaders of quantized formats refuse subclasses (FalconLinear).
             if type(module) is not nn.Linear or not model.is_stored_alone(f"{name}.weight"):
                 found.unpackable[name] = _NOT_ORDINARY
@@ -109,5 +116,5 @@ def weights_left(model: LazyModel, blocks: list[str], layers: ModelLayers) -> di
         f"{block}.{name}": parameter.numel()
         for block in [*blocks, *blocks_beside(model.module, blocks)]
         for name, parameter in model.module.get_submodule(block).named_parameters()
-        if parameter.ndim > 1 and f"{block}.{name}" not in planned
+        if parameter.ndim > 1 and f"{block}.{name}" not in planned and not model.is_shared(f"{block}.{name}", block)
     }

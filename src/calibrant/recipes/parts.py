@@ -136,12 +136,24 @@ class KvCache(Strict):
         return KvCacheLayout(self.type, self.granularity)
 
 
+class Head(Strict):
+    """Quantization of ``lm_head``, the output matrix: symmetric integers on ranges of least error.
+
+    ``group_size``: None is one scale for each token of the vocabulary, "auto" the largest of 128, 64, 32 that divides
+    the width.
+    """
+
+    bits: Literal[4, 8] = 8
+    group_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+
+
 class Scheme(Strict):
     """Compression target; ``sparsity`` is a share of zeros ("0.5") or a pattern ("2:4": two of every four kept)."""
 
     weights: Weights | None = None
     activations: Activations | None = None
     kv_cache: KvCache | None = None
+    lm_head: Head | None = None
     sparsity: str | None = None
 
     @field_validator("sparsity", mode="before")
@@ -165,6 +177,8 @@ class Scheme(Strict):
             raise ValueError("a scheme needs weights, a sparsity or both")
         if self.kv_cache is not None and self.weights is None:
             raise ValueError("a quantized kv_cache goes with quantized weights")
+        if self.lm_head is not None and (self.weights is None or self.weights.type != "int" or self.activations):
+            raise ValueError("a quantized lm_head goes with integer weights, and without quantized activations")
         if self.sparsity is not None and self.weights is not None and self.weights.gguf and self.weights.gguf.minima:
             raise ValueError(f"{self.weights.type} has minima, beside which no weight is exactly zero: drop sparsity")
         if self.activations is None:

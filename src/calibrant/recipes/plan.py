@@ -61,6 +61,14 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class HeadPlan:
+    """The output matrix, the linear ``name``, to compress beside the blocks."""
+
+    name: str
+    layer: LayerPlan
+
+
+@dataclass(frozen=True)
 class LearnedLinear:
     """A trained linear: its unrounded weight ``[out, in]`` (float32) and the ``grid`` to round it on."""
 
@@ -87,8 +95,9 @@ class Plan:
 
     ``target`` is the scheme's target; ``layers`` contains every layer to compress by full name (fused experts by their
     parameter's name), with the scheme's target or the one that a budget chose. ``left`` has the sizes of the other
-    weights of the blocks, by parameter name. ``notes`` are sentences for the
-    user. ``left_alone`` are linears that stay as they are without being ignored, such as routers of experts.
+    weights of the blocks, by parameter name. ``notes`` are sentences for the user. ``left_alone`` are linears that stay
+    as they are without being ignored, such as routers of experts. ``head`` is None where the output matrix stays as it
+    is.
     """
 
     recipe: Recipe
@@ -99,6 +108,7 @@ class Plan:
     left: dict[str, int] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
     left_alone: frozenset[str] = frozenset()
+    head: HeadPlan | None = None
 
     def leaves(self, name: str) -> bool:
         """Whether the layer or parameter with full name ``name`` stays as it is."""

@@ -8,6 +8,8 @@ from calibrant.formats.quantized import BLOCK_SIZE, Layout
 from calibrant.formats.registry import format_for
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.modeling.attention_caches import cached_attentions
+from calibrant.modeling.find_blocks import text_calls
+from calibrant.modeling.inputs import carried_values
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import fused_parameters
 from calibrant.recipes.model_layers import ModelLayers
@@ -119,6 +121,24 @@ def check_bits_budget(layout: Layout, layers: ModelLayers, recipe: Recipe) -> No
     if layout.format != holder or layers.unpackable or recipe.stored_dense:
         what = layers.obstacle or f"{recipe.method.name} or {layout.format} was chosen"
         raise CalibrantError(f"a budget of {unit} needs layers that {holder} can hold packed, but {what}")
+
+
+def check_carried(model: LazyModel, blocks: list[str], recipe: Recipe) -> None:
+    """Refuse recipes that run blocks beside others, if blocks hand more than hidden states on."""
+    if recipe.budget is not None:
+        what = "a budget"
+    elif recipe.drift_correction:
+        what = "drift_correction"
+    elif recipe.quadapter is not None or recipe.changes_shape:
+        what = "quadapter" if recipe.quadapter is not None else recipe.method.name
+    else:
+        return
+    calls = [call for call in text_calls(model.module) if call.name in blocks]
+    if carried_values([(call.args, call.kwargs) for call in calls]):
+        raise CalibrantError(
+            f"{type(model.module).__name__}: its blocks hand more than hidden states on, which {what} does not follow; "
+            "take a recipe without that"
+        )
 
 
 def check_kv_cache(model: LazyModel, blocks: list[str], layout: Layout, layers: ModelLayers, recipe: Recipe) -> None:

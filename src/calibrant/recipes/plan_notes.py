@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from importlib.metadata import version
 
 import transformers
 
@@ -9,7 +10,7 @@ from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.formats.quantized import Layout
 from calibrant.quantization.grids import GridSpec
 from calibrant.recipes.model_layers import ModelLayers
-from calibrant.recipes.plan import Plan
+from calibrant.recipes.plan import HeadPlan, Plan
 from calibrant.recipes.recipe import Recipe
 
 # Below this share of the blocks' weights a plan warns of what it leaves.
@@ -20,7 +21,12 @@ _NAMED_PARTS = 4
 def left_notes(layers: ModelLayers) -> list[str]:
     """The linears that stay as they are because no text calls them, or because they choose among experts."""
     notes = []
-    for left, why in ((layers.uncalled, "no text calls them"), (layers.routers, "they choose among experts")):
+    reasons = (
+        (layers.uncalled, "no text calls them"),
+        (layers.routers, "they choose among experts"),
+        (layers.shared, "layers share their weights"),
+    )
+    for left, why in reasons:
         if left:
             more = f" and {len(left) - 1} more layers" if len(left) > 1 else ""
             notes.append(f"left as they are, since {why}: {left[0]}{more}")
@@ -34,6 +40,15 @@ def group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
     if spec.group_size:
         return [f"groups of {spec.group_size}"]
     return ["no group size fits every layer: one scale a channel"]
+
+
+def head_notes(head: HeadPlan | None) -> list[str]:
+    """What becomes of the output matrix, and by which layout."""
+    if head is None or head.layer.target.layout is None:
+        return []
+    layout = head.layer.target.layout
+    groups = f"groups of {layout.group_size}" if layout.group_size else "one scale a token"
+    return [f"{head.name}: {layout.bits} bits, {groups}"]
 
 
 def storage_notes(layout: Layout, layers: ModelLayers, recipe: Recipe) -> list[str]:
@@ -73,6 +88,12 @@ def storage_notes(layout: Layout, layers: ModelLayers, recipe: Recipe) -> list[s
         return [
             f"transformers {transformers.__version__} loads asymmetric packed weights only unpacked: pass "
             "from_pretrained quantization_config=CompressedTensorsConfig(dequantize=True)"
+        ]
+    if layout.activations == "dynamic" and layers.flat and layout.format == "compressed-tensors":
+        return [
+            f"{layers.flat[0]} gets all tokens as rows of one matrix, of which compressed-tensors "
+            f"{version('compressed-tensors')} rounds all by one scale: in transformers the result is worse than what "
+            "vLLM and calibrant compute"
         ]
     if layout.activations and layout.input_type == "int8" and layout.bits < 8:
         return [

@@ -67,7 +67,7 @@ def learn_scales(
             scales |= {place.name: scale for place, scale in zip(placed, found, strict=True)}
             journal.write(_NAME, {"blocks": block.index + 1, "scales": scales})
         for batch in block.batches:
-            batch.hidden = block.run(batch)
+            batch.advance(block.run(batch))
             if not bool(torch.isfinite(batch.hidden).all()):
                 raise CalibrantError(f"{block.name}: its output contains values that are not finite; check the model")
         places += placed
