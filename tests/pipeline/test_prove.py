@@ -78,11 +78,11 @@ def test_an_engine_that_reads_something_else_is_found_out(tmp_path: Path) -> Non
 
 def test_llama_cpp_computes_what_is_stored_and_not_what_another_file_has(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="xllamacpp, which runs llama.cpp, is not installed")
-    output = compressed(model, tmp_path / "out")
+    output = compressed(model, tmp_path / "out", dtype="float32")
     proof = cb.prove(output, engine="llama.cpp", against=model, **SHORT)
     assert proof.agrees
     assert proof.kl is not None
-    exact = cb.evaluate(output, against=model, length=24, limit=1).divergence
+    exact = cb.evaluate(output, against=model, length=24, limit=1, dtype="float32").divergence
     assert exact is not None
     assert 0.5 * exact.kl_mean < proof.kl < 1.5 * exact.kl_mean
     other = compressed(model, tmp_path / "other", bits=2)

@@ -20,8 +20,10 @@ from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gpt_oss import GptOssExperts
 from calibrant.formats.stored_codes import quantized_linears, stored_layout
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.decoded_tensors import decoded_dtype
 from calibrant.modeling.dequantized_model import load_decoded, load_dequantized
 from calibrant.modeling.input_rounding import round_inputs, round_to_bytes, round_to_dtype
+from calibrant.modeling.structure import fused_parameters
 from calibrant.modeling.tensor_sources import loaded_names
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
@@ -77,6 +79,9 @@ def prove_in_engine(
             unrounded = log_probabilities(_decoded(folder, exact=False) if unpacked else reference, windows)
             _round_inputs(reference, folder, engine, served)
             dtype = torch.float32 if engine == "llama.cpp" else getattr(torch, question.dtype)
+            if unpacked and fused_parameters(reference):
+                # Of scales, in which transformers multiplies unpacked experts.
+                dtype = decoded_dtype(folder.config_dict)
             found = agreement(reference, windows, answer.positions, request.prompt, answer.written, dtype, unrounded)
     with progress.task("the original", None):
         kl = None
