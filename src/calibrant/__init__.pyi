@@ -2,6 +2,7 @@ from .api import compare as compare
 from .api import compress as compress
 from .api import evaluate as evaluate
 from .api import prove as prove
+from .api import status as status
 from .api import write_gguf as write_gguf
 from .api import write_importance_matrix as write_importance_matrix
 from .calibration.calibration_set import CalibrationSet as CalibrationSet
@@ -48,12 +49,15 @@ from .pipeline.proof import Proof as Proof
 from .pipeline.record import RunRecord as RunRecord
 from .pipeline.record import RunReport as RunReport
 from .pipeline.run_report import write_run_report as write_run_report
+from .pipeline.status import RunStatus as RunStatus
 from .pipeline.write_gguf import GgufFile as GgufFile
 from .progress import NoProgress as NoProgress
 from .progress import Progress as Progress
 from .recipes.parts import Activations as Activations
 from .recipes.parts import Awq as Awq
 from .recipes.parts import Budget as Budget
+from .recipes.parts import Head as Head
+from .recipes.parts import KvCache as KvCache
 from .recipes.parts import Quadapter as Quadapter
 from .recipes.parts import Scheme as Scheme
 from .recipes.parts import SmoothQuant as SmoothQuant

@@ -33,6 +33,7 @@ from calibrant.pipeline.prepare import check_calibration, prepare
 from calibrant.pipeline.proof import Proof
 from calibrant.pipeline.prove import Question, prove_in_engine
 from calibrant.pipeline.record import RECORD_NAME, RunReport, keep_proof
+from calibrant.pipeline.status import RunStatus, run_status
 from calibrant.pipeline.write_gguf import EmbeddingType, GgufExport, GgufFile
 from calibrant.progress import NoProgress, Progress
 from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe
@@ -105,6 +106,15 @@ def compress(
         allow_encoder=allow_encoder,
         dequantize=dequantize,
     ).run(progress)
+
+
+def status(output: str | Path) -> RunStatus:
+    """Where the run of ``compress`` is that writes to the folder ``output``.
+
+    Raises:
+        CalibrantError: the run's journal is damaged.
+    """
+    return run_status(Path(output))
 
 
 def write_importance_matrix(

@@ -13,6 +13,11 @@ class Clock:
         self._running: list[str] = []
         self._since = time.perf_counter()
 
+    def add(self, seconds: dict[str, float]) -> None:
+        """Add the stages of an earlier part of the same run."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time spent in the context for stage ``name``."""

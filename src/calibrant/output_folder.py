@@ -120,10 +120,15 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
             new = own / "new"
             new.mkdir()
             yield new
+            for folder, _, files in os.walk(new):
+                for name in files:
+                    sync(Path(folder, name))
+                sync(Path(folder))
             _check_replaceable(target, overwrite)
             old = own / KEPT
             if stays or not _replaced(new, place, old):
                 _replace_content(new, place, old)
+            sync(parent)
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(target, error) from error
@@ -182,6 +187,24 @@ def _replace_content(new: Path, place: Path, old: Path) -> None:
         raise
 
 
+def check_disk(target: Path, needed: int) -> None:
+    """Check that ``needed`` bytes are free where ``target`` will be, less what an interrupted run has written there.
+
+    Raises:
+        CalibrantError: there are not.
+    """
+    place = _resolved(target)
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    journal = companion(target, "journal")
+    written = sum(path.stat().st_size for path in journal.rglob("*") if path.is_file()) if journal.is_dir() else 0
+    free = shutil.disk_usage(existing).free + written
+    if free < needed:
+        raise CalibrantError(
+            f"{target}: the run needs about {needed / 1e6:,.1f} MB of disk, {free / 1e6:,.1f} MB are free; free some, "
+            "or choose another output"
+        )
+
+
 def check_file(target: str | Path, overwrite: bool, magic: bytes) -> Path:
     """Return ``target`` as a path if an output file that begins with ``magic`` may be written there.
 
@@ -220,9 +243,27 @@ def whole_file(target: Path) -> Iterator[Path]:
         with owned_folder(parent, target.name) as own:
             staging = own / target.name
             yield staging
+            sync(staging)
             staging.replace(target)
+            sync(parent)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(target, error) from error
+
+
+def sync(place: Path) -> None:
+    """Wait until the file, or the names in the folder, ``place`` are on the disk.
+
+    Raises:
+        OSError: the disk fails or is full.
+    """
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems know no such thing for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _cannot_write(target: Path, error: Exception) -> CalibrantError:

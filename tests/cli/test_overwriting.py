@@ -15,12 +15,12 @@ from tests.conftest import random_set
 def test_what_is_in_the_way_of_a_journal_is_seen_before_anything(run, llama: Path, tmp_path: Path) -> None:
     arguments = ("compress", llama, "-r", "zsaq-w4a8", "-o", tmp_path / "out", "--dry-run", "-q")
     assert run(*arguments)[0] == 0
-    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.journal").mkdir()
     assert run(*arguments)[0] == 0
-    (tmp_path / "out.training" / "mine.txt").write_text("mine")
+    (tmp_path / "out.journal" / "mine.txt").write_text("mine")
     status, out, err = run(*arguments)
     assert status == 2
-    assert "in the way of the training's journal" in out + err
+    assert "in the way of the run's journal" in out + err
 
 
 def test_a_page_replaces_pages_only(run, llama: Path, tmp_path: Path) -> None:

@@ -63,27 +63,40 @@ def parts() -> list[dict[str, torch.Tensor]]:
     ]
 
 
-@pytest.mark.parametrize(("limit", "files"), [(1 << 30, 1), (24, 3), (1, 4)])
+@pytest.mark.parametrize(("limit", "files"), [(1 << 30, 1), (40, 2)])
 def test_parts_become_files_with_the_same_tensors(tmp_path: Path, limit: int, files: int) -> None:
-    writer = ShardWriter(tmp_path, {"format": "pt"}, limit)
+    """One file, or parts of more than ``limit`` bytes as shards with an index."""
+    writer = ShardWriter(tmp_path / "parts", {"format": "pt"}, limit)
     for part in parts():
         writer.write_part(part)
-    written = writer.finish()
+    written = writer.finish(tmp_path / "out")
     assert len(written) == files
     loaded = {name: tensor for file in written for name, tensor in load_file(file).items()}
     for name, tensor in {**parts()[0], **parts()[1]}.items():
         assert torch.equal(loaded[name], tensor)
-    assert not list(tmp_path.glob("part-*"))
     if files > 1:
-        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-        assert set(index["weight_map"]) == {"a", "b", "c", "d"}
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {name: written[name in "cd"].name for name in "abcd"}
+        assert [file.stat().st_nlink for file in written] == [2, 2]  # written once
+
+
+def test_a_writer_goes_on_after_the_parts_that_count(tmp_path: Path) -> None:
+    first = ShardWriter(tmp_path / "parts", {"format": "pt"})
+    for part in [*parts(), {"lost": torch.ones(3)}]:
+        first.write_part(part)
+    second = ShardWriter(tmp_path / "parts", {"format": "pt"})
+    second.resume(2)
+    assert len(list((tmp_path / "parts").iterdir())) == 2
+    second.write_part({"new": torch.ones(5)})
+    (file,) = second.finish(tmp_path / "out")
+    assert set(load_file(file)) == {"a", "b", "c", "d", "new"}
 
 
 def test_tensors_are_aligned_and_the_metadata_is_there(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, {"format": "pt", "note": "x"})
+    writer = ShardWriter(tmp_path / "parts", {"format": "pt", "note": "x"})
     for part in parts():
         writer.write_part(part)
-    raw = writer.finish()[0].read_bytes()
+    raw = writer.finish(tmp_path / "out")[0].read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     assert header["__metadata__"] == {"format": "pt", "note": "x"}

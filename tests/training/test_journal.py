@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 import calibrant as cb
 from calibrant import prepare
 from calibrant.errors import CalibrantError
+from calibrant.journal import Journal
 from calibrant.progress import NoProgress
 from calibrant.training import training_loop
-from calibrant.training.journal import Journal
 from tests.abandoned import abandon
 from tests.conftest import random_set
 from tests.training.common import recipe
@@ -86,31 +86,33 @@ def test_another_training_begins_anew_and_a_damaged_journal_says_what_to_do(
 
     with pytest.raises(_StoppedError):
         run(8, 3)
-    with pytest.raises(CalibrantError, match="holds an unfinished training with other settings"):
+    with pytest.raises(CalibrantError, match=r"other settings, model or data: recipe\.method\.steps is 8"):
         run(5, 99, overwrite=False)
     other = recipe({"name": "qat", "steps": 5})
-    for known in (data, None):
-        with pytest.raises(CalibrantError, match="holds an unfinished training with other settings"):
-            prepare(llama, output=tmp_path / "out", recipe=other, calibration=known)
-        prepare(llama, output=tmp_path / "out", recipe=recipe({"name": "qat", "steps": 8}), calibration=known)
+    with pytest.raises(CalibrantError, match=r"recipe\.method\.steps is 8 there and 5 here"):
+        prepare(llama, output=tmp_path / "out", recipe=other, calibration=data)
+    same = recipe({"name": "qat", "steps": 8})
+    prepare(llama, output=tmp_path / "out", recipe=same, calibration=data)
+    with pytest.raises(CalibrantError, match="model or data: calibration"):
+        prepare(llama, output=tmp_path / "out", recipe=same)
     assert not any("goes on" in note for note in run(5, 99).notes)
     with pytest.raises(_StoppedError):
         run(8, 3)
-    state = tmp_path / "out.training" / "steps.safetensors"
+    state = tmp_path / "out.journal" / "steps.safetensors"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(CalibrantError, match=r"steps\.safetensors: damaged .* begin the training anew"):
+    with pytest.raises(CalibrantError, match=r"steps\.safetensors: damaged .* begin the run anew"):
         run(8, 99)
 
 
 def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
-    folder = tmp_path / "out.training"
+    folder = tmp_path / "out.journal"
     folder.mkdir()
     abandon(folder, "steps.safetensors")
-    journal = Journal(tmp_path / "out", {"a": 1}, overwrite=False)
     state = {"learned": [torch.ones(2)], "number": 3, "moments": {0: {"step": torch.tensor(4.0)}}, "none": None}
-    journal.write("steps", state)
-    assert sorted(path.name for path in folder.iterdir()) == ["steps.safetensors", "training.json"]
-    found = journal.read("steps")
+    with Journal(tmp_path / "out", {"a": 1}, overwrite=False).held() as journal:
+        journal.write("steps", state)
+        assert sorted(path.name for path in folder.iterdir()) == ["lock", "run.json", "steps.safetensors"]
+        found = journal.read("steps")
     assert found is not None
     assert torch.equal(found["learned"][0], state["learned"][0])
     assert (found["number"], float(found["moments"][0]["step"]), found["none"]) == (3, 4.0, None)
@@ -131,9 +133,9 @@ def test_an_early_stop_is_the_same_after_a_break(llama: Path, tmp_path: Path, mo
 
 
 def test_a_damaged_description_of_a_training_says_what_to_do(llama: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "out.training"
+    folder = tmp_path / "out.journal"
     folder.mkdir()
-    (folder / "training.json").write_text('{"recipe": ')
+    (folder / "run.json").write_text('{"recipe": ')
     save_file({"a": torch.zeros(1)}, folder / "steps.safetensors")
-    with pytest.raises(CalibrantError, match=r"training\.json: damaged; delete"):
+    with pytest.raises(CalibrantError, match=r"run\.json: damaged; delete"):
         prepare(llama, output=tmp_path / "out", recipe=recipe({"name": "zsaq"}))

@@ -17,6 +17,7 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import PackQuantized
 from calibrant.formats.quantized import Layout
+from calibrant.journal import Journal
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.lazy_model import LazyModel
@@ -25,7 +26,6 @@ from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress
 from calibrant.recipes.make_plan import make_plan
 from calibrant.recipes.recipe import Recipe
-from calibrant.training.journal import Journal
 from calibrant.training.quadapter import ScaleFit, learn_scales
 from calibrant.training.scaled_model import PlacedPair, ScaledModel
 from calibrant.training.trainable_block import TrainableBlock
@@ -265,17 +265,17 @@ def scaled(folder: Path, learning_rate: float) -> tuple[ScaledModel, list[Placed
     lazy = LazyModel(opened, opened.dtype, torch.device("cpu"))
     chosen = recipe({"name": "quadapter", "steps": 1, "learning_rate": learning_rate}, weights={"bits": 8})
     plan = make_plan(lazy, find_blocks(lazy.module), chosen)
-    journal = Journal(folder.parent / "never", {}, overwrite=False)
-    plan, places = learn_scales(
-        lazy,
-        plan,
-        chosen.transforms[0],
-        random_set(folder).rows,
-        torch.float32,
-        journal,
-        NoProgress(),  # type: ignore[arg-type]
-    )
-    journal.remove()
+    with Journal(folder.parent / "never", {}, overwrite=False).held() as journal:
+        plan, places = learn_scales(
+            lazy,
+            plan,
+            chosen.transforms[0],
+            random_set(folder).rows,
+            torch.float32,
+            journal,
+            NoProgress(),  # type: ignore[arg-type]
+        )
+        journal.remove()
     with torch.inference_mode(False), torch.enable_grad():
         return ScaledModel(load_whole(opened, "cpu", "float32"), plan, places, None), places
 
@@ -357,7 +357,7 @@ def test_a_killed_first_phase_goes_on_after_the_block(planted: Path, tmp_path: P
     assert any("goes on after block 1" in note for note in listener.notes)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert first == second
-    assert not (tmp_path / "parts.training").exists()
+    assert not (tmp_path / "parts.journal").exists()
 
 
 def test_a_second_phase_with_nothing_to_learn_says_so(model_folder, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_what_is_loaded_is_what_was_trained(llama: Path, tmp_path: Path, scheme:
     found = loaded_divergence(tmp_path / "out", llama, data.tokens[-1:].long())
     assert found == pytest.approx(training["held_out"][str(training["best"])], rel=1e-3)
     assert list((tmp_path / "out" / "training").glob("events*"))
-    assert not (tmp_path / "out.training").exists()
+    assert not (tmp_path / "out.journal").exists()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "falcon"])
@@ -314,7 +314,7 @@ def test_refusals(llama: Path, model_folder, tmp_path: Path) -> None:
     with pytest.raises(CalibrantError, match="cannot be its own generator"):
         cb.compress(model_folder("bert"), output=tmp_path / "out", recipe=recipe({"name": "zsaq"}), allow_encoder=True)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "out.training").mkdir()
-    (tmp_path / "out.training" / "notes.txt").write_text("mine")
-    with pytest.raises(CalibrantError, match="in the way of the training's journal"):
+    (tmp_path / "out.journal").mkdir()
+    (tmp_path / "out.journal" / "notes.txt").write_text("mine")
+    with pytest.raises(CalibrantError, match="in the way of the run's journal"):
         cb.compress(llama, output=tmp_path / "out", recipe=recipe({"name": "zsaq"}))

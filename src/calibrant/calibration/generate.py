@@ -92,7 +92,7 @@ def generate(
         **size,
         "batch_size": batch_size,
         "progress": progress or NoProgress(),
-        "provenance": folder.identity(),
+        "provenance": folder.identity,
     }
     texts = corpus if corpus is None or isinstance(corpus, Corpus) else Corpus(corpus)
     schedule = temperature or TemperatureSchedule()

@@ -131,7 +131,7 @@ def run_selection(
         folder = ModelFolder(path)
         check_length(folder, request.length)
         loaded = load_whole(folder, device, dtype)
-        scored.update(folder.identity(), device=device, dtype=str(loaded.dtype).removeprefix("torch."))
+        scored.update(folder.identity, device=device, dtype=str(loaded.dtype).removeprefix("torch."))
         return loaded
 
     if request.strategy in WITH_MODEL:

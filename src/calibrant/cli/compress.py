@@ -21,6 +21,7 @@ from calibrant.cli.console import (
     terminal,
 )
 from calibrant.report.tables import size_text
+from calibrant.stopping import stopping_gently
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,6 +81,9 @@ def compress(
     Without -c the model generates the calibration set; --samples, --length, --seed and --draw describe it. --seed is
     also the seed of training if the recipe has none.
 
+    Ctrl-C stops after the current block. The same command goes on from there, also after a crash; `calibrant status`
+    says where a run is.
+
     Example: calibrant compress ./SmolLM2-135M -r gptq-w4a16-g64 -o ./SmolLM2-w4
     """
     with terminal(quiet, as_json) as screen:
@@ -111,7 +115,8 @@ def compress(
         if dry_run:
             _show_estimate(screen, model, prepared)
             return
-        report = prepared.run(screen.progress)
+        with stopping_gently(screen.note):
+            report = prepared.run(screen.progress)
         _tell(screen, [text for text in report.notes if text not in prepared.plan.notes])
         screen.result(report.as_dict(), *summary(report))
 

@@ -16,9 +16,11 @@ from calibrant.cli.imatrix import imatrix
 from calibrant.cli.prove import prove
 from calibrant.cli.recipes import recipes
 from calibrant.cli.report import report
+from calibrant.cli.status import status
 from calibrant.cli.study import app as study_app
 from calibrant.cli.wording import as_options
 from calibrant.errors import CalibrantError
+from calibrant.stopping import StoppedError
 
 _USAGE, _INTERRUPTED = 2, 130
 # Shells report a command that a signal ended as 128 plus the signal's number.
@@ -33,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(compress)
+app.command()(status)
 app.add_typer(data_app, name="data")
 app.command()(evaluate)
 app.command()(report)
@@ -64,6 +67,9 @@ def main() -> None:
     except (CalibrantError, OSError) as error:
         print(f"calibrant: {as_options(str(error), _options(sys.argv[1:]))}", file=sys.stderr)
         sys.exit(_USAGE)
+    except StoppedError as stopped:
+        print(f"calibrant: {stopped}", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             print("calibrant: interrupted, no unfinished output was left behind", file=sys.stderr)

@@ -43,11 +43,15 @@ class SpentBudget:
     uniform: float | None
     sensitivities: list[Sensitivity]
 
+    def applied_to(self, plan: Plan) -> Plan:
+        """``plan`` with the chosen value of every layer, and a note."""
+        chosen = zip(self.sensitivities, self.chosen, strict=True)
+        choices = {layer: choice for one, choice in chosen for layer in one.layers}
+        return replace(plan.with_choices(choices), notes=[*plan.notes, _sentence(self, plan.target.spec is not None)])
 
-def spend_budget(
-    model: LazyModel, plan: Plan, rows: TokenRows, dtype: torch.dtype, progress: Progress
-) -> tuple[Plan, SpentBudget]:
-    """Add a choice for every layer to ``plan`` (docs/methods.md "budgets"; ours).
+
+def spend_budget(model: LazyModel, plan: Plan, rows: TokenRows, dtype: torch.dtype, progress: Progress) -> SpentBudget:
+    """Choose a value for every layer of ``plan`` (docs/methods.md "budgets"; ours).
 
     The sum of divergences neglects interactions between groups. Bits are measured with round-to-nearest on ranges
     weighted by the inputs' second moments, shares of zeros with Wanda.
@@ -72,14 +76,12 @@ def spend_budget(
     except ValueError as error:
         raise CalibrantError(f"recipe {plan.recipe.name}: {error}") from error
     chosen = [budget.choices[index] for index in best.chosen]
-    by_layer = {layer: choice for one, choice in zip(measured, chosen, strict=True) for layer in one.layers}
     uniform = None
     within = of_nominal <= average if quantizes else of_nominal >= average
     if nominal in budget.choices and within:
         uniform = float(costs[:, budget.choices.index(nominal)].sum())
     reached = _mean([row[index] for row, index in zip(values, best.chosen, strict=True)], sizes)
-    spent = SpentBudget(budget.choices, reached, chosen, best.cost, best.bound, uniform, measured)
-    return replace(plan.with_choices(by_layer), notes=[*plan.notes, _sentence(spent, quantizes)]), spent
+    return SpentBudget(budget.choices, reached, chosen, best.cost, best.bound, uniform, measured)
 
 
 def _nominal(plan: Plan) -> Choice:

@@ -1,6 +1,8 @@
 """Writing solved blocks to disk, and verifying the written files against the solved values."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,11 +21,11 @@ from calibrant.recipes.plan import Plan
 
 
 class CheckpointWriter:
-    """Writes checkpoint tensors as they are finished and keeps their hashes for ``verify``."""
+    """Writes checkpoint tensors as they are finished to the folder ``parts`` and keeps their hashes for ``verify``."""
 
-    def __init__(self, model: LazyModel, plan: Plan, folder: Path, metadata: dict[str, str]) -> None:
-        self._shards = ShardWriter(folder, metadata)
-        self._outliers = ShardWriter(folder / OUTLIERS, metadata)
+    def __init__(self, model: LazyModel, plan: Plan, parts: Path, metadata: dict[str, str]) -> None:
+        self._shards = ShardWriter(parts, metadata)
+        self._outliers = ShardWriter(parts / OUTLIERS, metadata)
         self._model, self._plan = model, plan
         self._hashes: dict[str, str] = {}
         self._dense: set[str] = set()
@@ -46,9 +48,31 @@ class CheckpointWriter:
         self._hashes.update({name: _tensor_hash(tensor) for name, tensor in tensors.items()})
         shards.write_part(tensors)
 
-    def finish(self) -> list[Path]:
-        """Finish the shards; returns the files, with the model's shards before those of outliers."""
-        return [*self._shards.finish(), *self._outliers.finish()]
+    def finish(self, folder: Path) -> list[Path]:
+        """Make files of the parts in ``folder``; returns them, with the model's before those of outliers."""
+        return [*self._shards.finish(folder), *self._outliers.finish(folder / OUTLIERS)]
+
+    def state(self) -> dict[str, Any]:
+        """What ``resume`` needs, once all that was written is on the disk."""
+        return {
+            "parts": [self._shards.sync(), self._outliers.sync()],
+            "hashes": self._hashes,
+            "dense": sorted(self._dense),
+            "codes": {base: [codes, asdict(layout)] for base, (codes, layout) in self._codes.items()},
+            "inputs": {name: grid and list(grid) for name, grid in self._inputs.items()},
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state``; parts that were written later are removed.
+
+        Raises:
+            OSError, ValueError: a part is missing or damaged.
+        """
+        for shards, count in zip((self._shards, self._outliers), state["parts"], strict=True):
+            shards.resume(count)
+        self._hashes, self._dense = dict(state["hashes"]), set(state["dense"])
+        self._codes = {base: (codes, Layout(**layout)) for base, (codes, layout) in state["codes"].items()}
+        self._inputs = {name: grid and (grid[0], grid[1]) for name, grid in state["inputs"].items()}
 
     def write_block(self, solver: BlockSolver) -> None:
         """Write a solved block: codes in the plan's quantized layout, if it has one, and all other tensors dense."""

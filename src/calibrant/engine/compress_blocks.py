@@ -9,17 +9,20 @@ import torch
 
 from calibrant.allocator import return_freed_memory
 from calibrant.clock import Clock
+from calibrant.engine.block_checkpoints import BlockCheckpoints
 from calibrant.engine.block_engine import OrderDiffersError, sequential_pass, two_passes
 from calibrant.engine.block_solver import BlockSolver, LayerReport
 from calibrant.engine.block_transforms import transform_block
 from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.errors import CalibrantError
+from calibrant.journal import Journal
 from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, Experts
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
+from calibrant.stopping import StoppedError, stop_requested
 
 # "sequential": solve each input group on inputs from the compressed groups before it, in one suspended forward pass;
 # "two-pass": collect all statistics of a block, solve it, run it again, as other tools do; "independent": every block
@@ -36,38 +39,50 @@ def compress_blocks(
     dtype: torch.dtype,
     order: Order,
     writer: CheckpointWriter,
+    journal: Journal,
     clock: Clock,
     progress: Progress,
 ) -> tuple[list[LayerReport], list[str]]:
     """Compress and write every block of ``plan``; returns the layers' reports and notes for the user.
 
-    ``rows`` are used only if the recipe gathers statistics; blocks compute in ``dtype``.
+    ``rows`` are used only if the recipe gathers statistics; blocks compute in ``dtype``. Goes on from the state in
+    ``journal``, if there is one, and saves it there between blocks.
 
     Raises:
         CalibrantError: values are not finite, or the recipe does not support the model.
+        StoppedError: a signal asked to stop; the state is saved.
     """
     with clock.stage("embed"):
         given = rows if plan.recipe.gathers else None
         walk = BlockWalk(model, plan.blocks, given, dtype, with_original=plan.recipe.drift_correction > 0)
-    compression = _Compression(walk, plan, order, clock)
-    layers: list[LayerReport] = []
-    with progress.task("compressing", len(plan.blocks)) as task:
-        for index in range(len(plan.blocks)):
+    checkpoints = BlockCheckpoints(journal, walk, writer, clock)
+    checkpoints.restore()
+    count, done = len(plan.blocks), checkpoints.done
+    if done:
+        progress.note(f"goes on after block {done} of {count}, from {journal.folder}")
+    compression = _Compression(walk, plan, order, clock, checkpoints.notes)
+    with progress.task("compressing", count) as task:
+        if done:
+            task.advance(done)
+        for index in range(done, count):
             solver = compression.compress(index)
             with clock.stage("write"):
                 writer.write_block(solver)
-            layers += solver.layers
+            checkpoints.layers += solver.layers
             return_freed_memory()
+            checkpoints.block_done()
             task.advance()
-    return layers, compression.notes
+            if stop_requested() and index + 1 < count:
+                checkpoints.save()
+                raise StoppedError(f"stopped after block {index + 1} of {count}: the same command goes on from there")
+    return checkpoints.layers, compression.notes
 
 
 class _Compression:
     """State shared by the blocks of one run; ``notes`` are for the user."""
 
-    def __init__(self, walk: BlockWalk, plan: Plan, order: Order, clock: Clock) -> None:
-        self._walk, self._plan, self._order, self._clock = walk, plan, order, clock
-        self.notes: list[str] = []
+    def __init__(self, walk: BlockWalk, plan: Plan, order: Order, clock: Clock, notes: list[str]) -> None:
+        self._walk, self._plan, self._order, self._clock, self.notes = walk, plan, order, clock, notes
 
     def compress(self, index: int) -> BlockSolver:
         """Solve block ``index`` and advance the batches to the next block."""

@@ -1,6 +1,8 @@
-"""Safetensors written part by part, then joined into one file or shards without being loaded again."""
+"""Safetensors written part by part; parts become one file, or shards of a larger model, without being loaded again."""
 
 import json
+import os
+import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from calibrant.formats.safetensors_file import element_bytes
+from calibrant.output_folder import sync
 
-# The default shard size of save_pretrained in transformers 5.
-SHARD_BYTES = 50 * 10**9
+# Parts are joined into one file up to this size; larger ones are themselves the shards, written once only (ours).
+SHARD_BYTES = 5 * 10**9
 _COPY_BYTES = 16 << 20
 
 
@@ -26,69 +29,90 @@ class _Stored:
 
 
 class ShardWriter:
-    """Writes parts to ``folder``; ``finish`` joins them.
+    """Writes parts to the folder ``parts``; ``finish`` makes files of them in another folder.
 
     Args:
-        folder: the folder of the parts and of the result.
+        parts: the folder of the parts, made by the first one.
         metadata: strings for the header of every resulting file.
-        shard_bytes: limit of tensor bytes per file; only a file of one larger tensor exceeds it.
+        shard_bytes: most tensor bytes that are joined into one file.
     """
 
-    def __init__(self, folder: Path, metadata: dict[str, str], shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._metadata, self._shard_bytes = folder, metadata, shard_bytes
+    def __init__(self, parts: Path, metadata: dict[str, str], shard_bytes: int = SHARD_BYTES) -> None:
+        self._parts, self._metadata, self._shard_bytes = parts, metadata, shard_bytes
         self._stored: dict[str, _Stored] = {}
+        self._files: list[Path] = []
+        self._synced = 0
 
     def write_part(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write ``tensors`` to disk as one part."""
-        self._folder.mkdir(exist_ok=True)
-        part = self._folder / f"part-{len({s.part for s in self._stored.values()}):05d}.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+        self._parts.mkdir(parents=True, exist_ok=True)
+        part = self._part(len(self._files))
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, self._metadata)
+        self._add(part)
+
+    def sync(self) -> int:
+        """Wait until all parts are on the disk; returns their number."""
+        for part in self._files[self._synced :]:
+            sync(part)
+        if self._files:
+            sync(self._parts)
+        self._synced = len(self._files)
+        return self._synced
+
+    def resume(self, count: int) -> None:
+        """Go on after the first ``count`` parts that are there; others are removed.
+
+        Raises:
+            OSError, ValueError: a part is missing or damaged.
+        """
+        for number in range(count):
+            self._add(self._part(number))
+        self._synced = count
+        for part in self._parts.glob("part-*.safetensors"):
+            if part not in self._files:
+                part.unlink()
+
+    def _part(self, number: int) -> Path:
+        return self._parts / f"part-{number:05d}.safetensors"
+
+    def _add(self, part: Path) -> None:
+        size = part.stat().st_size
         with part.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 8 + length <= size else {}
         header.pop("__metadata__", None)
+        if size != 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+            raise ValueError(f"{part.name} has lost bytes")
+        self._files.append(part)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             self._stored[name] = _Stored(part, entry["dtype"], entry["shape"], 8 + length + begin, end - begin)
 
-    def finish(self) -> list[Path]:
-        """Join the parts into ``model.safetensors``, or shards with an index, and remove the parts.
+    def finish(self, folder: Path) -> list[Path]:
+        """Make ``model.safetensors`` of the parts in ``folder``, or shards with an index; the parts stay.
 
-        Tensors are distributed in the order of their names. Returns the written files, none if there is no part.
+        Returns the written files, none if there is no part.
         """
         if not self._stored:
             return []
-        shards = self._plan()
-        if len(shards) == 1:
-            names = ["model.safetensors"]
-        else:
-            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-            self._write_index(dict(zip(names, shards, strict=True)))
-        for name, tensors in zip(names, shards, strict=True):
-            self._join(self._folder / name, tensors)
-        for part in {stored.part for stored in self._stored.values()}:
-            part.unlink()
-        return [self._folder / name for name in names]
+        folder.mkdir(exist_ok=True)
+        if sum(stored.size for stored in self._stored.values()) <= self._shard_bytes:
+            self._join(folder / "model.safetensors", sorted(self._stored))
+            return [folder / "model.safetensors"]
+        count = len(self._files)
+        names = {part: f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i, part in enumerate(self._files)}
+        for part, name in names.items():
+            _link(part, folder / name)
+        self._write_index(folder, {name: names[stored.part] for name, stored in self._stored.items()})
+        return [folder / name for name in names.values()]
 
-    def _plan(self) -> list[list[str]]:
-        shards: list[list[str]] = [[]]
-        filled = 0
-        for name in sorted(self._stored):
-            size = self._stored[name].size
-            if shards[-1] and filled + size > self._shard_bytes:
-                shards.append([])
-                filled = 0
-            shards[-1].append(name)
-            filled += size
-        return shards
-
-    def _write_index(self, shards: dict[str, list[str]]) -> None:
+    def _write_index(self, folder: Path, files: dict[str, str]) -> None:
         index = {
             "metadata": {"total_size": sum(stored.size for stored in self._stored.values())},
-            "weight_map": {name: file for file, names in shards.items() for name in names},
+            "weight_map": files,
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def _join(self, target: Path, names: list[str]) -> None:
         header: dict[str, Any] = {"__metadata__": self._metadata}
@@ -119,3 +143,11 @@ def _copy(stored: _Stored, output: Any) -> None:
             chunk = source.read(min(_COPY_BYTES, remaining))
             output.write(chunk)
             remaining -= len(chunk)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give ``source`` the further name ``target``; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from calibrant.modeling.entry import cast, enter_blocks
 from calibrant.modeling.inputs import Carried, MicroBatch, call_block
@@ -73,6 +74,27 @@ class BlockWalk:
         # What blocks before each return for the probe besides hidden states; blocks are opened in order first.
         self._before: dict[int, dict[Carried, Any]] = {0: {}}
 
+    def state(self, index: int) -> dict[str, Any]:
+        """What enters block ``index``, where the walk is, for ``resume``."""
+        return {
+            "batches": [[batch.hidden, batch.original, _listed(batch.carried)] for batch in self.batches],
+            "probe": _listed(self._before.get(index, {})),
+        }
+
+    def resume(self, index: int, state: dict[str, Any]) -> None:
+        """Go on before block ``index`` with a ``state`` of the same walk.
+
+        Raises:
+            ValueError: the state is of another walk.
+        """
+        for batch, (hidden, original, carried) in zip(self.batches, state["batches"], strict=True):
+            if hidden.shape != batch.hidden.shape:
+                raise ValueError(f"hidden states of shape {tuple(hidden.shape)}, not {tuple(batch.hidden.shape)}")
+            batch.hidden = hidden.to(self.model.device)
+            batch.original = None if original is None else original.to(self.model.device)
+            batch.carried = _from_list(carried, self.model.device)
+        self._before[index] = _from_list(state["probe"], self.model.device)
+
     @contextmanager
     def opened(self, index: int) -> Iterator[OpenedBlock]:
         """Block number ``index``, loaded, cast and probed; dropped when the context ends."""
@@ -105,3 +127,15 @@ class BlockWalk:
             yield
         finally:
             self.model.drop(self.model.module)
+
+
+def _listed(carried: dict[Carried, Any]) -> list[list[Any]]:
+    """As lists that a journal holds; tensors are copies, since blocks may hand on what they share."""
+    copied = tree_map_only(torch.Tensor, torch.clone, list(carried.values()))
+    return [[one.call, one.position, value] for one, value in zip(carried, copied, strict=True)]
+
+
+def _from_list(listed: list[list[Any]], device: torch.device) -> dict[Carried, Any]:
+    """Inverse of ``_listed``."""
+    moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), listed)
+    return {Carried(call, position): value for call, position, value in moved}

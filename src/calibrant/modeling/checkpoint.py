@@ -1,5 +1,6 @@
 """Model folders on disk: configuration and safetensors files, checked before any weight is loaded."""
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -150,6 +151,7 @@ class ModelFolder:
         length = vars(text).get("max_position_embeddings", vars(text).get("n_positions"))
         return int(length) if isinstance(length, int) else None
 
+    @cached_property
     def identity(self) -> dict[str, str]:
         """Architecture and SHA-256 hashes of configuration and weights, for manifests and reports."""
         files = sorted({info.file for info in self.tensors.values()})

@@ -18,6 +18,7 @@ import torch
 from calibrant.engine.block_solver import relative_error
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.safetensors_file import element_bytes
+from calibrant.formats.shards import SHARD_BYTES
 from calibrant.hashing import sha256_bytes
 from calibrant.methods.method import LayerProblem, LayerSolver
 from calibrant.methods.solvers.rtn import RTN
@@ -36,8 +37,6 @@ _FEW_ROWS, _MANY_ROWS, _MOST_COLUMNS, _TOKENS = 32, 288, 2048, 2048
 _INPUTS_PER_LINEAR = 4 / 7
 # What compiled kernels and their compiler add to the process.
 _KERNEL_BYTES = 80 * 2**20
-# Parts of the output stay until all are joined.
-_PARTS = 2
 # How far a run may be from the estimate, either way: the load and clock of the machine, disks slower than memory.
 _SPREAD = 1.35
 
@@ -73,11 +72,11 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
     )
 
 
-def disk_bytes(model: LazyModel, plan: Plan) -> tuple[int, int]:
+def disk_bytes(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of the output, and peak disk space while it is made, for which nothing is measured."""
-    size = _Size(model, plan, 1, 1, torch.float32)
-    output, training = size.output_bytes(), plan.recipe.training
-    return output, _PARTS * output + (size.journal_bytes(training) if training is not None else 0)
+    size = _Size(model, plan, samples, length, dtype)
+    training = plan.recipe.training
+    return size.output_bytes(), size.disk_bytes() + (size.journal_bytes(training) if training is not None else 0)
 
 
 class _Size:
@@ -103,7 +102,7 @@ class _Size:
         # Opening and probing a block, and what a run does once.
         seconds += 0.05 * len(self._plan.blocks) + 2
         memory = resident_memory() + _KERNEL_BYTES + self._memory_bytes()
-        return Estimate(seconds, memory, output, _PARTS * output)
+        return Estimate(seconds, memory, output, self.disk_bytes())
 
     def _forward_seconds(self) -> float:
         """Forward passes of the blocks, and of AWQ's searches."""
@@ -161,6 +160,14 @@ class _Size:
             layers.append(self._plan.head.layer)
             kept -= element * math.prod(self._plan.head.layer.shape)
         return max(0, kept) + sum(_layer_bytes(layer, element) for layer in layers)
+
+    def disk_bytes(self) -> int:
+        """Most bytes on the disk: the output, its parts unless they are its shards, and two states of the journal."""
+        output = self.output_bytes()
+        element = torch.empty(0, dtype=self._dtype).element_size()
+        copies = 2 if self._plan.recipe.drift_correction else 1
+        state = self._tokens * element * self._hidden * copies
+        return output * (2 if output <= SHARD_BYTES else 1) + 2 * state
 
     def _memory_bytes(self) -> int:
         """What the largest phase adds: embedding the rows, a block, or writing the largest tensor outside."""

@@ -1,7 +1,8 @@
 """Checks a compression before any weight is read; the prepared run can be estimated and run."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.generate import DEFAULT_SAMPLES, check_length, check_size, default_length, generate
@@ -11,22 +12,22 @@ from calibrant.engine.two_stage_pruning import check_structure
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import FormatName
 from calibrant.formats.registry import FORMATS
+from calibrant.journal import SET, Journal, check_same_run, is_unfinished
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.modeling.whole_model import torch_device, torch_dtype
-from calibrant.output_folder import check_output
-from calibrant.pipeline.estimate import Estimate, estimate
-from calibrant.pipeline.record import RunReport, Settings, made_by, training_identity
+from calibrant.output_folder import check_disk, check_output
+from calibrant.pipeline.estimate import Estimate, disk_bytes, estimate
+from calibrant.pipeline.record import RunReport, Settings, made_by, run_identity
 from calibrant.pipeline.run import run_compression
 from calibrant.pipeline.write_gguf import check_gguf
 from calibrant.progress import NoProgress, Progress
 from calibrant.recipes.make_plan import make_plan
 from calibrant.recipes.plan import Plan
 from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
-from calibrant.training.journal import check_same_training, is_unfinished
 from calibrant.training.train_model import check_training
 
 _HELD_OUT_ROWS = 16
@@ -71,25 +72,62 @@ class PreparedRun:
 
     def estimate(self) -> Estimate:
         """Rough time, memory and disk space of the run, without the time to generate a calibration set."""
+        return estimate(self.model, self.plan, *self._set_shape, self.settings.dtype)
+
+    def disk_bytes(self) -> tuple[int, int]:
+        """Bytes of the output, and peak disk space of the run."""
+        return disk_bytes(self.model, self.plan, *self._set_shape, self.settings.dtype)
+
+    @property
+    def _set_shape(self) -> tuple[int, int]:
+        """Rows and length of the calibration set."""
         given, own = self.calibration, self.own_set
-        samples, length = given.tokens.shape if given is not None else (own.samples, own.length)
-        return estimate(self.model, self.plan, samples, length, self.settings.dtype)
+        if given is None:
+            return own.samples, own.length
+        rows, length = given.tokens.shape
+        return rows, length
 
     def run(self, progress: Progress | None = None) -> RunReport:
         """Compress; generate the calibration set first if the recipe needs one and none is given.
 
+        An interrupted run goes on from its journal, a folder beside the output, when it is run again.
+
         Raises:
-            CalibrantError: values are not finite, or the output cannot be written; no output is left behind.
+            CalibrantError: values are not finite, the output cannot be written, the disk has no room for it, or another
+                run writes it; no output is left behind.
         """
         listener: Progress = progress or NoProgress()
-        training = self.recipe.training
-        if training is not None and not self.recipe.needs_data:
-            calibration: CalibrationSet | None = self._held_out(training.length, training.seed, listener)
+        check_disk(self.output, self.disk_bytes()[1])
+        with Journal(self.output, self.identity(), self.overwrite).held() as journal:
+            calibration = self._calibration(journal, listener)
+            return run_compression(
+                self.model, self.plan, calibration, self.output, self.settings, journal, listener, self.overwrite
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that the result depends on."""
+        calibration: dict[str, Any] | None = None
+        if self.calibration is not None:
+            calibration = {"sha256": self.calibration.sha256}
         elif self.writes_set:
-            calibration = self._generate(self.own_set, listener)
+            calibration = {"written by the model": asdict(self.own_set)}
+        return run_identity(self.model, self.plan, calibration, self.settings)
+
+    def _calibration(self, journal: Journal, progress: Progress) -> CalibrationSet | None:
+        """The given set, or the one that the model writes, which the journal keeps."""
+        training = self.recipe.training
+        held_out = training is not None and not self.recipe.needs_data
+        if not held_out and not self.writes_set:
+            return self.calibration
+        kept = journal.folder / SET
+        if kept.is_dir():
+            return CalibrationSet.load(kept)
+        if training is not None and held_out:
+            made = self._held_out(training.length, training.seed, progress)
         else:
-            calibration = self.calibration
-        return run_compression(self.model, self.plan, calibration, self.output, self.settings, listener, self.overwrite)
+            made = self._generate(self.own_set, progress)
+        made.save(kept)
+        return made
 
     def _held_out(self, length: int, seed: int, progress: Progress) -> CalibrationSet:
         """Evaluation set of a training without data: text that the model generates, or random tokens for encoders."""
@@ -154,7 +192,7 @@ def prepare(
     used = given if chosen.needs_data else None
     if used is not None:
         check_calibration(folder, used)
-    goes_on = chosen.learns and is_unfinished(target) and not overwrite
+    goes_on = is_unfinished(target) and not overwrite
     if order not in _ORDERS:
         raise CalibrantError(f"{order}: no such order; there are {', '.join(_ORDERS)}")
     if chosen.drift_correction and order != "sequential":
@@ -170,9 +208,10 @@ def prepare(
     if chosen.changes_shape:
         check_structure(lazy, plan)
     settings = Settings(torch_dtype(dtype, place), place, order)
+    prepared = PreparedRun(lazy, plan, settings, target, used, own, overwrite)
     if goes_on:
-        check_same_training(target, training_identity(lazy, plan, used, settings))
-    return PreparedRun(lazy, plan, settings, target, used, own, overwrite)
+        check_same_run(target, prepared.identity())
+    return prepared
 
 
 def _check_model(folder: ModelFolder, recipe: Recipe, calibration: CalibrationSet | None) -> None:

@@ -166,7 +166,7 @@ def make_record(
         calibrant_version=__version__,
         recipe=plan.recipe,
         format=format_for(plan.target.layout).name if plan.target.layout else "dense",
-        model={"name": model.folder.name, **model.folder.identity()},
+        model={"name": model.folder.name, **model.folder.identity},
         made_by=made_by(model.folder),
         generator=_generator(model, plan),
         calibration=calibration.manifest if calibration is not None else None,
@@ -187,18 +187,18 @@ def compressed_share(plan: Plan, layers: list[LayerReport]) -> float:
     return plan.share_of(sum(blocks)) if blocks else plan.share
 
 
-def training_identity(
-    model: LazyModel, plan: Plan, calibration: CalibrationSet | None, settings: Settings
+def run_identity(
+    model: LazyModel, plan: Plan, calibration: dict[str, Any] | None, settings: Settings
 ) -> dict[str, Any]:
-    """Everything that determines the result of a training, except the set if it does not exist yet (None)."""
-    known = {"calibration": calibration.sha256} if calibration is not None else {}
+    """Everything that determines the result of a run; ``calibration`` describes the set that it uses."""
     spec = plan.target.spec
     return {
-        **known,
+        "calibration": calibration,
         "calibrant_version": __version__,
         "recipe": plan.recipe.model_dump(),
         "scale_dtype": str(spec.scale_dtype) if spec is not None else None,
-        "model": model.folder.identity(),
+        "format": plan.target.layout.format if plan.target.layout is not None else None,
+        "model": model.folder.identity,
         "generator": _generator(model, plan),
         "settings": settings.recorded().model_dump(),
         "libraries": library_versions(),

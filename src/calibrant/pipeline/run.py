@@ -1,10 +1,14 @@
 """Runs one compression, from a model folder to a verified output folder."""
 
-from dataclasses import dataclass, field
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from calibrant.allocator import map_large_blocks
@@ -16,28 +20,33 @@ from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.engine.compress_blocks import compress_blocks
 from calibrant.engine.round_head import round_head
 from calibrant.engine.two_stage_pruning import Pruned, prune_structure
-from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors_config import add_group
 from calibrant.formats.quantized import Layout
 from calibrant.formats.registry import format_for
+from calibrant.formats.safetensors_file import element_bytes
 from calibrant.formats.side_files import copy_side_files
 from calibrant.hashing import canonical_json
+from calibrant.journal import Journal
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.weight_files import INDEX_FILE
 from calibrant.output_folder import staged
 from calibrant.pipeline.memory import peak_memory
-from calibrant.pipeline.record import RunReport, Settings, compressed_share, make_record, training_identity
+from calibrant.pipeline.record import RunReport, Settings, compressed_share, make_record
 from calibrant.pipeline.write_gguf import GGUF_NAME, GgufExport
 from calibrant.progress import Progress
 from calibrant.recipes.plan import HeadPlan, Plan
 from calibrant.report.model_card import model_card
-from calibrant.training.journal import Journal
 from calibrant.training.quadapter import learn_scales
 from calibrant.training.scaled_model import PlacedPair
 from calibrant.training.train_model import train_model
-from calibrant.training.training_loop import Trained
+from calibrant.training.training_loop import CURVES, Trained
+
+# Names in the journal.
+_BUDGET, _PARTS = "budget", "parts"
+# Tensors outside the blocks are written together up to this size.
+_PART_BYTES = 1 << 30
 
 
 def run_compression(
@@ -46,49 +55,31 @@ def run_compression(
     calibration: CalibrationSet | None,
     output: Path,
     settings: Settings,
+    journal: Journal,
     progress: Progress,
     overwrite: bool = False,
 ) -> RunReport:
     """Compress ``model`` by ``plan`` into ``output``, which appears only if the whole run succeeds.
 
-    ZSAQ does not train on ``calibration`` but computes its held-out loss on it. An interrupted training leaves its
-    journal beside ``output``; running the same compression again resumes from the journal.
+    ZSAQ does not train on ``calibration`` but computes its held-out loss on it. An interrupted run leaves its state in
+    ``journal``, which is held; running the same compression again goes on from there.
 
     Raises:
         CalibrantError: the set does not fit the model, values are not finite, or the output cannot be written.
+        StoppedError: a signal asked to stop; the journal has the state.
     """
-    journal = _journal(model, plan, calibration, output, settings, overwrite)
     with staged(output, overwrite) as folder, torch.inference_mode():
-        run = _Run(model, plan, calibration, settings, progress, folder)
+        run = _Run(model, plan, calibration, settings, journal, progress, folder)
         run.check_finite()
         run.spend_budget()
-        if journal is not None:
-            run.learn(journal)
+        run.learn()
         # Only after training, which allocates and frees large blocks constantly.
         map_large_blocks()
         run.compress()
         files = run.write()
         report = run.report(output, files)
-        if journal is not None:
-            journal.keep_curves(folder / "training")
-    if journal is not None:
-        journal.remove()
+    journal.remove()
     return report
-
-
-def _journal(
-    model: LazyModel,
-    plan: Plan,
-    calibration: CalibrationSet | None,
-    output: Path,
-    settings: Settings,
-    overwrite: bool,
-) -> Journal | None:
-    if not plan.recipe.learns:
-        return None
-    if calibration is None:
-        raise CalibrantError(f"recipe {plan.recipe.name}: training needs a calibration set, and none was given")
-    return Journal(output, training_identity(model, plan, calibration, settings), overwrite)
 
 
 @dataclass
@@ -99,6 +90,7 @@ class _Run:
     plan: Plan
     given: CalibrationSet | None
     settings: Settings
+    journal: Journal
     progress: Progress
     folder: Path
     clock: Clock = field(default_factory=Clock)
@@ -127,19 +119,26 @@ class _Run:
 
     def spend_budget(self) -> None:
         """Choose every layer's bits or share of zeros, if the recipe has a budget."""
-        if self.plan.recipe.budget is not None and self.rows is not None:
+        if self.plan.recipe.budget is None or self.rows is None:
+            return
+        known = self.journal.read(_BUDGET)
+        if known is not None:
+            self.spent = TypeAdapter(SpentBudget).validate_python(known)
+        else:
             with self.clock.stage("sensitivity"):
-                self.plan, self.spent = spend_budget(
-                    self.model, self.plan, self.rows, self.settings.dtype, self.progress
-                )
+                self.spent = spend_budget(self.model, self.plan, self.rows, self.settings.dtype, self.progress)
+            self.journal.write(_BUDGET, asdict(self.spent))
+        self.plan = self.spent.applied_to(self.plan)
 
-    def learn(self, journal: Journal) -> None:
+    def learn(self) -> None:
         """Learn Quadapter's scales and train the whole model, if the recipe says so."""
+        if not self.plan.recipe.learns:
+            return
         assert self.given is not None
-        rows = self.given.rows
+        rows, journal = self.given.rows, self.journal
         places: list[PlacedPair] = []
         recipe, settings = self.plan.recipe, self.settings
-        with self.clock.stage("learn"), journal.removed_without_state():
+        with self.clock.stage("learn"):
             if recipe.quadapter is not None:
                 self.plan, places = learn_scales(
                     self.model, self.plan, recipe.quadapter, rows, settings.dtype, journal, self.progress
@@ -151,7 +150,7 @@ class _Run:
 
     def compress(self) -> None:
         """Compress and write the blocks."""
-        self._writer = CheckpointWriter(self.model, self.plan, self.folder, self._metadata)
+        self._writer = CheckpointWriter(self.model, self.plan, self.journal.folder / _PARTS, self._metadata)
         self.notes += [*self.plan.notes, *([self.trained.sentence()] if self.trained is not None else [])]
         if self.plan.recipe.changes_shape:
             assert self.rows is not None
@@ -168,6 +167,7 @@ class _Run:
             self.settings.dtype,
             self.settings.order,
             self._writer,
+            self.journal,
             self.clock,
             self.progress,
         )
@@ -208,17 +208,34 @@ class _Run:
             )
             head = self.plan.head
             compressed = self.model.stored_name(f"{head.name}.weight") if head is not None else None
-            for name in [*self.model.names_outside(self.plan.blocks), *self.model.unused]:
-                if name != compressed:
-                    self._writer.write({name: self.model.folder.read(name)})
-            files = self._writer.finish()
+            outside = [*self.model.names_outside(self.plan.blocks), *self.model.unused]
+            for names in self._in_parts([name for name in outside if name != compressed]):
+                self._writer.write({name: self.model.folder.read(name) for name in names})
+            files = self._writer.finish(self.folder)
             self._writer.write_input_rounding(self.folder)
             self._write_config()
             if self.calibration is not None:
                 self.calibration.save(self.folder / "calibration")
+            if (self.journal.folder / CURVES).is_dir():
+                shutil.copytree(self.journal.folder / CURVES, self.folder / "training")
             record.write(self.folder)
             (self.folder / "README.md").write_text(model_card(record.as_dict()), encoding="utf-8")
         return files
+
+    def _in_parts(self, names: list[str]) -> Iterator[list[str]]:
+        """``names`` of stored tensors in groups of at most ``_PART_BYTES``, or of one tensor."""
+        part: list[str] = []
+        size = 0
+        for name in names:
+            info = self.model.folder.tensors[name]
+            own = element_bytes(info.dtype) * math.prod(info.shape)
+            if part and size + own > _PART_BYTES:
+                yield part
+                part, size = [], 0
+            part.append(name)
+            size += own
+        if part:
+            yield part
 
     def _write_config(self) -> None:
         config, layout = self.config, self.plan.target.layout

@@ -9,7 +9,7 @@ import torch
 
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.pipeline.estimate import disk_bytes, measured_rate
+from calibrant.pipeline.estimate import measured_rate
 from calibrant.pipeline.prepare import PreparedRun, SetSize
 from calibrant.progress import Progress
 from calibrant.study.cache import Cache
@@ -102,7 +102,7 @@ def check_disk(resolved: Resolved, finished: set[Cell], cache: Cache, workers: i
     most = kept = 0
     for work in left:
         prepared = resolved.prepared[work.cell.model, work.cell.recipe]
-        output, running = disk_bytes(prepared.model, prepared.plan)
+        output, running = prepared.disk_bytes()
         most = max(most, running)
         kept += output if resolved.plan.keep_outputs else 0
     sets = {work.set_step.key: work.set_step for work in left}

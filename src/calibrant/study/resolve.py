@@ -139,7 +139,7 @@ def _model(name: str) -> Model:
     folder = ModelFolder(model_path(name))
     tokenizer = tokenizer_files_sha256(folder.path) or Tokenizer(folder.path).sha256
     templates = {path.name: sha256_file(path) for path in sorted(folder.path.glob("chat_template*")) if path.is_file()}
-    identity = {**folder.identity(), "tokenizer_sha256": tokenizer, "chat_templates": templates}
+    identity = {**folder.identity, "tokenizer_sha256": tokenizer, "chat_templates": templates}
     return Model(folder.name, folder.path, identity)
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from calibrant.errors import CalibrantError
+from calibrant.journal import Journal
 from calibrant.modeling.block_walk import BlockWalk, OpenedBlock
 from calibrant.modeling.foldable import FoldablePair, find_foldable, held
 from calibrant.modeling.lazy_model import LazyModel
@@ -25,7 +26,6 @@ from calibrant.quantization.grids import GridSpec
 from calibrant.recipes.parts import Quadapter
 from calibrant.recipes.plan import Plan
 from calibrant.training.fake_quantization import fake_quantize_tensor, fake_quantize_tokens, fake_quantize_weight
-from calibrant.training.journal import Journal
 from calibrant.training.scaled_model import PlacedPair
 from calibrant.training.trainable_block import TrainableBlock, trainable
 

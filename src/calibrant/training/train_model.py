@@ -9,6 +9,7 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 
 from calibrant.errors import CalibrantError
+from calibrant.journal import Journal
 from calibrant.methods.training import HELD_OUT_TOKENS, OnText, QuadapterEndToEnd, TrainingOptions, Zsaq
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
@@ -18,7 +19,6 @@ from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
 from calibrant.training.generator import Generator, read_embeddings
-from calibrant.training.journal import Journal
 from calibrant.training.learned_range import see_inputs
 from calibrant.training.rounded_model import RoundedModel
 from calibrant.training.scaled_model import PlacedPair, ScaledModel
@@ -118,7 +118,7 @@ def check_training(folder: ModelFolder, options: TrainingOptions) -> None:
 def generator_identity(folder: ModelFolder, options: TrainingOptions) -> dict[str, str] | None:
     """Identity of the generator's folder; None if the generator is the model itself or there is none."""
     if isinstance(options, Zsaq) and options.generator is not None:
-        return _generator_folder(folder, options).identity()
+        return _generator_folder(folder, options).identity
     return None
 
 

@@ -12,16 +12,20 @@ from typing import Any, Protocol
 import torch
 
 from calibrant.errors import CalibrantError
+from calibrant.journal import Journal
 from calibrant.methods.training import TrainingOptions
 from calibrant.progress import Progress
-from calibrant.training.journal import CURVES, Journal
 from calibrant.training.student import Student
 
 # Least interval between journal writes, and the least ratio of interval to writing time: the journal contains weights
 # and moments of every trained parameter, so writing it can take long (ours).
 JOURNAL_SECONDS = 30.0
 JOURNAL_SHARE = 20
-_NAME = "steps"
+CURVES = "curves"
+"""Subfolder of the journal for TensorBoard's files."""
+
+NAME = "steps"
+"""Name of the state in the journal."""
 
 
 class TrainStep(Protocol):
@@ -78,10 +82,10 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
     Raises:
         CalibrantError: the held-out loss is not finite.
     """
-    student, found = train_step.student, journal.read(_NAME)
+    student, found = train_step.student, journal.read(NAME)
     if found is None:
         # Curves without a state are left over from an interrupted training, which now starts again.
-        shutil.rmtree(journal.opened() / CURVES, ignore_errors=True)
+        shutil.rmtree(journal.folder / CURVES, ignore_errors=True)
         now = _TrainingState({0: student.held_out()}, _copy(student.learned))
         _check_finite(now, journal)
     else:
@@ -90,7 +94,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
         progress.note(f"training goes on after step {now.done}, from {journal.folder}")
     written, wait = time.monotonic(), JOURNAL_SECONDS
     with (
-        _curves(journal.opened() / CURVES, now.done, progress) as write_scalar,
+        _curves(journal.folder / CURVES, now.done, progress) as write_scalar,
         progress.task("training", options.steps) as task,
     ):
         if now.done:
@@ -110,7 +114,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
                 write_scalar(name, value, now.done)
             begin = time.monotonic()
             if now.ended or begin - written > wait:
-                journal.write(_NAME, {**vars(now), "train_step": train_step.state()})
+                journal.write(NAME, {**vars(now), "train_step": train_step.state()})
                 written = time.monotonic()
                 wait = max(JOURNAL_SECONDS, JOURNAL_SHARE * (written - begin))
     with torch.no_grad():

@@ -1,0 +1,23 @@
+"""``calibrant status``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calibrant.cli.console import JsonOption, terminal
+
+
+def status(
+    output: Annotated[Path, typer.Argument(help="Output folder of a run of compress.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Say where the run is that writes to a folder: running, interrupted after which block, or finished.
+
+    Example: calibrant status ./SmolLM2-w4
+    """
+    with terminal(False, as_json) as screen:
+        import calibrant as cb
+
+        found = cb.status(output)
+        screen.result(found.as_dict(), found.sentence())

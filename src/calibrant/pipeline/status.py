@@ -1,0 +1,78 @@
+"""Where the run is that writes to an output folder."""
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from calibrant.engine import block_checkpoints
+from calibrant.journal import SET, is_running, journal_folder, read_identity, saved_numbers, saved_states
+from calibrant.pipeline.record import RECORD_NAME, RunRecord
+from calibrant.training import training_loop
+
+State = Literal["finished", "running", "interrupted", "nothing"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run is.
+
+    Attributes:
+        output: the output folder.
+        state: "finished" (the output is there), "running", "interrupted" (the same command goes on), or "nothing".
+        recipe: the run's recipe; None if there is no run.
+        done: what is saved, as in "block 12 of 30"; empty if nothing is.
+        saved: when that was saved (local time, ISO 8601); None if nothing is.
+    """
+
+    output: Path
+    state: State
+    recipe: str | None = None
+    done: str = ""
+    saved: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**asdict(self), "output": str(self.output)}
+
+    def sentence(self) -> str:
+        """The status in one sentence."""
+        if self.state == "nothing":
+            return f"{self.output}: no run and no output"
+        if self.state == "finished":
+            return f"{self.output}: finished, by {self.recipe}"
+        saved = f"{self.done} is saved ({self.saved})" if self.done else "nothing is saved yet"
+        way = "" if self.state == "running" else "; the same command goes on from there" * bool(self.done)
+        return f"{self.output}: {self.state}, {self.recipe}; {saved}{way}"
+
+
+def run_status(output: Path) -> RunStatus:
+    """The status of the run that writes to ``output``: an unfinished one first, else the finished output.
+
+    Raises:
+        CalibrantError: the journal is damaged, or something else is in its place.
+    """
+    folder = journal_folder(output)
+    running = is_running(folder)
+    if folder.is_dir() and (running or saved_states(folder) or (folder / SET).is_dir()):
+        recipe = str(read_identity(folder)["recipe"]["name"])
+        states = saved_states(folder)
+        saved = None
+        if states:
+            saved = datetime.fromtimestamp(states[-1].written).astimezone().isoformat(timespec="seconds")
+        return RunStatus(output, "running" if running else "interrupted", recipe, _done(folder), saved)
+    if (output / RECORD_NAME).is_file():
+        return RunStatus(output, "finished", RunRecord.read(output).recipe.name)
+    return RunStatus(output, "nothing")
+
+
+def _done(folder: Path) -> str:
+    names = {state.name for state in saved_states(folder)}
+    if block_checkpoints.NAME in names:
+        numbers = saved_numbers(folder, block_checkpoints.NAME)
+        return f"block {numbers['done']} of {numbers['blocks']}"
+    if training_loop.NAME in names:
+        return f"step {saved_numbers(folder, training_loop.NAME)['done']} of the training"
+    others = {"budget": "the budget", "scales": "a part of the learned scales"}
+    found = [text for name, text in others.items() if name in names]
+    return found[-1] if found else "the calibration set" if (folder / SET).is_dir() else ""

@@ -1,0 +1,344 @@
+"""Runs that are killed, stopped or started twice: the same command ends with the bytes of an uninterrupted run."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import calibrant as cb
+from calibrant.cli.main import app
+from calibrant.engine import block_checkpoints
+from calibrant.errors import CalibrantError
+from calibrant.progress import NoProgress
+from tests.conftest import random_set, write_tokenizer
+
+BLOCKS = 6
+RECIPES: dict[str, dict[str, Any]] = {
+    "rtn": {"method": {"name": "rtn"}},
+    "gptq": {"method": {"name": "gptq"}},
+    "quantease": {"method": {"name": "quantease", "sweeps": 2}},
+    "spqr": {
+        "method": {"name": "spqr"},
+        "scheme": {"weights": {"bits": 4, "group_size": 16, "symmetric": False}},
+    },
+    "adpq": {"method": {"name": "adpq"}},
+    "hqq": {"method": {"name": "hqq"}, "scheme": {"weights": {"bits": 4, "group_size": 32, "symmetric": False}}},
+    "sparsegpt": {"method": {"name": "sparsegpt"}, "scheme": {"sparsity": "2:4"}},
+    "wanda": {"method": {"name": "wanda"}, "scheme": {"sparsity": "0.5"}},
+    "magnitude": {"method": {"name": "magnitude"}, "scheme": {"sparsity": "0.5"}},
+    "awq": {"method": {"name": "rtn"}, "transforms": [{"name": "awq", "steps": 3}]},
+    "static activations": {
+        "method": {"name": "gptq"},
+        "scheme": {"weights": {"bits": 8}, "activations": {"dynamic": False}},
+    },
+    "keys and values": {"method": {"name": "rtn"}, "scheme": {"weights": {"bits": 4}, "kv_cache": {"type": "int8"}}},
+    "drift": {"method": {"name": "gptq"}, "drift_correction": 0.5},
+    "budget": {"method": {"name": "gptq"}, "budget": {"choices": [2, 4, 8], "average": 4}},
+    "head": {"method": {"name": "rtn"}, "scheme": {"weights": {"bits": 4}, "lm_head": {}}},
+}
+
+
+def recipe(name: str) -> cb.Recipe:
+    said: dict[str, Any] = {"name": name, "description": "d", "scheme": {"weights": {"bits": 4, "group_size": 32}}}
+    return cb.Recipe.model_validate({**said, **RECIPES[name]})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers as hf
+
+    folder = tmp_path_factory.mktemp("interrupted") / "model"
+    config = hf.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=BLOCKS, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100, initializer_range=0.2, pad_token_id=None, max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf.LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _saving_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_checkpoints, "CHECKPOINT_SHARE", 0)
+
+
+class _Killed(BaseException):
+    pass
+
+
+class _KillsAfter(NoProgress):
+    """Ends the run when ``count`` blocks are done."""
+
+    def __init__(self, count: int) -> None:
+        self.left, self.notes = count, list[str]()
+
+    @contextmanager
+    def task(self, label: str, total: int | None) -> Iterator[Any]:
+        outer = self
+
+        class Handle:
+            def advance(self, steps: int = 1) -> None:
+                if label == "compressing" and steps == 1:
+                    outer.left -= 1
+                    if outer.left == 0:
+                        raise _Killed
+
+        yield Handle()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What has to be equal: everything but the report, which has times."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != "report.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def compressed(model: Path, output: Path, name: str, progress: NoProgress, **options: Any) -> None:
+    cb.compress(
+        model, output=output, recipe=recipe(name), calibration=random_set(model), progress=progress, dtype="float32",
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_broken_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path, name: str) -> None:
+    compressed(model, tmp_path / "whole", name, NoProgress())
+    for count in (2, 3):
+        with pytest.raises(_Killed):
+            compressed(model, tmp_path / "parts", name, _KillsAfter(count))
+        assert not (tmp_path / "parts").exists()
+    last = _KillsAfter(99)
+    compressed(model, tmp_path / "parts", name, last)
+    assert any(note.startswith(f"goes on after block 5 of {BLOCKS}") for note in last.notes)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+@pytest.mark.parametrize("order", ["two-pass", "independent"])
+def test_the_other_orders_go_on_too(model: Path, tmp_path: Path, order: str) -> None:
+    compressed(model, tmp_path / "whole", "gptq", NoProgress(), order=order)
+    with pytest.raises(_Killed):
+        compressed(model, tmp_path / "parts", "gptq", _KillsAfter(3), order=order)
+    compressed(model, tmp_path / "parts", "gptq", NoProgress(), order=order)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_values_that_blocks_hand_on_are_kept(tmp_path: Path) -> None:
+    import transformers as hf
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = hf.RwkvConfig(vocab_size=100, hidden_size=32, attention_hidden_size=32, num_hidden_layers=4)
+        hf.RwkvForCausalLM(config).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    compressed(tmp_path / "model", tmp_path / "whole", "gptq", NoProgress())
+    with pytest.raises(_Killed):
+        compressed(tmp_path / "model", tmp_path / "parts", "gptq", _KillsAfter(2))
+    compressed(tmp_path / "model", tmp_path / "parts", "gptq", NoProgress())
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_the_status_says_where_a_run_is(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert cb.status(output).state == "nothing"
+    with pytest.raises(_Killed):
+        compressed(model, output, "gptq", _KillsAfter(4))
+    found = cb.status(output)
+    assert (found.state, found.recipe, found.done) == ("interrupted", "gptq", f"block 4 of {BLOCKS}")
+    shown = CliRunner().invoke(app, ["status", str(output)]).stdout
+    assert f"interrupted, gptq; block 4 of {BLOCKS} is saved" in shown
+    assert "the same command goes on from there" in shown
+    compressed(model, output, "gptq", NoProgress())
+    assert json.loads(CliRunner().invoke(app, ["status", str(output), "--json"]).stdout)["state"] == "finished"
+
+
+def test_other_runs_are_refused_by_the_first_difference(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(_Killed):
+        compressed(model, output, "gptq", _KillsAfter(2))
+    with pytest.raises(CalibrantError, match=r"recipe\.description is .* there and"):
+        cb.compress(model, output=output, recipe="gptq-w4a16", calibration=random_set(model))
+    with pytest.raises(CalibrantError, match=r"settings\.compute_dtype is \"float32\" there and \"bfloat16\" here"):
+        cb.compress(model, output=output, recipe=recipe("gptq"), calibration=random_set(model), dtype="bfloat16")
+    other = random_set(model, seed=1)
+    with pytest.raises(CalibrantError, match=r"calibration\.sha256 is"):
+        cb.compress(model, output=output, recipe=recipe("gptq"), calibration=other, dtype="float32")
+    cb.compress(model, output=output, recipe="rtn-w8a8", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_set_that_the_model_wrote_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"recipe": recipe("gptq"), "samples": 4, "length": 16, "dtype": "float32"}
+    cb.compress(model, output=tmp_path / "whole", **options)
+    with pytest.raises(_Killed):
+        cb.compress(model, output=tmp_path / "parts", progress=_KillsAfter(1), **options)
+    monkeypatch.setattr("calibrant.pipeline.prepare.generate", None)  # not called again
+    cb.compress(model, output=tmp_path / "parts", **options)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def _truncate(journal: Path) -> None:
+    file = journal / "blocks.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def _empty(journal: Path) -> None:
+    (journal / "parts" / "part-00001.safetensors").write_bytes(b"")
+
+
+def _lose(journal: Path) -> None:
+    (journal / "parts" / "part-00000.safetensors").unlink()
+
+
+def _cut(journal: Path) -> None:
+    part = journal / "parts" / "part-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [_truncate, _empty, _lose, _cut])
+def test_a_damaged_journal_says_what_to_do(model: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    with pytest.raises(_Killed):
+        compressed(model, tmp_path / "out", "gptq", _KillsAfter(3))
+    damage(tmp_path / "out.journal")
+    with pytest.raises(CalibrantError, match=r"damaged .* delete .*out\.journal to begin the run anew"):
+        compressed(model, tmp_path / "out", "gptq", NoProgress())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_part_is_never_published(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(_Killed):
+        compressed(model, tmp_path / "out", "gptq", _KillsAfter(3))
+    part = tmp_path / "out.journal" / "parts" / "part-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(CalibrantError, match="is not what was solved"):
+        compressed(model, tmp_path / "out", "gptq", NoProgress())
+    assert not (tmp_path / "out").exists()
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[4])
+from pathlib import Path
+from calibrant.engine import block_checkpoints
+from calibrant.cli.main import main
+block_checkpoints.CHECKPOINT_SHARE = 0
+import calibrant.engine.compress_blocks as blocks
+import time
+solve = blocks._Compression.compress
+def slow(self, index):
+    time.sleep(0.3)
+    return solve(self, index)
+blocks._Compression.compress = slow
+model, output, calibration = sys.argv[1:4]
+sys.argv = f"calibrant compress {model} -o {output} -c {calibration} -r gptq-w4a16 --dtype float32".split()
+main()
+"""
+
+
+def started(model: Path, output: Path, calibration: Path) -> subprocess.Popen[str]:
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", SCRIPT, str(model), str(output), str(calibration), root]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not ready() and process.poll() is None:
+        time.sleep(0.02)
+    assert process.poll() is None
+
+
+@pytest.fixture
+def calibration(model: Path, tmp_path: Path) -> Path:
+    random_set(model).save(tmp_path / "set")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_block(model: Path, tmp_path: Path, calibration: Path, number: signal.Signals) -> None:
+    cb.compress(model, output=tmp_path / "whole", recipe="gptq-w4a16", calibration=calibration, dtype="float32")
+    process = started(model, tmp_path / "out", calibration)
+    wait_for((tmp_path / "out.journal" / "blocks.safetensors").is_file, process)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "stopping when what is being computed is finished and saved" in said
+    assert "the same command goes on from there" in said
+    assert cb.status(tmp_path / "out").state == "interrupted"
+    assert started(model, tmp_path / "out", calibration).wait() == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_two_runs_do_not_write_to_one_output_and_a_kill_leaves_what_goes_on(
+    model: Path, tmp_path: Path, calibration: Path
+) -> None:
+    output = tmp_path / "out"
+    cb.compress(model, output=tmp_path / "whole", recipe="gptq-w4a16", calibration=calibration, dtype="float32")
+    first = started(model, output, calibration)
+    wait_for((tmp_path / "out.journal" / "blocks.safetensors").is_file, first)
+    assert cb.status(output).state == "running"
+    with pytest.raises(CalibrantError, match="another run writes there now"):
+        cb.compress(model, output=output, recipe="gptq-w4a16", calibration=calibration, dtype="float32")
+    first.kill()
+    first.communicate()
+    assert cb.status(output).state == "interrupted"
+    cb.compress(model, output=output, recipe="gptq-w4a16", calibration=calibration, dtype="float32")
+    assert files(output) == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set", "whole"]
+
+
+def test_a_disk_that_is_too_small_is_seen_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    prepared = cb.prepare(model, output=tmp_path / "out", recipe=recipe("gptq"), calibration=random_set(model))
+    with pytest.raises(CalibrantError, match=r"needs about 0\.\d MB of disk, 0\.0 MB are free"):
+        prepared.run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_what_goes_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every write of a file in turn."""
+    compressed(model, tmp_path / "whole", "gptq", NoProgress())
+    writes = [0]
+
+    def failing(fails_at: int) -> Callable[..., None]:
+        def save(*args: Any, **kwargs: Any) -> None:
+            writes[0] += 1
+            if writes[0] == fails_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save_file(*args, **kwargs)
+
+        return save
+
+    for number in range(1, 100):
+        writes[0] = 0
+        save = failing(number)
+        monkeypatch.setattr("calibrant.formats.shards.save_file", save)
+        monkeypatch.setattr("calibrant.journal.save_file", save)
+        try:
+            compressed(model, tmp_path / "parts", "gptq", NoProgress())
+        except CalibrantError as error:
+            assert "no space left on the disk" in str(error)  # noqa: PT017
+        else:
+            break
+    assert number > 4
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
