@@ -123,8 +123,7 @@ class Journal:
             CalibrantError: another run holds it, or it belongs to another unfinished run.
         """
         with self._locked():
-            if (self.folder / _IDENTITY).is_file():
-                self._check()
+            self._clean()
             if not (self.folder / _IDENTITY).is_file():
                 with whole_file(self.folder / _IDENTITY) as beside:
                     beside.write_text(canonical_json(self._identity), encoding="utf-8")
@@ -134,17 +133,24 @@ class Journal:
                 if not _has_state(self.folder) and not (self.folder / SET).is_dir():
                     self.remove()
 
-    def _check(self) -> None:
-        """Empty the journal if it is another run's that cannot go on, or need not."""
-        if _has_state(self.folder):
+    def _clean(self) -> None:
+        """Remove what this run cannot go on from: everything of another run, and without a state all but the set.
+
+        Raises:
+            CalibrantError: another run can go on from it, and is not to be overwritten.
+        """
+        kept = {_LOCK}
+        if (self.folder / _IDENTITY).is_file():
             try:
                 check_same_run(self._output, self._identity)
-                return
+                if _has_state(self.folder):
+                    return
+                kept |= {_IDENTITY, SET}
             except CalibrantError:
-                if not self._overwrite:
+                if _has_state(self.folder) and not self._overwrite:
                     raise
         for path in self.folder.iterdir():
-            if path.name == _LOCK:
+            if path.name in kept:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -184,14 +184,21 @@ def test_other_runs_are_refused_by_the_first_difference(model: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_set_that_the_model_wrote_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [0, 1e9])
+def test_a_set_that_the_model_wrote_is_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """With a state of the blocks, and without one."""
+    monkeypatch.setattr(block_checkpoints, "CHECKPOINT_SHARE", share)
     options: dict[str, Any] = {"recipe": recipe("gptq"), "samples": 4, "length": 16, "dtype": "float32"}
     cb.compress(model, output=tmp_path / "whole", **options)
     with pytest.raises(_Killed):
-        cb.compress(model, output=tmp_path / "parts", progress=_KillsAfter(1), **options)
+        cb.compress(model, output=tmp_path / "parts", progress=_KillsAfter(2), **options)
+    assert cb.status(tmp_path / "parts").done == ("the calibration set" if share else f"block 2 of {BLOCKS}")
     monkeypatch.setattr("calibrant.pipeline.prepare.generate", None)  # not called again
     cb.compress(model, output=tmp_path / "parts", **options)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
 
 def _truncate(journal: Path) -> None:
