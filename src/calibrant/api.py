@@ -227,8 +227,11 @@ def prove(
     if engine not in ENGINES:
         raise CalibrantError(f"{engine}: no such engine; there are {', '.join(ENGINES)}")
     torch_dtype(dtype, torch_device(device))
-    if min(windows, new_tokens, threads) < 1:
-        raise CalibrantError(f"windows {windows}, new tokens {new_tokens}, threads {threads}: need at least 1 of each")
+    for what, count, least in (
+        ("windows", windows, 1), ("new tokens", new_tokens, 1), ("threads", threads, 1), ("length", length, 2)
+    ):  # fmt: skip
+        if count < least:
+            raise CalibrantError(f"{what} {count}: need at least {least}")
     listener = progress or NoProgress()
     folder = ModelFolder(model_path(model), allow_quantized=True)
     tokenizer = Tokenizer(folder.path)
@@ -247,9 +250,13 @@ def prove(
     if (folder.path / RECORD_NAME).is_file():
         keep_proof(folder.path, proof)
     if not proof.agrees:
+        why = f"log-probabilities differ by {proof.difference:.3g} on average, arithmetic explains {proof.allowed:.3g}"
+        if proof.difference <= proof.allowed:
+            why = f"it writes a token that is less likely by {proof.margin:.3g}, arithmetic explains {proof.choice:.3g}"
+            if proof.margin <= proof.choice:
+                why = f"it rounds no inputs: {proof.unrounded:.3g} off without rounding, {proof.difference:.3g} with"
         raise CalibrantError(
-            f"{folder.path}: {engine} {proof.version} does not compute what is stored, do not serve it there: "
-            f"log-probabilities differ by {proof.difference:.3g} on average, arithmetic explains {proof.allowed:.3g}"
+            f"{folder.path}: {engine} {proof.version} does not compute what is stored, do not serve it there: {why}"
         )
     return proof
 

@@ -247,7 +247,7 @@ def test_weights_that_float16_scales_cannot_hold_are_refused(
     ("awq", recipe(3, True), "4-bit weights, not 3"),
     ("awq", "rtn-w8a8", "for weights alone"),
     ("gptq", "wanda-2:4", "stored dense"),
-    ("gptq", "hqq-w4a16", "hqq fits no gptq checkpoint"),
+    ("gptq", "hqq-w4a16", "hqq stores its values dense, so no gptq checkpoint is written"),
     ("exl2", "gptq-w4a16", "no such format"),
 ])  # fmt: skip
 def test_what_a_format_cannot_hold(llama: Path, tmp_path: Path, checkpoint_format, chosen, said: str) -> None:

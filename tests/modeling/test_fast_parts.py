@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from calibrant.kernels import bfloat16_tile
 from calibrant.kernels.lookup import every_number
@@ -57,6 +59,21 @@ def test_norms_are_known_by_what_they_compute(model, tokens: torch.Tensor, monke
     blocks = {"llama": 2 * 2 + 1, "mixtral": 2 * 2 + 1, "qwen3": 2 * 4 + 1, "olmo2": 2 * 4 + 1}
     blocks |= {"gemma2": 2 * 4 + 1, "gemma3_text": 2 * 6 + 1}
     assert len(calls) == blocks.get(model.config.model_type, 0)
+
+
+@torch.inference_mode()
+def test_a_gate_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of Mamba 2 take a gate; without one they are plain norms."""
+    gated = Zamba2RMSNormGated(64, 64, eps=1e-5).bfloat16()
+    gated.weight.data.add_(torch.randn(64))
+    inputs, gate = torch.randn(2, 1, 8, 64).bfloat16()
+    expected = gated(inputs, gate), gated(inputs, gate=gate), gated(inputs, None)
+    norms.use_fast_norms(gated, torch.bfloat16, CPU)
+    found = gated(inputs, gate), gated(inputs, gate=gate), gated(inputs, None)
+    assert all(map(torch.equal, found, expected))
+    calls = counted(monkeypatch, norms, "rms_norm")
+    torch.testing.assert_close(gated(inputs), expected[2], rtol=0.02, atol=0.02)
+    assert len(calls) <= 1
 
 
 @torch.inference_mode()
@@ -134,6 +151,21 @@ def test_masks_of_another_kind_stay_with_sdpa(model, tokens: torch.Tensor, monke
     torch.testing.assert_close(found[0], expected[0], rtol=0.05, atol=0.05)
     torch.testing.assert_close(found[1, 9:], expected[1, 9:], rtol=0.05, atol=0.05)
     assert not calls
+
+
+@needs_bfloat16_tile
+def test_options_that_change_the_result_stay_with_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 16, 32, generator=generator).bfloat16()
+    bias = torch.randn(1, 2, 16, 16, generator=generator).bfloat16()
+    module = nn.Module()
+    calls = counted(monkeypatch, attention, "causal_attention")
+    found, _ = attention._forward(module, query, key, value, None, is_causal=True, position_bias=bias)
+    expected, _ = sdpa_attention_forward(module, query, key, value, None, is_causal=True, position_bias=bias)
+    assert torch.equal(found, expected)
+    assert not calls
+    attention._forward(module, query, key, value, None, is_causal=True, position_ids=torch.arange(16)[None])
+    assert len(calls) == 1
 
 
 def test_other_dtypes_keep_their_own_parts(model) -> None:

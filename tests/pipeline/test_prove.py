@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import calibrant as cb
 from calibrant.cli.main import app
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.dequantized_model import load_dequantized
+from calibrant.modeling.whole_model import load_whole
+from calibrant.pipeline import prove
 from tests.conftest import random_set
 
 from ..formats.test_packed_experts import saved
@@ -62,6 +66,55 @@ def test_asymmetric_weights_are_loaded_as_the_note_says(model: Path, tmp_path: P
     recipe = cb.builtin_recipes()["gptq-w4a16-g128-asym"].with_weights(None, 32)
     cb.compress(model, recipe=recipe, output=tmp_path / "out", calibration=random_set(model, 8, 32))
     assert cb.prove(tmp_path / "out", **SHORT).difference < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"), [("rtn-w8a8", "it rounds no inputs"), ("rtn-fp8", "log-probabilities differ")]
+)
+def test_an_engine_that_rounds_no_inputs_is_found_out(
+    model: Path, tmp_path: Path, recipe: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = made(model, tmp_path / "out", recipe)
+    plain = load_dequantized(ModelFolder(output, allow_quantized=True), torch.device("cpu"), torch.float32)
+    plain.save_pretrained(tmp_path / "plain")
+    ask = prove.ask
+    monkeypatch.setattr(
+        prove, "ask", lambda engine, python, one: ask(engine, python, replace(one, model=str(tmp_path / "plain")))
+    )
+    with pytest.raises(cb.CalibrantError, match=f"does not compute what is stored.*{why}"):
+        cb.prove(output, **SHORT)
+    (proof,) = cb.RunRecord.read(output).proofs
+    assert not proof.agrees
+    assert proof.unrounded < 0.01 < proof.difference
+
+
+def test_blocks_of_gguf_types_are_for_llama_cpp_alone(model: Path, tmp_path: Path) -> None:
+    output = made(model, tmp_path / "out", "gptq-q4_0")
+    with pytest.raises(cb.CalibrantError, match=r"only llama\.cpp reads its blocks"):
+        cb.prove(output, **SHORT)
+    assert "llama-cli -m path/to/this/folder/model.gguf" in (output / "README.md").read_text()
+
+
+def snippet(output: Path) -> str:
+    """The code of the model card, for the folder itself."""
+    card = (output / "README.md").read_text()
+    return card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(output))
+
+
+@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "asymmetric", "gptq-mxfp4a16", "rtn-w8a8", "wanda-50"])
+def test_the_code_of_the_model_card_loads_the_model(model: Path, tmp_path: Path, recipe: str) -> None:
+    chosen: Any = recipe
+    if recipe == "asymmetric":
+        chosen = cb.builtin_recipes()["gptq-w4a16-g128-asym"].with_weights(None, 32)
+    cb.compress(model, recipe=chosen, output=tmp_path / "out", calibration=random_set(model, 8, 32))
+    found: dict[str, Any] = {}
+    exec(snippet(tmp_path / "out"), found)  # our own
+    with torch.no_grad():
+        logits = found["model"](torch.arange(3, 20)[None]).logits
+        wanted = load_whole(ModelFolder(tmp_path / "out", allow_quantized=True), "cpu", "float32")(
+            torch.arange(3, 20)[None]
+        ).logits
+    assert (logits.float() - wanted).norm() < 0.05 * wanted.norm()
 
 
 def test_an_engine_that_reads_something_else_is_found_out(tmp_path: Path) -> None:
@@ -170,7 +223,7 @@ def test_integers_become_the_type_that_has_them(wide: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("recipe", "options", "said"), [
     ("gptq-nvfp4a16", {"checkpoint_format": "gguf"}, "no type of GGUF files has nvfp4"),
-    ("rtn-w8a8", {"checkpoint_format": "gguf"}, "no type of GGUF files has these integers"),
+    ("rtn-w8a8", {"checkpoint_format": "gguf"}, "GGUF files say nothing of activations"),
     ("gptq-w4a16-budget", {"checkpoint_format": "gguf"}, "leave gguf out"),
     ("gptq-q4_k", {"checkpoint_format": "awq"}, "q4_k is a type of GGUF files: leave out the awq format"),
     ("gptq-q4_k", {"bits": 3}, "q4_k weights have 4 bits, groups of 32 and minima"),
@@ -253,7 +306,8 @@ def test_the_command_prints_what_was_seen(model: Path, tmp_path: Path) -> None:
     ({"engine": "vllm", "python": sys.executable}, "has no package vllm, which runs vllm; install it there"),
     ({"python": "/no/such/python"}, "is no Python that runs"),
     ({"engine": "exllama"}, "exllama: no such engine; there are transformers, vllm, llama.cpp"),
-    ({"windows": 0}, "need at least 1 of each"),
+    ({"windows": 0}, "windows 0: need at least 1"),
+    ({"length": 1}, "length 1: need at least 2"),
     ({"gguf": "x.gguf"}, "only llama.cpp loads GGUF files, not transformers"),
     ({"dtype": "int4"}, "int4: no such dtype"),
 ])  # fmt: skip

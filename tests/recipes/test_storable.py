@@ -74,7 +74,7 @@ def test_what_loads_is_written(name: str, tmp_path: Path) -> None:
 def test_other_formats_refuse_with_the_reason(tmp_path: Path) -> None:
     config, why = UNPACKABLE["olmo_hybrid"]
     model = saved(config(), tmp_path / "model")
-    with pytest.raises(CalibrantError, match=f"{why}.*fits no gptq checkpoint"):
+    with pytest.raises(CalibrantError, match=f"{why}.*so no gptq checkpoint is written"):
         cb.prepare(model, output=tmp_path / "out", recipe=RECIPE, checkpoint_format="gptq")
 
 

@@ -120,7 +120,7 @@ class _Compression:
                         "experts beside packed ones; ignore them, then the model is stored dense"
                     )
                 self._note(f"{block.name}: {unseen} left as they are, no product with one expert was seen")
-            for text in block.structure.partly(ignored):
+            for text in block.structure.partly(lambda name: plan.recipe.ignores(f"{plan.blocks[index]}.{name}")):
                 self._note(text)
             solver = BlockSolver(block, plan, self._clock)
             outputs: list[torch.Tensor] = []

@@ -17,6 +17,8 @@ _FLOAT32_NOISE = 2.0**-20
 # What log-probabilities that are computed in float32 may differ by, and how many times the noise seen (ours).
 _FLOOR = 1e-3
 _FACTOR = 4.0
+# An engine that is so much nearer to the reference without rounded inputs than to the one with them rounds none (ours).
+_NEARER = 0.5
 # Tokens less likely than this are not looked at for the largest difference (ours).
 _LIKELY = 0.01
 
@@ -34,6 +36,8 @@ class Agreement:
         allowed: the largest ``difference`` that the engine's arithmetic explains.
         same_tokens: how many tokens of the engine's greedy text are the reference's choice, before the first other one.
         margin: at that one, how much likelier the reference's choice is; 0 if there is none.
+        choice: the largest ``margin`` that the engine's arithmetic explains.
+        unrounded: the difference from the reference that does not round inputs.
     """
 
     difference: float
@@ -41,11 +45,18 @@ class Agreement:
     allowed: float
     same_tokens: int
     margin: float
+    choice: float
+    unrounded: float
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the engine rounds inputs if the reference does."""
+        return self.difference <= _FLOOR or self.unrounded >= _NEARER * self.difference
 
     @property
     def agrees(self) -> bool:
         """Whether the engine computes what the reference does; choices may differ where both are about as likely."""
-        return self.difference <= self.allowed and self.margin <= 2 * max(self.largest, self.allowed)
+        return self.rounds and self.difference <= self.allowed and self.margin <= self.choice
 
 
 def agreement(
@@ -56,13 +67,14 @@ def agreement(
     written: Sequence[int],
     dtype: torch.dtype,
     unrounded: Sequence[torch.Tensor],
+    unpacked: Sequence[torch.Tensor] | None,
 ) -> Agreement:
     """Compare an engine's ``answers`` on ``windows`` and its greedy text with ``reference``, which rounds as it does.
 
     What its arithmetic in ``dtype`` explains is seen by running the reference again, with the inputs of every linear
     changed at random by as much as that dtype, or sums in another order, may change them. ``unrounded`` are
-    ``log_probabilities`` of the reference before it rounds inputs: how far these are is allowed too, since a value
-    between two numbers goes to either.
+    ``log_probabilities`` of the reference before it rounds inputs; ``unpacked`` the same with weights as an engine
+    unpacks them, None if it does not: how far these are from ``unrounded`` is allowed too.
     """
     logs = log_probabilities(reference, windows)
     with torch.inference_mode():
@@ -71,16 +83,21 @@ def agreement(
         text = torch.tensor([*prompt, *written])
         choices = _logs(reference, text)[len(prompt) - 1 :]
     apart = [_distance(answer, log) for answer, log in zip(answers, logs, strict=True)]
-    noise = [_distance(answer, log)[0] for answer, log in zip(_named(noisy, answers), logs, strict=True)]
-    rounding = [_distance(answer, log)[0] for answer, log in zip(_named(unrounded, answers), logs, strict=True)]
+    noise = [_distance(answer, log) for answer, log in zip(_named(noisy, answers), logs, strict=True)]
+    allowed = _FLOOR + _FACTOR * _mean([one for one, _ in noise])
+    if unpacked is not None:
+        moved = zip(_named(unpacked, answers), unrounded, strict=True)
+        allowed += _mean([_distance(answer, log)[0] for answer, log in moved])
     gaps = [float(log.max() - log[token]) for log, token in zip(choices, written, strict=True)]
     same = next((place for place, gap in enumerate(gaps) if gap > 0), len(gaps))
     return Agreement(
         difference=_mean([one for one, _ in apart]),
         largest=max(largest for _, largest in apart),
-        allowed=_FLOOR + _FACTOR * _mean(noise) + _mean(rounding),
+        allowed=allowed,
         same_tokens=same,
         margin=gaps[same] if same < len(gaps) else 0.0,
+        choice=2 * max(_FACTOR * max(largest for _, largest in noise), allowed),
+        unrounded=_mean([_distance(answer, log)[0] for answer, log in zip(answers, unrounded, strict=True)]),
     )
 
 

@@ -13,6 +13,8 @@ from calibrant.kernels import bfloat16_tile
 from calibrant.kernels.causal_attention import causal_attention
 
 _NAME = "calibrant_causal"
+# Tensors that models hand to every attention, and sdpa does not look at.
+_HARMLESS = {"position_ids", "cache_position"}
 
 
 def use_fast_attention(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
@@ -42,7 +44,7 @@ def _forward(
     plain = causal and dropout == 0.0 and length == key.shape[2] > 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     fits = query.shape[-1] == value.shape[-1] and query.shape[-1] % 2 == 0 and scale > 0
-    if plain and fits and query.dtype is torch.bfloat16:
+    if plain and fits and query.dtype is torch.bfloat16 and not _means_more(kwargs):
         window = length if attention_mask is None else _window(attention_mask, length)
         if window:
             return causal_attention(query, key, value, scale, window), None
@@ -50,6 +52,12 @@ def _forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
     )
     return result
+
+
+def _means_more(options: dict[str, Any]) -> bool:
+    """Whether these further options change the result (a bias of positions, sinks, soft-capped scores)."""
+    tensors = (name for name, value in options.items() if isinstance(value, torch.Tensor))
+    return any(name not in _HARMLESS for name in tensors) or options.get("softcap") is not None
 
 
 def _window(mask: torch.Tensor, length: int) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from calibrant.modeling.entry import cast, enter_blocks
+from calibrant.modeling.entry import enter_blocks
 from calibrant.modeling.inputs import Carried, MicroBatch, call_block
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, probe_block
@@ -101,7 +101,7 @@ class BlockWalk:
         name = self.blocks[index]
         with self.model.loaded(name) as module:
             state = {key: value.data for key, value in module.state_dict().items()}
-            cast(module, self.dtype, copy=True)
+            self.model.cast(name, self.dtype, copy=True)
             probe = replace(self.probe, carried=self._before.get(index, {}))
             structure = probe_block(module, index, probe)
             self._before[index + 1] = {**probe.carried, **probe.returned}
@@ -122,7 +122,7 @@ class BlockWalk:
         with torch.inference_mode(False), torch.no_grad():
             self.model.load(self.model.names_outside(self.blocks))
             self.model.module.tie_weights()
-            cast(self.model.module, self.dtype)
+            self.model.cast("", self.dtype)
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING
 from calibrant.hashing import sha256_file, sha256_json
 from calibrant.modeling.decoded_tensors import DecodedTensors, decoded_dtype
+from calibrant.modeling.expert_tensors import SplitExperts
 from calibrant.modeling.model_config import (
     CONFIG_FILE,
     LANGUAGE_MODELS,
@@ -22,7 +23,7 @@ from calibrant.modeling.model_config import (
     read_config_dict,
     without_quantization,
 )
-from calibrant.modeling.weight_files import find_weights
+from calibrant.modeling.weight_files import TensorInfo, find_weights
 
 
 class ModelFolder:
@@ -65,6 +66,7 @@ class ModelFolder:
         check_sizes(self.path / CONFIG_FILE, self.config_dict, len(self.tensors))
         self.config = parse_config(self.path)
         self._decoded: DecodedTensors | None = None
+        self._joined: dict[str, SplitExperts] = {}
         if dequantize:
             self._decode()
 
@@ -114,7 +116,17 @@ class ModelFolder:
         Raises:
             CalibrantError: the file cannot be read.
         """
+        if name in self._joined:
+            return self._joined[name].joined(self.read)
         return self._read(name) if self._decoded is None else self._decoded.read(name)
+
+    def join(self, experts: SplitExperts) -> None:
+        """Present the linears of ``experts`` as the fused parameter that they are parts of."""
+        parts = set(experts.stored)
+        first = self.tensors[experts.stored[0]]
+        kept = {name: info for name, info in self.tensors.items() if name not in parts}
+        self.tensors = {**kept, experts.parameter: TensorInfo(first.file, first.dtype, experts.shape)}
+        self._joined[experts.parameter] = experts
 
     def _read(self, name: str) -> torch.Tensor:
         try:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from calibrant.errors import CalibrantError
 from calibrant.modeling.activations import use_fast_activations
@@ -32,7 +31,7 @@ def enter_blocks(
     use_fast_norms(model.module, dtype, device)
     use_fast_activations(model.module, dtype, device)
     model.load_outside(blocks)
-    cast(model.module, dtype)
+    model.cast("", dtype)
     tokens = torch.arange(_PROBE_TOKENS, device=device)[None] % model.folder.vocabulary
     hidden, calls = record_inputs(model.module, blocks, tokens)
     probe = MicroBatch(hidden, torch.ones_like(tokens, dtype=torch.bool), calls)
@@ -69,10 +68,3 @@ def _micro_batches(rows: TokenRows) -> Iterator[TokenRows]:
         for begin in range(0, len(numbers), size):
             chosen = numbers[begin : begin + size]
             yield TokenRows(rows.ids[chosen, :length].long(), counted[chosen, :length])
-
-
-def cast(module: nn.Module, dtype: torch.dtype, copy: bool = False) -> None:
-    """Cast all parameters to ``dtype``; buffers (rotary frequencies) keep theirs."""
-    for parameter in module.parameters():
-        if parameter.device.type != "meta":
-            parameter.data = parameter.data.to(dtype, copy=copy)

@@ -1,5 +1,6 @@
 """How a checkpoint with one linear per expert names the parts of fused expert weights."""
 
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,17 +48,45 @@ def is_split(model: PreTrainedModel, parameter: str) -> bool:
     return patch is not None and QuantizationMethod.COMPRESSED_TENSORS in patch["quantization_methods"]
 
 
+@dataclass(frozen=True)
+class SplitExperts:
+    """The fused ``parameter`` of ``shape`` ``[experts, in, out]``, stored as the linears ``parts``."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    parts: list[ExpertTensor]
+
+    @property
+    def stored(self) -> list[str]:
+        """Names of the stored weights."""
+        return [f"{part.name}.weight" for part in self.parts]
+
+    def joined(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The value of the parameter; ``read`` gives the stored weights ``[out, in]``."""
+        joined: torch.Tensor | None = None
+        for part, name in zip(self.parts, self.stored, strict=True):
+            weight = read(name)
+            joined = torch.empty(self.shape, dtype=weight.dtype) if joined is None else joined
+            joined[part.expert][:, part.rows] = weight.T
+        assert joined is not None
+        return joined
+
+
+def split_experts(model: PreTrainedModel, names: Container[str]) -> list[SplitExperts]:
+    """The fused parameters of ``model`` that a checkpoint with the tensors ``names`` stores as separate linears."""
+    found = []
+    for parameter, values in fused_parameters(model).items():
+        if is_split(model, parameter):
+            one = SplitExperts(parameter, tuple(values.shape), _split(parameter, tuple(values.shape)))
+            if all(name in names for name in one.stored):
+                found.append(one)
+    return found
+
+
 def join_split_experts(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
     """Replace, in a checkpoint's ``state``, linears of experts by the fused parameters that ``model`` has for them."""
-    for parameter, values in fused_parameters(model).items():
-        if not is_split(model, parameter):
-            continue
-        parts = _split(parameter, tuple(values.shape))
-        if all(f"{part.name}.weight" in state for part in parts):
-            joined = torch.empty(values.shape, dtype=state[f"{parts[0].name}.weight"].dtype)
-            for part in parts:
-                joined[part.expert][:, part.rows] = state.pop(f"{part.name}.weight").T
-            state[parameter] = joined
+    for experts in split_experts(model, state):
+        state[experts.parameter] = experts.joined(state.pop)
 
 
 def _split(parameter: str, shape: tuple[int, ...]) -> list[ExpertTensor]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -9,6 +10,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    build_glob_alternation,
     convert_and_load_state_dict_in_model,
     revert_weight_conversion,
 )
@@ -16,8 +18,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.modeling.checkpoint import ModelFolder, model_class
+from calibrant.modeling.expert_tensors import split_experts
 from calibrant.modeling.quietly import quietly
 from calibrant.modeling.tensor_sources import account_for_tensors
+from calibrant.wording import and_more
 
 
 class LazyModel:
@@ -30,20 +34,32 @@ class LazyModel:
         folder: the model.
         dtype: dtype of loaded parameters.
         device: device of loaded parameters.
+        computes: dtype that the model will compute in, for which it makes its buffers; by default that of parameters.
 
     Raises:
         CalibrantError: the configuration makes no model, the checkpoint lacks weights of a parameter or stores them in
             another shape, or it holds tensors that belong to a layer which does not take them.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, folder: ModelFolder, dtype: torch.dtype, device: torch.device, computes: torch.dtype | None = None
+    ) -> None:
         self.folder, self.dtype, self.device = folder, dtype, device
-        self.module = _skeleton(folder, dtype, device)
+        computes = computes or dtype
+        self.module = _skeleton(folder, computes, device)
+        # Which parameters and buffers the model wants in float32, whatever it computes in.
+        self._dtype_plan: dict[str, torch.dtype] = self.module._get_dtype_plan(computes)
+        self._wide = _matching(self.module, list(self._dtype_plan))
+        for name, parameter in self.module.named_parameters():
+            if name not in self._wide:
+                parameter.data = parameter.data.to(dtype)
         self._dtypes = {
             (module, name): parameter.dtype
             for module in self.module.modules()
             for name, parameter in module.named_parameters(recurse=False)
         }
+        for experts in split_experts(self.module, folder.tensors):
+            folder.join(experts)
         self._rules = get_model_conversion_mapping(self.module)
         self._stored = account_for_tensors(self.module, self._rules, folder.tensors, folder.path)
         self._sources = self._stored.of
@@ -65,11 +81,11 @@ class LazyModel:
         notes = []
         unused = self._stored.unused
         if unused:
-            more = f" and {len(unused) - 1} more tensors" if len(unused) > 1 else ""
+            more = and_more(len(unused) - 1, "tensor")
             notes.append(f"copied as they are, since no parameter of the model takes them: {unused[0]}{more}")
         unread = self.folder.unread
         if unread:
-            more = f" and {len(unread) - 1} more files" if len(unread) > 1 else ""
+            more = and_more(len(unread) - 1, "file")
             notes.append(f"not read, since transformers loads other weights from the folder: {unread[0].name}{more}")
         return notes
 
@@ -135,6 +151,7 @@ class LazyModel:
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
+            dtype_plan=self._dtype_plan,
             weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]  # typed for one subclass of rules
         )
         with quietly():
@@ -144,6 +161,17 @@ class LazyModel:
         problems = [*info.error_msgs, *map(str, info.conversion_errors)]
         if problems:
             raise CalibrantError(f"{self.folder.path}: weights do not fit the configuration ({problems[0]})")
+
+    def cast(self, prefix: str, dtype: torch.dtype, copy: bool = False) -> None:
+        """Cast the parameters of the module at ``prefix`` to ``dtype``, but those that the model wants in float32.
+
+        Buffers (rotary frequencies) keep theirs.
+        """
+        module = self.module.get_submodule(prefix)
+        for name, parameter in module.named_parameters():
+            full = f"{prefix}.{name}" if prefix else name
+            if parameter.device.type != "meta":
+                parameter.data = parameter.data.to(torch.float32 if full in self._wide else dtype, copy=copy)
 
     def names_outside(self, prefixes: list[str]) -> list[str]:
         """Names of the checkpoint tensors outside the modules at ``prefixes``: embeddings, final norm, head."""
@@ -211,6 +239,15 @@ class LazyModel:
         """Convert parameters to checkpoint tensors: the inverse of ``load``, for the parameters loaded last."""
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.module, parameters)
         return reverted
+
+
+def _matching(module: nn.Module, patterns: list[Any]) -> frozenset[str]:
+    """Names of parameters and buffers that one of transformers' ``patterns`` is in."""
+    if not patterns:
+        return frozenset()
+    expression, _, _ = build_glob_alternation(patterns)
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return frozenset(name for name in names if expression.search(name))
 
 
 def _skeleton(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,9 +52,15 @@ def use_fast_norms(model: nn.Module, dtype: torch.dtype, device: torch.device) -
             module.forward = _forward(module, norm)
 
 
-def _forward(module: nn.Module, norm: _Norm) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        return norm.apply(hidden_states, module.get_parameter("weight"))
+def _forward(module: nn.Module, norm: _Norm) -> Callable[..., torch.Tensor]:
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(args) == 1 and not kwargs:
+            return norm.apply(args[0], module.get_parameter("weight"))
+        # Gated norms (Mamba 2's) are plain ones without their second argument.
+        result: torch.Tensor = original(*args, **kwargs)
+        return result
 
     return forward
 
@@ -68,7 +75,7 @@ def _norm_of(module: nn.Module) -> _Norm | None:
     inputs = (_PROBE_SCALE * torch.randn(_PROBE_ROWS, len(weight), generator=generator)).bfloat16()
     try:
         expected = functional_call(module, {"weight": weight}, (inputs,))
-    except (RuntimeError, TypeError, ValueError):  # it expects other arguments than one tensor
+    except Exception:  # it expects other arguments than one tensor, and model code raises anything without them
         return None
     if not isinstance(expected, torch.Tensor) or expected.shape != inputs.shape or expected.dtype is not inputs.dtype:
         return None

@@ -87,8 +87,8 @@ class BlockStructure:
                 names = [linear.name for linear in stage.linears if ignored(linear.name)]
                 if names and len(names) < len(stage.linears):
                     sentences.append(
-                        f"{', '.join(names)} read the same input as layers that are compressed: engines that fuse such "
-                        "layers, like vLLM, may not load the result"
+                        f"{', '.join(names)}: left as they are beside compressed layers of the same input, which "
+                        "engines like vLLM fuse with them; they may not load the result"
                     )
         return sentences
 

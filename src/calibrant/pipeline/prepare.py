@@ -200,14 +200,15 @@ def prepare(
     if checkpoint_format not in FORMATS:
         raise CalibrantError(f"{checkpoint_format}: no such format; there are {', '.join(FORMATS)}")
     place = torch_device(device)
-    lazy = LazyModel(folder, folder.dtype, place)
+    computes = torch_dtype(dtype, place)
+    lazy = LazyModel(folder, folder.dtype, place, computes)
     plan = make_plan(lazy, find_blocks(lazy.module), chosen, checkpoint_format)
     plan = replace(plan, notes=[*lazy.notes, *plan.notes])
     if plan.target.layout is not None and plan.target.layout.format == "gguf":
         check_gguf(folder)
     if chosen.changes_shape:
         check_structure(lazy, plan)
-    settings = Settings(torch_dtype(dtype, place), place, order)
+    settings = Settings(computes, place, order)
     prepared = PreparedRun(lazy, plan, settings, target, used, own, overwrite)
     if goes_on:
         check_same_run(target, prepared.identity())

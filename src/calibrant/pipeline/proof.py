@@ -12,7 +12,7 @@ class Proof:
         version: its version; of llama.cpp that of the package xllamacpp.
         dtype: what it computed in.
         tokens: positions at which log-probabilities were compared.
-        difference, largest, allowed, same_tokens, margin: as in ``Agreement``, in nats.
+        difference, largest, allowed, same_tokens, margin, choice, unrounded: as in ``Agreement``, in nats.
         new_tokens: tokens that it wrote.
         kl: the least that the divergence of its next tokens from the original's can be, in nats a token; None without
             an original.
@@ -31,6 +31,8 @@ class Proof:
     allowed: float
     same_tokens: int
     margin: float
+    choice: float
+    unrounded: float
     new_tokens: int
     kl: float | None
     load_seconds: float

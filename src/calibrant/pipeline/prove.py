@@ -15,6 +15,7 @@ from calibrant.errors import CalibrantError
 from calibrant.evaluation.agreement import Agreement, agreement, divergence_from, log_probabilities
 from calibrant.evaluation.engines.ask import Answer, EngineName, Request, ask
 from calibrant.evaluation.text import EvaluationText
+from calibrant.formats.gguf_blocks import GgufBlocks
 from calibrant.formats.gguf_names import gguf_library
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gpt_oss import GptOssExperts
@@ -66,6 +67,8 @@ def prove_in_engine(
     Raises:
         CalibrantError: the engine is not there, or fails on the model.
     """
+    if engine != "llama.cpp" and (folder.quantization or {}).get("format") == GgufBlocks.name:
+        raise CalibrantError(f'{folder.path}: only llama.cpp reads its blocks; prove it with `engine="llama.cpp"`')
     with _served(folder, engine, gguf, progress) as served:
         request = _request(folder, engine, served, question)
         with progress.task(f"asking {engine}", None):
@@ -75,14 +78,18 @@ def prove_in_engine(
             _take_embeddings(reference, served)
         windows = list(question.text.windows)
         with progress.task("comparing", None):
-            unpacked = engine == "transformers" and _is_packed(folder)
-            unrounded = log_probabilities(_decoded(folder, exact=False) if unpacked else reference, windows)
+            unrounded = log_probabilities(reference, windows)
+            unpacked = None
+            if engine == "transformers" and _is_packed(folder):
+                unpacked = log_probabilities(_decoded(folder, exact=False), windows)
             _round_inputs(reference, folder, engine, served)
             dtype = torch.float32 if engine == "llama.cpp" else getattr(torch, question.dtype)
-            if unpacked and fused_parameters(reference):
+            if unpacked is not None and fused_parameters(reference):
                 # Of scales, in which transformers multiplies unpacked experts.
                 dtype = decoded_dtype(folder.config_dict)
-            found = agreement(reference, windows, answer.positions, request.prompt, answer.written, dtype, unrounded)
+            found = agreement(
+                reference, windows, answer.positions, request.prompt, answer.written, dtype, unrounded, unpacked
+            )
     with progress.task("the original", None):
         kl = None
         if against is not None:

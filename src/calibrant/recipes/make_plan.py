@@ -28,6 +28,7 @@ from calibrant.recipes.plan_checks import (
 from calibrant.recipes.plan_head import head_plan
 from calibrant.recipes.plan_notes import group_notes, head_notes, left_notes, storage_notes, with_share_note
 from calibrant.recipes.recipe import AUTOMATIC_GROUP_SIZES, Recipe
+from calibrant.wording import and_more
 
 _SCALES = {"mxfp4": MX_SCALE, "nvfp4": NV_SCALE}
 # Rows with one scale; None: all.
@@ -104,7 +105,11 @@ def _as_gguf(recipe: Recipe, format_name: FormatName) -> tuple[Recipe, FormatNam
         for name, one in GGUF_TYPES.items()
         if one.sub_scale is None and one.bits >= weights.bits and one.minima != weights.symmetric
     ]
-    if weights.type != "int" or recipe.scheme.activations is not None or not known:
+    if recipe.scheme.activations is not None:
+        raise CalibrantError(
+            "GGUF files say nothing of activations, which llama.cpp rounds in its own way: leave them out"
+        )
+    if weights.type != "int" or not known:
         kind = weights.type if weights.type != "int" else "these integers"
         raise CalibrantError(f"no type of GGUF files has {kind}: take one of {', '.join(GGUF_TYPES)}")
     search: RangeSearch = "none" if weights.range_search in ("none", "mse") else "importance"
@@ -172,8 +177,7 @@ def _fit_groups(recipe: Recipe, layers: ModelLayers) -> Recipe:
     if weights.floating:
         way = f"{weights.type} has no other size: ignore these layers, or take fp8 or integers"
     raise CalibrantError(
-        f"group size {weights.group_size} does not divide the {width} inputs of {name} "
-        f"(and {len(wrong) - 1} more layers); {way}"
+        f"group size {weights.group_size} does not divide the {width} inputs of {name}{and_more(len(wrong) - 1)}; {way}"
     )
 
 

@@ -34,15 +34,20 @@ def check_blocks(recipe: Recipe, layers: ModelLayers) -> None:
     weights, activations = recipe.scheme.weights, recipe.scheme.activations
     if weights is not None and weights.granularity == "block":
         wrong = {name: shape for name, shape in layers.linears.items() if any(size % BLOCK_SIZE for size in shape)}
-        if wrong or layers.fused:
-            name = next(iter(wrong or layers.fused))
+        if wrong:
             raise CalibrantError(
-                f"blocks of {BLOCK_SIZE} x {BLOCK_SIZE} do not divide {name}; take granularity: channel, or ignore it"
+                f"blocks of {BLOCK_SIZE} x {BLOCK_SIZE} do not divide {next(iter(wrong))}; take granularity: channel, "
+                "or ignore it"
+            )
+        if layers.fused:
+            raise CalibrantError(
+                f"{next(iter(layers.fused))}: fused experts, which do not become blocks of {BLOCK_SIZE} x {BLOCK_SIZE} "
+                "here; take granularity: channel"
             )
     if activations is not None and activations.type != "int8" and layers.unpackable:
         raise CalibrantError(
-            f"a model whose {layers.obstacle} has no checkpoint with {activations.type} activations: "
-            "leave activations out, or take int8"
+            f"{layers.obstacle}, so no checkpoint of this model has {activations.type} activations: leave activations "
+            f"out{'' if layers.fused else ', or take int8'}"
         )
 
 
@@ -82,17 +87,15 @@ def check_format(layout: Layout, layers: ModelLayers, recipe: Recipe) -> None:
     """
     if layout.format == "compressed-tensors" and layers.joined and not layout.symmetric and not layers.unpackable:
         raise CalibrantError(
-            f"{layers.joined[0]}: no engine loads packed experts with zero points; take symmetric weights, or ignore "
-            "the experts"
+            f"{layers.joined[0]}: no engine loads packed experts with zero points; take symmetric weights"
         )
     if layout.format in ("compressed-tensors", "gpt-oss"):
         return
     if layout.format == "gguf":
         if recipe.stored_dense or layers.unpackable or layers.fused:
-            what = (
-                recipe.method.name if recipe.stored_dense else f"a model whose {layers.obstacle or 'experts are fused'}"
-            )
-            raise CalibrantError(f"{what} fits no GGUF file here: take compressed-tensors")
+            what = layers.obstacle or "the experts are fused"
+            what = f"{recipe.method.name} has values that no type holds" if recipe.stored_dense else what
+            raise CalibrantError(f"{what}, so no GGUF file is written: take compressed-tensors")
         return
     if layout.type != "int":
         raise CalibrantError(f"the {layout.format} format is for integers: take compressed-tensors for {layout.type}")
@@ -103,8 +106,8 @@ def check_format(layout: Layout, layers: ModelLayers, recipe: Recipe) -> None:
         refusal = f"{next(iter(layers.fused))} is fused, which the {layout.format} format has no names for: "
         refusal += "take compressed-tensors"
     if recipe.stored_dense or layers.unpackable:
-        what = recipe.method.name if recipe.stored_dense else f"a model whose {layers.obstacle}"
-        refusal = f"{what} fits no {layout.format} checkpoint: take compressed-tensors"
+        what = f"{recipe.method.name} stores its values dense" if recipe.stored_dense else layers.obstacle
+        refusal = f"{what}, so no {layout.format} checkpoint is written: take compressed-tensors"
     # Codes that fill words together.
     whole = 32 // math.gcd(32, layout.stored_bits)
     for name, shape in layers.linears.items():
@@ -146,8 +149,11 @@ def check_kv_cache(model: LazyModel, blocks: list[str], layout: Layout, layers: 
     if recipe.scheme.kv_cache is None:
         return
     if layout.format != "compressed-tensors" or layers.unpackable:
-        what = f"a model whose {layers.obstacle}" if layers.unpackable else f"the {layout.format} format"
-        raise CalibrantError(f"{what} has no place for scales of keys and values: leave kv_cache out")
+        if layers.unpackable:
+            raise CalibrantError(f"{layers.obstacle}, so scales of keys and values have no place: leave kv_cache out")
+        raise CalibrantError(
+            f"the {layout.format} format has no place for scales of keys and values: leave kv_cache out"
+        )
     attentions = cached_attentions(model.module)
     outside = [name for name in attentions if not any(name.startswith(f"{block}.") for block in blocks)]
     text: Any = model.folder.config.get_text_config(decoder=True)

@@ -21,8 +21,9 @@ def head_plan(model: LazyModel, layout: Layout, layers: ModelLayers, recipe: Rec
     if asked is None:
         return None
     if layout.format != "compressed-tensors" or layers.unpackable or recipe.stored_dense:
-        what = f"a model whose {layers.obstacle}" if layers.unpackable else recipe.method.name
-        what = what if layout.format == "compressed-tensors" else f"the {layout.format} format"
+        if layers.unpackable:
+            raise CalibrantError(f"{layers.obstacle}, so a quantized lm_head has no place: leave lm_head out")
+        what = recipe.method.name if layout.format == "compressed-tensors" else f"the {layout.format} format"
         raise CalibrantError(f"{what} has no place for a quantized lm_head: leave lm_head out")
     name, head = _output_matrix(model)
     if recipe.ignores(name):

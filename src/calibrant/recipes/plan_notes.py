@@ -12,6 +12,10 @@ from calibrant.quantization.grids import GridSpec
 from calibrant.recipes.model_layers import ModelLayers
 from calibrant.recipes.plan import HeadPlan, Plan
 from calibrant.recipes.recipe import Recipe
+from calibrant.wording import and_more
+
+WRONG_EXPERTS = "drops one scale when it loads NVFP4 experts,"
+"""Part of the note on checkpoints that transformers loads wrongly."""
 
 # Below this share of the blocks' weights a plan warns of what it leaves.
 _MOST = 0.9
@@ -28,8 +32,7 @@ def left_notes(layers: ModelLayers) -> list[str]:
     )
     for left, why in reasons:
         if left:
-            more = f" and {len(left) - 1} more layers" if len(left) > 1 else ""
-            notes.append(f"left as they are, since {why}: {left[0]}{more}")
+            notes.append(f"left as they are, since {why}: {left[0]}{and_more(len(left) - 1)}")
     return notes
 
 
@@ -74,10 +77,10 @@ def storage_notes(layout: Layout, layers: ModelLayers, recipe: Recipe) -> list[s
             "model.gguf is for llama.cpp; model.safetensors has the same blocks for calibrant, and no other loader "
             "reads it"
         ]
-    if layout.type == "nvfp4" and layers.fused:
+    if layout.type == "nvfp4" and layers.joined:
         return [
-            f"transformers {transformers.__version__} drops one scale when it loads NVFP4 experts, and gives "
-            "wrong values without a word: load the result with vLLM or calibrant"
+            f"transformers {transformers.__version__} {WRONG_EXPERTS} and gives wrong values without a word: do not "
+            "load the result there"
         ]
     if layout.type in ("mxfp4", "nvfp4"):
         return [

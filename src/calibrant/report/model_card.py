@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from calibrant.formats.gguf_blocks import GgufBlocks
+from calibrant.recipes.plan_notes import WRONG_EXPERTS
+
 _WORST_LAYERS = 5
 
 
@@ -18,10 +21,7 @@ def model_card(record: dict[str, Any]) -> str:
         "",
         f"{recipe['description']}. Made by calibrant {record['calibrant_version']}, stored as {record['format']}.",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-        "```",
+        *_loading(record),
         "",
         "## Calibration",
         "",
@@ -44,6 +44,28 @@ def model_card(record: dict[str, Any]) -> str:
     lines += _proofs(record["proofs"])
     lines += ["", "Everything that determined this result is in `calibrant.json`.", ""]
     return "\n".join(lines)
+
+
+def _loading(record: dict[str, Any]) -> list[str]:
+    """How the model is loaded, by what loads it."""
+    scheme = record["recipe"]["scheme"]
+    weights, kind = scheme["weights"] or {}, record["format"]
+    if kind == GgufBlocks.name:
+        return ["Run `model.gguf` with llama.cpp; other loaders do not read this folder.", "", "```sh",
+                "llama-cli -m path/to/this/folder/model.gguf", "```"]  # fmt: skip
+    if any(WRONG_EXPERTS in note for note in record["notes"]):
+        return ["Do not load this folder with transformers, which gives wrong values (see the notes)."]
+    imported, options = "AutoModelForCausalLM", ""
+    if kind in ("mxfp4-pack-quantized", "nvfp4-pack-quantized"):
+        options = ", dtype=torch.bfloat16"
+    elif kind == "pack-quantized" and not weights.get("symmetric", True) and scheme["activations"] is None:
+        imported += ", CompressedTensorsConfig"
+        options = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
+    lines = ["```python", *(["import torch"] if "torch." in options else []), f"from transformers import {imported}"]
+    lines += [f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{options})', "```"]
+    if kind in ("gptq", "awq"):
+        lines += ["", f"transformers needs a package for {kind} checkpoints (gptqmodel)."]
+    return lines
 
 
 def _proofs(proofs: list[dict[str, Any]]) -> list[str]:
