@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers as hf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from typer.testing import CliRunner
 
 import calibrant as cb
+from calibrant.cli.main import app
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.whole_model import load_whole
 
@@ -316,3 +318,12 @@ def test_a_real_model_says_in_llama_cpp_what_it_says_in_transformers(tmp_path: P
             whole = load_whole(ModelFolder(folder, allow_quantized=True), "cpu", "float32")
             greedy = whole.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
             assert written[:12] == greedy[:12]
+
+
+def test_types_of_embeddings_are_spelled_either_way_and_changed_with_a_note(tmp_path: Path) -> None:
+    model = write(tmp_path / "model")
+    ran = CliRunner().invoke(app, ["gguf", str(model), "-o", str(tmp_path / "a.gguf"), "--embeddings", "q5_0"])
+    assert ran.exit_code == 0
+    assert "Q5_0" in ran.stdout
+    written = cb.write_gguf(model, output=tmp_path / "b.gguf", embeddings="Q6_K")
+    assert "token_embd.weight is Q8_0: blocks of Q6_K do not divide its 64 columns" in written.notes

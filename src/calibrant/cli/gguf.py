@@ -14,7 +14,9 @@ def gguf(
     output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.", show_default=False)],
     embeddings: Annotated[
         Literal["Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q4_0", "stored"],
-        typer.Option("--embeddings", help="Type of embeddings and output matrix; stored: as they are."),
+        typer.Option(
+            "--embeddings", case_sensitive=False, help="Type of embeddings and output matrix; stored: as they are."
+        ),
     ] = "Q8_0",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")] = False,
     quiet: QuietOption = False,

@@ -269,6 +269,12 @@ class GgufExport:
             notes.append(
                 f"embeddings and output matrix are rounded to {', '.join(sorted(kinds))}, the rest is as stored"
             )
+        other = [tensor for tensor in self._tensors if tensor.name in _EMBEDDINGS and tensor.kind != self._embeddings]
+        if other and self._embeddings != "stored":
+            columns = other[0].shape[-1]
+            notes.append(
+                f"{other[0].name} is {other[0].kind}: blocks of {self._embeddings} do not divide its {columns} columns"
+            )
         if (self._folder.quantization or {}).get("format") == "int-quantized":
             notes.append("llama.cpp rounds activations in its own way, whatever the recipe's were")
         if kv_cache_layout(self._folder.quantization or {}) is not None:
