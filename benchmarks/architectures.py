@@ -54,7 +54,7 @@ from calibrant.recipes.recipe import Recipe
 from compress import HERE, pinned_versions
 from tiny_configs import tiny_config
 
-SECONDS = 60
+SECONDS = 120
 TOKENS = torch.randint(3, 250, (8, 32), generator=torch.Generator().manual_seed(0))
 # What rounding to 8 bits may change: the relative distance of logits of half of the tokens (routers may choose another
 # expert for some).

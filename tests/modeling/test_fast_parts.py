@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from calibrant.kernels import bfloat16_tile
@@ -74,6 +75,17 @@ def test_a_gate_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch, norms, "rms_norm")
     torch.testing.assert_close(gated(inputs), expected[2], rtol=0.02, atol=0.02)
     assert len(calls) <= 1
+
+
+@torch.inference_mode()
+def test_inputs_of_another_dtype_are_normed_by_the_module_itself() -> None:
+    """Some models add in float32 before a norm."""
+    norm = LlamaRMSNorm(64, eps=1e-5).bfloat16()
+    inputs = torch.randn(2, 8, 64)
+    expected = norm(inputs)
+    norms.use_fast_norms(norm, torch.bfloat16, CPU)
+    assert has_kernel(norm)
+    assert torch.equal(norm(inputs), expected)
 
 
 @torch.inference_mode()

@@ -56,7 +56,7 @@ def _forward(module: nn.Module, norm: _Norm) -> Callable[..., torch.Tensor]:
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if len(args) == 1 and not kwargs:
+        if len(args) == 1 and not kwargs and args[0].dtype is torch.bfloat16:
             return norm.apply(args[0], module.get_parameter("weight"))
         # Gated norms (Mamba 2's) are plain ones without their second argument.
         result: torch.Tensor = original(*args, **kwargs)
