@@ -117,7 +117,8 @@ class Journal:
 
     @contextmanager
     def held(self) -> Iterator["Journal"]:
-        """Hold the journal's lock. A journal with neither a state nor a calibration set at the end is removed.
+        """Hold the journal's lock. A journal with neither a state nor a set at the end is removed, and so is
+        that of a run that is refused by what it computed.
 
         Raises:
             CalibrantError: another run holds it, or it belongs to another unfinished run.
@@ -129,6 +130,10 @@ class Journal:
                     beside.write_text(canonical_json(self._identity), encoding="utf-8")
             try:
                 yield self
+            except CalibrantError as error:
+                if error.__cause__ is None:  # neither the disk nor the journal: the same run fails again
+                    self.remove()
+                raise
             finally:
                 if not _has_state(self.folder) and not (self.folder / SET).is_dir():
                     self.remove()

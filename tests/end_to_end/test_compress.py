@@ -369,8 +369,8 @@ def test_a_difference_on_disk_fails_the_run(
 
     finish = ShardWriter.finish
 
-    def damaged(self: ShardWriter) -> list[Path]:
-        files = finish(self)
+    def damaged(self: ShardWriter, folder: Path) -> list[Path]:
+        files = finish(self, folder)
         for file in files:
             if (file.parent.name == "outliers") == (place == "outliers"):
                 data = bytearray(file.read_bytes())
