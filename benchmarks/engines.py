@@ -174,10 +174,10 @@ def written(model: Path, output: Path, scheme: dict[str, Any], checkpoint_format
 
 def prove(name: str, kind: str, output: Path, engine: str, python: Path | None) -> Cell:
     # transformers decodes four-bit floats in bfloat16 alone, and vLLM multiplies all that is packed in it alone.
-    coarse = engine != "llama.cpp" and ("fp4" in kind or (engine == "vllm" and " bits" in kind))
+    coarse = engine != "llama.cpp" and ("fp4" in kind or (engine != "transformers" and " bits" in kind))
     dtype = "bfloat16" if coarse else "float32"
     try:
-        proof = cb.prove(output, engine=engine, python=python, length=32, windows=2, dtype=dtype)  # type: ignore[arg-type]
+        proof = cb.prove(output, engine=engine.partition(" ")[0], python=python, length=32, windows=2, dtype=dtype)  # type: ignore[arg-type]
     except CalibrantError as error:
         return Cell(name, kind, engine, False, None, None, str(error).removeprefix(f"{output}: "))
     return Cell(name, kind, engine, True, proof.difference, proof.allowed, "")
@@ -221,12 +221,16 @@ def vllm_versions(python: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", type=Path, help="Python of an environment with vLLM (make vllm)")
+    parser.add_argument("--zentorch", type=Path, help="Python of one with zentorch too, for mixtures")
     given = parser.parse_args()
     engines: dict[str, Path | None] = {"transformers": None, "llama.cpp": None}
     versions = {"transformers": transformers.__version__, "llama.cpp": f"(xllamacpp {version('xllamacpp')})"}
     if given.vllm is not None:
         engines["vllm"] = given.vllm.absolute()
         versions["vllm"] = vllm_versions(given.vllm)
+    if given.zentorch is not None:
+        engines["vllm and zentorch"] = given.zentorch.absolute()
+        versions["vllm and zentorch"] = vllm_versions(given.zentorch)
     console, cells = Console(), []
     has_avx512 = bool(torch.cpu.get_capabilities().get("avx512_f"))
     with tempfile.TemporaryDirectory() as folder:
@@ -242,6 +246,8 @@ def main() -> None:
                 output = written(model, work / f"{name}-{number}", *FORMATS[kind])
                 for engine, python in engines.items():
                     if engine == "vllm" and not has_avx512 and kind not in WITHOUT_AVX512:
+                        continue
+                    if engine == "vllm and zentorch" and (name == "Llama" or " bits" not in kind):
                         continue
                     cells.append(prove(name, kind, output, engine, python))
                     console.print(cells[-1])

@@ -108,9 +108,11 @@ def measure(work: Path, blocks: int, limit: int, samples: int, length: int) -> d
             command,
             capture_output=True,
             text=True,
-            check=True,
+            check=False,
             preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None,
         )
+        if ran.returncode:
+            raise SystemExit(f"{blocks} blocks, {limit / 1e9:g} GB: ended with {ran.returncode}. {ran.stderr[-500:]}")
         wall = time.perf_counter() - begin
         peak = int((group / peak_file).read_text())
     report = json.loads(ran.stdout)
