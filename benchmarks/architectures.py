@@ -361,7 +361,7 @@ def page(outcomes: list[Outcome], date: str) -> str:
         "| W8A8 | the loaded output with int8 weights and int8 inputs against a plain model with the decoded weights "
         f"and rounded inputs, at most {EQUAL:g}; *dense*: stored as rounded values, loaded and run; *refused*: by a "
         "sentence before any work, mostly since experts are fused. compressed-tensors 0.20 takes one scale for all "
-        "tokens where a linear's input is not `[rows, length, width]`, so four architectures differ there |",
+        "tokens where a linear's input is not `[rows, length, width]`, so three architectures differ there |",
         "| Wanda | share of zeros of the compressed weights, 50%; the loaded output is run |",
         "",
         "*Refused*: the compression ends with the error in the last column. *Not shrunk*: no tiny model could be made "

@@ -26,6 +26,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 import calibrant as cb
 from calibrant.errors import CalibrantError
+from calibrant.evaluation.engines.ask import EngineName
+from calibrant.formats.quantized import FormatName
 from calibrant.recipes.recipe import Recipe
 from compress import HERE
 
@@ -71,8 +73,8 @@ MIXTURES: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 INT8, FP8 = {"type": "int8"}, {"type": "fp8"}
 # By what it is: the scheme, and the checkpoint format.
-FORMATS: dict[str, tuple[dict[str, Any], str]] = {
-    "dense, as it was": ({}, ""),
+FORMATS: dict[str, tuple[dict[str, Any], FormatName]] = {
+    "dense, as it was": ({}, "compressed-tensors"),
     "2 bits, groups of 64": ({"weights": {"bits": 2, "group_size": 64}}, "compressed-tensors"),
     "4 bits, groups of 128": ({"weights": {"bits": 4, "group_size": 128}}, "compressed-tensors"),
     "4 bits, groups of 32, asymmetric": (
@@ -130,6 +132,7 @@ WITHOUT_AVX512 = (
 # llama.cpp's types, which it alone loads.
 TYPES = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k", "q2_k")
 OF_EXPERTS = ("dense, as it was", "4 bits, groups of 128", "8 bits, a scale a channel", "fp8", "mxfp4", "nvfp4")
+WITH_ZENTORCH = "vllm and zentorch"
 BEGIN, END = "<!-- table of benchmarks/engines.py -->", "<!-- end of the table -->"
 
 
@@ -162,25 +165,27 @@ def tiny(folder: Path, config: transformers.PretrainedConfig) -> Path:
     return folder
 
 
-def written(model: Path, output: Path, scheme: dict[str, Any], checkpoint_format: str) -> Path:
+def written(model: Path, output: Path, scheme: dict[str, Any], checkpoint_format: FormatName) -> Path:
     if not scheme:
         return model
     made = Recipe.model_validate(
         {"name": "round", "description": "Round-to-nearest", "method": {"name": "rtn"}, "scheme": scheme}
     )
-    cb.compress(model, recipe=made, output=output, samples=4, length=32, checkpoint_format=checkpoint_format)  # type: ignore[arg-type]
+    cb.compress(model, recipe=made, output=output, samples=4, length=32, checkpoint_format=checkpoint_format)
     return output
 
 
-def prove(name: str, kind: str, output: Path, engine: str, python: Path | None) -> Cell:
+def prove(name: str, kind: str, output: Path, column: str, python: Path | None) -> Cell:
+    """The cell of a ``column``: an engine, or ``WITH_ZENTORCH``."""
+    engine: EngineName = "vllm" if column == WITH_ZENTORCH else column  # type: ignore[assignment]  # one of ENGINES
     # transformers decodes four-bit floats in bfloat16 alone, and vLLM multiplies all that is packed in it alone.
     coarse = engine != "llama.cpp" and ("fp4" in kind or (engine != "transformers" and " bits" in kind))
     dtype = "bfloat16" if coarse else "float32"
     try:
-        proof = cb.prove(output, engine=engine.partition(" ")[0], python=python, length=32, windows=2, dtype=dtype)  # type: ignore[arg-type]
+        proof = cb.prove(output, engine=engine, python=python, length=32, windows=2, dtype=dtype)
     except CalibrantError as error:
-        return Cell(name, kind, engine, False, None, None, str(error).removeprefix(f"{output}: "))
-    return Cell(name, kind, engine, True, proof.difference, proof.allowed, "")
+        return Cell(name, kind, column, False, None, None, str(error).removeprefix(f"{output}: "))
+    return Cell(name, kind, column, True, proof.difference, proof.allowed, "")
 
 
 def table(cells: list[Cell], versions: dict[str, str]) -> list[str]:
@@ -229,8 +234,8 @@ def main() -> None:
         engines["vllm"] = given.vllm.absolute()
         versions["vllm"] = vllm_versions(given.vllm)
     if given.zentorch is not None:
-        engines["vllm and zentorch"] = given.zentorch.absolute()
-        versions["vllm and zentorch"] = vllm_versions(given.zentorch)
+        engines[WITH_ZENTORCH] = given.zentorch.absolute()
+        versions[WITH_ZENTORCH] = vllm_versions(given.zentorch)
     console, cells = Console(), []
     has_avx512 = bool(torch.cpu.get_capabilities().get("avx512_f"))
     with tempfile.TemporaryDirectory() as folder:
@@ -247,7 +252,7 @@ def main() -> None:
                 for engine, python in engines.items():
                     if engine == "vllm" and not has_avx512 and kind not in WITHOUT_AVX512:
                         continue
-                    if engine == "vllm and zentorch" and (name == "Llama" or " bits" not in kind):
+                    if engine == WITH_ZENTORCH and (name == "Llama" or " bits" not in kind):
                         continue
                     cells.append(prove(name, kind, output, engine, python))
                     console.print(cells[-1])

@@ -62,7 +62,8 @@ _BY_NAME: dict[str, Any] = {
     **dict.fromkeys(
         ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "moe_topk", "top_k_experts"), 2
     ),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    # DeepSeek-V3's default leaves no layer with experts among so few.
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace"), 1),
     **dict.fromkeys(
         ("sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size", "local_attention",
          "keep_window_size", "chunk_size", "mamba_chunk_size", "index_topk", "conf_attention_chunk_size"),

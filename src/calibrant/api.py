@@ -250,13 +250,9 @@ def prove(
     if (folder.path / RECORD_NAME).is_file():
         keep_proof(folder.path, proof)
     if not proof.agrees:
-        why = f"log-probabilities differ by {proof.difference:.3g} on average, arithmetic explains {proof.allowed:.3g}"
-        if proof.difference <= proof.allowed:
-            why = f"it writes a token that is less likely by {proof.margin:.3g}, arithmetic explains {proof.choice:.3g}"
-            if proof.margin <= proof.choice:
-                why = f"it rounds no inputs: {proof.unrounded:.3g} off without rounding, {proof.difference:.3g} with"
         raise CalibrantError(
-            f"{folder.path}: {engine} {proof.version} does not compute what is stored, do not serve it there: {why}"
+            f"{folder.path}: {engine} {proof.version} does not compute what is stored, do not serve it there: "
+            f"{proof.disagreement}"
         )
     return proof
 

@@ -186,12 +186,6 @@ class Journal:
         finally:
             os.close(descriptor)
 
-    def subfolder(self, name: str) -> Path:
-        """The subfolder ``name``, made if needed."""
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        return folder
-
     def read(self, name: str) -> dict[str, Any] | None:
         """The last state written under ``name``, or None.
 

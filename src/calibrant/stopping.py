@@ -24,7 +24,7 @@ def stopping_gently(tell: Callable[[str], None]) -> Iterator[None]:
         _REQUESTED.set()
         for one, handler in before.items():
             signal.signal(one, handler)
-        tell("stopping when what is being computed is finished and saved; the same signal again stops at once")
+        tell("stopping where the run can go on later; the same signal again stops at once")
 
     before = {one: signal.signal(one, requested) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -33,6 +33,16 @@ def stopping_gently(tell: Callable[[str], None]) -> Iterator[None]:
         for one, handler in before.items():
             signal.signal(one, handler)
         _REQUESTED.clear()
+
+
+def check_stop(saved: str) -> None:
+    """Stop where a run can go on later, if a signal has asked for it; ``saved`` says after what.
+
+    Raises:
+        StoppedError: a signal has asked to stop.
+    """
+    if stop_requested():
+        raise StoppedError(f"stopped after {saved}: the same command goes on from there")
 
 
 def stop_requested() -> bool:

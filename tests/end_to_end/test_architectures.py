@@ -22,9 +22,9 @@ WORKS = [one for one in FOUND["architectures"] if one["result"] == "works"]
 ROWS = {one["architecture"]: one for one in WORKS if one["architecture"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 
 
-def test_nine_of_ten_architectures_that_could_be_made_are_compressed() -> None:
+def test_nineteen_of_twenty_architectures_that_could_be_made_are_compressed() -> None:
     made = [one for one in FOUND["architectures"] if one["result"] != "not shrunk"]
-    assert len(WORKS) > 0.9 * len(made)
+    assert len(WORKS) >= 0.95 * len(made)
 
 
 @pytest.mark.parametrize("architecture", ROWS)

@@ -23,6 +23,7 @@ from calibrant.cli.main import app
 from calibrant.engine import block_checkpoints
 from calibrant.errors import CalibrantError
 from calibrant.progress import NoProgress
+from calibrant.stopping import StoppedError, stopping_gently
 from tests.conftest import random_set, write_tokenizer
 
 BLOCKS = 6
@@ -288,7 +289,7 @@ def test_a_signal_stops_after_the_block(model: Path, tmp_path: Path, calibration
     process.send_signal(number)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert "stopping when what is being computed is finished and saved" in said
+    assert "stopping where the run can go on later" in said
     assert "the same command goes on from there" in said
     assert cb.status(tmp_path / "out").state == "interrupted"
     assert started(model, tmp_path / "out", calibration).wait() == 0
@@ -349,3 +350,43 @@ def test_a_disk_that_fills_up_leaves_what_goes_on(model: Path, tmp_path: Path, m
             break
     assert number > 4
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("method", "transforms", "saved"),
+    [
+        ({"name": "qat", "steps": 8}, [], "step 1 of the training"),
+        ({"name": "rtn"}, [{"name": "quadapter", "steps": 2}], "the scales of block 1"),
+        ({"name": "gptq"}, [], "the calibration set"),
+    ],
+)
+def test_what_comes_before_the_blocks_stops_too(
+    model: Path, tmp_path: Path, method: dict[str, Any], transforms: list[dict[str, Any]], saved: str
+) -> None:
+    """Where its state is saved; the run that is given again ends with the same bytes."""
+    scheme = {"weights": {"bits": 4, "group_size": 32}}
+    chosen = cb.Recipe.model_validate(
+        {"name": "r", "description": "d", "method": method, "transforms": transforms, "scheme": scheme}
+    )
+    options: dict[str, Any] = {"recipe": chosen, "samples": 8, "length": 16, "dtype": "float32"}
+    if saved != "the calibration set":
+        options["calibration"] = random_set(model, length=64)
+    cb.compress(model, output=tmp_path / "whole", **options)
+    told: list[str] = []
+
+    def stopped() -> None:
+        with stopping_gently(told.append):
+            os.kill(os.getpid(), signal.SIGINT)
+            cb.compress(model, output=tmp_path / "parts", **options)
+
+    with pytest.raises(StoppedError, match=f"stopped after {saved}: the same command"):
+        stopped()
+    assert len(told) == 1
+    assert not (tmp_path / "parts").exists()
+    cb.compress(model, output=tmp_path / "parts", **options)
+    # TensorBoard's files have times.
+    ours, theirs = (
+        {name: one for name, one in files(tmp_path / part).items() if not name.startswith("training/")}
+        for part in ("parts", "whole")
+    )
+    assert ours == theirs

@@ -22,7 +22,7 @@ from calibrant.modeling.structure import BlockStructure, Experts
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
-from calibrant.stopping import StoppedError, stop_requested
+from calibrant.stopping import check_stop, stop_requested
 
 # "sequential": solve each input group on inputs from the compressed groups before it, in one suspended forward pass;
 # "two-pass": collect all statistics of a block, solve it, run it again, as other tools do; "independent": every block
@@ -74,7 +74,7 @@ def compress_blocks(
             task.advance()
             if stop_requested() and index + 1 < count:
                 checkpoints.save()
-                raise StoppedError(f"stopped after block {index + 1} of {count}: the same command goes on from there")
+                check_stop(f"block {index + 1} of {count}")
     return checkpoints.layers, compression.notes
 
 

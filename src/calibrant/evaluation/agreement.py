@@ -54,9 +54,20 @@ class Agreement:
         return self.difference <= _FLOOR or self.unrounded >= _NEARER * self.difference
 
     @property
-    def agrees(self) -> bool:
-        """Whether the engine computes what the reference does; choices may differ where both are about as likely."""
-        return self.rounds and self.difference <= self.allowed and self.margin <= self.choice
+    def disagreement(self) -> str:
+        """How the engine differs from the reference by more than its arithmetic explains; empty if it does not.
+
+        Choices may differ where both are about as likely.
+        """
+        if self.difference > self.allowed:
+            return (
+                f"log-probabilities differ by {self.difference:.3g} on average, arithmetic explains {self.allowed:.3g}"
+            )
+        if not self.rounds:
+            return f"it rounds no inputs: {self.unrounded:.3g} off without rounding, {self.difference:.3g} with"
+        if self.margin > self.choice:
+            return f"it writes a token that is less likely by {self.margin:.3g}, arithmetic explains {self.choice:.3g}"
+        return ""
 
 
 def agreement(

@@ -28,6 +28,7 @@ from calibrant.progress import NoProgress, Progress
 from calibrant.recipes.make_plan import make_plan
 from calibrant.recipes.plan import Plan
 from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from calibrant.stopping import check_stop
 from calibrant.training.train_model import check_training
 
 _HELD_OUT_ROWS = 16
@@ -127,6 +128,7 @@ class PreparedRun:
         else:
             made = self._generate(self.own_set, progress)
         made.save(kept)
+        check_stop("the calibration set")
         return made
 
     def _held_out(self, length: int, seed: int, progress: Progress) -> CalibrationSet:

@@ -20,6 +20,7 @@ class Proof:
         tokens_per_second: when it wrote.
         peak_bytes: memory of its largest process.
         agrees: whether it computes what is stored.
+        disagreement: why not, as a clause; empty if it does.
     """
 
     engine: str
@@ -39,3 +40,4 @@ class Proof:
     tokens_per_second: float
     peak_bytes: int
     agrees: bool
+    disagreement: str

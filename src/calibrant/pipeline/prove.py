@@ -109,7 +109,8 @@ def _proof(engine: str, request: Request, answer: Answer, found: Agreement, kl: 
         load_seconds=round(answer.load_seconds, 3),
         tokens_per_second=round(answer.tokens_per_second, 3),
         peak_bytes=answer.peak_bytes,
-        agrees=found.agrees,
+        agrees=not found.disagreement,
+        disagreement=found.disagreement,
     )
 
 

@@ -25,6 +25,7 @@ from calibrant.quantization.activation_ranges import ACTIVATION_BITS
 from calibrant.quantization.grids import GridSpec
 from calibrant.recipes.parts import Quadapter
 from calibrant.recipes.plan import Plan
+from calibrant.stopping import check_stop
 from calibrant.training.fake_quantization import fake_quantize_tensor, fake_quantize_tokens, fake_quantize_weight
 from calibrant.training.scaled_model import PlacedPair
 from calibrant.training.trainable_block import TrainableBlock, trainable
@@ -66,6 +67,7 @@ def learn_scales(
             found = _learn_block(block, pairs, stored, plan, options)
             scales |= {place.name: scale for place, scale in zip(placed, found, strict=True)}
             journal.write(_NAME, {"blocks": block.index + 1, "scales": scales})
+            check_stop(f"the scales of block {block.index + 1}")
         for batch in block.batches:
             batch.advance(block.run(batch))
             if not bool(torch.isfinite(batch.hidden).all()):

@@ -15,6 +15,7 @@ from calibrant.errors import CalibrantError
 from calibrant.journal import Journal
 from calibrant.methods.training import TrainingOptions
 from calibrant.progress import Progress
+from calibrant.stopping import check_stop, stop_requested
 from calibrant.training.student import Student
 
 # Least interval between journal writes, and the least ratio of interval to writing time: the journal contains weights
@@ -81,6 +82,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
 
     Raises:
         CalibrantError: the held-out loss is not finite.
+        StoppedError: a signal asked to stop; the state is saved.
     """
     student, found = train_step.student, journal.read(NAME)
     if found is None:
@@ -113,10 +115,11 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
             for name, value in numbers.items():
                 write_scalar(name, value, now.done)
             begin = time.monotonic()
-            if now.ended or begin - written > wait:
+            if now.ended or begin - written > wait or stop_requested():
                 journal.write(NAME, {**vars(now), "train_step": train_step.state()})
                 written = time.monotonic()
                 wait = max(JOURNAL_SECONDS, JOURNAL_SHARE * (written - begin))
+                check_stop(f"step {now.done} of the training")
     with torch.no_grad():
         for parameter, best_value in zip(student.learned, now.kept, strict=True):
             parameter.copy_(best_value)

@@ -1,4 +1,4 @@
-"""Blocks that hand more than hidden states on, share weights, or call a linear several times."""
+"""Odd architectures: what blocks hand on or share, linears that are called twice, what bfloat16 leaves alone."""
 
 import sys
 import warnings
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import calibrant as cb
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.quietly import quietly
 from calibrant.modeling.whole_model import load_whole
 
@@ -31,7 +32,15 @@ REPEAT = {"Gemma3nForCausalLM": "gemma3n_text"}
 SAID: dict[str, Any] = {
     "name": "r", "description": "d", "method": {"name": "gptq"}, "scheme": {"weights": {"bits": 4}}
 }  # fmt: skip
-ALL = {**HAND_ON, **SHARE, **REPEAT}
+# In bfloat16: gated norms, buffers, a bias of positions, parameters that stay in float32.
+BFLOAT16 = {
+    "BambaForCausalLM": "bamba",
+    "KimiLinearForCausalLM": "kimi_linear",
+    "XGLMForCausalLM": "xglm",
+    "InklingForCausalLM": "inkling_text",
+    "Glm4MoeForCausalLM": "glm4_moe",
+}
+ALL = {**BFLOAT16, **HAND_ON, **SHARE, **REPEAT}
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +64,33 @@ def compressed(source: Path, output: Path, bits: int = 4, **options: Any) -> cb.
         )
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", {**HAND_ON, **SHARE, **REPEAT})
 def test_blocks_get_what_the_model_gives_them(architecture: str, model: Callable[[str], Path]) -> None:
     assert walk_distance(model(architecture), architecture) < 1e-4
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", BFLOAT16)
+def test_bfloat16_is_that_of_transformers(architecture: str, model: Callable[[str], Path]) -> None:
+    assert walk_distance(model(architecture), architecture, torch.bfloat16) < 0.1
+
+
+def test_what_models_keep_in_float32_is_not_rounded(tmp_path: Path) -> None:
+    """A router in float32 among bfloat16 weights."""
+    made = tiny_model("Ernie4_5_MoeForCausalLM", "ernie4_5_moe").to(torch.bfloat16)
+    name = "model.layers.1.mlp.gate.weight"
+    router = torch.randn(made.get_parameter(name).shape, generator=torch.Generator().manual_seed(0))
+    made.get_parameter(name).data = router
+    made.save_pretrained(tmp_path)
+    folder = ModelFolder(tmp_path)
+    assert folder.dtype is torch.bfloat16
+    lazy = LazyModel(folder, folder.dtype, torch.device("cpu"))
+    with lazy.loaded("model.layers.1"):
+        lazy.cast("model.layers.1", torch.bfloat16)
+        assert torch.equal(lazy.module.get_parameter(name), router)
+        assert lazy.module.get_parameter("model.layers.1.mlp.experts.down_proj").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("architecture", {**HAND_ON, **SHARE, **REPEAT})
 def test_eight_bits_are_close_to_the_original(architecture: str, model: Callable[[str], Path], tmp_path: Path) -> None:
     compressed(model(architecture), tmp_path / "out", bits=8)
     folders = (ModelFolder(tmp_path / "out", allow_quantized=True), ModelFolder(model(architecture)))
