@@ -29,6 +29,7 @@ from calibrant.kernels.number_types import NumberType
 from calibrant.kernels.outlier_columns import OutlierColumns, RangeGrid, leave_one_out_gains
 from calibrant.kernels.rms_norm import rms_norm
 from calibrant.methods.solvers.gptq import quantization_problem
+from calibrant.methods.solvers.second_order import prepare
 from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import GridSpec
 
@@ -83,9 +84,8 @@ def activation(module: nn.Module, width: int) -> tuple[float, float]:
 def columns(rows: int, width: int) -> tuple[float, float]:
     """The compiled column loop versus its PyTorch twin."""
     weight, inputs = torch.randn(rows, width), torch.randn(2 * width, width)
-    factor, _ = inverse_factor(inputs.T @ inputs, 0.01)
     grid = fit_grid(weight, GridSpec(4, True, 64, torch.float32))
-    problem = quantization_problem(weight, factor, torch.arange(width), grid)
+    problem = quantization_problem(weight, prepare(inputs.T @ inputs, 0.01, act_order=False), grid)
     return best(lambda: solve_columns(problem)), best(lambda: solve_columns(problem, compiled=False))
 
 

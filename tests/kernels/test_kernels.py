@@ -20,6 +20,7 @@ from calibrant.kernels.packed_linear import PackedLinear
 from calibrant.kernels.range_search import cheapest_range
 from calibrant.kernels.rms_norm import rms_norm
 from calibrant.methods.solvers.gptq import quantization_problem
+from calibrant.methods.solvers.second_order import prepare
 from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import GridSpec, decode, encode
 from tests import references
@@ -56,11 +57,11 @@ def test_the_compiled_loop_and_its_twin_give_the_same_bits(
 ) -> None:
     columns = 48 * groups
     weight, hessian = references.problem(rows, columns, seed)
-    factor, _ = inverse_factor(hessian, 0.01)
-    problem = ColumnProblem(weight, factor)
+    prepared = prepare(hessian, 0.01, act_order=False)
+    problem = ColumnProblem(weight, prepared.factor)
     if quantize:
         grid = fit_grid(weight, GridSpec(3, False, 24, torch.float32))
-        problem = quantization_problem(weight, factor, torch.arange(columns), grid)
+        problem = quantization_problem(weight, prepared, grid)
     problem = replace(problem, pruned_of=pattern, sparsity=0.0 if pattern else share)
     compiled, plain = solve_columns(problem), solve_columns(problem, compiled=False)
     for name in ("weight", "codes", "kept"):

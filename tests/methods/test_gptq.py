@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from calibrant.kernels import row_tiles
 from calibrant.methods.solvers.gptq import gptq
-from calibrant.methods.solvers.result import layer_errors
+from calibrant.methods.solvers.quantease import quantease
+from calibrant.methods.solvers.result import Solution, layer_errors
 from calibrant.methods.solvers.rtn import rtn
 from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import GridSpec, decode
@@ -52,6 +54,27 @@ def test_with_uncorrelated_inputs_it_is_round_to_nearest(act_order: bool) -> Non
     weight, _ = references.problem(40, 64)
     solved = gptq(weight, 3.0 * torch.eye(64), SPEC, act_order=act_order)
     assert torch.equal(solved.weight, rtn(weight, SPEC).weight)
+
+
+@pytest.mark.parametrize("search", ["none", "clip", "importance", "mse"])
+@pytest.mark.parametrize("method", ["gptq", "refined", "quantease"])
+def test_a_layer_solved_in_parts_is_the_layer(monkeypatch: pytest.MonkeyPatch, method: str, search: str) -> None:
+    weight, hessian = references.problem(150, 64)
+    spec = GridSpec(3, False, 16, torch.float32, search)
+
+    def solved() -> Solution:
+        if method == "quantease":
+            return quantease(weight, hessian, spec, sweeps=4)
+        return gptq(weight, hessian, spec, refine_sweeps=3 if method == "refined" else 0)
+
+    whole = solved()
+    monkeypatch.setattr(row_tiles, "_CHUNK_WEIGHTS", 64 * 64)
+    parts = solved()
+    assert len(list(row_tiles.row_chunks(weight))) == 3
+    assert torch.equal(whole.grid.scale, parts.grid.scale)
+    # Matrix products of fewer rows may sum in another order.
+    assert (whole.codes != parts.codes).double().mean() < 0.002
+    torch.testing.assert_close(whole.errors, parts.errors, rtol=1e-2, atol=1e-2)
 
 
 def test_scaling_the_hessian_changes_nothing() -> None:

@@ -16,7 +16,7 @@ from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.kernels.number_types import E4M3
 from calibrant.methods.method import LayerProblem, StructuredPruner
 from calibrant.methods.solvers.drift_correction import drift_corrected_target
-from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors
+from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors, squared_outputs
 from calibrant.modeling.block_walk import OpenedBlock
 from calibrant.modeling.structure import Linear
 from calibrant.quantization.activation_ranges import InputGrid, InputRange
@@ -117,12 +117,17 @@ class BlockSolver:
 
     def _solve(self, unit: Unit, statistic: Hessian | HessianDiagonal | None) -> None:
         entry = self.plan.recipe.kind
-        weights = [linear.view(self.block.state[linear.parameter]).float() for linear in unit]
-        for linear, weight in zip(unit, weights, strict=True):
-            if not bool(torch.isfinite(weight).all()):
+        stored = [linear.view(self.block.state[linear.parameter]) for linear in unit]
+        segments = tuple(len(weight) for weight in stored)
+        stacked = stored[0].new_empty(sum(segments), stored[0].shape[1], dtype=torch.float32)
+        weights = list(stacked.split(segments))
+        for linear, weight, values in zip(unit, weights, stored, strict=True):
+            weight.copy_(values)
+            largest = float(torch.stack(torch.aminmax(weight)).abs().max())
+            if not math.isfinite(largest):
                 raise CalibrantError(f"{self.block.name}.{linear.name}: its weights contain values that are not finite")
-            self._check_scales(linear, weight)
-        problem = self._problem(torch.cat(weights), tuple(len(weight) for weight in weights), statistic, unit)
+            self._check_scales(linear, largest)
+        problem = self._problem(stacked, segments, statistic, unit)
         share = self.plan.recipe.drift_correction
         fallback = None
         if isinstance(statistic, PairedHessian) and problem.hessian is not None:
@@ -146,10 +151,9 @@ class BlockSolver:
             self._keep(linear, weight, solution, rows, problem, statistic.tokens if statistic else 0)
             begin += len(weight)
 
-    def _check_scales(self, linear: Linear, weight: torch.Tensor) -> None:
-        """Raise CalibrantError if float16 scales would overflow or have too few significant bits."""
+    def _check_scales(self, linear: Linear, largest: float) -> None:
+        """Raise CalibrantError if float16 scales of weights up to ``largest`` would overflow or have too few bits."""
         spec = self.plan.target_of(f"{self.block.name}.{linear.name}").spec
-        largest = float(weight.abs().max())
         if spec is None or spec.scale_dtype is not torch.float16 or largest == 0:
             return
         step = largest / (spec.qmax - spec.qmin)
@@ -223,7 +227,6 @@ class BlockSolver:
     ) -> None:
         solved, name = solution.weight[rows], f"{self.block.name}.{linear.name}"
         spec = self.plan.target_of(name).spec
-        # Before the copy: in float32 models ``weight`` is a view of the memory that the copy overwrites.
         error, measure = relative_error(
             weight, solved, solution.errors[rows] if solution.errors is not None else None, problem
         )
@@ -256,10 +259,9 @@ def relative_error(
         CalibrantError: values are too large for float32.
     """
     if problem.hessian is not None:
-        nothing = torch.zeros_like(weight)
         known = errors if errors is not None else layer_errors(weight, solved, problem.hessian)
         error = known.double().sum()
-        whole, measure = layer_errors(weight, nothing, problem.hessian).double().sum(), "hessian"
+        whole, measure = squared_outputs(weight, problem.hessian).double().sum(), "hessian"
     elif problem.hessian_diagonal is not None:
         error = ((weight - solved).square() @ problem.hessian_diagonal).double().sum()
         whole, measure = (weight.square() @ problem.hessian_diagonal).double().sum(), "diagonal"

@@ -4,7 +4,7 @@ Rows are independent, so they are laid out in tiles of ``LANES`` rows, ``[tiles,
 is a few vector registers wide, and a whole tile stays in a core's cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numba
 import numpy as np
@@ -15,6 +15,15 @@ from calibrant.kernels.number_types import CompiledNumbers, nearest_number
 LANES = 32
 # Columns whose errors are applied together, so that each later weight is loaded once for all of them.
 PANEL = 8
+# Weights of a large layer that are solved at once, so that copies of them stay small beside the layer: 128 MiB.
+_CHUNK_WEIGHTS = 1 << 25
+
+
+def row_chunks(matrix: torch.Tensor) -> Iterator[slice]:
+    """Slices over the rows of ``matrix`` ``[rows, n]``, of whole tiles, for work on independent rows."""
+    step = max(LANES, _CHUNK_WEIGHTS // matrix.shape[1] // LANES * LANES)
+    for begin in range(0, len(matrix), step):
+        yield slice(begin, begin + step)
 
 
 def tiled(matrix: torch.Tensor, padding: float | bool) -> torch.Tensor:

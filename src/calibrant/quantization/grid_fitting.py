@@ -19,6 +19,7 @@ import torch
 
 from calibrant.kernels.group_moments import WeightedGroups
 from calibrant.kernels.range_search import cheapest_range
+from calibrant.kernels.row_tiles import row_chunks
 from calibrant.quantization.block_scales import fit_block_scales
 from calibrant.quantization.grids import Grid, GridSpec, encode_groups, parameters, stored_scale
 
@@ -44,8 +45,16 @@ def fit_grid(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None 
     Ranges always include 0, so 0.0 is representable. ``hessian`` is ``sum x x^T`` of the inputs, float32 ``[in, in]``;
     for "importance" its diagonal ``[in]`` is enough. Searches that need it keep the plain range if it is None.
     """
-    rows, columns = weight.shape
     spec = spec.for_weight(weight)
+    if spec.scale_rows == 1 and spec.blocks is None:
+        parts = [_fit(weight[rows], spec, hessian) for rows in row_chunks(weight)]
+        return Grid(spec, torch.cat([part.scale for part in parts]), torch.cat([part.zero_point for part in parts]))
+    return _fit(weight, spec, hessian)
+
+
+def _fit(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None) -> Grid:
+    """``fit_grid`` of rows whose scales do not depend on other rows."""
+    rows, columns = weight.shape
     groups = weight.reshape(rows, -1, spec.group_size or columns).float()
     if spec.blocks is not None:
         diagonal = torch.ones(columns) if hessian is None or spec.range_search == "none" else hessian

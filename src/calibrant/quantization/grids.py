@@ -84,6 +84,10 @@ class Grid:
         scale, minimum = stored.of_groups()
         return cls(spec, scale, minimum / scale, stored)
 
+    def rows(self, rows: slice) -> "Grid":
+        """The grids of ``rows``, to solve with."""
+        return Grid(self.spec, self.scale[rows], self.zero_point[rows])
+
     def columns(self, in_features: int) -> torch.Tensor:
         """Group index of every input column, int64 ``[in_features]``."""
         width = self.spec.group_size or in_features

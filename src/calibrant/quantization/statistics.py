@@ -9,6 +9,7 @@ from calibrant.kernels import column_sums
 from calibrant.kernels.gram import add_gram, add_product
 
 _CHUNK_ROWS = 256
+_MIRRORED_ROWS = 512
 
 
 class Hessian:
@@ -23,9 +24,13 @@ class Hessian:
         add_gram(self._lower, inputs)
 
     def matrix(self) -> torch.Tensor:
-        """The full symmetric matrix, float32 ``[in, in]``."""
-        lower = torch.tril(self._lower)
-        return lower + torch.tril(lower, -1).T
+        """The full symmetric matrix, float32 ``[in, in]``; not a copy, so inputs that are added later change it."""
+        for begin in range(0, len(self._lower), _MIRRORED_ROWS):
+            end = begin + _MIRRORED_ROWS
+            block = self._lower[begin:end, begin:end]
+            block.copy_(block.tril() + block.tril(-1).T)
+            self._lower[begin:end, end:] = self._lower[end:, begin:end].T
+        return self._lower
 
 
 class PairedHessian(Hessian):

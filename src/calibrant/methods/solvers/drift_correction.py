@@ -18,11 +18,8 @@ def drift_corrected_target(
     solves the first (ours; the paper corrects column by column). D is estimated from finitely many tokens, so a
     ``share`` below 1 can generalize better (ours). H is damped as in GPTQ. None if H cannot be factored.
     """
-    diagonal = hessian.diagonal()
-    alive = hessian.clone()
-    alive.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0))
     try:
-        factor, _ = inverse_factor(alive, _DAMPING)
+        factor, _ = inverse_factor(hessian, _DAMPING)
     except NotPositiveDefiniteError:
         return None
     return weight + share * ((weight @ drift) @ factor.T) @ factor

@@ -6,12 +6,15 @@ import torch
 from pydantic import Field
 
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
+from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.kernels.inverse_factor import NotPositiveDefiniteError
+from calibrant.kernels.row_tiles import row_chunks
 from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.quantease import descend
 from calibrant.methods.solvers.result import Solution, SolverRecord, keep_rounded_rows
-from calibrant.methods.solvers.rtn import round_layer, rtn
-from calibrant.methods.solvers.second_order import damped, prepare, undo
+from calibrant.methods.solvers.rtn import round_layer
+from calibrant.methods.solvers.second_order import Prepared, prepare, undo
+from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import Grid, GridSpec
 from calibrant.quantization.statistics import Hessian
 
@@ -33,34 +36,39 @@ def gptq(
     round-to-nearest on the same grid is rounded to nearest instead (ours); the record counts such rows. If the Hessian
     cannot be factored at any damping, the whole layer is rounded to nearest and the record says so.
     """
-    rounded = rtn(weight, spec, hessian)
-    grid = rounded.grid
-    assert grid is not None
+    grid = fit_grid(weight, spec, hessian)
     try:
-        prepared = prepare(weight, hessian, damping, act_order)
+        prepared = prepare(hessian, damping, act_order)
     except NotPositiveDefiniteError:
+        codes, values = round_to_grid(weight, grid.scale, grid.zero_point, spec.numbers)
         record = SolverRecord(fallback="Hessian not positive definite, rounded to nearest")
-        return Solution(rounded.weight, rounded.codes, rounded.grid, record=record)
-    problem = quantization_problem(prepared.weight, prepared.factor, prepared.order, grid)
-    solved = solve_columns(problem)
-    values, codes = undo(prepared.order, solved.weight), undo(prepared.order, solved.codes)
-    if refine_sweeps:
-        values, codes = descend(weight, values, damped(hessian, prepared.damping), grid, [False] * refine_sweeps)
+        return Solution(values, codes, grid, record=record)
     record = SolverRecord(prepared.damping, prepared.damping > damping, prepared.dead_columns)
-    return keep_rounded_rows(weight, values, codes, rounded, hessian, record)
+    values, codes = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.int8)
+    for rows in row_chunks(weight):
+        solved = solve_columns(quantization_problem(prepared.ordered(weight[rows]), prepared, grid.rows(rows)))
+        values[rows], codes[rows] = undo(prepared.order, solved.weight), undo(prepared.order, solved.codes)
+    used = prepared.damping
+    del prepared  # the factor is as large as the Hessian
+    if refine_sweeps:
+        sweeps = [False] * refine_sweeps
+        for rows in row_chunks(weight):
+            start, own = values[rows], grid.rows(rows)
+            values[rows], codes[rows] = descend(weight[rows], start, hessian, own, sweeps, damping=used)
+    return keep_rounded_rows(weight, values, codes, grid, hessian, record)
 
 
-def quantization_problem(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> ColumnProblem:
+def quantization_problem(weight: torch.Tensor, prepared: Prepared, grid: Grid) -> ColumnProblem:
     """The column problem of quantizing to ``grid``; each column has the grid of its group in the original order.
 
-    ``weight`` ``[rows, in]`` and the upper ``factor`` ``[in, in]`` are float32 with columns already in ``order``.
+    ``weight`` float32 ``[rows, in]`` has its columns already in solving order.
     """
     return ColumnProblem(
         weight,
-        factor,
+        prepared.factor,
         scale=grid.scale,
         zero_point=grid.zero_point,
-        group=grid.columns(weight.shape[1])[order],
+        group=grid.columns(weight.shape[1])[prepared.order],
         numbers=grid.spec.numbers,
     )
 

@@ -7,11 +7,13 @@ import torch
 from pydantic import Field
 
 from calibrant.kernels.coordinate_descent import sweep
+from calibrant.kernels.inverse_factor import reordered
 from calibrant.kernels.masks import largest
+from calibrant.kernels.row_tiles import row_chunks
 from calibrant.methods.method import LayerProblem, LayerSolver, MethodOptions
 from calibrant.methods.solvers.result import Solution, SolverRecord, keep_rounded_rows
-from calibrant.methods.solvers.rtn import round_layer, rtn
-from calibrant.methods.solvers.second_order import damped, undo
+from calibrant.methods.solvers.rtn import round_layer
+from calibrant.methods.solvers.second_order import undo
 from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import Grid, GridSpec, decode, encode
 from calibrant.quantization.statistics import Hessian
@@ -31,27 +33,36 @@ def quantease(
     paper has none). A row with a larger error than round-to-nearest's is rounded to nearest instead (ours); the record
     counts such rows.
     """
-    rounded = rtn(weight, spec, hessian)
-    assert rounded.grid is not None
+    grid = fit_grid(weight, spec, hessian)
     last = sweeps - 1
     relaxed = [n % _RELAXED_EVERY == 1 and n <= _RELAXED_UNTIL and n != last for n in range(sweeps)]
-    values, codes = descend(weight, weight, damped(hessian, damping), rounded.grid, relaxed)
+    values, codes = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.int8)
+    for rows in row_chunks(weight):
+        own = weight[rows]
+        values[rows], codes[rows] = descend(own, own, hessian, grid.rows(rows), relaxed, damping=damping)
     dead = int((hessian.diagonal() == 0).sum())
-    return keep_rounded_rows(weight, values, codes, rounded, hessian, SolverRecord(dead_columns=dead))
+    return keep_rounded_rows(weight, values, codes, grid, hessian, SolverRecord(dead_columns=dead))
 
 
 def descend(
-    target: torch.Tensor, start: torch.Tensor, hessian: torch.Tensor, grid: Grid, relaxed: Sequence[bool]
+    target: torch.Tensor,
+    start: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: Grid,
+    relaxed: Sequence[bool],
+    *,
+    damping: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Values (float32) and codes (int8), both ``[rows, in]``, after one sweep per entry of ``relaxed``.
 
-    ``target`` and ``start`` are ``[rows, in]``; a sweep visits columns by descending diagonal of ``hessian``
-    ``[in, in]``. A relaxed sweep moves columns off the grid. From a ``start`` on the grid, other sweeps never raise the
-    error. Columns without input are rounded to nearest.
+    ``target`` and ``start`` are ``[rows, in]``; ``damping`` times the mean of the diagonal is added to the diagonal of
+    ``hessian`` ``[in, in]``, and a sweep visits columns by descending diagonal. A relaxed sweep moves columns off the
+    grid. From a ``start`` on the grid, other sweeps never raise the error. Columns without input are rounded to
+    nearest.
     """
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal() + damping * hessian.diagonal().mean()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    hessian = hessian.index_select(0, order).index_select(1, order)
+    hessian = reordered(hessian, order)
     hessian.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0)[order])
     wanted, values = target.index_select(1, order), start.index_select(1, order)
     group = grid.columns(target.shape[1])[order]
@@ -105,7 +116,8 @@ def _solve(options: QuantEase, problem: LayerProblem) -> Solution:
     weight, hessian, spec = problem.weight, problem.full_hessian, problem.grid_spec
     if not options.outliers:
         return quantease(weight, hessian, spec, sweeps=options.sweeps, damping=options.damping)
-    hessian = damped(hessian, options.damping)
+    hessian = hessian.clone()
+    hessian.diagonal().add_(options.damping * hessian.diagonal().mean())
     return quantease_with_outliers(
         weight, hessian, spec, sweeps=options.sweeps, share=options.outliers, segments=problem.segments
     )

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from calibrant.kernels.grid_rounding import round_to_grid
+from calibrant.kernels.row_tiles import row_chunks
 from calibrant.quantization.grids import Grid
 
 _COLUMN_BLOCK = 256
@@ -46,23 +48,27 @@ class Solution:
 
 def layer_errors(weight: torch.Tensor, solved: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Squared output error per row, float32 ``[rows]``: ``diag((W - Q) H (W - Q)^T)``, ``hessian`` H ``[in, in]``."""
-    difference = weight - solved
-    errors = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
+    return torch.cat([squared_outputs(weight[rows] - solved[rows], hessian) for rows in row_chunks(weight)])
+
+
+def squared_outputs(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Squared outputs per row, float32 ``[rows]``: ``diag(W H W^T)``, ``hessian`` H ``[in, in]``."""
+    sums = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
     # H is symmetric: products with its lower blocks, doubled off the diagonal, cost little more than half.
     for begin in range(0, hessian.shape[0], _COLUMN_BLOCK):
         end = min(begin + _COLUMN_BLOCK, hessian.shape[0])
-        here = difference[:, begin:end]
+        here = weight[:, begin:end]
         product = here @ hessian[begin:end, begin:end]
-        product.addmm_(difference[:, end:], hessian[end:, begin:end], alpha=2)
-        errors += (product * here).sum(1)
-    return errors
+        product.addmm_(weight[:, end:], hessian[end:, begin:end], alpha=2)
+        sums += (product * here).sum(1)
+    return sums
 
 
 def keep_rounded_rows(
     weight: torch.Tensor,
     values: torch.Tensor,
     codes: torch.Tensor,
-    rounded: Solution,
+    grid: Grid,
     hessian: torch.Tensor,
     record: SolverRecord,
 ) -> Solution:
@@ -71,11 +77,13 @@ def keep_rounded_rows(
     Rows are independent, so each takes the better of both. Changes ``values`` and ``codes`` in place; the record counts
     the rounded rows.
     """
-    assert rounded.codes is not None
-    errors, rounded_errors = layer_errors(weight, values, hessian), layer_errors(weight, rounded.weight, hessian)
-    worse = errors > rounded_errors
-    values[worse], codes[worse] = rounded.weight[worse], rounded.codes[worse]
-    record = replace(record, rows_rounded=int(worse.sum()))
-    return Solution(
-        values, codes, rounded.grid, errors=torch.minimum(errors, rounded_errors), rounded=worse, record=record
-    )
+    errors, rounded = weight.new_empty(len(weight)), torch.empty(len(weight), dtype=torch.bool, device=weight.device)
+    for rows in row_chunks(weight):
+        nearest_codes, nearest = round_to_grid(weight[rows], grid.scale[rows], grid.zero_point[rows], grid.spec.numbers)
+        own_errors = squared_outputs(weight[rows] - values[rows], hessian)
+        nearest_errors = squared_outputs(weight[rows] - nearest, hessian)
+        worse = own_errors > nearest_errors
+        values[rows][worse], codes[rows][worse] = nearest[worse], nearest_codes[worse]
+        errors[rows], rounded[rows] = torch.minimum(own_errors, nearest_errors), worse
+    record = replace(record, rows_rounded=int(rounded.sum()))
+    return Solution(values, codes, grid, errors=errors, rounded=rounded, record=record)

@@ -1,4 +1,4 @@
-"""Preparing second-order solves: dead columns, solving order, damping, the inverse factor (arXiv 2210.17323)."""
+"""Preparing second-order solves: dead columns, solving order, the inverse factor (arXiv 2210.17323)."""
 
 from dataclasses import dataclass
 
@@ -9,45 +9,44 @@ from calibrant.kernels.inverse_factor import inverse_factor
 
 @dataclass(frozen=True)
 class Prepared:
-    """``weight`` ``[rows, in]`` and upper ``factor`` ``[in, in]`` with columns in solving ``order`` (int64 ``[in]``).
+    """The upper ``factor`` ``[in, in]`` with columns in solving ``order`` (int64 ``[in]``).
 
-    ``damping`` times the mean of the Hessian's diagonal was added to the diagonal.
+    ``dead`` (bool ``[in]``, in this order) columns have no input. ``damping`` times the mean of the Hessian's diagonal
+    was added to the diagonal.
     """
 
-    weight: torch.Tensor
     factor: torch.Tensor
     order: torch.Tensor
+    dead: torch.Tensor
     damping: float
-    dead_columns: int
+
+    @property
+    def dead_columns(self) -> int:
+        """How many columns have no input."""
+        return int(self.dead.sum())
+
+    def ordered(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` ``[rows, in]`` with columns in solving order, those of dead columns zero."""
+        alive = weight.index_select(1, self.order)
+        alive[:, self.dead] = 0
+        return alive
 
 
-def prepare(weight: torch.Tensor, hessian: torch.Tensor, damping: float, act_order: bool) -> Prepared:
-    """Zero the weights of dead columns, order columns by descending diagonal with ``act_order``, damp and factor.
+def prepare(hessian: torch.Tensor, damping: float, act_order: bool) -> Prepared:
+    """Order columns by descending diagonal with ``act_order``, a stable sort, and factor the damped ``hessian``.
 
-    Dead columns (``H_jj = 0``) get ``H_jj = 1`` before damping, as in GPTQ's released code. The sort is stable.
+    Dead columns (``H_jj = 0``) count as ``H_jj = 1``.
 
     Raises:
         NotPositiveDefiniteError: the Hessian cannot be factored at any damping tried.
     """
-    diagonal = hessian.diagonal().clone()
+    diagonal = hessian.diagonal()
     dead = diagonal == 0
-    diagonal[dead] = 1
-    order = torch.arange(len(dead), device=weight.device)
+    order = torch.arange(len(dead), device=hessian.device)
     if act_order:
-        order = torch.argsort(diagonal, descending=True, stable=True)
-    ordered = hessian.index_select(0, order).index_select(1, order)
-    ordered.diagonal().copy_(diagonal[order])
-    alive = weight.index_select(1, order)
-    alive[:, dead[order]] = 0
-    factor, used = inverse_factor(ordered, damping)
-    return Prepared(alive, factor, order, used, int(dead.sum()))
-
-
-def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """``hessian`` with ``damping`` times the mean of its diagonal added to the diagonal."""
-    result = hessian.clone()
-    result.diagonal().add_(damping * hessian.diagonal().mean())
-    return result
+        order = torch.argsort(torch.where(dead, 1.0, diagonal), descending=True, stable=True)
+    factor, used = inverse_factor(hessian, damping, order)
+    return Prepared(factor, order, dead[order], used)
 
 
 def undo(order: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -37,13 +37,14 @@ def sparsegpt(
     Hessian cannot be factored at any damping, the layer is pruned by magnitude (and rounded), and the record says so.
     """
     try:
-        prepared = prepare(weight, hessian, damping, act_order=False)
+        prepared = prepare(hessian, damping, act_order=False)
     except NotPositiveDefiniteError:
         return _by_magnitude(weight, sparsity, spec, segments)
     grid = fit_grid(weight, spec, hessian) if spec is not None else None
-    problem = ColumnProblem(prepared.weight, prepared.factor)
+    alive = prepared.ordered(weight)
+    problem = ColumnProblem(alive, prepared.factor)
     if grid is not None:
-        problem = quantization_problem(prepared.weight, prepared.factor, prepared.order, grid)
+        problem = quantization_problem(alive, prepared, grid)
     pattern = (sparsity.pruned, sparsity.of) if sparsity.semi_structured else None
     share = 0.0 if pattern else sparsity.share
     problem = replace(problem, pruned_of=pattern, sparsity=share, segments=segments)

@@ -49,10 +49,10 @@ def spqr(
     damping, nothing is quantized and the record says so.
     """
     try:
-        prepared = prepare(weight, hessian, settings.damping, settings.act_order)
+        prepared = prepare(hessian, settings.damping, settings.act_order)
     except NotPositiveDefiniteError:
         return Solution(weight.clone(), record=SolverRecord(fallback="Hessian not positive definite, left as it was"))
-    weights, diagonal = prepared.weight, prepared.factor.diagonal()
+    weights, diagonal = prepared.ordered(weight), prepared.factor.diagonal()
     parts, columns = segments or (len(weights),), weights.shape[1]
     thresholds = [settings.threshold * (part.var(0) / diagonal.square()).mean() for part in weights.split(parts)]
     threshold = torch.cat([one.expand(rows, 1) for one, rows in zip(thresholds, parts, strict=True)])
