@@ -58,6 +58,7 @@ def compress(
     overwrite: bool = False,
     allow_encoder: bool = False,
     dequantize: bool = False,
+    memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> RunReport:
     """Compress a model folder into ``output``. ``prepare`` takes the same arguments and only checks and estimates.
@@ -82,6 +83,8 @@ def compress(
         allow_encoder: also accept models that are not causal (BERT classifiers).
         dequantize: take a quantized model for the dense one that it stands for: its weights are decoded as they are
             read. Without it, quantized models are refused.
+        memory: how much the run may use, such as "6GB" or a number of bytes; None: what is free. Where that is too
+            little for the hidden states of all rows, files hold them and passes are repeated, with the same result.
         progress: receives progress and notes; None for silence.
 
     Raises:
@@ -105,6 +108,7 @@ def compress(
         overwrite=overwrite,
         allow_encoder=allow_encoder,
         dequantize=dequantize,
+        memory=memory,
     ).run(progress)
 
 

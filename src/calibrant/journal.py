@@ -238,12 +238,14 @@ def saved_states(folder: Path) -> list[SavedState]:
 
 
 def saved_numbers(folder: Path, name: str) -> dict[str, int | float | str]:
-    """The numbers and strings at the top of the state ``name`` in the journal ``folder``, without its tensors.
+    """The numbers and strings at the top of the state ``name`` in the journal ``folder``; none if there is no state.
 
     Raises:
         CalibrantError: the file is damaged.
     """
     file = folder / f"{name}{_SUFFIX}"
+    if not file.is_file():
+        return {}
     try:
         with safe_open(file, framework="pt") as opened:
             pairs = json.loads(opened.metadata()[_KEY])["dict"]

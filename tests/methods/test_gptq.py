@@ -68,7 +68,7 @@ def test_a_layer_solved_in_parts_is_the_layer(monkeypatch: pytest.MonkeyPatch, m
         return gptq(weight, hessian, spec, refine_sweeps=3 if method == "refined" else 0)
 
     whole = solved()
-    monkeypatch.setattr(row_tiles, "_CHUNK_WEIGHTS", 64 * 64)
+    monkeypatch.setattr(row_tiles, "CHUNK_BYTES", 4 * 64 * 64)
     parts = solved()
     assert len(list(row_tiles.row_chunks(weight))) == 3
     assert torch.equal(whole.grid.scale, parts.grid.scale)

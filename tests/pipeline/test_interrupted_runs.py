@@ -196,7 +196,7 @@ def test_a_set_that_the_model_wrote_is_kept(
     with pytest.raises(_Killed):
         cb.compress(model, output=tmp_path / "parts", progress=_KillsAfter(2), **options)
     assert cb.status(tmp_path / "parts").done == ("the calibration set" if share else f"block 2 of {BLOCKS}")
-    monkeypatch.setattr("calibrant.pipeline.prepare.generate", None)  # not called again
+    monkeypatch.setattr("calibrant.pipeline.own_set.generate", None)  # not called again
     cb.compress(model, output=tmp_path / "parts", **options)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]

@@ -69,6 +69,14 @@ def compress(
         bool, typer.Option("--encoder", help="Allow models that are not causal (BERT classifiers).")
     ] = False,
     dequantize: DequantizeOption = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            help="Memory that the run may use, as in 6GB; by default what is free. Where hidden states need more, "
+            "files hold them and forward passes are repeated, with the same result.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print an estimate of time, memory and disk, and stop.")
@@ -107,6 +115,7 @@ def compress(
             overwrite=overwrite,
             allow_encoder=encoder,
             dequantize=dequantize,
+            memory=memory,
         )
         for note in prepared.plan.notes:
             screen.note(f"note: {note}")
@@ -132,6 +141,7 @@ def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> N
         "memory_bytes": found.memory_bytes,
         "output_bytes": found.output_bytes,
         "disk_bytes": found.disk_bytes,
+        "hidden_states": "disk" if found.on_disk else "memory",
     }
     screen.result(
         lines,
@@ -139,7 +149,8 @@ def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> N
         f"about {time_text(*found.seconds_range)}"
         + (" and the time to generate the calibration set" if prepared.writes_set else "")
         + f", {size_text(found.memory_bytes)} of memory, an output of {size_text(found.output_bytes)}"
-        f" ({size_text(found.disk_bytes)} of disk while it runs)",
+        f" ({size_text(found.disk_bytes)} of disk while it runs"
+        + (", where the hidden states are kept)" if found.on_disk else ")"),
     )
 
 

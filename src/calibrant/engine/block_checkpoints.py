@@ -4,9 +4,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
-from torch.utils._pytree import tree_leaves
 
 from calibrant.clock import Clock
 from calibrant.engine.block_solver import LayerReport
@@ -14,6 +12,7 @@ from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.errors import first_line
 from calibrant.journal import Journal
 from calibrant.modeling.block_walk import BlockWalk
+from calibrant.modeling.state_files import StateFiles
 
 # The least ratio of the time between two checkpoints to the time of writing one, which so costs under 5 % (ours).
 CHECKPOINT_SHARE = 20
@@ -21,6 +20,9 @@ CHECKPOINT_SHARE = 20
 _BYTES_PER_SECOND = 100e6
 NAME = "blocks"
 """Name of the state in the journal."""
+
+ON_DISK = "on_disk"
+"""Name of the number in the state that is 1 if hidden states are in files."""
 
 _LAYERS = TypeAdapter(list[LayerReport])
 
@@ -43,8 +45,7 @@ class BlockCheckpoints:
 
     def __post_init__(self) -> None:
         self._since = time.monotonic()
-        size = sum(leaf.nbytes for leaf in tree_leaves(self.walk.state(0)) if isinstance(leaf, torch.Tensor))
-        self._wait = CHECKPOINT_SHARE * size / _BYTES_PER_SECOND
+        self._wait = CHECKPOINT_SHARE * self.walk.state_bytes / _BYTES_PER_SECOND
 
     def restore(self) -> None:
         """Take up the journal's state, if there is one; parts of blocks that it does not know are removed.
@@ -80,6 +81,7 @@ class BlockCheckpoints:
         with self.clock.stage("journal"):
             begin = time.monotonic()
             self.journal.write(NAME, self._state())
+            self.walk.release_others(self.done)
             self._since = time.monotonic()
             self._wait = CHECKPOINT_SHARE * (self._since - begin)
 
@@ -87,6 +89,7 @@ class BlockCheckpoints:
         return {
             "done": self.done,
             "blocks": len(self.walk.blocks),
+            ON_DISK: int(isinstance(self.walk.batches, StateFiles)),
             "walk": self.walk.state(self.done),
             "writer": self.writer.state(),
             "layers": [asdict(layer) for layer in self.layers],

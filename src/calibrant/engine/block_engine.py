@@ -2,8 +2,9 @@
 
 ``sequential_pass`` runs one forward pass per micro-batch, each in a greenlet. A pre-forward hook suspends a pass at
 every stage. Once all passes have reached the stage, it is solved, and they continue with the compressed weights.
-``two_passes`` is the usual loop: collect all statistics, solve; a second pass propagates. Both report
-inputs to a ``Visitor``.
+``repeated_passes`` gives the same result with one micro-batch in memory: each stage runs the block again up to there.
+``two_passes`` is the usual loop: collect all statistics, solve; a second pass propagates. All report inputs to a
+``Visitor``.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from calibrant.errors import CalibrantError
 from calibrant.modeling.block_walk import OpenedBlock
 from calibrant.modeling.hooks import Hook, hooked
 from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.state_files import TensorFiles
 from calibrant.modeling.structure import BlockStructure, Experts, ExpertUse, InputGroup, Linear, Stage, watch_experts
 
 Unit = tuple[Linear, ...]
@@ -89,7 +91,7 @@ def sequential_pass(
         OrderDiffersError: micro-batches reach the stages in different orders. Nothing has been solved out of order, but
             weights may have changed.
     """
-    batches = block.batches
+    batches = list(block.batches)
     main = greenlet.getcurrent()
 
     def suspend(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -146,9 +148,69 @@ def sequential_pass(
                     run.throw()
 
 
-def two_passes(block: OpenedBlock, structure: BlockStructure, visitor: Visitor) -> list[torch.Tensor]:
+class _StageReachedError(Exception):
+    """Ends a forward pass at the stage whose arguments are wanted."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.given = args, kwargs
+
+
+def repeated_passes(
+    block: OpenedBlock, structure: BlockStructure, visitor: Visitor, original: nn.Module | None = None
+) -> None:
+    """Solve the block's ``structure`` as ``sequential_pass`` does, with one micro-batch in memory at a time.
+
+    Every stage runs each micro-batch from the block's beginning, through the compressed groups before the stage, up to
+    the stage. The arguments are those of ``sequential_pass``; the caller advances the batches.
+
+    Raises:
+        OrderDiffersError: micro-batches reach the stages in different orders. Nothing has been solved out of order, but
+            weights may have changed.
+    """
+    for number, stage in enumerate(structure.stages):
+        if not isinstance(stage, InputGroup):
+            for group in stage.groups:
+                for batch in block.batches:
+                    args, kwargs = _run_up_to(block.module, block.index, structure, number, batch)
+                    _replay_experts(block.module, stage, args, kwargs, batch, visitor, {group[0].parameter})
+                for linear in group:
+                    visitor.solve((linear,))
+            continue
+        for batch in block.batches:
+            args, _ = _run_up_to(block.module, block.index, structure, number, batch)
+            originals = None
+            if original is not None:
+                beside, _ = _run_up_to(original, block.index, structure, number, batch.beside())
+                originals = _counted(beside[0], batch.mask, stage)
+            visitor.add(stage.linears, _counted(args[0], batch.mask, stage), originals)
+        return_freed_memory()
+        visitor.solve(stage.linears)
+
+
+def _run_up_to(
+    module: nn.Module, index: int, structure: BlockStructure, number: int, batch: MicroBatch
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of stage ``number`` of block ``index``, which runs on ``batch``."""
+    expected = iter(structure.stages[: number + 1])
+
+    def reached(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if next(expected) is not stage:
+            raise OrderDiffersError(stage.module, intact=True)
+        if stage is structure.stages[number]:
+            raise _StageReachedError(args, kwargs)
+
+    with hooked(_stage_hooks(module, structure, reached)):
+        try:
+            call_block(module, index, batch)
+        except _StageReachedError as end:
+            return end.given
+    raise OrderDiffersError(structure.stages[number].module, intact=True)
+
+
+def two_passes(block: OpenedBlock, structure: BlockStructure, visitor: Visitor) -> list[torch.Tensor] | TensorFiles:
     """Collect all statistics from the unchanged block and solve it; returns the unchanged block's outputs."""
-    outputs = []
+    outputs = block.collector()
     for batch in block.batches:
 
         def collect(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any], batch: MicroBatch = batch) -> None:

@@ -1,6 +1,6 @@
 """Transforms of a block before it is solved: measure its inputs, choose scales, fold them into the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ class Transformed:
     """
 
     changed: set[str] = field(default_factory=set)
-    outputs: list[torch.Tensor] = field(default_factory=list)
+    outputs: Sequence[torch.Tensor] = ()
     notes: list[str] = field(default_factory=list)
 
 
@@ -162,7 +162,7 @@ def _rounded(weight: torch.Tensor, scale: torch.Tensor, spec: GridSpec) -> torch
     return rtn(weight * scale, replace(spec, range_search="none")).weight / scale
 
 
-def _run(block: OpenedBlock, pairs: list[FoldablePair], compare: bool) -> tuple[list[_Seen], list[torch.Tensor]]:
+def _run(block: OpenedBlock, pairs: list[FoldablePair], compare: bool) -> tuple[list[_Seen], Sequence[torch.Tensor]]:
     """Run the block on all batches; returns the statistics of every pair and the block's outputs.
 
     ``compare`` also keeps the inputs on which outputs are compared.
@@ -170,7 +170,7 @@ def _run(block: OpenedBlock, pairs: list[FoldablePair], compare: bool) -> tuple[
     device = block.probe.hidden.device
     seen = [_Seen(Magnitude(pair.group.linears[0].in_features, device)) for pair in pairs]
     left, positions = _SEARCH_TOKENS if compare else 0, _SEARCH_POSITIONS
-    outputs = []
+    outputs = block.collector()
     for batch in block.batches:
         hooks: list[tuple[nn.Module, Hook]] = []
         for pair, one in zip(pairs, seen, strict=True):

@@ -1,7 +1,7 @@
 """Compression of a model block by block: load, transform, solve, write."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
@@ -9,15 +9,17 @@ import torch
 
 from calibrant.allocator import return_freed_memory
 from calibrant.clock import Clock
-from calibrant.engine.block_checkpoints import BlockCheckpoints
-from calibrant.engine.block_engine import OrderDiffersError, sequential_pass, two_passes
+from calibrant.engine.block_checkpoints import NAME, ON_DISK, BlockCheckpoints
+from calibrant.engine.block_engine import OrderDiffersError, repeated_passes, sequential_pass, two_passes
 from calibrant.engine.block_solver import BlockSolver, LayerReport
 from calibrant.engine.block_transforms import transform_block
 from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.errors import CalibrantError
-from calibrant.journal import Journal
+from calibrant.journal import Journal, saved_numbers
 from calibrant.modeling.block_walk import BlockWalk
+from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.state_files import StateFiles
 from calibrant.modeling.structure import BlockStructure, Experts
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
@@ -28,6 +30,9 @@ from calibrant.stopping import check_stop, stop_requested
 # "two-pass": collect all statistics of a block, solve it, run it again, as other tools do; "independent": every block
 # gets the original model's hidden states.
 Order = Literal["sequential", "two-pass", "independent"]
+
+STATES = "states"
+"""Subfolder of the journal for hidden states that memory has no room for."""
 
 _NO_ORIGINAL = "the original model cannot run beside it; take a recipe without drift_correction"
 
@@ -42,11 +47,14 @@ def compress_blocks(
     journal: Journal,
     clock: Clock,
     progress: Progress,
+    on_disk: bool = False,
 ) -> tuple[list[LayerReport], list[str]]:
     """Compress and write every block of ``plan``; returns the layers' reports and notes for the user.
 
     ``rows`` are used only if the recipe gathers statistics; blocks compute in ``dtype``. Goes on from the state in
-    ``journal``, if there is one, and saves it there between blocks.
+    ``journal``, if there is one, and saves it there between blocks. With ``on_disk`` hidden states are kept in the
+    journal's folder, and one micro-batch is in memory at a time; the result is the same. A run that goes on keeps them
+    where they are.
 
     Raises:
         CalibrantError: values are not finite, or the recipe does not support the model.
@@ -54,7 +62,9 @@ def compress_blocks(
     """
     with clock.stage("embed"):
         given = rows if plan.recipe.gathers else None
-        walk = BlockWalk(model, plan.blocks, given, dtype, with_original=plan.recipe.drift_correction > 0)
+        beside = plan.recipe.drift_correction > 0
+        on_disk = bool(saved_numbers(journal.folder, NAME).get(ON_DISK, on_disk))
+        walk = BlockWalk(model, plan.blocks, given, dtype, beside, journal.folder / STATES if on_disk else None)
     checkpoints = BlockCheckpoints(journal, walk, writer, clock)
     checkpoints.restore()
     count, done = len(plan.blocks), checkpoints.done
@@ -102,7 +112,7 @@ class _Compression:
             return solver
 
     @contextmanager
-    def _opened(self, index: int) -> Iterator[tuple[BlockSolver, BlockStructure, list[torch.Tensor]]]:
+    def _opened(self, index: int) -> Iterator[tuple[BlockSolver, BlockStructure, Sequence[torch.Tensor]]]:
         """A solver for block ``index``, the stages to solve, and the outputs if transforms computed them."""
         plan = self._plan
 
@@ -123,7 +133,7 @@ class _Compression:
             for text in block.structure.partly(lambda name: plan.recipe.ignores(f"{plan.blocks[index]}.{name}")):
                 self._note(text)
             solver = BlockSolver(block, plan, self._clock)
-            outputs: list[torch.Tensor] = []
+            outputs: Sequence[torch.Tensor] = ()
             if plan.recipe.transforms and (block.batches or plan.learned.scales is not None):
                 with self._clock.stage("transform"):
                     done = transform_block(block, plan)
@@ -137,7 +147,7 @@ class _Compression:
         if text not in self.notes:
             self.notes.append(text)
 
-    def _solve(self, solver: BlockSolver, structure: BlockStructure, outputs: list[torch.Tensor]) -> None:
+    def _solve(self, solver: BlockSolver, structure: BlockStructure, outputs: Sequence[torch.Tensor]) -> None:
         block = solver.block
         if not self._plan.recipe.solves_with_data:
             for linear in structure.linears():
@@ -147,7 +157,7 @@ class _Compression:
                     f"{block.name}: its output contains values that are not finite; compute in float32 "
                     '(`dtype="float32"`) or check the model'
                 )
-            if outputs:
+            if len(outputs):
                 block.advance(outputs)
         elif self._plan.recipe.drift_correction:
             self._solve_beside_original(solver, structure)
@@ -155,6 +165,10 @@ class _Compression:
             name = min(structure.recurring)
             self._note(f"{name} runs several times in a pass: blocks with such a layer are solved in two passes")
             self._solve_in_two_passes(solver, structure, propagate=True)
+        elif self._order == "sequential" and isinstance(block.batches, StateFiles):
+            repeated_passes(block, structure, solver)
+            with solver.observing_caches():
+                block.advance()
         elif self._order == "sequential":
             with solver.observing_caches():
                 block.advance(sequential_pass(block, structure, solver)[0])
@@ -166,8 +180,13 @@ class _Compression:
         outputs = two_passes(solver.block, structure, solver)
         cached = solver.plan.recipe.scheme.kv_cache is not None
         with solver.observing_caches():
-            after = [solver.block.run(batch) for batch in solver.block.batches] if propagate or cached else outputs
-        solver.block.advance(after if propagate else outputs)
+            if propagate:
+                solver.block.advance()
+            elif cached:
+                for batch in solver.block.batches:
+                    solver.block.run(batch)
+        if not propagate:
+            solver.block.advance(outputs)
 
     @staticmethod
     def _solve_beside_original(solver: BlockSolver, structure: BlockStructure) -> None:
@@ -179,8 +198,13 @@ class _Compression:
             raise CalibrantError(f"{block.name}: {name} runs several times in a pass, so {_NO_ORIGINAL}")
         # Copied before the caches are watched: a copy has the hooks too.
         original = copy.deepcopy(block.module)
+        if not isinstance(block.batches, StateFiles):
+            with solver.observing_caches():
+                outputs, originals = sequential_pass(block, structure, solver, original=original)
+            block.advance(outputs, originals)
+            return
+        repeated_passes(block, structure, solver, original)
         with solver.observing_caches():
-            outputs, originals = sequential_pass(block, structure, solver, original=original)
-        block.advance(outputs)
-        for batch, hidden in zip(block.batches, originals, strict=True):
-            batch.original = hidden
+            for batch in block.batches:
+                beside = batch.beside()
+                batch.advance(block.run(batch), call_block(original, block.index, beside))

@@ -1,13 +1,36 @@
 """One safetensors file, readable by whom the umask says."""
 
+import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 _ELEMENT_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Where the tensors of ``path`` begin and end in the file, in bytes, by name.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: the file is damaged.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > path.stat().st_size:
+            raise ValueError(f"{path.name} has lost bytes")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: (8 + length + a, 8 + length + b) for name, (a, b) in _offsets(header)}
+
+
+def _offsets(header: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]:
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        yield name, (int(begin), int(end))
 
 
 def element_bytes(dtype: str) -> int:

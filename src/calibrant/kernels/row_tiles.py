@@ -15,13 +15,13 @@ from calibrant.kernels.number_types import CompiledNumbers, nearest_number
 LANES = 32
 # Columns whose errors are applied together, so that each later weight is loaded once for all of them.
 PANEL = 8
-# Weights of a large layer that are solved at once, so that copies of them stay small beside the layer: 128 MiB.
-_CHUNK_WEIGHTS = 1 << 25
+CHUNK_BYTES = 128 << 20
+"""Weights (float32) of a large layer that are solved at once, so that copies of them stay small beside the layer."""
 
 
 def row_chunks(matrix: torch.Tensor) -> Iterator[slice]:
     """Slices over the rows of ``matrix`` ``[rows, n]``, of whole tiles, for work on independent rows."""
-    step = max(LANES, _CHUNK_WEIGHTS // matrix.shape[1] // LANES * LANES)
+    step = max(LANES, CHUNK_BYTES // 4 // matrix.shape[1] // LANES * LANES)
     for begin in range(0, len(matrix), step):
         yield slice(begin, begin + step)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch.utils._pytree import tree_map_only
 from calibrant.modeling.entry import enter_blocks
 from calibrant.modeling.inputs import Carried, MicroBatch, call_block
 from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.state_files import StateFiles, TensorFiles
 from calibrant.modeling.structure import BlockStructure, probe_block
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
+
+Batches = list[MicroBatch] | StateFiles
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class OpenedBlock:
     state: dict[str, torch.Tensor]
     structure: BlockStructure
     probe: MicroBatch
-    batches: list[MicroBatch]
+    batches: Batches
 
     def run(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states after the block, ``[rows, length, width]``."""
@@ -41,10 +45,20 @@ class OpenedBlock:
         """The same for other hidden states, with the arguments of ``batch``."""
         return self.run(replace(batch, hidden=hidden))
 
-    def advance(self, outputs: Sequence[torch.Tensor] | None = None) -> None:
-        """Move the batches behind the block: to ``outputs``, or to what the block gives now."""
+    def advance(
+        self, outputs: Sequence[torch.Tensor] | None = None, originals: Sequence[torch.Tensor] | None = None
+    ) -> None:
+        """Move the batches behind the block: to ``outputs``, or to what the block gives now.
+
+        ``originals`` are the outputs of the original model, of a walk with its states.
+        """
         for position, batch in enumerate(self.batches):
-            batch.advance(self.run(batch) if outputs is None else outputs[position])
+            hidden = self.run(batch) if outputs is None else outputs[position]
+            batch.advance(hidden, originals[position] if originals is not None else None)
+
+    def collector(self) -> "list[torch.Tensor] | TensorFiles":
+        """An empty sequence for one output per batch, held where the batches' states are."""
+        return self.batches.collector() if isinstance(self.batches, StateFiles) else []
 
 
 class BlockWalk:
@@ -56,6 +70,7 @@ class BlockWalk:
         rows: what walks; None walks nothing and only probes each block.
         dtype: what the blocks compute in.
         with_original: also carry the original model's hidden states, as ``MicroBatch.original``.
+        states: folder for the hidden states; None keeps them in memory.
 
     Raises:
         CalibrantError: no token of ``rows`` counts, or the model does not call its blocks one after the other.
@@ -68,32 +83,57 @@ class BlockWalk:
         rows: TokenRows | None,
         dtype: torch.dtype,
         with_original: bool = False,
+        states: Path | None = None,
     ) -> None:
         self.model, self.blocks, self.dtype = model, blocks, dtype
-        self.probe, self.batches = enter_blocks(model, blocks, rows, dtype, with_original)
+        self.batches: Batches = StateFiles(states) if states is not None else []
+        self.probe = enter_blocks(model, blocks, rows, dtype, self.batches.append, with_original)
         # What blocks before each return for the probe besides hidden states; blocks are opened in order first.
         self._before: dict[int, dict[Carried, Any]] = {0: {}}
 
     def state(self, index: int) -> dict[str, Any]:
-        """What enters block ``index``, where the walk is, for ``resume``."""
-        return {
-            "batches": [[batch.hidden, batch.original, _listed(batch.carried)] for batch in self.batches],
-            "probe": _listed(self._before.get(index, {})),
-        }
+        """What enters block ``index``, where the walk is, for ``resume``.
 
-    def resume(self, index: int, state: dict[str, Any]) -> None:
-        """Go on before block ``index`` with a ``state`` of the same walk.
+        Hidden states in files are on the disk afterwards and stay until ``release_others``.
 
         Raises:
-            ValueError: the state is of another walk.
+            CalibrantError: the disk fails.
         """
-        for batch, (hidden, original, carried) in zip(self.batches, state["batches"], strict=True):
-            if hidden.shape != batch.hidden.shape:
-                raise ValueError(f"hidden states of shape {tuple(hidden.shape)}, not {tuple(batch.hidden.shape)}")
-            batch.hidden = hidden.to(self.model.device)
-            batch.original = None if original is None else original.to(self.model.device)
-            batch.carried = _from_list(carried, self.model.device)
-        self._before[index] = _from_list(state["probe"], self.model.device)
+        found: dict[str, Any] = {"probe": _listed(self._before.get(index, {}))}
+        if isinstance(self.batches, StateFiles):
+            self.batches.keep(index)
+            return {**found, "carried": [_listed(carried) for carried in self.batches.carried]}
+        return {**found, "batches": [[one.hidden, one.original, _listed(one.carried)] for one in self.batches]}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of hidden states that ``state`` returns or waits for."""
+        if isinstance(self.batches, StateFiles):
+            return self.batches.nbytes
+        return sum(batch.nbytes for batch in self.batches)
+
+    def release_others(self, index: int) -> None:
+        """Remove hidden states in files that no later ``resume`` needs, once the state before ``index`` is saved."""
+        if isinstance(self.batches, StateFiles):
+            self.batches.release_others(index)
+
+    def resume(self, index: int, state: dict[str, Any]) -> None:
+        """Go on before block ``index`` with a ``state`` of the same walk, held in the same place.
+
+        Raises:
+            ValueError: the state is of another walk, or files are missing or damaged.
+        """
+        device = self.model.device
+        if isinstance(self.batches, StateFiles):
+            self.batches.resume(index, [_from_list(carried, device) for carried in state["carried"]])
+        else:
+            for batch, (hidden, original, carried) in zip(self.batches, state["batches"], strict=True):
+                if hidden.shape != batch.hidden.shape:
+                    raise ValueError(f"hidden states of shape {tuple(hidden.shape)}, not {tuple(batch.hidden.shape)}")
+                batch.hidden = hidden.to(device)
+                batch.original = None if original is None else original.to(device)
+                batch.carried = _from_list(carried, device)
+        self._before[index] = _from_list(state["probe"], device)
 
     @contextmanager
     def opened(self, index: int) -> Iterator[OpenedBlock]:
@@ -105,6 +145,8 @@ class BlockWalk:
             probe = replace(self.probe, carried=self._before.get(index, {}))
             structure = probe_block(module, index, probe)
             self._before[index + 1] = {**probe.carried, **probe.returned}
+            if index + 1 < len(self.blocks):
+                self.model.folder.prefetch(self.model.checkpoint_names(self.blocks[index + 1]))
             yield OpenedBlock(index, name, module, state, structure, probe, self.batches)
 
     def visit(self, label: str, progress: Progress) -> Iterator[OpenedBlock]:

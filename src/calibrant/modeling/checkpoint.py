@@ -1,6 +1,8 @@
 """Model folders on disk: configuration and safetensors files, checked before any weight is loaded."""
 
-from functools import cached_property
+import os
+from collections.abc import Iterable
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from safetensors import safe_open
 
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING
+from calibrant.formats.safetensors_file import tensor_ranges
 from calibrant.hashing import sha256_file, sha256_json
 from calibrant.modeling.decoded_tensors import DecodedTensors, decoded_dtype
 from calibrant.modeling.expert_tensors import SplitExperts
@@ -67,6 +70,7 @@ class ModelFolder:
         self.config = parse_config(self.path)
         self._decoded: DecodedTensors | None = None
         self._joined: dict[str, SplitExperts] = {}
+        self._ranges = cache(tensor_ranges)
         if dequantize:
             self._decode()
 
@@ -119,6 +123,21 @@ class ModelFolder:
         if name in self._joined:
             return self._joined[name].joined(self.read)
         return self._read(name) if self._decoded is None else self._decoded.read(name)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Ask the system to read the tensors ``names`` into its cache, without waiting for them."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        files: dict[Path, list[str]] = {}
+        for name in names:
+            if name in self._files:  # others are made of several tensors
+                files.setdefault(self._files[name].file, []).append(name)
+        for file, own in files.items():
+            ranges = self._ranges(file)
+            with file.open("rb") as opened:
+                for name in own:
+                    begin, end = ranges[name]
+                    os.posix_fadvise(opened.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def join(self, experts: SplitExperts) -> None:
         """Present the linears of ``experts`` as the fused parameter that they are parts of."""

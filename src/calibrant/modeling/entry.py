@@ -1,6 +1,6 @@
 """Token rows on their way to block 0: micro-batches, embedded, with the further arguments of every block."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -17,9 +17,14 @@ _PROBE_TOKENS = 16
 
 
 def enter_blocks(
-    model: LazyModel, blocks: list[str], rows: TokenRows | None, dtype: torch.dtype, with_original: bool = False
-) -> tuple[MicroBatch, list[MicroBatch]]:
-    """A tiny batch to probe structure with, and ``rows`` as micro-batches that enter block 0, computed in ``dtype``.
+    model: LazyModel,
+    blocks: list[str],
+    rows: TokenRows | None,
+    dtype: torch.dtype,
+    add: Callable[[MicroBatch], None],
+    with_original: bool = False,
+) -> MicroBatch:
+    """A tiny batch to probe structure with; ``add`` gets ``rows`` as micro-batches that enter block 0, in ``dtype``.
 
     ``with_original`` gives each batch a second copy of its hidden states, for the original model.
 
@@ -35,7 +40,6 @@ def enter_blocks(
     tokens = torch.arange(_PROBE_TOKENS, device=device)[None] % model.folder.vocabulary
     hidden, calls = record_inputs(model.module, blocks, tokens)
     probe = MicroBatch(hidden, torch.ones_like(tokens, dtype=torch.bool), calls)
-    batches: list[MicroBatch] = []
     known: dict[torch.Size, BlockCalls] = {}
     for ids, mask in _micro_batches(rows) if rows is not None else ():
         hidden, calls = record_inputs(model.module, blocks, ids.to(device))
@@ -43,9 +47,9 @@ def enter_blocks(
         first = known.setdefault(ids.shape, calls)
         calls = first if first.same_as(calls) else calls
         original = hidden.clone() if with_original else None  # the engine frees hidden states after their last use
-        batches.append(MicroBatch(hidden, mask.to(device), calls, original))
+        add(MicroBatch(hidden, mask.to(device), calls, original))
     model.drop(model.module)
-    return probe, batches
+    return probe
 
 
 def _micro_batches(rows: TokenRows) -> Iterator[TokenRows]:

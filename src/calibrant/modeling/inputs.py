@@ -35,15 +35,21 @@ class MicroBatch:
     carried: dict["Carried", Any] = field(default_factory=dict)
     returned: dict["Carried", Any] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the hidden states."""
+        return self.hidden.nbytes + (self.original.nbytes if self.original is not None else 0)
+
     def beside(self) -> "MicroBatch":
         """The same rows with the hidden states of the original model."""
         assert self.original is not None
         return MicroBatch(self.original, self.mask, self.calls)
 
-    def advance(self, hidden: torch.Tensor) -> None:
-        """Move behind the next block, whose output is ``hidden``."""
-        self.hidden = hidden
-        self.carried, self.returned = {**self.carried, **self.returned}, {}
+    def advance(self, hidden: torch.Tensor, original: torch.Tensor | None = None) -> None:
+        """Move behind the next block, whose output is ``hidden``, and ``original`` in the original model."""
+        self.hidden, self.original = hidden, original
+        self.carried.update(self.returned)
+        self.returned.clear()
 
 
 @dataclass(frozen=True)
@@ -243,7 +249,7 @@ def call_block(block: nn.Module, index: int, batch: MicroBatch) -> torch.Tensor:
     if batch.calls.carried:
         args, kwargs = tree_map_only(Carried, batch.carried.__getitem__, (args, kwargs))
     output = block(batch.hidden, *args, **kwargs)
-    wanted = [one for one in batch.calls.carried if one.call == index]
-    batch.returned = {one: output[one.position] for one in wanted}
+    batch.returned.clear()
+    batch.returned.update({one: output[one.position] for one in batch.calls.carried if one.call == index})
     hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden

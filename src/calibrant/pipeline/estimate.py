@@ -20,10 +20,12 @@ from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.safetensors_file import element_bytes
 from calibrant.formats.shards import SHARD_BYTES
 from calibrant.hashing import sha256_bytes
+from calibrant.kernels.row_tiles import CHUNK_BYTES
 from calibrant.methods.method import LayerProblem, LayerSolver
 from calibrant.methods.solvers.rtn import RTN
 from calibrant.methods.training import HELD_OUT_TOKENS, TrainingOptions, Zsaq
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.entry import MICRO_BATCH_TOKENS
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.pipeline.memory import resident_memory
@@ -37,18 +39,24 @@ _FEW_ROWS, _MANY_ROWS, _MOST_COLUMNS, _TOKENS = 32, 288, 2048, 2048
 _INPUTS_PER_LINEAR = 4 / 7
 # What compiled kernels and their compiler add to the process.
 _KERNEL_BYTES = 80 * 2**20
+# Forward passes of a block up to each of a Llama's four inputs: nothing, attention, attention again, nearly all (ours).
+_REPEATED_PASSES = 1.5
 # How far a run may be from the estimate, either way: the load and clock of the machine, disks slower than memory.
 _SPREAD = 1.35
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated cost of a run: seconds, peak memory, the output's size, and peak disk space while it runs, in bytes."""
+    """Estimated cost of a run: seconds, peak memory, the output's size, and peak disk space while it runs, in bytes.
+
+    ``on_disk``: memory is too small for the hidden states of all rows, so they are kept in files.
+    """
 
     seconds: float
     memory_bytes: int
     output_bytes: int
     disk_bytes: int
+    on_disk: bool = False
 
     @property
     def seconds_range(self) -> tuple[float, float]:
@@ -56,9 +64,20 @@ class Estimate:
         return self.seconds / _SPREAD, self.seconds * _SPREAD
 
 
-def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> Estimate:
-    """Estimate a run on ``samples`` rows of ``length`` tokens; ``dtype`` is that of its forward passes."""
-    size = _Size(model, plan, samples, length, dtype)
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Peak memory of a run in bytes, without trainings, and whether it keeps hidden states on the disk for that."""
+
+    bytes: int
+    on_disk: bool
+
+
+def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype, memory: int) -> Estimate:
+    """Estimate a run on ``samples`` rows of ``length`` tokens; ``dtype`` is that of its forward passes.
+
+    ``memory`` is what the run may use, in bytes.
+    """
+    size = _Size(model, plan, samples, length, dtype, memory)
     parts = [size.blocks()]
     if plan.recipe.quadapter is not None:
         parts.append(size.quadapter(plan.recipe.quadapter))
@@ -69,12 +88,23 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
         sum(part.memory_bytes for part in parts),
         sum(part.output_bytes for part in parts),
         sum(part.disk_bytes for part in parts),
+        size.on_disk,
     )
 
 
-def disk_bytes(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> tuple[int, int]:
+def memory_needed(
+    model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype, memory: int
+) -> MemoryNeed:
+    """What a run that may use ``memory`` bytes needs, for which nothing is measured."""
+    size = _Size(model, plan, samples, length, dtype, memory)
+    return MemoryNeed(size.memory_bytes(size.on_disk), size.on_disk)
+
+
+def disk_bytes(
+    model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype, memory: int
+) -> tuple[int, int]:
     """Bytes of the output, and peak disk space while it is made, for which nothing is measured."""
-    size = _Size(model, plan, samples, length, dtype)
+    size = _Size(model, plan, samples, length, dtype, memory)
     training = plan.recipe.training
     return size.output_bytes(), size.disk_bytes() + (size.journal_bytes(training) if training is not None else 0)
 
@@ -82,7 +112,9 @@ def disk_bytes(model: LazyModel, plan: Plan, samples: int, length: int, dtype: t
 class _Size:
     """Sizes shared by the parts of an estimate; one method per part."""
 
-    def __init__(self, model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype, memory: int
+    ) -> None:
         self._model, self._plan, self._dtype = model, plan, dtype
         self._samples, self._length = samples, length
         self._tokens = samples * length if plan.recipe.needs_data else 0
@@ -94,6 +126,9 @@ class _Size:
         self._rate = cache(lambda dtype: measured_rate(dtype, model.device))
         self._stored = _stored_bytes(model.folder, list(model.folder.tensors))
         self._copy_seconds = cache(copy_seconds)
+        # Trainings hold whole models, and 2SSP a row per candidate: neither walks with states in files.
+        walks = plan.recipe.gathers and not plan.recipe.changes_shape
+        self.on_disk = walks and self.memory_bytes(on_disk=False) > memory
 
     def blocks(self) -> Estimate:
         """Forward passes, statistics, searches and solves of all blocks, and the output files."""
@@ -101,15 +136,15 @@ class _Size:
         seconds = self._forward_seconds() + self._solving_seconds() + self._file_seconds(self._stored, output)
         # Opening and probing a block, and what a run does once.
         seconds += 0.05 * len(self._plan.blocks) + 2
-        memory = resident_memory() + _KERNEL_BYTES + self._memory_bytes()
-        return Estimate(seconds, memory, output, self.disk_bytes())
+        return Estimate(seconds, self.memory_bytes(self.on_disk), output, self.disk_bytes())
 
     def _forward_seconds(self) -> float:
         """Forward passes of the blocks, and of AWQ's searches."""
         recipe = self._plan.recipe
         # A transform's pass is the last one unless solving needs statistics of the transformed block.
-        passes = sum(not isinstance(transform, Quadapter) for transform in recipe.transforms) + recipe.solves_with_data
-        passes = max(passes, 1)
+        passes = float(recipe.solves_with_data)
+        passes += sum(not isinstance(transform, Quadapter) for transform in recipe.transforms)
+        passes = max(passes, 1.0) + (_REPEATED_PASSES if self.on_disk and recipe.solves_with_data else 0.0)
         work = 1.5 * 2.0 * self._parameters * self._tokens * passes
         # Norms, rotations, softmax and gates write this many numbers per token beside the products' results.
         numbers = 12 * self._hidden + 6 * max(self._widths, default=self._hidden)
@@ -162,26 +197,41 @@ class _Size:
         return max(0, kept) + sum(_layer_bytes(layer, element) for layer in layers)
 
     def disk_bytes(self) -> int:
-        """Most bytes on the disk: the output, its parts unless they are its shards, and two states of the journal."""
+        """Most bytes on the disk: the output, its parts unless they are its shards, and the states of the journal."""
         output = self.output_bytes()
         element = torch.empty(0, dtype=self._dtype).element_size()
         copies = 2 if self._plan.recipe.drift_correction else 1
         state = self._tokens * element * self._hidden * copies
-        return output * (2 if output <= SHARD_BYTES else 1) + 2 * state
+        return output * (2 if output <= SHARD_BYTES else 1) + (3 if self.on_disk else 2) * state
 
-    def _memory_bytes(self) -> int:
-        """What the largest phase adds: embedding the rows, a block, or writing the largest tensor outside."""
+    def memory_bytes(self, on_disk: bool) -> int:
+        """The process, and what the largest phase adds: embedding, a block, or writing the largest tensor outside."""
+        recipe = self._plan.recipe
         element = torch.empty(0, dtype=self._dtype).element_size()
         source = torch.empty(0, dtype=self._model.folder.dtype).element_size()
         folder, widest = self._model.folder, max(self._widths, default=self._hidden)
         outside = self._model.names_outside(self._plan.blocks)
-        hidden = self._tokens * element * self._hidden
-        inputs = self._tokens * element * (2 * self._hidden + 2 * widest)
-        statistics = 3 * 4 * widest**2 if self._tokens and self._plan.recipe.statistic is not HessianDiagonal else 0
-        block = self._block * (source + element + 12) + statistics + inputs
+        models = 2 if recipe.drift_correction else 1
+        hidden = 0 if on_disk else models * self._tokens * element * self._hidden
+        together = min(self._tokens, max(MICRO_BATCH_TOKENS, self._length)) if on_disk else self._tokens
+        inputs = models * together * element * (2 * self._hidden + 2 * widest)
+        solve = max((self._solve_bytes(layer) for layer in self._plan.layers.values()), default=0)
+        block = self._block * (source + models * element) + solve + inputs
         embedding = sum(_stored_bytes(folder, [name]) for name in outside) * (1 + element / source)
         largest = 2 * max((_stored_bytes(folder, [name]) for name in outside), default=0)
-        return hidden + int(max(block, embedding if self._tokens else 0, largest))
+        phase = int(max(block, embedding if self._tokens else 0, largest))
+        return resident_memory() + _KERNEL_BYTES + hidden + phase
+
+    def _solve_bytes(self, layer: LayerPlan) -> int:
+        """What solving a layer takes, with another one of its size that shares its input."""
+        *experts, out, into = layer.shape
+        weights = out * into * (1 if experts else 2)
+        statistic = self._plan.recipe.statistic if self._tokens else None
+        hessians = 0
+        if statistic is Hessian:
+            hessians = (5 if self._plan.recipe.drift_correction else 3) * 4 * into**2
+        # Weights, solved weights and codes; then copies of the part that is being solved.
+        return hessians + 9 * weights + 6 * min(4 * weights, CHUNK_BYTES)
 
     def quadapter(self, options: Quadapter) -> Estimate:
         """Learning channel scales block by block."""

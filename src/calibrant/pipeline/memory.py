@@ -1,10 +1,21 @@
-"""Memory of this process."""
+"""Memory of this process, and how much of it a run may use."""
 
 import resource
 import sys
 from pathlib import Path
 
+import psutil
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from calibrant.errors import CalibrantError
+
 _STATM = Path("/proc/self/statm")
+_GROUPS = Path("/proc/self/cgroup")
+# Where the two versions of control groups are mounted, and their files of the limit and of the memory in use.
+_LIMITS = {
+    "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
 def peak_memory() -> int:
@@ -19,3 +30,47 @@ def resident_memory() -> int:
         return peak_memory()
     pages = int(_STATM.read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()
+
+
+def usable_memory() -> int:
+    """Bytes that this process may have in all: what it has, and what the system and its control groups leave free."""
+    free = psutil.virtual_memory().available
+    return resident_memory() + min([free, *_left_in_groups()])
+
+
+def memory_size(size: str | int) -> int:
+    """Bytes of ``size``, such as "6GB", "512 MiB" or a number of bytes.
+
+    Raises:
+        CalibrantError: it is not a size.
+    """
+    try:
+        found = int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        found = 0
+    if found <= 0:
+        raise CalibrantError(f"{size}: is no amount of memory; write it as 6GB or 512MB")
+    return found
+
+
+def _left_in_groups() -> list[int]:
+    """Bytes that each control group of this process, and each group around it, leaves; page cache counts as free."""
+    left = []
+    lines = _GROUPS.read_text(encoding="utf-8").splitlines() if _GROUPS.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in _LIMITS:
+            continue
+        root, limit_name, used_name = _LIMITS[controllers]
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            if not folder.is_relative_to(root):
+                break
+            try:
+                limit, used = (folder / limit_name).read_text().strip(), int((folder / used_name).read_text())
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except OSError:  # the root has no limit, and containers do not see groups around them
+                continue
+            if limit.isdigit():
+                cache = sum(int(statistics.get(name, 0)) for name in ("active_file", "inactive_file"))
+                left.append(int(limit) - used + cache)
+    return left

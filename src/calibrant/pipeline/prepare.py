@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrant.calibration.calibration_set import CalibrationSet
-from calibrant.calibration.generate import DEFAULT_SAMPLES, check_length, check_size, default_length, generate
+from calibrant.calibration.generate import DEFAULT_SAMPLES, check_length, check_size, default_length
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.engine.compress_blocks import Order
 from calibrant.engine.two_stage_pruning import check_structure
@@ -20,7 +20,9 @@ from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.modeling.whole_model import torch_device, torch_dtype
 from calibrant.output_folder import check_disk, check_output
-from calibrant.pipeline.estimate import Estimate, disk_bytes, estimate
+from calibrant.pipeline.estimate import Estimate, disk_bytes, estimate, memory_needed
+from calibrant.pipeline.memory import memory_size, usable_memory
+from calibrant.pipeline.own_set import SetSize, own_set
 from calibrant.pipeline.record import RunReport, Settings, made_by, run_identity
 from calibrant.pipeline.run import run_compression
 from calibrant.pipeline.write_gguf import check_gguf
@@ -36,21 +38,12 @@ _ORDERS = ("sequential", "two-pass", "independent")
 
 
 @dataclass(frozen=True)
-class SetSize:
-    """Size, seed and draw of the calibration set that the model generates if none is given."""
-
-    samples: int
-    length: int
-    seed: int
-    draw: int
-
-
-@dataclass(frozen=True)
 class PreparedRun:
     """A checked compression.
 
     ``plan.notes`` tell the user what may be unexpected; ``calibration`` is the given set, if the recipe uses one;
-    ``own_set`` describes the set that the model generates otherwise.
+    ``own_set`` describes the set that the model generates otherwise; ``memory`` is what the run may use, in bytes, None
+    for what is free.
     """
 
     model: LazyModel
@@ -60,6 +53,7 @@ class PreparedRun:
     calibration: CalibrationSet | None
     own_set: SetSize
     overwrite: bool
+    memory: int | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -73,11 +67,11 @@ class PreparedRun:
 
     def estimate(self) -> Estimate:
         """Rough time, memory and disk space of the run, without the time to generate a calibration set."""
-        return estimate(self.model, self.plan, *self._set_shape, self.settings.dtype)
+        return estimate(self.model, self.plan, *self._set_shape, self.settings.dtype, self._usable)
 
     def disk_bytes(self) -> tuple[int, int]:
         """Bytes of the output, and peak disk space of the run."""
-        return disk_bytes(self.model, self.plan, *self._set_shape, self.settings.dtype)
+        return disk_bytes(self.model, self.plan, *self._set_shape, self.settings.dtype, self._usable)
 
     @property
     def _set_shape(self) -> tuple[int, int]:
@@ -101,9 +95,27 @@ class PreparedRun:
         check_disk(self.output, self.disk_bytes()[1])
         with Journal(self.output, self.identity(), self.overwrite).held() as journal:
             calibration = self._calibration(journal, listener)
+            needed = memory_needed(self.model, self.plan, *self._set_shape, self.settings.dtype, self._usable)
+            if needed.bytes > self._usable:
+                listener.note(
+                    f"about {needed.bytes / 1e9:.1f} GB of memory are needed, {self._usable / 1e9:.1f} GB may be used; "
+                    "the run goes on, and may be slow or be killed"
+                )
             return run_compression(
-                self.model, self.plan, calibration, self.output, self.settings, journal, listener, self.overwrite
+                self.model,
+                self.plan,
+                calibration,
+                self.output,
+                self.settings,
+                journal,
+                listener,
+                self.overwrite,
+                needed.on_disk,
             )
+
+    @property
+    def _usable(self) -> int:
+        return usable_memory() if self.memory is None else self.memory
 
     def identity(self) -> dict[str, Any]:
         """Everything that the result depends on."""
@@ -139,17 +151,7 @@ class PreparedRun:
         return self._generate(SetSize(_HELD_OUT_ROWS, length, seed, 0), progress)
 
     def _generate(self, size: SetSize, progress: Progress) -> CalibrationSet:
-        return generate(
-            self.model.folder.path,
-            samples=size.samples,
-            length=size.length,
-            seed=size.seed,
-            draw=size.draw,
-            device=str(self.settings.device),
-            dtype=str(self.settings.dtype).removeprefix("torch."),
-            dequantize=self.model.folder.decoded,
-            progress=progress,
-        )
+        return own_set(self.model.folder, size, self.settings.dtype, self.settings.device, self._usable, progress)
 
 
 def prepare(
@@ -171,6 +173,7 @@ def prepare(
     overwrite: bool = False,
     allow_encoder: bool = False,
     dequantize: bool = False,
+    memory: str | int | None = None,
 ) -> PreparedRun:
     """Check all inputs of a compression without reading weights (2SSP reads the weights of one block).
 
@@ -211,7 +214,8 @@ def prepare(
     if chosen.changes_shape:
         check_structure(lazy, plan)
     settings = Settings(computes, place, order)
-    prepared = PreparedRun(lazy, plan, settings, target, used, own, overwrite)
+    most = memory_size(memory) if memory is not None else None
+    prepared = PreparedRun(lazy, plan, settings, target, used, own, overwrite, most)
     if goes_on:
         check_same_run(target, prepared.identity())
     return prepared

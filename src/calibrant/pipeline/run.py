@@ -58,18 +58,20 @@ def run_compression(
     journal: Journal,
     progress: Progress,
     overwrite: bool = False,
+    on_disk: bool = False,
 ) -> RunReport:
     """Compress ``model`` by ``plan`` into ``output``, which appears only if the whole run succeeds.
 
     ZSAQ does not train on ``calibration`` but computes its held-out loss on it. An interrupted run leaves its state in
-    ``journal``, which is held; running the same compression again goes on from there.
+    ``journal``, which is held; running the same compression again goes on from there. ``on_disk`` is that of
+    ``compress_blocks``.
 
     Raises:
         CalibrantError: the set does not fit the model, values are not finite, or the output cannot be written.
         StoppedError: a signal asked to stop; the journal has the state.
     """
     with staged(output, overwrite) as folder, torch.inference_mode():
-        run = _Run(model, plan, calibration, settings, journal, progress, folder)
+        run = _Run(model, plan, calibration, settings, journal, progress, folder, on_disk)
         run.check_finite()
         run.spend_budget()
         run.learn()
@@ -93,6 +95,7 @@ class _Run:
     journal: Journal
     progress: Progress
     folder: Path
+    on_disk: bool
     clock: Clock = field(default_factory=Clock)
     spent: SpentBudget | None = None
     pruned: Pruned | None = None
@@ -170,6 +173,7 @@ class _Run:
             self.journal,
             self.clock,
             self.progress,
+            self.on_disk,
         )
         self.notes += notes
         if self.plan.head is not None:

@@ -10,7 +10,8 @@ import torch
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.pipeline.estimate import measured_rate
-from calibrant.pipeline.prepare import PreparedRun, SetSize
+from calibrant.pipeline.own_set import SetSize
+from calibrant.pipeline.prepare import PreparedRun
 from calibrant.progress import Progress
 from calibrant.study.cache import Cache
 from calibrant.study.cells import Cell

@@ -82,7 +82,7 @@ def _learn_block(
     groups = [stage for stage in block.structure.stages if isinstance(stage, InputGroup)]
     linears = [linear for group in groups for linear in group.linears]
     with trainable(block.module, linears, block.state) as student:
-        calls = student.calls(block.index, block.batches)
+        calls = student.calls(block.index, list(block.batches))
         return ScaleFit(student, block.name, pairs, stored, plan).learn(calls, options)
 
 

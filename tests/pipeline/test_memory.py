@@ -1,0 +1,150 @@
+"""Runs with less memory than their hidden states need: files hold them, and the result is the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import calibrant as cb
+from calibrant.cli.main import app
+from calibrant.engine import block_checkpoints
+from calibrant.errors import CalibrantError
+from calibrant.modeling import entry
+from calibrant.pipeline import memory, own_set
+from calibrant.progress import NoProgress
+from tests.conftest import ARCHITECTURES, random_set
+from tests.pipeline.test_interrupted_runs import BLOCKS, RECIPES, _Killed, _KillsAfter, compressed, files, model, recipe
+
+__all__ = ["model"]  # a fixture
+CAUSAL = [name for name in ARCHITECTURES if not name.startswith("bert")]
+
+
+@pytest.fixture(autouse=True)
+def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "MICRO_BATCH_TOKENS", 64)
+    monkeypatch.setattr(block_checkpoints, "CHECKPOINT_SHARE", 0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_less_memory_gives_the_same_bytes(model: Path, tmp_path: Path, name: str) -> None:
+    compressed(model, tmp_path / "roomy", name, NoProgress(), memory="64GB")
+    compressed(model, tmp_path / "tight", name, NoProgress(), memory="1MB")
+    assert files(tmp_path / "tight") == files(tmp_path / "roomy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["roomy", "tight"]
+
+
+@pytest.mark.parametrize("order", ["two-pass", "independent"])
+def test_in_every_order(model: Path, tmp_path: Path, order: str) -> None:
+    compressed(model, tmp_path / "roomy", "keys and values", NoProgress(), memory="64GB", order=order)
+    compressed(model, tmp_path / "tight", "keys and values", NoProgress(), memory="1MB", order=order)
+    assert files(tmp_path / "tight") == files(tmp_path / "roomy")
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_in_every_architecture(model_folder: Callable[[str], Path], tmp_path: Path, architecture: str) -> None:
+    folder = model_folder(architecture)
+    said: dict[str, Any] = {"recipe": recipe("gptq"), "calibration": random_set(folder), "dtype": "float32"}
+    cb.compress(folder, output=tmp_path / "roomy", memory="64GB", **said)
+    cb.compress(folder, output=tmp_path / "tight", memory="1MB", **said)
+    assert files(tmp_path / "tight") == files(tmp_path / "roomy")
+
+
+@pytest.mark.parametrize("name", ["gptq", "drift", "awq"])
+@pytest.mark.parametrize("later", ["1MB", "64GB"])
+def test_a_broken_run_goes_on_where_its_states_are(model: Path, tmp_path: Path, name: str, later: str) -> None:
+    compressed(model, tmp_path / "whole", name, NoProgress(), memory="64GB")
+    with pytest.raises(_Killed):
+        compressed(model, tmp_path / "parts", name, _KillsAfter(3), memory="1MB")
+    copies = 2 if name == "drift" else 1
+    # Of the four batches: what enters the block that the state is before, and the output of that block.
+    assert len(list((tmp_path / "parts.journal" / "states").iterdir())) in (4 * copies, 8 * copies)
+    assert (tmp_path / "parts.journal" / "blocks.safetensors").stat().st_size < 8 * 32 * 64 * 4
+    last = _KillsAfter(99)
+    compressed(model, tmp_path / "parts", name, last, memory=later)
+    assert any(note.startswith(f"goes on after block 3 of {BLOCKS}") for note in last.notes)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def _lost(states: Path) -> None:
+    next(states.glob("*.hidden")).unlink()
+
+
+def _shortened(states: Path) -> None:
+    file = next(states.glob("*.hidden"))
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize("damage", [_lost, _shortened])
+def test_damaged_states_say_what_to_do(model: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    with pytest.raises(_Killed):
+        compressed(model, tmp_path / "out", "gptq", _KillsAfter(3), memory="1MB")
+    damage(tmp_path / "out.journal" / "states")
+    with pytest.raises(CalibrantError, match=r"hidden is missing or has lost bytes.*delete .*out\.journal"):
+        compressed(model, tmp_path / "out", "gptq", NoProgress(), memory="1MB")
+
+
+def test_the_command_says_where_hidden_states_will_be(model: Path, tmp_path: Path) -> None:
+    random_set(model).save(tmp_path / "set")
+    command = ["compress", str(model), "-o", str(tmp_path / "out"), "-c", str(tmp_path / "set"), "-r", "gptq-w4a16-g32"]
+    tight = CliRunner().invoke(app, [*command, "--memory", "1MB", "--dry-run"])
+    assert "of disk while it runs, where the hidden states are kept)" in " ".join(tight.output.split())
+    roomy = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert "hidden states" not in roomy.output
+    wrong = CliRunner().invoke(app, [*command, "--memory", "much"])
+    assert "much: is no amount of memory; write it as 6GB or 512MB" in str(wrong.exception or wrong.output)
+
+
+def test_a_run_that_needs_more_memory_says_so(model: Path, tmp_path: Path) -> None:
+    seen = _KillsAfter(99)
+    compressed(model, tmp_path / "out", "gptq", seen, memory="1MB")
+    assert any("of memory are needed, 0.0 GB may be used" in note for note in seen.notes)
+
+
+@pytest.mark.parametrize(("version", "controllers"), [(1, "memory"), (2, "")])
+def test_limits_of_control_groups_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, controllers: str
+) -> None:
+    root, limit, used = tmp_path / "mounted", "limit", "used"
+    inner = root / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder, most in ((root / "outer", "3000"), (inner, "max")):
+        (folder / limit).write_text(most + "\n")
+        (folder / used).write_text("1500\n")
+        (folder / "memory.stat").write_text("inactive_file 400\nactive_file 100\nanon 1000\n")
+    groups = tmp_path / "cgroup"
+    groups.write_text(f"7:cpu:/elsewhere\n{version}:{controllers}:/outer/inner\n")
+    monkeypatch.setattr(memory, "_GROUPS", groups)
+    monkeypatch.setattr(memory, "_LIMITS", {controllers: (root, limit, used)})
+    monkeypatch.setattr(memory, "resident_memory", lambda: 1000)
+    assert memory.usable_memory() == 1000 + 3000 - 1500 + 500
+
+
+class _Notes(NoProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_model_that_does_not_fit_hands_over_to_a_corpus(model: Path, tmp_path: Path) -> None:
+    seen = _Notes()
+    said: dict[str, Any] = {"recipe": recipe("gptq"), "samples": 4, "length": 16}
+    cb.compress(model, output=tmp_path / "out", memory="1MB", progress=seen, **said)
+    assert any("the set is drawn from the built-in corpus; give text of yours" in note for note in seen.notes)
+    assert cb.RunRecord.read(tmp_path / "out").calibration.strategy == "uniform"
+    cb.compress(model, output=tmp_path / "roomy", memory="64GB", **said)
+    assert cb.RunRecord.read(tmp_path / "roomy").calibration.strategy == "self"
+
+
+def test_rows_are_written_in_batches_that_fit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_set, "resident_memory", lambda: 0)
+    folder = cb.prepare(model, output=model.with_name("out"), recipe="rtn-w8a16").model.folder
+    size, weights = own_set.SetSize(8, 16, 0, 0), own_set._model_bytes(folder, torch.float32)
+    row = 16 * 2 * 2 * 16 * BLOCKS * 4  # tokens, keys and values, two heads of sixteen
+    fits = {weights - 1: 0, weights + row: 1, weights + 5 * row: 4, weights + 1000 * row: 64}
+    for most, rows in fits.items():
+        assert own_set._fitting_rows(folder, size, torch.float32, most) == rows
