@@ -14,6 +14,7 @@ from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes
 from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.kernels.number_types import E4M3
+from calibrant.kernels.row_tiles import row_chunks
 from calibrant.methods.method import LayerProblem, StructuredPruner
 from calibrant.methods.solvers.drift_correction import drift_corrected_target
 from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors, squared_outputs
@@ -262,12 +263,20 @@ def relative_error(
         known = errors if errors is not None else layer_errors(weight, solved, problem.hessian)
         error = known.double().sum()
         whole, measure = squared_outputs(weight, problem.hessian).double().sum(), "hessian"
-    elif problem.hessian_diagonal is not None:
-        error = ((weight - solved).square() @ problem.hessian_diagonal).double().sum()
-        whole, measure = (weight.square() @ problem.hessian_diagonal).double().sum(), "diagonal"
     else:
-        error, whole, measure = (weight - solved).square().double().sum(), weight.square().double().sum(), "weights"
+        columns = problem.hessian_diagonal
+        error = weight.new_zeros((), dtype=torch.float64)
+        whole, measure = error.clone(), "diagonal" if columns is not None else "weights"
+        for rows in row_chunks(weight):
+            error += _weighted_squares(weight[rows] - solved[rows], columns)
+            whole += _weighted_squares(weight[rows], columns)
     relative = float(error / whole) if whole > 0 else 0.0
     if not math.isfinite(relative):
         raise CalibrantError("a layer's weights or inputs are too large for float32; check the model")
     return relative, measure
+
+
+def _weighted_squares(values: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    """The sum of ``values ** 2`` ``[rows, n]``, each times its entry of ``columns`` ``[n]``, in float64."""
+    squares = values.square()
+    return (squares if columns is None else squares @ columns).sum(dtype=torch.float64)
