@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,33 +49,61 @@ def mix_sets(
     places = _places(shares, [one.manifest.samples for one in opened], samples, names)
     orders = [_order(one.manifest.samples, index, seed) for index, one in enumerate(opened)]
     rows = [(index, orders[index][row]) for index, row in places]
-    mask = torch.stack([opened[index].mask[row] for index, row in rows])
+    parameters = {
+        "order": "as they are" if seed is None else "random",
+        "sets": [
+            {
+                "share": share,
+                "rows": sum(place[0] == index for place in places),
+                "manifest": one.manifest.model_dump(mode="json", exclude=_NOT_RECORDED),
+            }
+            for index, (share, one) in enumerate(zip(shares, opened, strict=True))
+        ],
+    }
+    return _of_rows(opened, rows, STRATEGY, parameters, seed or 0)
+
+
+def joined_rows(
+    parts: Sequence[tuple[CalibrationSet, Sequence[int]]], strategy: str, parameters: dict[str, Any]
+) -> CalibrationSet:
+    """The chosen rows of each set, one set after the other, of one tokenizer and length.
+
+    The manifest has the ``strategy``, its ``parameters``, and for each set its rows and its manifest.
+    """
+    sets = [one for one, _ in parts]
+    described = [
+        {"rows": list(rows), "manifest": one.manifest.model_dump(mode="json", exclude=_NOT_RECORDED)}
+        for one, rows in parts
+    ]
+    rows = [(index, row) for index, (_, chosen) in enumerate(parts) for row in chosen]
+    return _of_rows(sets, rows, strategy, {**parameters, "sets": described}, 0)
+
+
+def _of_rows(
+    sets: Sequence[CalibrationSet],
+    rows: Sequence[tuple[int, int]],
+    strategy: str,
+    parameters: dict[str, Any],
+    seed: int,
+) -> CalibrationSet:
+    """A set of ``rows``, pairs of a set's number and a row."""
+    mask = torch.stack([sets[index].mask[row] for index, row in rows])
     empty = int((~mask.any(1)).sum())
-    first = opened[0].manifest
-    files = {one.manifest.tokenizer_files_sha256 for one in opened}
+    first = sets[0].manifest
+    files = {one.manifest.tokenizer_files_sha256 for one in sets}
     manifest = Manifest(
-        strategy=STRATEGY,
-        parameters={
-            "order": "as they are" if seed is None else "random",
-            "sets": [
-                {
-                    "share": share,
-                    "rows": sum(place[0] == index for place in places),
-                    "manifest": one.manifest.model_dump(mode="json", exclude=_NOT_RECORDED),
-                }
-                for index, (share, one) in enumerate(zip(shares, opened, strict=True))
-            ],
-        },
-        seed=seed or 0,
+        strategy=strategy,
+        parameters=parameters,
+        seed=seed,
         draw=0,
         samples=len(rows),
         length=first.length,
         tokenizer_sha256=first.tokenizer_sha256,
         tokenizer_files_sha256=first.tokenizer_files_sha256 if len(files) == 1 else None,
-        rows=[_segments(opened[index].manifest, index, row) for index, row in rows],
+        rows=[_segments(sets[index].manifest, index, row) for index, row in rows],
         counts={EMPTY_ROWS: empty} if empty else {},
     )
-    tokens = torch.stack([opened[index].tokens[row] for index, row in rows])
+    tokens = torch.stack([sets[index].tokens[row] for index, row in rows])
     return CalibrationSet.build(tokens, mask, manifest).with_origin(None, [])
 
 

@@ -20,6 +20,7 @@ from calibrant.errors import CalibrantError
 from calibrant.modeling.block_walk import OpenedBlock
 from calibrant.modeling.hooks import Hook, hooked
 from calibrant.modeling.inputs import MicroBatch, call_block
+from calibrant.modeling.routing import find_routing
 from calibrant.modeling.state_files import TensorFiles
 from calibrant.modeling.structure import BlockStructure, Experts, ExpertUse, InputGroup, Linear, Stage, watch_experts
 
@@ -27,13 +28,20 @@ Unit = tuple[Linear, ...]
 
 
 class Visitor(Protocol):
-    """Receives the inputs of linears that are solved together, and is told when they are complete."""
+    """Receives the inputs of linears that are solved together, and is told when they are complete.
+
+    Of the products with single experts, it may ask for the inputs that they would have if every token went to them.
+    """
 
     def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
         """Add counted input rows ``[tokens, in_features]`` of ``unit``, and the same rows in the original model."""
 
     def solve(self, unit: Unit) -> None:
         """Solve ``unit``, whose inputs are complete, and replace its weights in the block."""
+
+    def starved(self, group: Unit) -> Unit:
+        """The products with single experts whose inputs are to be added again, from all tokens; none by default."""
+        return ()
 
 
 class _Releasable:
@@ -174,6 +182,10 @@ def repeated_passes(
                 for batch in block.batches:
                     args, kwargs = _run_up_to(block.module, block.index, structure, number, batch)
                     _replay_experts(block.module, stage, args, kwargs, batch, visitor, {group[0].parameter})
+                for linear in visitor.starved(group):
+                    for batch in block.batches:
+                        args, kwargs = _run_up_to(block.module, block.index, structure, number, batch)
+                        _replay_expert(block.module, stage, args, kwargs, batch, visitor, linear)
                 for linear in group:
                     visitor.solve((linear,))
             continue
@@ -222,10 +234,27 @@ def two_passes(block: OpenedBlock, structure: BlockStructure, visitor: Visitor) 
 
         with hooked(_stage_hooks(block.module, structure, collect)):
             outputs.append(block.run(batch))
+    _collect_starved(block, structure, visitor)
     for stage in structure.stages:
         for unit in _units(stage):
             visitor.solve(unit)
     return outputs
+
+
+def _collect_starved(block: OpenedBlock, structure: BlockStructure, visitor: Visitor) -> None:
+    """Add the inputs of starved experts from all tokens, in another pass."""
+    groups = [group for stage in structure.stages if isinstance(stage, Experts) for group in stage.groups]
+    starved = {linear for group in groups for linear in visitor.starved(group)}
+    for batch in block.batches if starved else ():
+
+        def collect(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any], batch: MicroBatch = batch) -> None:
+            own = [linear for group in getattr(stage, "groups", ()) for linear in group if linear in starved]
+            for linear in own:
+                assert isinstance(stage, Experts)
+                _replay_expert(block.module, stage, args, kwargs, batch, visitor, linear)
+
+        with hooked(_stage_hooks(block.module, structure, collect)):
+            block.run(batch)
 
 
 def _units(stage: Stage) -> list[Unit]:
@@ -272,6 +301,9 @@ def _solve_experts(
     for group in stage.groups:
         for (args, kwargs), batch in zip(arrivals, batches, strict=True):
             _replay_experts(block, stage, args, kwargs, batch, visitor, {group[0].parameter})
+        for linear in visitor.starved(group):
+            for (args, kwargs), batch in zip(arrivals, batches, strict=True):
+                _replay_expert(block, stage, args, kwargs, batch, visitor, linear)
         for linear in group:
             visitor.solve((linear,))
 
@@ -303,6 +335,39 @@ def _replay_experts(
         experts.forward(
             *_counted_rows(args, flat), **dict(zip(kwargs, _counted_rows(tuple(kwargs.values()), flat), strict=True))
         )
+
+
+def _replay_expert(
+    block: nn.Module,
+    stage: Experts,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch: MicroBatch,
+    visitor: Visitor,
+    linear: Linear,
+) -> None:
+    """Send all counted tokens to the expert of ``linear`` and add its inputs to ``visitor``.
+
+    Raises:
+        CalibrantError: the experts get no router's choices that could be replaced.
+    """
+    flat = batch.mask.reshape(-1)
+    counted = tuple(_counted_rows(args, flat))
+    named = dict(zip(kwargs, _counted_rows(tuple(kwargs.values()), flat), strict=True))
+    routing = find_routing((counted, named), len(stage.groups[0]))
+    if routing is None or linear.expert is None:
+        raise CalibrantError(
+            f"{stage.module}: its experts get no router's choices, so tokens cannot be sent to one of them; "
+            "leave `experts` out of the recipe"
+        )
+
+    def seen(use: ExpertUse) -> None:
+        if (use.parameter, use.expert) == (linear.parameter, linear.expert):
+            visitor.add((linear,), use.inputs)
+
+    with watch_experts(block, seen):
+        sent, sent_named = routing.all_to(linear.expert, (counted, named))
+        block.get_submodule(stage.module).forward(*sent, **sent_named)
 
 
 def _counted_rows(values: tuple[Any, ...], flat: torch.Tensor) -> list[Any]:

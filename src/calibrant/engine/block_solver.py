@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from calibrant.clock import Clock
-from calibrant.engine.block_engine import Unit
+from calibrant.engine.block_engine import Unit, Visitor
 from calibrant.engine.cache_scales import observed_caches
 from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import Codes
@@ -38,6 +38,7 @@ class LayerReport:
             target, so comparable only with other runs with drift correction.
         measure: basis of the error: the full Hessian ("hessian"), its diagonal ("diagonal") or the weights ("weights").
         tokens: number of counted calibration tokens that reached the linear.
+        routed: of an expert's linear that got all tokens, how many of them the router had sent there; else None.
         zeros: number of zero weights, if it was pruned.
         elements: number of weights.
         bits: bits per weight, None if it was not quantized.
@@ -52,10 +53,11 @@ class LayerReport:
     elements: int
     bits: int | None
     record: SolverRecord
+    routed: int | None = None
 
 
 @dataclass
-class BlockSolver:
+class BlockSolver(Visitor):
     """The ``Visitor`` that gathers statistics and solves linears.
 
     It replaces values in the block's ``state`` in place. Every solved linear adds its entries to ``codes``,
@@ -73,6 +75,7 @@ class BlockSolver:
     cache_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     _statistics: dict[Unit, Hessian | HessianDiagonal] = field(default_factory=dict)
     _ranges: dict[Unit, InputRange] = field(default_factory=dict)
+    _routed: dict[Unit, int] = field(default_factory=dict)
 
     def add(self, unit: Unit, inputs: torch.Tensor, originals: torch.Tensor | None = None) -> None:
         kind, activations = self.plan.recipe.statistic, self.plan.recipe.scheme.activations
@@ -98,6 +101,21 @@ class BlockSolver:
                 self._solve(unit, self._statistics.pop(unit, None))
             self._add_input_grids(unit)
 
+    def starved(self, group: Unit) -> Unit:
+        """The experts of ``group`` that are to get all tokens, by the recipe; what they have seen is forgotten."""
+        asked = self.plan.recipe.experts
+        if asked is None or asked.starved != "all-tokens":
+            return ()
+        found = []
+        for linear in group:
+            seen = self._statistics.get((linear,))
+            tokens = seen.tokens if seen is not None else 0
+            if tokens < asked.least_tokens:
+                self._statistics.pop((linear,), None)
+                self._routed[linear,] = tokens
+                found.append(linear)
+        return tuple(found)
+
     @contextmanager
     def observing_caches(self) -> Iterator[None]:
         """Observe keys and values for ``cache_scales`` in the passes that run within, if the recipe quantizes them."""
@@ -114,7 +132,7 @@ class BlockSolver:
         spec = trained.grid.spec
         codes, values = round_to_grid(trained.weight, trained.grid.scale, trained.grid.zero_point, spec.numbers)
         problem = LayerProblem(trained.weight, (len(trained.weight),), spec, None)
-        self._keep(linear, trained.weight, Solution(values, codes, trained.grid), slice(None), problem, 0)
+        self._keep(linear, trained.weight, Solution(values, codes, trained.grid), slice(None), problem, 0, None)
 
     def _solve(self, unit: Unit, statistic: Hessian | HessianDiagonal | None) -> None:
         entry = self.plan.recipe.kind
@@ -149,7 +167,8 @@ class BlockSolver:
         begin = 0
         for linear, weight in zip(unit, weights, strict=True):
             rows = slice(begin, begin + len(weight))
-            self._keep(linear, weight, solution, rows, problem, statistic.tokens if statistic else 0)
+            tokens, routed = statistic.tokens if statistic else 0, self._routed.get(unit)
+            self._keep(linear, weight, solution, rows, problem, tokens, routed)
             begin += len(weight)
 
     def _check_scales(self, linear: Linear, largest: float) -> None:
@@ -224,7 +243,14 @@ class BlockSolver:
         )
 
     def _keep(
-        self, linear: Linear, weight: torch.Tensor, solution: Solution, rows: slice, problem: LayerProblem, tokens: int
+        self,
+        linear: Linear,
+        weight: torch.Tensor,
+        solution: Solution,
+        rows: slice,
+        problem: LayerProblem,
+        tokens: int,
+        routed: int | None,
     ) -> None:
         solved, name = solution.weight[rows], f"{self.block.name}.{linear.name}"
         spec = self.plan.target_of(name).spec
@@ -246,7 +272,15 @@ class BlockSolver:
             record = replace(record, outliers=int(solution.outliers[rows].sum()))
         self.layers.append(
             LayerReport(
-                name, error, measure, tokens, zeros, weight.numel(), spec.bits if spec is not None else None, record
+                name,
+                error,
+                measure,
+                tokens,
+                zeros,
+                weight.numel(),
+                spec.bits if spec is not None else None,
+                record,
+                routed,
             )
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from calibrant.engine.block_engine import Unit, two_passes
+from calibrant.engine.block_engine import Unit, Visitor, two_passes
 from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, InputGroup
@@ -14,7 +14,7 @@ from calibrant.progress import Progress
 from calibrant.quantization.statistics import HessianDiagonal
 
 
-class _Gathering:
+class _Gathering(Visitor):
     """A ``Visitor`` that sums squared inputs and leaves the weights unchanged."""
 
     def __init__(self, structure: BlockStructure, prefix: str, device: torch.device) -> None:

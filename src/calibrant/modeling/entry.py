@@ -58,17 +58,29 @@ def _micro_batches(rows: TokenRows) -> Iterator[TokenRows]:
     In a causal model later tokens change nothing before them, so cutting them gives the same statistics and no pad
     token is ever computed; adding padding to a set therefore changes no bit of the result.
     """
-    counted = rows.counted
-    padding = counted.flip(1).to(torch.int8).argmax(1)
-    lengths = torch.where(counted.any(1), counted.shape[1] - padding, 0).tolist()
+    lengths = _counted_lengths(rows.counted)
     if not any(lengths):
         raise CalibrantError("the mask counts no token")
+    for chosen in rows_together(rows.counted):
+        length = lengths[chosen[0]]
+        yield TokenRows(rows.ids[chosen, :length].long(), rows.counted[chosen, :length])
+
+
+def rows_together(counted: torch.Tensor) -> list[list[int]]:
+    """Numbers of the rows of each micro-batch; ``counted`` is that of ``TokenRows``."""
     by_length: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(_counted_lengths(counted)):
         if length:
             by_length.setdefault(length, []).append(row)
+    found = []
     for length, numbers in by_length.items():
         size = max(1, MICRO_BATCH_TOKENS // length)
-        for begin in range(0, len(numbers), size):
-            chosen = numbers[begin : begin + size]
-            yield TokenRows(rows.ids[chosen, :length].long(), counted[chosen, :length])
+        found += [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+    return found
+
+
+def _counted_lengths(counted: torch.Tensor) -> list[int]:
+    """Tokens of each row up to the last one that counts."""
+    padding = counted.flip(1).to(torch.int8).argmax(1)
+    lengths: list[int] = torch.where(counted.any(1), counted.shape[1] - padding, 0).tolist()
+    return lengths

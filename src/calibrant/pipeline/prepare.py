@@ -25,9 +25,11 @@ from calibrant.pipeline.memory import memory_size, usable_memory
 from calibrant.pipeline.own_set import SetSize, own_set
 from calibrant.pipeline.record import RunReport, Settings, made_by, run_identity
 from calibrant.pipeline.run import run_compression
+from calibrant.pipeline.starved_experts import with_rows_for_experts
 from calibrant.pipeline.write_gguf import check_gguf
 from calibrant.progress import NoProgress, Progress
 from calibrant.recipes.make_plan import make_plan
+from calibrant.recipes.parts import StarvedExperts
 from calibrant.recipes.plan import Plan
 from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from calibrant.stopping import check_stop
@@ -122,15 +124,17 @@ class PreparedRun:
         calibration: dict[str, Any] | None = None
         if self.calibration is not None:
             calibration = {"sha256": self.calibration.sha256}
+            if self._extends:
+                calibration["rows for experts"] = {"seed": self.own_set.seed, "draw": self.own_set.draw}
         elif self.writes_set:
             calibration = {"written by the model": asdict(self.own_set)}
         return run_identity(self.model, self.plan, calibration, self.settings)
 
     def _calibration(self, journal: Journal, progress: Progress) -> CalibrationSet | None:
-        """The given set, or the one that the model writes, which the journal keeps."""
-        training = self.recipe.training
+        """The given set, or one that the model writes or adds rows to, which the journal keeps."""
+        training, experts = self.recipe.training, self.recipe.experts
         held_out = training is not None and not self.recipe.needs_data
-        if not held_out and not self.writes_set:
+        if not held_out and not self.writes_set and not self._extends:
             return self.calibration
         kept = journal.folder / SET
         if kept.is_dir():
@@ -138,10 +142,28 @@ class PreparedRun:
         if training is not None and held_out:
             made = self._held_out(training.length, training.seed, progress)
         else:
-            made = self._generate(self.own_set, progress)
+            made = self.calibration or self._generate(self.own_set, progress)
+        if experts is not None and self._extends:
+            made = self._with_rows_for_experts(made, experts, progress)
         made.save(kept)
         check_stop("the calibration set")
         return made
+
+    @property
+    def _extends(self) -> bool:
+        """Whether rows are added to the set that reach experts."""
+        return self.recipe.experts is not None and self.recipe.experts.starved == "more-rows"
+
+    def _with_rows_for_experts(
+        self, given: CalibrationSet, experts: StarvedExperts, progress: Progress
+    ) -> CalibrationSet:
+        """``given`` with rows of the model's next draw that reach experts."""
+        own = self.own_set
+
+        def write(samples: int) -> CalibrationSet:
+            return self._generate(SetSize(samples, given.manifest.length, own.seed, own.draw + 1), progress)
+
+        return with_rows_for_experts(self.model, self.plan.blocks, given, experts, self.settings.dtype, write, progress)
 
     def _held_out(self, length: int, seed: int, progress: Progress) -> CalibrationSet:
         """Evaluation set of a training without data: text that the model generates, or random tokens for encoders."""

@@ -34,6 +34,7 @@ from calibrant.modeling.weight_files import INDEX_FILE
 from calibrant.output_folder import staged
 from calibrant.pipeline.memory import peak_memory
 from calibrant.pipeline.record import RunReport, Settings, compressed_share, make_record
+from calibrant.pipeline.starved_experts import starved_notes
 from calibrant.pipeline.write_gguf import GGUF_NAME, GgufExport
 from calibrant.progress import Progress
 from calibrant.recipes.plan import HeadPlan, Plan
@@ -176,6 +177,9 @@ class _Run:
             self.on_disk,
         )
         self.notes += notes
+        experts = self.plan.recipe.experts
+        if self.rows is not None:
+            self.notes += starved_notes(self.layers, self.plan.fused, experts.least_tokens if experts else 1)
         if self.plan.head is not None:
             self._compress_head(self.plan.head)
         uncalled = sorted(set(self.plan.linears) - {layer.name for layer in self.layers})

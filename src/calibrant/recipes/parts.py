@@ -147,6 +147,17 @@ class Head(Strict):
     group_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
 
 
+class StarvedExperts(Strict):
+    """What is done for experts of a mixture that fewer than ``least_tokens`` calibration tokens reach.
+
+    "all-tokens": all tokens go to them for their statistics, while the routed output goes on. "more-rows": before the
+    run, rows that the model writes and that reach them are added to the calibration set, at most as many as it has.
+    """
+
+    starved: Literal["all-tokens", "more-rows"]
+    least_tokens: int = Field(default=128, ge=1)
+
+
 class Scheme(Strict):
     """Compression target; ``sparsity`` is a share of zeros ("0.5") or a pattern ("2:4": two of every four kept)."""
 

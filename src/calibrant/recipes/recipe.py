@@ -24,7 +24,7 @@ from calibrant.methods.training import Trainer, TrainingOptions
 from calibrant.quantization.grids import RangeSearch
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
 from calibrant.recipes.expressions import MOST_EXPRESSIONS, Expressions, check_expression
-from calibrant.recipes.parts import Budget, Quadapter, Scheme, Transform
+from calibrant.recipes.parts import Budget, Quadapter, Scheme, StarvedExperts, Transform
 from calibrant.strict import Strict
 from calibrant.yaml_file import parse_yaml, read_yaml_file
 
@@ -65,7 +65,8 @@ class Recipe(Strict):
 
     ``drift_correction``, from 0 to 1, interpolates every layer's target between the original layer's outputs on the
     compressed model's inputs (0) and on the original model's inputs (1). With a ``budget``, the scheme's bits or share
-    of zeros are an average. ``ignore`` lists regular expressions; layers whose names contain a match are left alone.
+    of zeros are an average. ``experts`` is for experts of a mixture that few tokens reach.
+    ``ignore`` lists regular expressions; layers whose names contain a match are left alone.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Recipe(Strict):
     transforms: list[Transform] = Field(default=[], max_length=10)
     drift_correction: float = Field(default=0.0, ge=0, le=1)
     budget: Budget | None = None
+    experts: StarvedExperts | None = None
     ignore: list[str] = Field(default=[], max_length=MOST_EXPRESSIONS)
     _origin: str | None = PrivateAttr(default=None)
 
@@ -94,6 +96,7 @@ class Recipe(Strict):
             self._drift_refusal(),
             self._transforms_refusal(),
             self.budget.refusal(scheme) if self.budget is not None else None,
+            self._experts_refusal(),
         )
         for refusal in refusals:
             if refusal is not None:
@@ -109,6 +112,11 @@ class Recipe(Strict):
     def _drift_refusal(self) -> str | None:
         if self.drift_correction and self.kind.statistic is not Hessian:
             return f"drift_correction needs the inputs' Hessian, which {self.method.name} does not gather"
+        return None
+
+    def _experts_refusal(self) -> str | None:
+        if self.experts is not None and (self.statistic is None or self.changes_shape):
+            return f"experts says what their statistics are from, and {self.method.name} gathers none: leave it out"
         return None
 
     def _transforms_refusal(self) -> str | None:
