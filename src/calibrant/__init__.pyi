@@ -61,6 +61,7 @@ from .recipes.parts import KvCache as KvCache
 from .recipes.parts import Quadapter as Quadapter
 from .recipes.parts import Scheme as Scheme
 from .recipes.parts import SmoothQuant as SmoothQuant
+from .recipes.parts import StarvedExperts as StarvedExperts
 from .recipes.parts import Weights as Weights
 from .recipes.recipe import Recipe as Recipe
 from .recipes.recipe import builtin_recipes as builtin_recipes

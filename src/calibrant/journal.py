@@ -218,6 +218,12 @@ class Journal:
         with whole_file(self.folder / f"{name}{_SUFFIX}") as beside:
             save_file(tensors, beside, {_KEY: rest})
 
+    def drop(self, pattern: str, but: str) -> None:
+        """Delete the states whose names match ``pattern``, except ``but``."""
+        for file in self.folder.glob(f"{pattern}{_SUFFIX}"):
+            if file.stem != but:
+                file.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Delete the journal."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -42,7 +42,12 @@ def check_stop(saved: str) -> None:
         StoppedError: a signal has asked to stop.
     """
     if stop_requested():
-        raise StoppedError(f"stopped after {saved}: the same command goes on from there")
+        raise stopped(saved)
+
+
+def stopped(saved: str) -> StoppedError:
+    """The error of a run that stops after ``saved``."""
+    return StoppedError(f"stopped after {saved}: the same command goes on from there")
 
 
 def stop_requested() -> bool:

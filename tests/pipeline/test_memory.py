@@ -60,7 +60,7 @@ def test_a_broken_run_goes_on_where_its_states_are(model: Path, tmp_path: Path, 
         compressed(model, tmp_path / "parts", name, _KillsAfter(3), memory="1MB")
     copies = 2 if name == "drift" else 1
     # Of the four batches: what enters the block that the state is before, and the output of that block.
-    assert len(list((tmp_path / "parts.journal" / "states").iterdir())) in (4 * copies, 8 * copies)
+    assert len(list((tmp_path / "parts.journal" / "states-0").iterdir())) in (4 * copies, 8 * copies)
     assert (tmp_path / "parts.journal" / "blocks.safetensors").stat().st_size < 8 * 32 * 64 * 4
     last = _KillsAfter(99)
     compressed(model, tmp_path / "parts", name, last, memory=later)
@@ -81,7 +81,7 @@ def _shortened(states: Path) -> None:
 def test_damaged_states_say_what_to_do(model: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     with pytest.raises(_Killed):
         compressed(model, tmp_path / "out", "gptq", _KillsAfter(3), memory="1MB")
-    damage(tmp_path / "out.journal" / "states")
+    damage(tmp_path / "out.journal" / "states-0")
     with pytest.raises(CalibrantError, match=r"hidden is missing or has lost bytes.*delete .*out\.journal"):
         compressed(model, tmp_path / "out", "gptq", NoProgress(), memory="1MB")
 

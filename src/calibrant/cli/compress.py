@@ -92,11 +92,15 @@ def compress(
     Ctrl-C stops after the current block. The same command goes on from there, also after a crash; `calibrant status`
     says where a run is.
 
+    Several processes share the rows of the set: torchrun --nproc-per-node 2 -m calibrant compress ...
+
     Example: calibrant compress ./SmolLM2-135M -r gptq-w4a16-g64 -o ./SmolLM2-w4
     """
-    with terminal(quiet, as_json) as screen:
-        import calibrant as cb
+    import calibrant as cb
+    from calibrant.ranks import Ranks
 
+    first = Ranks.joined().first
+    with terminal(quiet or not first, as_json and first) as screen:
         prepared = cb.prepare(
             model,
             output=output,

@@ -32,12 +32,13 @@ class BlockCheckpoints:
     """The state of a run whose first ``done`` blocks are compressed and written.
 
     ``layers`` and ``notes`` are those of these blocks. ``restore`` takes up a saved state, ``block_done`` saves one
-    where that costs little.
+    where that costs little. The first rank, which has the ``writer``, saves the state; of several ranks each saves the
+    walk of its rows before that.
     """
 
     journal: Journal
     walk: BlockWalk
-    writer: CheckpointWriter
+    writer: CheckpointWriter | None
     clock: Clock
     done: int = 0
     layers: list[LayerReport] = field(default_factory=list)
@@ -53,12 +54,20 @@ class BlockCheckpoints:
         Raises:
             CalibrantError: the journal is damaged.
         """
-        state = self.journal.read(NAME)
-        if state is None:
-            self.writer.resume({"parts": [0, 0], "hashes": {}, "dense": [], "codes": {}, "inputs": {}})
+        ranks = self.walk.ranks
+        state = self.journal.read(NAME) if self.writer is not None else None
+        done = ranks.share(state["done"] if state is not None else 0)
+        if not done:
+            if self.writer is not None:
+                self.writer.resume({"parts": [0, 0], "hashes": {}, "dense": [], "codes": {}, "inputs": {}})
             return
+        walk = self.journal.read(self._walk_name(done)) if not ranks.alone else None
         try:
-            self.walk.resume(state["done"], state["walk"])
+            if state is None or self.writer is None:
+                self.done = done
+                self.walk.resume(done, walk or {})
+                return
+            self.walk.resume(done, walk or state["walk"])
             self.writer.resume(state["writer"])
             self.layers, self.notes = _LAYERS.validate_python(state["layers"]), list(state["notes"])
             self.done = state["done"]
@@ -69,7 +78,7 @@ class BlockCheckpoints:
     def block_done(self) -> None:
         """Count a block as done, and save the state if enough time has passed since the last one."""
         self.done += 1
-        if time.monotonic() - self._since >= self._wait:
+        if self.walk.ranks.share(time.monotonic() - self._since >= self._wait):
             self.save()
 
     def save(self) -> None:
@@ -80,18 +89,29 @@ class BlockCheckpoints:
         """
         with self.clock.stage("journal"):
             begin = time.monotonic()
-            self.journal.write(NAME, self._state())
+            walk, ranks = self.walk.state(self.done), self.walk.ranks
+            if not ranks.alone:
+                self.journal.write(self._walk_name(self.done), walk)
+                ranks.wait()
+            if self.writer is not None:
+                self.journal.write(NAME, self._state(self.writer, walk if ranks.alone else {}))
+            ranks.wait()
             self.walk.release_others(self.done)
+            if not ranks.alone:
+                self.journal.drop(self._walk_name("*"), but=self._walk_name(self.done))
             self._since = time.monotonic()
             self._wait = CHECKPOINT_SHARE * (self._since - begin)
 
-    def _state(self) -> dict[str, Any]:
+    def _walk_name(self, done: int | str) -> str:
+        return f"walk-{self.walk.ranks.rank}-{done}"
+
+    def _state(self, writer: CheckpointWriter, walk: dict[str, Any]) -> dict[str, Any]:
         return {
             "done": self.done,
             "blocks": len(self.walk.blocks),
             ON_DISK: int(isinstance(self.walk.batches, StateFiles)),
-            "walk": self.walk.state(self.done),
-            "writer": self.writer.state(),
+            "walk": walk,
+            "writer": writer.state(),
             "layers": [asdict(layer) for layer in self.layers],
             "notes": self.notes,
             "seconds": self.clock.seconds,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from calibrant.clock import Clock
+from calibrant.engine import shared_solve
 from calibrant.engine.block_engine import Unit, Visitor
 from calibrant.engine.cache_scales import observed_caches
 from calibrant.errors import CalibrantError
@@ -15,13 +16,14 @@ from calibrant.formats.quantized import Codes
 from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.kernels.number_types import E4M3
 from calibrant.kernels.row_tiles import row_chunks
-from calibrant.methods.method import LayerProblem, StructuredPruner
+from calibrant.methods.method import LayerProblem, LayerSolver
 from calibrant.methods.solvers.drift_correction import drift_corrected_target
 from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors, squared_outputs
 from calibrant.modeling.block_walk import OpenedBlock
 from calibrant.modeling.structure import Linear
 from calibrant.quantization.activation_ranges import InputGrid, InputRange
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
+from calibrant.ranks import ALONE, Ranks
 from calibrant.recipes.plan import LearnedLinear, Plan
 
 # Between these bounds a float16 scale has at least six significant bits: subnormal steps are 2^-24 (ours).
@@ -62,12 +64,13 @@ class BlockSolver(Visitor):
 
     It replaces values in the block's ``state`` in place. Every solved linear adds its entries to ``codes``,
     ``outliers`` (float32 weights and the mask of the outliers among them) and ``layers``. ``cache_scales`` are those of
-    keys and values, by name in the block.
+    keys and values, by name in the block. Each of ``ranks`` adds inputs of its own, and all get the same results.
     """
 
     block: OpenedBlock
     plan: Plan
     clock: Clock
+    ranks: Ranks = ALONE
     codes: dict[str, Codes] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     outliers: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -98,8 +101,27 @@ class BlockSolver(Visitor):
                 for linear in unit:
                     self._take(linear, self.plan.learned.weights[f"{self.block.name}.{linear.name}"])
             else:
-                self._solve(unit, self._statistics.pop(unit, None))
+                self._solve(unit, self._statistic(unit))
             self._add_input_grids(unit)
+
+    def _statistic(self, unit: Unit) -> Hessian | HessianDiagonal | None:
+        """The statistic of all ranks' tokens that reached ``unit``; None if there is none."""
+        own, kind = self._statistics.pop(unit, None), self.plan.recipe.statistic
+        if self.ranks.alone or kind is None:
+            return own
+        tokens = self._tokens(own)
+        if not tokens:
+            return None
+        own = own or kind(unit[0].in_features, self.block.probe.hidden.device)
+        with self.clock.stage("exchange"):
+            for tensor in own.sums:
+                self.ranks.add_up(tensor)
+        own.tokens = tokens
+        return own
+
+    def _tokens(self, statistic: Hessian | HessianDiagonal | None) -> int:
+        """Tokens of ``statistic`` in all ranks."""
+        return sum(self.ranks.collect(statistic.tokens if statistic is not None else 0))
 
     def starved(self, group: Unit) -> Unit:
         """The experts of ``group`` that are to get all tokens, by the recipe; what they have seen is forgotten."""
@@ -108,8 +130,7 @@ class BlockSolver(Visitor):
             return ()
         found = []
         for linear in group:
-            seen = self._statistics.get((linear,))
-            tokens = seen.tokens if seen is not None else 0
+            tokens = self._tokens(self._statistics.get((linear,)))
             if tokens < asked.least_tokens:
                 self._statistics.pop((linear,), None)
                 self._routed[linear,] = tokens
@@ -123,7 +144,7 @@ class BlockSolver(Visitor):
         if asked is None:
             yield
             return
-        with observed_caches(self.block, asked.layout) as scales:
+        with observed_caches(self.block, asked.layout, self.ranks) as scales:
             yield
         self.cache_scales = scales
 
@@ -156,12 +177,12 @@ class BlockSolver(Visitor):
             else:
                 problem = replace(problem, weight=target)
                 weights = list(problem.weight.split(problem.segments))
-        assert not isinstance(entry, StructuredPruner)
+        assert isinstance(entry, LayerSolver)
         if self.plan.recipe.statistic is not None and statistic is None:
             assert entry.without_data is not None
             solution, fallback = entry.without_data(problem), "saw no calibration token, solved without data"
         else:
-            solution = entry.solve(self.plan.recipe.method, problem)
+            solution = shared_solve.solve(entry, self.plan.recipe.method, problem, self.ranks)
         if fallback is not None and solution.record.fallback is None:
             solution = replace(solution, record=replace(solution.record, fallback=fallback))
         begin = 0
@@ -202,9 +223,15 @@ class BlockSolver(Visitor):
             if name not in self.plan.learned.input_grids:
                 raise self._unseen(unit)
             return self.plan.learned.input_grids[name]
-        activations, seen = self.plan.recipe.scheme.activations, self._ranges.pop(unit, None)
+        activations, own = self.plan.recipe.scheme.activations, self._ranges.pop(unit, None)
         if activations is None or not activations.observed or self.plan.target.spec is None:
             return None
+        seen = None
+        for one in self.ranks.collect(own):
+            if seen is None:
+                seen = one
+            elif one is not None:
+                seen.merge(one)
         if seen is None:
             raise self._unseen(unit)
         if not seen.finite:

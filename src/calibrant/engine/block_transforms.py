@@ -18,6 +18,7 @@ from calibrant.modeling.module_call import ModuleCall
 from calibrant.modeling.structure import InputGroup, Linear, common_module
 from calibrant.quantization.grids import GridSpec
 from calibrant.quantization.statistics import Magnitude
+from calibrant.ranks import ALONE, Ranks
 from calibrant.recipes.parts import Awq, Quadapter, SmoothQuant
 from calibrant.recipes.plan import Plan
 
@@ -56,8 +57,10 @@ class _Seen:
     calls: list[ModuleCall] = field(default_factory=list)
 
 
-def transform_block(block: OpenedBlock, plan: Plan) -> Transformed:
+def transform_block(block: OpenedBlock, plan: Plan, ranks: Ranks = ALONE) -> Transformed:
     """Apply the plan's transforms to the module and the stored parameters of ``block``, in place.
+
+    Each of ``ranks`` measures inputs of its own; outputs are compared on those of the first.
 
     All scales of a transform are chosen on the block as the previous transform left it, or taken from the plan if they
     were learned; then all are folded.
@@ -73,7 +76,15 @@ def transform_block(block: OpenedBlock, plan: Plan) -> Transformed:
         else:
             pairs = [pair for pair in pairs if _concerns(pair, plan, block.name)]
             seen, done.outputs = _run(block, pairs, compare=isinstance(transform, Awq))
-            scales = [_scale(transform, pair, one, block, plan) for pair, one in zip(pairs, seen, strict=True)]
+            for one in seen:
+                one.magnitude.tokens = sum(ranks.collect(one.magnitude.tokens))
+                ranks.largest(one.magnitude.largest)
+                for tensor in one.magnitude.sums:
+                    ranks.add_up(tensor)
+            scales = []
+            if ranks.first:
+                scales = [_scale(transform, pair, one, block, plan) for pair, one in zip(pairs, seen, strict=True)]
+            scales = ranks.share(scales)
         for pair, scale in zip(pairs, scales, strict=True):
             # Fold the stored values, then copy them, so that the block computes with the rounding of the stored dtype.
             pair.fold(block.state, scale)

@@ -11,11 +11,14 @@ from calibrant.modeling.attention_caches import Change, cache_hook, cached_atten
 from calibrant.modeling.block_walk import OpenedBlock
 from calibrant.modeling.hooks import hooked
 from calibrant.modeling.inputs import RUNNING_MASK
+from calibrant.ranks import ALONE, Ranks
 
 
 @contextmanager
-def observed_caches(block: OpenedBlock, layout: KvCacheLayout) -> Iterator[dict[str, torch.Tensor]]:
-    """Observe the keys and values of every pass while the context lasts.
+def observed_caches(
+    block: OpenedBlock, layout: KvCacheLayout, ranks: Ranks = ALONE
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Observe the keys and values of every pass, in all ``ranks``, while the context lasts.
 
     At its end the dict has the scales (float32): ``ATTENTION.k_scale`` and ``ATTENTION.v_scale`` by name in the block.
 
@@ -41,7 +44,8 @@ def observed_caches(block: OpenedBlock, layout: KvCacheLayout) -> Iterator[dict[
     for name in attentions:
         if f"{name}.k_scale" not in largest:
             raise CalibrantError(f"{block.name}.{name}: it keeps no keys and values of its own; leave kv_cache out")
-    for name, magnitudes in largest.items():
+    for name, magnitudes in sorted(largest.items()):
+        ranks.largest(magnitudes)
         if not bool(magnitudes.isfinite().all()):
             raise CalibrantError(
                 f"{block.name}.{name}: keys or values are not finite; compute in float32 "

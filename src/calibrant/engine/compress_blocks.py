@@ -23,8 +23,9 @@ from calibrant.modeling.state_files import StateFiles
 from calibrant.modeling.structure import BlockStructure, Experts
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
+from calibrant.ranks import ALONE, Ranks
 from calibrant.recipes.plan import Plan
-from calibrant.stopping import check_stop, stop_requested
+from calibrant.stopping import stop_requested, stopped
 
 # "sequential": solve each input group on inputs from the compressed groups before it, in one suspended forward pass;
 # "two-pass": collect all statistics of a block, solve it, run it again, as other tools do; "independent": every block
@@ -32,7 +33,7 @@ from calibrant.stopping import check_stop, stop_requested
 Order = Literal["sequential", "two-pass", "independent"]
 
 STATES = "states"
-"""Subfolder of the journal for hidden states that memory has no room for."""
+"""Subfolders of the journal for hidden states that memory has no room for, one for each rank, begin so."""
 
 _NO_ORIGINAL = "the original model cannot run beside it; take a recipe without drift_correction"
 
@@ -43,18 +44,19 @@ def compress_blocks(
     rows: TokenRows | None,
     dtype: torch.dtype,
     order: Order,
-    writer: CheckpointWriter,
+    writer: CheckpointWriter | None,
     journal: Journal,
     clock: Clock,
     progress: Progress,
     on_disk: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[LayerReport], list[str]]:
     """Compress and write every block of ``plan``; returns the layers' reports and notes for the user.
 
     ``rows`` are used only if the recipe gathers statistics; blocks compute in ``dtype``. Goes on from the state in
     ``journal``, if there is one, and saves it there between blocks. With ``on_disk`` hidden states are kept in the
     journal's folder, and one micro-batch is in memory at a time; the result is the same. A run that goes on keeps them
-    where they are.
+    where they are. Each of ``ranks`` runs some of the rows, all solve, and the first one has the ``writer``.
 
     Raises:
         CalibrantError: values are not finite, or the recipe does not support the model.
@@ -64,35 +66,38 @@ def compress_blocks(
         given = rows if plan.recipe.gathers else None
         beside = plan.recipe.drift_correction > 0
         on_disk = bool(saved_numbers(journal.folder, NAME).get(ON_DISK, on_disk))
-        walk = BlockWalk(model, plan.blocks, given, dtype, beside, journal.folder / STATES if on_disk else None)
+        states = journal.folder / f"{STATES}-{ranks.rank}" if on_disk else None
+        walk = BlockWalk(model, plan.blocks, given, dtype, beside, states, ranks)
     checkpoints = BlockCheckpoints(journal, walk, writer, clock)
     checkpoints.restore()
     count, done = len(plan.blocks), checkpoints.done
     if done:
         progress.note(f"goes on after block {done} of {count}, from {journal.folder}")
-    compression = _Compression(walk, plan, order, clock, checkpoints.notes)
+    compression = _Compression(walk, plan, order, clock, checkpoints.notes, ranks)
     with progress.task("compressing", count) as task:
         if done:
             task.advance(done)
         for index in range(done, count):
             solver = compression.compress(index)
-            with clock.stage("write"):
-                writer.write_block(solver)
+            if writer is not None:
+                with clock.stage("write"):
+                    writer.write_block(solver)
             checkpoints.layers += solver.layers
             return_freed_memory()
             checkpoints.block_done()
             task.advance()
-            if stop_requested() and index + 1 < count:
+            if any(ranks.collect(stop_requested())) and index + 1 < count:
                 checkpoints.save()
-                check_stop(f"block {index + 1} of {count}")
+                raise stopped(f"block {index + 1} of {count}")
     return checkpoints.layers, compression.notes
 
 
 class _Compression:
     """State shared by the blocks of one run; ``notes`` are for the user."""
 
-    def __init__(self, walk: BlockWalk, plan: Plan, order: Order, clock: Clock, notes: list[str]) -> None:
+    def __init__(self, walk: BlockWalk, plan: Plan, order: Order, clock: Clock, notes: list[str], ranks: Ranks) -> None:
         self._walk, self._plan, self._order, self._clock, self.notes = walk, plan, order, clock, notes
+        self._ranks = ranks
 
     def compress(self, index: int) -> BlockSolver:
         """Solve block ``index`` and advance the batches to the next block."""
@@ -104,7 +109,7 @@ class _Compression:
             where = f"{self._plan.blocks[index]}: sequences reach {difference} in different orders"
             if self._plan.recipe.drift_correction:
                 raise CalibrantError(f"{where}, so {_NO_ORIGINAL}") from difference
-            if not difference.intact:
+            if not difference.intact or not self._ranks.alone:
                 raise CalibrantError(f'{where}; run again with `order="two-pass"`') from difference
             self.notes.append(f"{where}, solved in two passes")
         with self._opened(index) as (solver, structure, _), self._clock.stage("forward"):
@@ -132,11 +137,11 @@ class _Compression:
                 self._note(f"{block.name}: {unseen} left as they are, no product with one expert was seen")
             for text in block.structure.partly(lambda name: plan.recipe.ignores(f"{plan.blocks[index]}.{name}")):
                 self._note(text)
-            solver = BlockSolver(block, plan, self._clock)
+            solver = BlockSolver(block, plan, self._clock, self._ranks)
             outputs: Sequence[torch.Tensor] = ()
             if plan.recipe.transforms and (block.batches or plan.learned.scales is not None):
                 with self._clock.stage("transform"):
-                    done = transform_block(block, plan)
+                    done = transform_block(block, plan, self._ranks)
                 solver.solved_parameters |= done.changed
                 outputs = done.outputs
                 for text in done.notes:

@@ -139,7 +139,7 @@ class LayerSolver(MethodBase):
     method which fits its own ranges supports; None for methods that take any grid. ``stored_dense``: whether, with
     these options, no quantized format can represent the result. ``passes``: how many passes over all pairs of columns a
     solve costs, for the time estimate. ``floats``: whether it solves for other types of
-    weights than integers.
+    weights than integers. ``by_rows``: whether, with these options, every row is solved on its own.
     """
 
     changes_shape = False
@@ -152,6 +152,7 @@ class LayerSolver(MethodBase):
     floats: bool = False
     stored_dense: Callable[[Any], bool] = _never
     passes: Callable[[Any], float] = _no_passes
+    by_rows: Callable[[Any], bool] = _never
 
     def refusal(self, scheme: Scheme, *, by_layer: bool) -> str | None:
         weights = scheme.weights

@@ -17,6 +17,7 @@ from calibrant.modeling.state_files import StateFiles, TensorFiles
 from calibrant.modeling.structure import BlockStructure, probe_block
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
+from calibrant.ranks import ALONE, Ranks
 
 Batches = list[MicroBatch] | StateFiles
 
@@ -71,9 +72,11 @@ class BlockWalk:
         dtype: what the blocks compute in.
         with_original: also carry the original model's hidden states, as ``MicroBatch.original``.
         states: folder for the hidden states; None keeps them in memory.
+        ranks: processes that share the rows.
 
     Raises:
-        CalibrantError: no token of ``rows`` counts, or the model does not call its blocks one after the other.
+        CalibrantError: no token of ``rows`` counts, there are more ranks than micro-batches, or the model does not call
+            its blocks one after the other.
     """
 
     def __init__(
@@ -84,10 +87,11 @@ class BlockWalk:
         dtype: torch.dtype,
         with_original: bool = False,
         states: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.blocks, self.dtype = model, blocks, dtype
+        self.model, self.blocks, self.dtype, self.ranks = model, blocks, dtype, ranks
         self.batches: Batches = StateFiles(states) if states is not None else []
-        self.probe = enter_blocks(model, blocks, rows, dtype, self.batches.append, with_original)
+        self.probe = enter_blocks(model, blocks, rows, dtype, self.batches.append, with_original, ranks)
         # What blocks before each return for the probe besides hidden states; blocks are opened in order first.
         self._before: dict[int, dict[Carried, Any]] = {0: {}}
 

@@ -11,6 +11,7 @@ from calibrant.modeling.inputs import BlockCalls, MicroBatch, record_inputs
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.norms import use_fast_norms
 from calibrant.modeling.token_rows import TokenRows
+from calibrant.ranks import ALONE, Ranks
 
 MICRO_BATCH_TOKENS = 2048
 _PROBE_TOKENS = 16
@@ -23,13 +24,16 @@ def enter_blocks(
     dtype: torch.dtype,
     add: Callable[[MicroBatch], None],
     with_original: bool = False,
+    ranks: Ranks = ALONE,
 ) -> MicroBatch:
     """A tiny batch to probe structure with; ``add`` gets ``rows`` as micro-batches that enter block 0, in ``dtype``.
 
-    ``with_original`` gives each batch a second copy of its hidden states, for the original model.
+    ``with_original`` gives each batch a second copy of its hidden states, for the original model. Each of ``ranks``
+    gets some of the batches.
 
     Raises:
-        CalibrantError: no token of ``rows`` counts, or the model does not call its blocks one after the other.
+        CalibrantError: no token of ``rows`` counts, there are more ranks than micro-batches, or the model does not call
+            its blocks one after the other.
     """
     device = model.device
     use_fast_attention(model.module, dtype, device)
@@ -41,7 +45,7 @@ def enter_blocks(
     hidden, calls = record_inputs(model.module, blocks, tokens)
     probe = MicroBatch(hidden, torch.ones_like(tokens, dtype=torch.bool), calls)
     known: dict[torch.Size, BlockCalls] = {}
-    for ids, mask in _micro_batches(rows) if rows is not None else ():
+    for ids, mask in _micro_batches(rows, ranks) if rows is not None else ():
         hidden, calls = record_inputs(model.module, blocks, ids.to(device))
         # Masks and positions are mostly the same for every batch of a shape; keep one copy.
         first = known.setdefault(ids.shape, calls)
@@ -52,8 +56,8 @@ def enter_blocks(
     return probe
 
 
-def _micro_batches(rows: TokenRows) -> Iterator[TokenRows]:
-    """Rows of equal counted length together, cut after their last counted token.
+def _micro_batches(rows: TokenRows, ranks: Ranks) -> Iterator[TokenRows]:
+    """This rank's micro-batches: rows of equal counted length together, cut after their last counted token.
 
     In a causal model later tokens change nothing before them, so cutting them gives the same statistics and no pad
     token is ever computed; adding padding to a set therefore changes no bit of the result.
@@ -61,7 +65,12 @@ def _micro_batches(rows: TokenRows) -> Iterator[TokenRows]:
     lengths = _counted_lengths(rows.counted)
     if not any(lengths):
         raise CalibrantError("the mask counts no token")
-    for chosen in rows_together(rows.counted):
+    batches = rows_together(rows.counted)
+    if len(batches) < ranks.size:
+        raise CalibrantError(
+            f"{ranks.size} ranks for {len(batches)} batches of rows; start fewer processes, or take more samples"
+        )
+    for chosen in batches[ranks.part(len(batches))]:
         length = lengths[chosen[0]]
         yield TokenRows(rows.ids[chosen, :length].long(), rows.counted[chosen, :length])
 

@@ -28,6 +28,7 @@ from calibrant.pipeline.run import run_compression
 from calibrant.pipeline.starved_experts import with_rows_for_experts
 from calibrant.pipeline.write_gguf import check_gguf
 from calibrant.progress import NoProgress, Progress
+from calibrant.ranks import ALONE, Ranks
 from calibrant.recipes.make_plan import make_plan
 from calibrant.recipes.parts import StarvedExperts
 from calibrant.recipes.plan import Plan
@@ -94,33 +95,50 @@ class PreparedRun:
                 run writes it; no output is left behind.
         """
         listener: Progress = progress or NoProgress()
+        ranks = Ranks.joined()
+        self._check_ranks(ranks)
+        journal = Journal(self.output, self.identity(ranks), self.overwrite)
+        if not ranks.first:
+            return self._run(journal, ranks.share(None), NoProgress(), ranks)
         check_disk(self.output, self.disk_bytes()[1])
-        with Journal(self.output, self.identity(), self.overwrite).held() as journal:
-            calibration = self._calibration(journal, listener)
-            needed = memory_needed(self.model, self.plan, *self._set_shape, self.settings.dtype, self._usable)
-            if needed.bytes > self._usable:
-                listener.note(
-                    f"about {needed.bytes / 1e9:.1f} GB of memory are needed, {self._usable / 1e9:.1f} GB may be used; "
-                    "the run goes on, and may be slow or be killed"
-                )
-            return run_compression(
-                self.model,
-                self.plan,
-                calibration,
-                self.output,
-                self.settings,
-                journal,
-                listener,
-                self.overwrite,
-                needed.on_disk,
+        with journal.held():
+            return self._run(journal, ranks.share(self._calibration(journal, listener)), listener, ranks)
+
+    def _run(self, journal: Journal, calibration: CalibrationSet | None, progress: Progress, ranks: Ranks) -> RunReport:
+        """Compress with ``calibration``."""
+        needed = memory_needed(self.model, self.plan, *self._set_shape, self.settings.dtype, self._usable)
+        if needed.bytes > self._usable:
+            progress.note(
+                f"about {needed.bytes / 1e9:.1f} GB of memory are needed, {self._usable / 1e9:.1f} GB may be used; "
+                "the run goes on, and may be slow or be killed"
+            )
+        return run_compression(
+            self.model,
+            self.plan,
+            calibration,
+            self.output,
+            self.settings,
+            journal,
+            progress,
+            self.overwrite,
+            ranks.share(needed.on_disk),
+            ranks,
+        )
+
+    def _check_ranks(self, ranks: Ranks) -> None:
+        recipe = self.recipe
+        if not ranks.alone and (recipe.learns or recipe.changes_shape or not recipe.gathers):
+            raise CalibrantError(
+                f"{recipe.name}: has no rows of a calibration set to share out block by block, so it runs in one "
+                "process; start it without torchrun"
             )
 
     @property
     def _usable(self) -> int:
         return usable_memory() if self.memory is None else self.memory
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that the result depends on."""
+    def identity(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """Everything that the result depends on; of several ``ranks`` also their number."""
         calibration: dict[str, Any] | None = None
         if self.calibration is not None:
             calibration = {"sha256": self.calibration.sha256}
@@ -128,7 +146,8 @@ class PreparedRun:
                 calibration["rows for experts"] = {"seed": self.own_set.seed, "draw": self.own_set.draw}
         elif self.writes_set:
             calibration = {"written by the model": asdict(self.own_set)}
-        return run_identity(self.model, self.plan, calibration, self.settings)
+        found = run_identity(self.model, self.plan, calibration, self.settings)
+        return found if ranks.alone else {**found, "ranks": ranks.size}
 
     def _calibration(self, journal: Journal, progress: Progress) -> CalibrationSet | None:
         """The given set, or one that the model writes or adds rows to, which the journal keeps."""
@@ -239,7 +258,7 @@ def prepare(
     most = memory_size(memory) if memory is not None else None
     prepared = PreparedRun(lazy, plan, settings, target, used, own, overwrite, most)
     if goes_on:
-        check_same_run(target, prepared.identity())
+        check_same_run(target, prepared.identity(Ranks.joined()))
     return prepared
 
 

@@ -2,7 +2,7 @@
 
 import importlib.metadata as metadata
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -221,7 +221,7 @@ class RunReport:
     """Result and cost of a run.
 
     ``share`` of the blocks' weights was compressed; ``seconds`` are by stage; ``peak_memory_bytes`` is that of the
-    process so far.
+    process so far. ``rank_seconds`` are those of every rank, where there are several.
     """
 
     output: Path
@@ -234,6 +234,7 @@ class RunReport:
     bytes_before: int
     bytes_after: int
     tensors_verified: int
+    rank_seconds: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def fallbacks(self) -> list[LayerReport]:

@@ -37,6 +37,7 @@ from calibrant.pipeline.record import RunReport, Settings, compressed_share, mak
 from calibrant.pipeline.starved_experts import starved_notes
 from calibrant.pipeline.write_gguf import GGUF_NAME, GgufExport
 from calibrant.progress import Progress
+from calibrant.ranks import ALONE, Ranks
 from calibrant.recipes.plan import HeadPlan, Plan
 from calibrant.report.model_card import model_card
 from calibrant.training.quadapter import learn_scales
@@ -60,19 +61,22 @@ def run_compression(
     progress: Progress,
     overwrite: bool = False,
     on_disk: bool = False,
+    ranks: Ranks = ALONE,
 ) -> RunReport:
     """Compress ``model`` by ``plan`` into ``output``, which appears only if the whole run succeeds.
 
     ZSAQ does not train on ``calibration`` but computes its held-out loss on it. An interrupted run leaves its state in
     ``journal``, which is held; running the same compression again goes on from there. ``on_disk`` is that of
-    ``compress_blocks``.
+    ``compress_blocks``. Of several ``ranks`` the first one writes; the others return its report.
 
     Raises:
         CalibrantError: the set does not fit the model, values are not finite, or the output cannot be written.
         StoppedError: a signal asked to stop; the journal has the state.
     """
+    if not ranks.first:
+        return _follow(_Run(model, plan, calibration, settings, journal, progress, output, on_disk, ranks))
     with staged(output, overwrite) as folder, torch.inference_mode():
-        run = _Run(model, plan, calibration, settings, journal, progress, folder, on_disk)
+        run = _Run(model, plan, calibration, settings, journal, progress, folder, on_disk, ranks)
         run.check_finite()
         run.spend_budget()
         run.learn()
@@ -82,6 +86,18 @@ def run_compression(
         files = run.write()
         report = run.report(output, files)
     journal.remove()
+    return ranks.share(report)
+
+
+@torch.inference_mode()
+def _follow(run: "_Run") -> RunReport:
+    """The part of a run that ranks take which write nothing; returns the first rank's report."""
+    run.spend_budget()
+    map_large_blocks()
+    run.compress_blocks(None)
+    run.ranks.collect(run.clock.seconds)
+    report = run.ranks.share(None)
+    assert isinstance(report, RunReport)
     return report
 
 
@@ -97,6 +113,7 @@ class _Run:
     progress: Progress
     folder: Path
     on_disk: bool
+    ranks: Ranks
     clock: Clock = field(default_factory=Clock)
     spent: SpentBudget | None = None
     pruned: Pruned | None = None
@@ -125,13 +142,16 @@ class _Run:
         """Choose every layer's bits or share of zeros, if the recipe has a budget."""
         if self.plan.recipe.budget is None or self.rows is None:
             return
-        known = self.journal.read(_BUDGET)
-        if known is not None:
-            self.spent = TypeAdapter(SpentBudget).validate_python(known)
-        else:
-            with self.clock.stage("sensitivity"):
-                self.spent = spend_budget(self.model, self.plan, self.rows, self.settings.dtype, self.progress)
-            self.journal.write(_BUDGET, asdict(self.spent))
+        if self.ranks.first:
+            known = self.journal.read(_BUDGET)
+            if known is not None:
+                self.spent = TypeAdapter(SpentBudget).validate_python(known)
+            else:
+                with self.clock.stage("sensitivity"):
+                    self.spent = spend_budget(self.model, self.plan, self.rows, self.settings.dtype, self.progress)
+                self.journal.write(_BUDGET, asdict(self.spent))
+        self.spent = self.ranks.share(self.spent)
+        assert self.spent is not None
         self.plan = self.spent.applied_to(self.plan)
 
     def learn(self) -> None:
@@ -164,19 +184,7 @@ class _Run:
                 )
             self.notes.append(self.pruned.sentence())
             return
-        self.layers, notes = compress_blocks(
-            self.model,
-            self.plan,
-            self.rows,
-            self.settings.dtype,
-            self.settings.order,
-            self._writer,
-            self.journal,
-            self.clock,
-            self.progress,
-            self.on_disk,
-        )
-        self.notes += notes
+        self.compress_blocks(self._writer)
         experts = self.plan.recipe.experts
         if self.rows is not None:
             self.notes += starved_notes(self.layers, self.plan.fused, experts.least_tokens if experts else 1)
@@ -185,6 +193,23 @@ class _Run:
         uncalled = sorted(set(self.plan.linears) - {layer.name for layer in self.layers})
         if uncalled and self.layers:
             self.notes.append(f"left as they are, since the model does not call them: {', '.join(uncalled)}")
+
+    def compress_blocks(self, writer: CheckpointWriter | None) -> None:
+        """Compress the blocks; the first rank writes them with ``writer``."""
+        self.layers, notes = compress_blocks(
+            self.model,
+            self.plan,
+            self.rows,
+            self.settings.dtype,
+            self.settings.order,
+            writer,
+            self.journal,
+            self.clock,
+            self.progress,
+            self.on_disk,
+            self.ranks,
+        )
+        self.notes += notes
 
     def _compress_head(self, head: HeadPlan) -> None:
         layout = head.layer.target.layout
@@ -284,6 +309,7 @@ class _Run:
             with self.clock.stage("write"):
                 export = GgufExport(ModelFolder(self.folder, allow_quantized=True), "Q8_0", self.progress)
                 self.notes += export.write(self.folder / GGUF_NAME).notes
+        seconds = [_rounded(one) for one in self.ranks.collect(self.clock.seconds)]
         sources = {info.file: info.file.stat().st_size for info in self.model.folder.tensors.values()}
         report = RunReport(
             output,
@@ -291,11 +317,16 @@ class _Run:
             compressed_share(self.plan, self.layers),
             self.layers,
             self.notes,
-            {name: round(value, 3) for name, value in self.clock.seconds.items()},
+            seconds[0],
             peak_memory(),
             sum(sources.values()),
             sum(file.stat().st_size for file in files),
             verified,
+            [] if self.ranks.alone else seconds,
         )
         report.write(self.folder)
         return report
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}

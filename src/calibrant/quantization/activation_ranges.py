@@ -53,6 +53,21 @@ class InputRange:
             self._widen()
         self._counts += torch.histc(inputs.float(), _BINS, -self._bound, self._bound)
 
+    def merge(self, other: "InputRange") -> None:
+        """Add what another range has observed."""
+        self.finite = self.finite and other.finite
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        if other._bound == 0:
+            return
+        self._bound = self._bound or other._bound
+        while self._bound < other._bound:
+            self._widen()
+        wide = InputRange(self._counts.device)
+        wide._bound, wide._counts = other._bound, other._counts.clone()
+        while wide._bound < self._bound:
+            wide._widen()
+        self._counts += wide._counts
+
     def _widen(self) -> None:
         """Double the bound by merging pairs of bins, which is exact."""
         merged = self._counts.view(-1, 2).sum(1)

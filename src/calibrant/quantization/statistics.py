@@ -1,6 +1,6 @@
 """Statistics of a layer's input that methods need, accumulated over counted tokens; ``tokens`` is their number.
 
-Every ``add`` takes inputs ``[tokens, in]`` of any floating dtype.
+Every ``add`` takes inputs ``[tokens, in]`` of any floating dtype. ``sums`` are what is added up over ranks.
 """
 
 import torch
@@ -23,6 +23,11 @@ class Hessian:
         self.tokens += inputs.shape[0]
         add_gram(self._lower, inputs)
 
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """The tensors that inputs are added to."""
+        return [self._lower]
+
     def matrix(self) -> torch.Tensor:
         """The full symmetric matrix, float32 ``[in, in]``; not a copy, so inputs that are added later change it."""
         for begin in range(0, len(self._lower), _MIRRORED_ROWS):
@@ -39,6 +44,10 @@ class PairedHessian(Hessian):
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
         self.drift = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        return [*super().sums, self.drift]
 
     def add_pair(self, inputs: torch.Tensor, originals: torch.Tensor) -> None:
         """Add the same tokens' inputs in the compressed model and in the original model."""
@@ -62,6 +71,11 @@ class HessianDiagonal:
         for rows in inputs.split(_CHUNK_ROWS):
             self.values += rows.to(torch.float32, copy=True).square_().sum(0)
 
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """The tensors that inputs are added to."""
+        return [self.values]
+
 
 class Magnitude:
     """Mean and largest ``|x_j|`` per input channel, float32 ``[in]``, for AWQ and SmoothQuant."""
@@ -82,6 +96,11 @@ class Magnitude:
             magnitude = rows.float().abs()
             self._sum += magnitude.sum(0)
             torch.maximum(self.largest, magnitude.amax(0), out=self.largest)
+
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """The tensors that inputs are added to."""
+        return [self._sum]
 
     @property
     def mean(self) -> torch.Tensor:

@@ -90,4 +90,12 @@ def _solve(options: Gptq, problem: LayerProblem) -> Solution:
     return gptq(problem.weight, problem.full_hessian, problem.grid_spec, **options.model_dump(exclude={"name"}))
 
 
-GPTQ = LayerSolver(Gptq, _solve, round_layer, Hessian, floats=True, passes=lambda options: 0.5 + options.refine_sweeps)
+GPTQ = LayerSolver(
+    Gptq,
+    _solve,
+    round_layer,
+    Hessian,
+    floats=True,
+    passes=lambda options: 0.5 + options.refine_sweeps,
+    by_rows=lambda _: True,
+)

@@ -130,6 +130,7 @@ QUANTEASE = LayerSolver(
     Hessian,
     floats=True,
     stored_dense=lambda options: options.outliers > 0,
+    by_rows=lambda options: not options.outliers,
     # With outliers every sweep also costs a full matrix product, a sort and a new start of the descent.
     passes=lambda options: options.sweeps * (5 if options.outliers else 1),
 )
