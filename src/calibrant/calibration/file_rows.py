@@ -4,8 +4,10 @@ import codecs
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,7 @@ def _parquet_rows(path: Path, stream: io.BufferedReader, name: str, field: str) 
             shutil.copyfileobj(stream, plain)
             source = plain
         try:
+            sizes = _unpacked_bytes(path, source)
             table = pyarrow.parquet.ParquetFile(source)
             columns = table.schema_arrow.names
             wanted = field_names(field, columns)
@@ -119,7 +122,8 @@ def _parquet_rows(path: Path, stream: io.BufferedReader, name: str, field: str) 
                     found = ", ".join(columns)
                     raise CalibrantError(f"{path}: no column {one!r} (found: {found}); name it with `field`")
             read = [column for column in (*wanted, TOOLS) if column in columns]
-            if _unpacked_bytes(table.metadata, read) > largest_unpacked(path):
+            parts = [size for part, size in sizes if any(part == one or part.startswith(f"{one}.") for one in read)]
+            if sum(parts) > largest_unpacked(path):
                 raise too_large(path)
             number = 0
             for batch in table.iter_batches(_ROWS_AT_ONCE, columns=read):
@@ -132,15 +136,29 @@ def _parquet_rows(path: Path, stream: io.BufferedReader, name: str, field: str) 
             raise CalibrantError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
-def _unpacked_bytes(metadata: Any, columns: Sequence[str]) -> int:
-    """What the columns take unpacked, nested ones with all their parts."""
-    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-    parts = (group.column(number) for group in groups for number in range(group.num_columns))
-    return sum(
-        part.total_uncompressed_size
-        for part in parts
-        if any(part.path_in_schema == name or part.path_in_schema.startswith(f"{name}.") for name in columns)
-    )
+# pyarrow ends its process on some damaged metadata of columns, so another one reads them.
+_READ_SIZES = """
+import json, pyarrow.parquet
+metadata = pyarrow.parquet.read_metadata(open(0, "rb", closefd=False))
+groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+parts = (group.column(number) for group in groups for number in range(group.num_columns))
+print(json.dumps([(part.path_in_schema, part.total_uncompressed_size) for part in parts]))
+"""
+
+
+def _unpacked_bytes(path: Path, file: Any) -> list[tuple[str, int]]:
+    """Name and unpacked bytes of the columns in every group of rows of the open ``file``, nested ones by their parts.
+
+    Raises:
+        CalibrantError: the file is damaged.
+    """
+    file.seek(0)
+    ran = subprocess.run([sys.executable, "-I", "-c", _READ_SIZES], stdin=file, capture_output=True, check=False)
+    file.seek(0)
+    if ran.returncode:
+        said = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2].strip()
+        raise CalibrantError(f"{path}: not a readable Parquet file ({said})")
+    return [(str(name), int(size)) for name, size in json.loads(ran.stdout)]
 
 
 def _values(column: Any) -> list[Any]:

@@ -41,7 +41,7 @@ def read_input_rounding(folder: Path) -> dict[str, tuple[float, int] | None]:
         if content["bits"] != BITS:
             raise ValueError(f"bits are {content['bits']}, known are {BITS}")
         return {name: _read_grid(name, grid) for name, grid in content["linears"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CalibrantError(f"{file}: damaged ({error}); compress the model again") from error
 
 

@@ -30,7 +30,9 @@ def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
 def _offsets(header: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]:
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        yield name, (int(begin), int(end))
+        if not isinstance(begin, int) or not isinstance(end, int):
+            raise ValueError(f"{name} has no place in the file")
+        yield name, (begin, end)
 
 
 def element_bytes(dtype: str) -> int:

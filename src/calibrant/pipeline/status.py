@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calibrant.engine import block_checkpoints
+from calibrant.errors import CalibrantError
 from calibrant.journal import SET, is_running, journal_folder, read_identity, saved_numbers, saved_states
 from calibrant.pipeline.record import RECORD_NAME, RunRecord
 from calibrant.training import training_loop
 
 State = Literal["finished", "running", "interrupted", "nothing"]
+
+
+# What states say that count what is done.
+_COUNTED = {
+    block_checkpoints.NAME: "block {done} of {blocks}",
+    training_loop.NAME: "step {done} of the training",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def run_status(output: Path) -> RunStatus:
     folder = journal_folder(output)
     running = is_running(folder)
     if folder.is_dir() and (running or saved_states(folder) or (folder / SET).is_dir()):
-        recipe = str(read_identity(folder)["recipe"]["name"])
+        recipe = _recipe(folder)
         states = saved_states(folder)
         saved = None
         if states:
@@ -66,13 +74,23 @@ def run_status(output: Path) -> RunStatus:
     return RunStatus(output, "nothing")
 
 
+def _recipe(folder: Path) -> str:
+    try:
+        return str(read_identity(folder)["recipe"]["name"])
+    except (KeyError, TypeError) as error:
+        raise CalibrantError(f"{folder}: does not name its recipe; delete the folder to begin the run anew") from error
+
+
 def _done(folder: Path) -> str:
     names = {state.name for state in saved_states(folder)}
-    if block_checkpoints.NAME in names:
-        numbers = saved_numbers(folder, block_checkpoints.NAME)
-        return f"block {numbers['done']} of {numbers['blocks']}"
-    if training_loop.NAME in names:
-        return f"step {saved_numbers(folder, training_loop.NAME)['done']} of the training"
+    for name, said in _COUNTED.items():
+        if name in names:
+            try:
+                return said.format(**saved_numbers(folder, name))
+            except KeyError as error:
+                raise CalibrantError(
+                    f"{folder}: its state {name} does not say {error}; delete the folder to begin the run anew"
+                ) from error
     others = {"budget": "the budget", "scales": "a part of the learned scales"}
     found = [text for name, text in others.items() if name in names]
     return found[-1] if found else "the calibration set" if (folder / SET).is_dir() else ""
