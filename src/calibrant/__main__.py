@@ -2,4 +2,5 @@
 
 from calibrant.cli.main import main
 
-main()
+if __name__ == "__main__":
+    main()

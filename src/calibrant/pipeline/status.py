@@ -62,9 +62,12 @@ def run_status(output: Path) -> RunStatus:
     """
     folder = journal_folder(output)
     running = is_running(folder)
-    if folder.is_dir() and (running or saved_states(folder) or (folder / SET).is_dir()):
+    states = saved_states(folder) if folder.is_dir() else []
+    record = output / RECORD_NAME
+    # A run that is killed while it removes its journal has published its output.
+    published = not running and bool(states) and record.is_file() and record.stat().st_mtime > states[-1].written
+    if folder.is_dir() and not published and (running or states or (folder / SET).is_dir()):
         recipe = _recipe(folder)
-        states = saved_states(folder)
         saved = None
         if states:
             saved = datetime.fromtimestamp(states[-1].written).astimezone().isoformat(timespec="seconds")
