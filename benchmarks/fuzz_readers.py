@@ -153,7 +153,7 @@ def _ranges(path: Path) -> object:
 
     try:
         return tensor_ranges(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # as it says
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # as it says
         raise CalibrantError(str(error)) from error
 
 

@@ -34,7 +34,7 @@ def run(
     start = [sys.executable, "-m"]
     if ranks > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    command = ["calibrant", "compress", model, "-o", str(output), "-c", str(calibration), "-r", options.recipe]
+    command = ["calibrant", "compress", options.model, "-o", str(output), "-c", str(calibration), "-r", options.recipe]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
     begin = time.perf_counter()
     subprocess.run([*start, *command, "--quiet"], env=environment, check=True)
@@ -58,7 +58,7 @@ def main() -> None:
         text = cb.select("builtin", tokenizer=options.model, samples=options.samples, length=options.length)
         text.save(work / "set")
         for ranks, threads in ((1, 1), (2, 1), (1, 2)):
-            found = run(options.model, work / f"{ranks}-{threads}", work / "set", options, ranks, threads)
+            found = run(options, work / f"{ranks}-{threads}", work / "set", ranks, threads)
             runs.append(found)
             stages = found["seconds"]
             table.add_row(
@@ -71,14 +71,17 @@ def main() -> None:
         differences = [abs(one.relative_error / other.relative_error - 1) for one, other in pairs]
     Console().print(table)
     print(f"errors of layers differ by at most {max(differences):.2%}")
+    settings = {"model": Path(options.model).name, "recipe": options.recipe}
+    settings |= {"samples": options.samples, "length": options.length}
+    machine = {"cores": os.cpu_count(), "capabilities": torch.backends.cpu.get_cpu_capability()}
     result = {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "capabilities": torch.backends.cpu.get_cpu_capability()},
+        "machine": {"system": platform.platform(), **machine},
         "versions": {"calibrant": cb.__version__, "torch": torch.__version__},
-        "settings": {"model": Path(options.model).name, "recipe": options.recipe, "samples": options.samples, "length": options.length},
+        "settings": settings,
         "largest_difference_of_errors": max(differences),
         "runs": runs,
-    }  # fmt: skip
+    }
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

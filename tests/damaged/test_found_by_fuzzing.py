@@ -54,3 +54,13 @@ def test_a_state_that_does_not_say_what_is_done(tmp_path: Path, state: str) -> N
     save_file({"0": torch.ones(1)}, journal / f"{state}.safetensors", {"calibrant.state": known})
     with pytest.raises(CalibrantError, match=f"its state {state} does not say 'done'"):
         cb.status(tmp_path / "out")
+
+
+def test_a_group_size_of_infinity(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "llama")
+    cb.compress(folder, output=tmp_path / "out", recipe="rtn-w8a16", bits=4, group_size=32)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = float("inf")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CalibrantError, match="quantization_config does not describe"):
+        ModelFolder(tmp_path / "out", dequantize=True)

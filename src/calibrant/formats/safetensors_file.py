@@ -16,7 +16,7 @@ def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
     """Where the tensors of ``path`` begin and end in the file, in bytes, by name.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the file is damaged.
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: the file is damaged.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -131,7 +131,7 @@ def stored_layout(linear: str, settings: Mapping[str, Any]) -> Layout:
             known = GGUF_TYPES[settings["types"][linear]]
             return Layout(known.bits, not known.minima, known.group_size, format="gguf", type=known.name)
         return _layout(kind, settings_of(linear, settings)["weights"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CalibrantError(
             f"config.json: quantization_config does not describe {linear} ({error!r}); copy or download it again"
         ) from error
@@ -246,7 +246,7 @@ def dense_shape(
         rows, columns = shapes[f"{linear}.{'weight' if _MARKS[kind].startswith('weight_scale') else _MARKS[kind]}"]
         if kind == "pack-quantized":
             rows, columns = read(f"{linear}.weight_shape").tolist()
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OverflowError) as error:
         raise CalibrantError(
             f"{linear}: its tensors are not what config.json describes ({error!r}); copy or download the model again"
         ) from error
