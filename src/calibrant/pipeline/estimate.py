@@ -228,7 +228,7 @@ class _Size:
         weights = out * into * (1 if experts else 2)
         statistic = self._plan.recipe.statistic if self._tokens else None
         hessians = 0
-        if statistic is Hessian:
+        if statistic is not None and issubclass(statistic, Hessian):
             hessians = (5 if self._plan.recipe.drift_correction else 3) * 4 * into**2
         # Weights, solved weights and codes; then copies of the part that is being solved.
         return hessians + 9 * weights + 6 * min(4 * weights, CHUNK_BYTES)
