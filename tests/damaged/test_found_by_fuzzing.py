@@ -11,6 +11,7 @@ import calibrant as cb
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING, read_input_rounding
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.tokenizer import Tokenizer
 from tests.conftest import write_model
 
 HERE = Path(__file__).parent
@@ -64,3 +65,15 @@ def test_a_group_size_of_infinity(tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CalibrantError, match="quantization_config does not describe"):
         ModelFolder(tmp_path / "out", dequantize=True)
+
+
+def test_a_vocabulary_without_its_unknown_token(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "llama")
+    file = folder / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    definition["model"]["unk_token"] = "missing"
+    file.write_text(json.dumps(definition))
+    tokenizer = Tokenizer(folder)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(CalibrantError, match=r"its tokenizer cannot encode a text \(.*UNK"):
+            encode("Grüße")

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,15 +66,34 @@ class Tokenizer:
             raise ValueError("its chat template is not a text")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` without special tokens."""
-        return list(self.hf(text, add_special_tokens=False, verbose=False)["input_ids"])
+        """Token ids of ``text`` without special tokens.
+
+        Raises:
+            CalibrantError: the tokenizer fails on the text.
+        """
+        with self._encoding():
+            return list(self.hf(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """``encode`` every text, on all cores if the tokenizer is a fast one."""
+        """``encode`` every text, on all cores if the tokenizer is a fast one.
+
+        Raises:
+            CalibrantError: the tokenizer fails on a text.
+        """
         if not self.hf.is_fast:
             return [self.encode(text) for text in texts]
         backend = self._plain_backend
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._encoding():
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the library raises its base class for vocabularies without a token for the unknown
+            raise CalibrantError(
+                f"{self._folder}: its tokenizer cannot encode a text ({first_line(error)}); copy or download it again"
+            ) from error
 
     @cached_property
     def _plain_backend(self) -> Any:
