@@ -119,7 +119,7 @@ def test_limits_of_control_groups_count(
     monkeypatch.setattr(memory, "_GROUPS", groups)
     monkeypatch.setattr(memory, "_LIMITS", {controllers: (root, limit, used)})
     monkeypatch.setattr(memory, "resident_memory", lambda: 1000)
-    assert memory.usable_memory() == 1000 + 3000 - 1500 + 500
+    assert memory.usable_memory(torch.device("cpu")) == 1000 + 3000 - 1500 + 500
 
 
 class _Notes(NoProgress):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from calibrant.errors import CalibrantError
@@ -32,10 +33,14 @@ def resident_memory() -> int:
     return pages * resource.getpagesize()
 
 
-def usable_memory() -> int:
-    """Bytes that this process may have in all: what it has, and what the system and its control groups leave free."""
-    free = psutil.virtual_memory().available
-    return resident_memory() + min([free, *_left_in_groups()])
+def usable_memory(device: torch.device) -> int:
+    """Bytes that this process may have in all: what it has, and what is free for tensors on ``device``.
+
+    On the CPU that is what the system and the process's control groups leave.
+    """
+    if device.type == "cuda":
+        return resident_memory() + torch.cuda.mem_get_info(device)[0]
+    return resident_memory() + min([psutil.virtual_memory().available, *_left_in_groups()])
 
 
 def memory_size(size: str | int) -> int:

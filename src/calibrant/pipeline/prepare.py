@@ -106,10 +106,12 @@ class PreparedRun:
 
     def _run(self, journal: Journal, calibration: CalibrationSet | None, progress: Progress, ranks: Ranks) -> RunReport:
         """Compress with ``calibration``."""
-        needed = memory_needed(self.model, self.plan, *self._set_shape, self.settings.dtype, self._usable)
-        if needed.bytes > self._usable:
+        rows, length = self._set_shape
+        usable = self._usable // ranks.size
+        needed = memory_needed(self.model, self.plan, -(-rows // ranks.size), length, self.settings.dtype, usable)
+        if needed.bytes > usable:
             progress.note(
-                f"about {needed.bytes / 1e9:.1f} GB of memory are needed, {self._usable / 1e9:.1f} GB may be used; "
+                f"about {needed.bytes / 1e9:.1f} GB of memory are needed, {usable / 1e9:.1f} GB may be used; "
                 "the run goes on, and may be slow or be killed"
             )
         return run_compression(
@@ -135,7 +137,7 @@ class PreparedRun:
 
     @property
     def _usable(self) -> int:
-        return usable_memory() if self.memory is None else self.memory
+        return usable_memory(self.settings.device) if self.memory is None else self.memory
 
     def identity(self, ranks: Ranks = ALONE) -> dict[str, Any]:
         """Everything that the result depends on; of several ``ranks`` also their number."""
