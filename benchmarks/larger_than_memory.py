@@ -1,6 +1,7 @@
 """How much memory does the compression of a model take that is larger than the machine's memory?
 
     python benchmarks/larger_than_memory.py WORK [--blocks 2 6 32] [--limit 5.0]
+    python benchmarks/larger_than_memory.py WORK --blocks 2 --samples 128 --length 512 --result many_rows
 
 Llamas of the width of Llama-7B with random weights and so many blocks are written to WORK, block by block, and
 compressed by ``gptq-w4a16`` in a process whose memory the kernel limits (a control group, which needs root; page cache
@@ -30,7 +31,7 @@ from tokenizers import Tokenizer, models
 
 import calibrant as cb
 
-RESULT = Path(__file__).parent / "results" / "larger_than_memory.json"
+RESULTS = Path(__file__).parent / "results"
 GROUPS = {
     Path("/sys/fs/cgroup/memory"): ("memory.limit_in_bytes", "memory.max_usage_in_bytes"),
     Path("/sys/fs/cgroup"): ("memory.max", "memory.peak"),
@@ -102,6 +103,7 @@ def measure(work: Path, blocks: int, limit: int, samples: int, length: int) -> d
         str(calibration),
     ]
     command += ["-r", "gptq-w4a16", "--json"]
+    estimate = json.loads(subprocess.check_output([*command, "--dry-run", "--memory", str(limit)]))
     with control_group(limit) as (group, peak_file):
         begin = time.perf_counter()
         ran = subprocess.run(
@@ -119,6 +121,8 @@ def measure(work: Path, blocks: int, limit: int, samples: int, length: int) -> d
     found = {
         "blocks": blocks,
         "model_bytes": size,
+        "hidden_states": estimate["hidden_states"],
+        "estimated_memory_bytes": estimate["memory_bytes"],
         "output_bytes": report["bytes_after"],
         "tensors_verified": report["tensors_verified"],
         "wall_seconds": round(wall, 1),
@@ -137,6 +141,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=5.0, help="GB of memory")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--result", default="larger_than_memory", help="name of the file in results/")
     given = parser.parse_args()
     table = Table("blocks", "model GB", "output GB", "seconds", "peak resident GB")
     runs = []
@@ -161,7 +166,7 @@ def main() -> None:
         "settings": settings,
         "runs": runs,
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / f"{given.result}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
