@@ -218,7 +218,7 @@ class Journal:
         with whole_file(self.folder / f"{name}{_SUFFIX}") as beside:
             save_file(tensors, beside, {_KEY: rest})
 
-    def drop(self, pattern: str, but: str) -> None:
+    def drop(self, pattern: str, but: str | None = None) -> None:
         """Delete the states whose names match ``pattern``, except ``but``."""
         for file in self.folder.glob(f"{pattern}{_SUFFIX}"):
             if file.stem != but:

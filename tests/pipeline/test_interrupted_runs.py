@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import calibrant as cb
+from calibrant.calibration.sources import text_generation
 from calibrant.cli.main import app
 from calibrant.engine import block_checkpoints
 from calibrant.errors import CalibrantError
+from calibrant.pipeline import own_set
 from calibrant.progress import NoProgress
 from calibrant.stopping import StoppedError, stopping_gently
 from tests.conftest import random_set, write_tokenizer
@@ -196,8 +198,39 @@ def test_a_set_that_the_model_wrote_is_kept(
     with pytest.raises(_Killed):
         cb.compress(model, output=tmp_path / "parts", progress=_KillsAfter(2), **options)
     assert cb.status(tmp_path / "parts").done == ("the calibration set" if share else f"block 2 of {BLOCKS}")
-    monkeypatch.setattr("calibrant.pipeline.own_set.generate", None)  # not called again
+    monkeypatch.setattr("calibrant.pipeline.own_set.generate_self_calibration", None)  # not called again
     cb.compress(model, output=tmp_path / "parts", **options)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+@pytest.mark.parametrize("signal_after", [None, 2])
+def test_rows_that_the_model_wrote_are_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_after: int | None
+) -> None:
+    """Killed within the third batch of rows, or asked to stop within the second."""
+    monkeypatch.setattr(own_set, "_BATCH_SIZE", 2)
+    options: dict[str, Any] = {"recipe": recipe("gptq"), "samples": 8, "length": 16, "dtype": "float32"}
+    cb.compress(model, output=tmp_path / "whole", **options)
+    write, written = text_generation._Batch.write, list[int]()
+
+    def counted(batch: Any, column: int, decoder: Any) -> None:
+        if column == 1:
+            written.append(batch.first_row)
+        if column == 5 and signal_after is None and len(written) == 3:
+            raise _Killed
+        if column == 5 and len(written) == signal_after:
+            os.kill(os.getpid(), signal.SIGINT)
+        write(batch, column, decoder)
+
+    monkeypatch.setattr(text_generation._Batch, "write", counted)
+    with pytest.raises((_Killed, StoppedError)) as ended, stopping_gently(lambda text: None):
+        cb.compress(model, output=tmp_path / "parts", **options)
+    assert signal_after is None or "stopped after 4 rows of the calibration set" in str(ended.value)
+    assert cb.status(tmp_path / "parts").done == "a part of the calibration set"
+    begun = len(written)
+    cb.compress(model, output=tmp_path / "parts", **options)
+    assert written[begun:] == [4, 6]
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 

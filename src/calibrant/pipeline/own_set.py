@@ -6,14 +6,20 @@ import torch
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN
-from calibrant.calibration.generate import generate
 from calibrant.calibration.select import select
+from calibrant.calibration.sources.self_calibration import TemperatureSchedule, generate_self_calibration
+from calibrant.calibration.sources.text_generation import Written
+from calibrant.journal import Journal
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.tokenizer import Tokenizer
+from calibrant.modeling.whole_model import load_whole
 from calibrant.pipeline.memory import resident_memory
 from calibrant.progress import Progress
+from calibrant.stopping import check_stop
 
 # Rows that are written at a time where memory allows it.
 _BATCH_SIZE = 64
+_ROWS = "rows"
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,41 @@ class SetSize:
     draw: int
 
 
+@dataclass(frozen=True)
+class _RowsInJournal:
+    """Rows that a run has written so far, in states of its ``journal`` that begin with ``name``."""
+
+    journal: Journal
+    name: str
+
+    def read(self, first: int, count: int) -> Written | None:
+        state = self.journal.read(f"{self.name}-{first}-{count}")
+        return None if state is None else Written(state["tokens"], state["losses"], state["starts"])
+
+    def write(self, first: int, rows: Written) -> None:
+        state = {"tokens": rows.tokens, "losses": rows.losses, "starts": rows.starts}
+        self.journal.write(f"{self.name}-{first}-{len(rows.tokens)}", state)
+        check_stop(f"{first + len(rows.tokens)} rows of the calibration set")
+
+
 def own_set(
-    folder: ModelFolder, size: SetSize, dtype: torch.dtype, device: torch.device, memory: int, progress: Progress
+    folder: ModelFolder,
+    size: SetSize,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: int,
+    journal: Journal,
+    progress: Progress,
 ) -> CalibrationSet:
     """Text that the model writes, in smaller batches where ``memory`` bytes are too few for the usual ones.
 
     Where the model and one row do not fit, the set is drawn from the built-in corpus instead, and a note says so.
+    Written rows stay in ``journal`` until ``forget_rows``.
+
+    Raises:
+        StoppedError: a signal asked to stop; the rows so far are kept.
     """
-    batch_size = _fitting_rows(folder, size, dtype, memory)
+    batch_size = _fitting_rows(folder, size, dtype, memory) if device.type == "cpu" else _BATCH_SIZE
     if batch_size == 0:
         progress.note(
             f"the model needs {_model_bytes(folder, dtype) / 1e9:.1f} GB to write its calibration set, and "
@@ -44,18 +77,26 @@ def own_set(
             BUILTIN, tokenizer=folder.path, samples=size.samples, length=size.length, seed=size.seed, draw=size.draw,
             progress=progress,
         )  # fmt: skip
-    return generate(
-        folder.path,
+    made = generate_self_calibration(
+        load_whole(folder, str(device), str(dtype).removeprefix("torch.")),
+        Tokenizer(folder.path),
         samples=size.samples,
         length=size.length,
         seed=size.seed,
         draw=size.draw,
+        schedule=TemperatureSchedule(),
+        first_tokens="any",
         batch_size=batch_size,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        dequantize=folder.decoded,
         progress=progress,
+        provenance=folder.identity,
+        kept=_RowsInJournal(journal, f"{_ROWS}-{size.samples}-{size.length}-{size.seed}-{size.draw}"),
     )
+    return made.with_origin(str(folder.path), [])
+
+
+def forget_rows(journal: Journal) -> None:
+    """Remove the rows that ``own_set`` kept, once the set is saved."""
+    journal.drop(f"{_ROWS}-*")
 
 
 def _fitting_rows(folder: ModelFolder, size: SetSize, dtype: torch.dtype, memory: int) -> int:

@@ -22,7 +22,7 @@ from calibrant.modeling.whole_model import torch_device, torch_dtype
 from calibrant.output_folder import check_disk, check_output
 from calibrant.pipeline.estimate import Estimate, disk_bytes, estimate, memory_needed
 from calibrant.pipeline.memory import memory_size, usable_memory
-from calibrant.pipeline.own_set import SetSize, own_set
+from calibrant.pipeline.own_set import SetSize, forget_rows, own_set
 from calibrant.pipeline.record import RunReport, Settings, made_by, run_identity
 from calibrant.pipeline.run import run_compression
 from calibrant.pipeline.starved_experts import with_rows_for_experts
@@ -161,12 +161,13 @@ class PreparedRun:
         if kept.is_dir():
             return CalibrationSet.load(kept)
         if training is not None and held_out:
-            made = self._held_out(training.length, training.seed, progress)
+            made = self._held_out(training.length, training.seed, journal, progress)
         else:
-            made = self.calibration or self._generate(self.own_set, progress)
+            made = self.calibration or self._generate(self.own_set, journal, progress)
         if experts is not None and self._extends:
-            made = self._with_rows_for_experts(made, experts, progress)
+            made = self._with_rows_for_experts(made, experts, journal, progress)
         made.save(kept)
+        forget_rows(journal)
         check_stop("the calibration set")
         return made
 
@@ -176,25 +177,26 @@ class PreparedRun:
         return self.recipe.experts is not None and self.recipe.experts.starved == "more-rows"
 
     def _with_rows_for_experts(
-        self, given: CalibrationSet, experts: StarvedExperts, progress: Progress
+        self, given: CalibrationSet, experts: StarvedExperts, journal: Journal, progress: Progress
     ) -> CalibrationSet:
         """``given`` with rows of the model's next draw that reach experts."""
         own = self.own_set
 
         def write(samples: int) -> CalibrationSet:
-            return self._generate(SetSize(samples, given.manifest.length, own.seed, own.draw + 1), progress)
+            return self._generate(SetSize(samples, given.manifest.length, own.seed, own.draw + 1), journal, progress)
 
         return with_rows_for_experts(self.model, self.plan.blocks, given, experts, self.settings.dtype, write, progress)
 
-    def _held_out(self, length: int, seed: int, progress: Progress) -> CalibrationSet:
+    def _held_out(self, length: int, seed: int, journal: Journal, progress: Progress) -> CalibrationSet:
         """Evaluation set of a training without data: text that the model generates, or random tokens for encoders."""
         folder = self.model.folder
         if not folder.causal:
             return draw_vocabulary(Tokenizer(folder.path), samples=_HELD_OUT_ROWS, length=length, seed=seed, draw=0)
-        return self._generate(SetSize(_HELD_OUT_ROWS, length, seed, 0), progress)
+        return self._generate(SetSize(_HELD_OUT_ROWS, length, seed, 0), journal, progress)
 
-    def _generate(self, size: SetSize, progress: Progress) -> CalibrationSet:
-        return own_set(self.model.folder, size, self.settings.dtype, self.settings.device, self._usable, progress)
+    def _generate(self, size: SetSize, journal: Journal, progress: Progress) -> CalibrationSet:
+        settings = self.settings
+        return own_set(self.model.folder, size, settings.dtype, settings.device, self._usable, journal, progress)
 
 
 def prepare(

@@ -94,6 +94,8 @@ def _done(folder: Path) -> str:
                 raise CalibrantError(
                     f"{folder}: its state {name} does not say {error}; delete the folder to begin the run anew"
                 ) from error
+    if any(name.startswith("rows-") for name in names) and not (folder / SET).is_dir():
+        return "a part of the calibration set"
     others = {"budget": "the budget", "scales": "a part of the learned scales"}
     found = [text for name, text in others.items() if name in names]
     return found[-1] if found else "the calibration set" if (folder / SET).is_dir() else ""

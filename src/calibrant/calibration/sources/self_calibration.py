@@ -10,7 +10,7 @@ import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.calibration.sources.english import english_beginnings
-from calibrant.calibration.sources.text_generation import Sampling, compute_place, write_rows
+from calibrant.calibration.sources.text_generation import KeptRows, Sampling, compute_place, write_rows
 from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
@@ -67,19 +67,20 @@ def generate_self_calibration(
     batch_size: int,
     progress: Progress,
     provenance: dict[str, str],
+    kept: KeptRows | None = None,
 ) -> CalibrationSet:
     """Let ``model`` write ``samples`` rows of exactly ``length`` tokens.
 
     A row starts with BOS. After EOS a new, independent text begins with BOS in the same row, until the row is full; EOS
     and BOS stay in the row and count (ours). There is no top-k, top-p or penalty. ``first_tokens`` "english" restricts
     every text's first token to whole English function words, as the paper does for multilingual models with spaCy's
-    stop words. ``provenance`` is recorded in the manifest.
+    stop words. ``provenance`` is recorded in the manifest; ``kept`` is that of ``write_rows``.
     """
     uniforms = np.stack([make_rng(seed, "self", draw, row).random(length) for row in range(samples)])
     first_ids = torch.tensor(english_beginnings(tokenizer)) if first_tokens == "english" else None
     sampling = Sampling(schedule.table(length), first_ids)
     start = [tokenizer.start_id]
-    written = write_rows(model, tokenizer, uniforms, lambda row, text: start, sampling, batch_size, progress)
+    written = write_rows(model, tokenizer, uniforms, lambda row, text: start, sampling, batch_size, progress, kept)
     manifest = Manifest(
         strategy="self",
         parameters={

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -58,6 +59,16 @@ class Written:
         return sum(map(len, self.starts))
 
 
+class KeptRows(Protocol):
+    """Rows that outlive the process that writes them."""
+
+    def read(self, first: int, count: int) -> Written | None:
+        """The rows from number ``first``, if exactly so many were kept together."""
+
+    def write(self, first: int, rows: Written) -> None:
+        """Keep ``rows`` from number ``first``."""
+
+
 def write_rows(
     model: transformers.PreTrainedModel,
     tokenizer: Tokenizer,
@@ -66,6 +77,7 @@ def write_rows(
     sampling: Sampling,
     batch_size: int,
     progress: Progress,
+    kept: KeptRows | None = None,
 ) -> Written:
     """Let ``model`` fill rows with texts: where one ends, the next begins in the same row without seeing it.
 
@@ -78,28 +90,38 @@ def write_rows(
         sampling: how the other tokens are drawn.
         batch_size: rows that are written at a time.
         progress: receives the progress.
+        kept: has the rows that an interrupted call has written, and gets those of this one.
 
     Raises:
         CalibrantError: the model's logits are not finite, or its generation settings are unusable.
     """
     rows, length = uniforms.shape
     ends = torch.tensor(sorted(end_ids(model, tokenizer)), device=model.device)
-    parts: list[torch.Tensor] = []
-    losses: list[float] = []
-    starts: list[list[int]] = []
+    parts: list[Written] = []
     with progress.task("generating", rows * length) as task, torch.inference_mode():
         make_decoder = prepare_decoding(model)
         for first in range(0, rows, batch_size):
-            batch = _Batch(torch.from_numpy(uniforms[first : first + batch_size]), first, beginning, sampling, ends)
+            drawn = torch.from_numpy(uniforms[first : first + batch_size])
+            known = kept.read(first, len(drawn)) if kept is not None else None
+            if known is not None:
+                parts.append(known)
+                task.advance(drawn.numel())
+                continue
+            batch = _Batch(drawn, first, beginning, sampling, ends)
             decoder = make_decoder(*batch.tokens.shape)
             task.advance(len(batch.tokens))
             for column in range(1, length):
                 batch.write(column, decoder)
                 task.advance(len(batch.tokens))
-            parts.append(batch.tokens.cpu())
-            losses += (batch.loss / batch.sampled.clamp(min=1)).tolist()
-            starts += batch.starts
-    return Written(torch.cat(parts).to(torch.int32), losses, starts)
+            losses = (batch.loss / batch.sampled.clamp(min=1)).tolist()
+            parts.append(Written(batch.tokens.cpu().to(torch.int32), losses, batch.starts))
+            if kept is not None:
+                kept.write(first, parts[-1])
+    return Written(
+        torch.cat([part.tokens for part in parts]),
+        [loss for part in parts for loss in part.losses],
+        [starts for part in parts for starts in part.starts],
+    )
 
 
 @dataclass
