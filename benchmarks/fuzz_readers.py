@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 
 import calibrant as cb
 from calibrant.errors import CalibrantError
+from calibrant.evaluation.recorded import save_evaluation
 from damage import (
     Mutator,
     body_changed,
@@ -200,8 +201,8 @@ def write_sound_files(folder: Path) -> None:
     cb.compress(
         folder / "model", recipe="rtn-w8a16", bits=4, group_size=32, output=folder / "quantized", dtype="float32"
     )
-    evaluation = {"record_sha256": "", "evaluation": {"perplexity": 1.0}}
-    (folder / "output" / "evaluation.json").write_text(json.dumps(evaluation))
+    measured = cb.evaluate(folder / "output", against=folder / "model", text=folder / "text.txt", length=16, limit=2)
+    save_evaluation(folder / "output", folder / "output" / "calibrant.json", measured)
     journal = folder / "run.journal"
     journal.mkdir()
     identity = {"recipe": {"name": "r"}, "model": {"weights_sha256": "0"}}
@@ -357,8 +358,11 @@ def of_reader(number: int, options: argparse.Namespace, template: Path, context:
             total.failures |= one.failures
             break
         folder = folder_of(process.pid, options)
+        last = folder / "own" / reader.file
+        if not last.is_file():
+            raise SystemExit(f"{reader.name}: its process ended before it read anything")
         kept = options.work / f"{reader.name}-death-{seed}"
-        kept.write_bytes((folder / "own" / reader.file).read_bytes())
+        kept.write_bytes(last.read_bytes())
         total.failures[f"the process ended with {process.exitcode}, {seed - options.seed}"] = kept.name
         shutil.rmtree(folder)
     print(json.dumps(asdict(total)), flush=True)
