@@ -1,7 +1,6 @@
 """A million damaged files, read by the project's readers alone, a thousand a second.
 
-    python benchmarks/fuzz_readers.py WORK --seconds 60              # each reader, damaged as damage.py does
-    python benchmarks/fuzz_readers.py WORK --seconds 60 --guided     # guided by coverage (pip install atheris)
+    python benchmarks/fuzz_readers.py WORK --seconds 60     # for each reader; files are damaged as damage.py does
     python benchmarks/fuzz_readers.py WORK --seconds 60 --reader recipe
 
 ``benchmarks/fuzz.py`` runs whole commands, five a second. Here a process for each reader writes a damaged file, reads
@@ -276,29 +275,6 @@ def damaged(trial: Trial, seconds: float, seed: int) -> None:
         number += 1
 
 
-def guided(trial: Trial, seconds: float, seed: int, corpus: Path) -> None:
-    """Read files that atheris makes for so many seconds; coverage of this project's modules guides it."""
-    import atheris
-
-    corpus.mkdir()
-    (corpus / "sound").write_bytes(trial.sound)
-
-    def mutate(data: bytes, most: int, number: int) -> bytes:
-        rng = random.Random(number)
-        if rng.random() < 0.5:
-            try:
-                return rng.choice(trial.reader.mutators)(data, rng)[:most]
-            except Exception:  # as in damaged
-                return flipped(data, rng)[:most]
-        return bytes(atheris.Mutate(data, most))
-
-    atheris.instrument_all()
-    largest = max(4 * len(trial.sound), 1 << 16)
-    options = [f"-max_total_time={int(seconds)}", f"-max_len={largest}", f"-seed={seed + 1}", "-rss_limit_mb=0"]
-    atheris.Setup([sys.argv[0], *options, "-verbosity=0", str(corpus)], trial.read, custom_mutator=mutate)
-    atheris.Fuzz()
-
-
 def folder_of(process: int, options: argparse.Namespace) -> Path:
     """Where a process works, in memory if possible."""
     return Path("/dev/shm" if Path("/dev/shm").is_dir() else options.work) / f"fuzz-{process}"
@@ -325,17 +301,8 @@ def work_on(number: int, options: argparse.Namespace, template: Path, results: A
         results.join_thread()
         shutil.rmtree(folder, ignore_errors=True)
 
-    if options.guided:
-        # libFuzzer ends the process; what was found is reported before that.
-        import atexit
-
-        atexit.register(done)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        guided(trial, options.seconds, options.seed, options.work / f"corpus-{number}")
-    else:
-        damaged(trial, options.seconds, options.seed)
-        done()
+    damaged(trial, options.seconds, options.seed)
+    done()
 
 
 def of_reader(number: int, options: argparse.Namespace, template: Path, context: Any) -> Found:
@@ -374,7 +341,6 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for sound files and inputs that fail, which must not exist")
     parser.add_argument("--seconds", type=float, default=60, help="for each reader")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guided", action="store_true", help="let coverage guide the damage")
     parser.add_argument("--reader", help="this one alone")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -396,7 +362,6 @@ def main() -> None:
     runs.append(
         {
             "date": datetime.now(UTC).date().isoformat(),
-            "guided": options.guided,
             "seed": options.seed,
             "seconds": options.seconds,
             "inputs": inputs,
