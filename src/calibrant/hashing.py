@@ -8,7 +8,7 @@ from typing import Any
 _CHUNK_BYTES = 1 << 20
 
 
-def sha256_bytes(*parts: bytes) -> str:
+def sha256_bytes(*parts: bytes | memoryview) -> str:
     """Hex SHA-256 of the concatenation of ``parts``."""
     digest = hashlib.sha256()
     for part in parts:

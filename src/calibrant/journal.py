@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from calibrant.errors import CalibrantError, first_line
-from calibrant.hashing import canonical_json
+from calibrant.hashing import canonical_json, sha256_bytes
 from calibrant.output_folder import companion, whole_file
 from calibrant.owned_folder import is_owned
 
@@ -30,7 +30,7 @@ _SUFFIX = ".safetensors"
 SET = "set"
 """Subfolder for a calibration set that the run made; it outlives a run without a state."""
 
-_KEY = "calibrant.state"
+_KEY, _HASH = "calibrant.state", "calibrant.sha256"
 
 
 def journal_folder(output: Path) -> Path:
@@ -145,6 +145,9 @@ class Journal:
             CalibrantError: another run can go on from it, and is not to be overwritten.
         """
         kept = {_LOCK}
+        for path in self.folder.iterdir():
+            if path.is_symlink():
+                raise CalibrantError(f"{path}: is a link, which no journal has; delete {self.folder}")
         if (self.folder / _IDENTITY).is_file():
             try:
                 check_same_run(self._output, self._identity)
@@ -198,7 +201,10 @@ class Journal:
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # not a dict
-                state: dict[str, Any] = _from_json(json.loads(opened.metadata()[_KEY]), tensors)
+                said = opened.metadata()
+                if said[_HASH] != _state_hash(said[_KEY], tensors):
+                    raise ValueError("does not have its hash")
+                state: dict[str, Any] = _from_json(json.loads(said[_KEY]), tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise self.damaged(file, first_line(error)) from error
         return state
@@ -216,7 +222,7 @@ class Journal:
         tensors: dict[str, torch.Tensor] = {}
         rest = json.dumps(_to_json(state, tensors))
         with whole_file(self.folder / f"{name}{_SUFFIX}") as beside:
-            save_file(tensors, beside, {_KEY: rest})
+            save_file(tensors, beside, {_KEY: rest, _HASH: _state_hash(rest, tensors)})
 
     def drop(self, pattern: str, but: str | None = None) -> None:
         """Delete the states whose names match ``pattern``, except ``but``."""
@@ -258,6 +264,11 @@ def saved_numbers(folder: Path, name: str) -> dict[str, int | float | str]:
         return {key: value for key, value in pairs if isinstance(value, int | float | str)}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CalibrantError(f"{file}: damaged ({first_line(error)}); delete {folder} to begin the run anew") from error
+
+
+def _state_hash(rest: str, tensors: dict[str, torch.Tensor]) -> str:
+    numbers = (tensors[name].cpu().flatten().view(torch.uint8).numpy().data for name in sorted(tensors))
+    return sha256_bytes(rest.encode(), *numbers)
 
 
 def _has_state(folder: Path) -> bool:

@@ -138,7 +138,7 @@ def test_little_memory_changes_nothing(mixture: Path, tmp_path: Path, monkeypatc
 
 def _counts(mixture: Path, rows: cb.CalibrationSet) -> torch.Tensor:
     prepared = cb.prepare(mixture, output=mixture.with_name("none"), recipe=recipe(), calibration=rows)
-    return expert_counts(prepared.model, prepared.plan.blocks, rows.rows, torch.float32, NoProgress())
+    return expert_counts(prepared.model, prepared.plan.blocks, rows.rows, torch.float32, None, NoProgress())
 
 
 def test_tokens_are_counted_by_row_and_expert(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,9 +270,20 @@ def test_a_changed_part_is_never_published(model: Path, tmp_path: Path) -> None:
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    with pytest.raises(CalibrantError, match="is not what was solved"):
+    with pytest.raises(CalibrantError, match=r"damaged \(part-00001.safetensors: tensor .* has changed\); delete"):
         compressed(model, tmp_path / "out", "gptq", NoProgress())
-    assert not list(tmp_path.iterdir())  # not even the journal, from which nothing else would come
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_state_is_never_taken_up(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(_Killed):
+        compressed(model, tmp_path / "out", "gptq", _KillsAfter(3))
+    state = tmp_path / "out.journal" / "blocks.safetensors"
+    content = state.read_bytes()
+    place = content.index(b"relative_error") + content[content.index(b"relative_error") :].index(b"0.00")
+    state.write_bytes(content[:place] + b"0.99" + content[place + 4 :])
+    with pytest.raises(CalibrantError, match=r"blocks\.safetensors: damaged \(does not have its hash\)"):
+        compressed(model, tmp_path / "out", "gptq", NoProgress())
 
 
 SCRIPT = """
@@ -390,7 +401,7 @@ def test_a_disk_that_fills_up_leaves_what_goes_on(model: Path, tmp_path: Path, m
     [
         ({"name": "qat", "steps": 8}, [], "step 1 of the training"),
         ({"name": "rtn"}, [{"name": "quadapter", "steps": 2}], "the scales of block 1"),
-        ({"name": "gptq"}, [], "the calibration set"),
+        ({"name": "gptq"}, [], "8 rows of the calibration set"),
     ],
 )
 def test_what_comes_before_the_blocks_stops_too(
@@ -402,7 +413,7 @@ def test_what_comes_before_the_blocks_stops_too(
         {"name": "r", "description": "d", "method": method, "transforms": transforms, "scheme": scheme}
     )
     options: dict[str, Any] = {"recipe": chosen, "samples": 8, "length": 16, "dtype": "float32"}
-    if saved != "the calibration set":
+    if saved != "8 rows of the calibration set":
         options["calibration"] = random_set(model, length=64)
     cb.compress(model, output=tmp_path / "whole", **options)
     told: list[str] = []

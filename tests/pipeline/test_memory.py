@@ -77,13 +77,48 @@ def _shortened(states: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
 
 
-@pytest.mark.parametrize("damage", [_lost, _shortened])
+def _flipped(states: Path) -> None:
+    file = next(states.glob("*.hidden"))
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_lost, _shortened, _flipped])
 def test_damaged_states_say_what_to_do(model: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     with pytest.raises(_Killed):
         compressed(model, tmp_path / "out", "gptq", _KillsAfter(3), memory="1MB")
     damage(tmp_path / "out.journal" / "states-0")
-    with pytest.raises(CalibrantError, match=r"hidden is missing or has lost bytes.*delete .*out\.journal"):
+    with pytest.raises(CalibrantError, match=r"hidden is missing or has changed.*delete .*out\.journal"):
         compressed(model, tmp_path / "out", "gptq", NoProgress(), memory="1MB")
+
+
+def test_links_in_a_journal_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(_Killed):
+        compressed(model, tmp_path / "out", "gptq", _KillsAfter(3), memory="1MB")
+    states = tmp_path / "out.journal" / "states-0"
+    states.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "thesis.txt").write_text("mine")
+    states.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CalibrantError, match=r"states-0: is a link, which no journal has"):
+        compressed(model, tmp_path / "out", "gptq", NoProgress(), memory="1MB")
+    assert (tmp_path / "elsewhere" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("size", ["6 GB extra", "much", "0", "-1GB", True, "nan", "9" * 500])
+def test_sizes_that_are_none(llama: Path, tmp_path: Path, size: Any) -> None:
+    with pytest.raises(CalibrantError, match="is no amount of memory; write it as 6GB or 512MB") as refused:
+        cb.prepare(llama, output=tmp_path / "out", recipe="rtn-w8a16", memory=size)
+    assert len(str(refused.value)) < 120
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "falcon"])
+def test_models_of_other_spellings_write_their_sets(
+    model_folder: Callable[[str], Path], tmp_path: Path, architecture: str
+) -> None:
+    folder = model_folder(architecture)
+    cb.compress(folder, output=tmp_path / "out", recipe=recipe("gptq"), samples=2, length=8)
+    assert cb.RunRecord.read(tmp_path / "out").calibration.strategy == "self"
 
 
 def test_the_command_says_where_hidden_states_will_be(model: Path, tmp_path: Path) -> None:
@@ -91,6 +126,9 @@ def test_the_command_says_where_hidden_states_will_be(model: Path, tmp_path: Pat
     command = ["compress", str(model), "-o", str(tmp_path / "out"), "-c", str(tmp_path / "set"), "-r", "gptq-w4a16-g32"]
     tight = CliRunner().invoke(app, [*command, "--memory", "1MB", "--dry-run"])
     assert "of disk while it runs, where the hidden states are kept)" in " ".join(tight.output.split())
+    assert "of memory are needed, 0.0 GB may be used" in " ".join(tight.output.split())
+    alone = CliRunner().invoke(app, [*command[:4], "-r", "gptq-w4a16-g32", "--memory", "1MB", "--dry-run"])
+    assert "the set is drawn from the built-in corpus" in " ".join(alone.output.split())
     roomy = CliRunner().invoke(app, [*command, "--dry-run"])
     assert "hidden states" not in roomy.output
     wrong = CliRunner().invoke(app, [*command, "--memory", "much"])

@@ -74,7 +74,8 @@ def compress(
         typer.Option(
             "--memory",
             help="Memory that the run may use, as in 6GB; by default what is free. Where hidden states need more, "
-            "files hold them and forward passes are repeated, with the same result.",
+            "files hold them and forward passes are repeated, with the same result. A model that does not fit writes "
+            "no calibration set: without -c the built-in corpus takes its place.",
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -126,6 +127,8 @@ def compress(
         if calibration is not None and prepared.calibration is None:
             screen.note(f"note: {prepared.recipe.name} uses no data, so the calibration set is ignored")
         if dry_run:
+            for note in prepared.memory_notes():
+                screen.note(f"note: {note}")
             _show_estimate(screen, model, prepared)
             return
         with stopping_gently(screen.note):

@@ -68,7 +68,10 @@ def main() -> None:
         print(f"calibrant: {as_options(str(error), _options(sys.argv[1:]))}", file=sys.stderr)
         sys.exit(_USAGE)
     except StoppedError as stopped:
-        print(f"calibrant: {stopped}", file=sys.stderr)
+        from calibrant.ranks import Ranks
+
+        if Ranks.joined().first:
+            print(f"calibrant: {stopped}", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:

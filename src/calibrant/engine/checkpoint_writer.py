@@ -66,11 +66,14 @@ class CheckpointWriter:
         """Go on from a ``state``; parts that were written later are removed.
 
         Raises:
-            OSError, ValueError: a part is missing or damaged.
+            OSError, ValueError: a part is missing or damaged, or a tensor in it has changed.
         """
         for shards, count in zip((self._shards, self._outliers), state["parts"], strict=True):
             shards.resume(count)
         self._hashes, self._dense = dict(state["hashes"]), set(state["dense"])
+        for name, part in {**self._shards.places, **self._outliers.places}.items():
+            if self._hashes.get(name) != _tensor_hash(_read(part, name)):
+                raise ValueError(f"{part.name}: tensor {name} has changed")
         self._codes = {base: (codes, Layout(**layout)) for base, (codes, layout) in state["codes"].items()}
         self._inputs = {name: grid and (grid[0], grid[1]) for name, grid in state["inputs"].items()}
 

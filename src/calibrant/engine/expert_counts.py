@@ -1,5 +1,7 @@
 """How many tokens of each row of a calibration set reach each expert of a mixture."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,20 +20,29 @@ from calibrant.progress import Progress
 
 @torch.inference_mode()
 def expert_counts(
-    model: LazyModel, blocks: list[str], rows: TokenRows, dtype: torch.dtype, progress: Progress
+    model: LazyModel,
+    blocks: list[str],
+    rows: TokenRows,
+    dtype: torch.dtype,
+    states: Path | None,
+    progress: Progress,
 ) -> torch.Tensor:
     """Counted tokens by row of ``rows`` and expert, int64 ``[rows, experts of all blocks]``, in the original model.
+
+    ``states`` is a folder for hidden states that memory has no room for, which is removed at the end.
 
     Raises:
         CalibrantError: the model has no fused experts, or they get no router's choices.
     """
     together = rows_together(rows.counted)
     parts: list[torch.Tensor] = []
-    for block in BlockWalk(model, blocks, rows, dtype).visit("counting tokens of experts", progress):
+    for block in BlockWalk(model, blocks, rows, dtype, states=states).visit("counting tokens of experts", progress):
         for stage in block.structure.stages:
             if isinstance(stage, Experts):
                 parts.append(_counts(block, stage, together, len(rows.ids)))
         block.advance()
+    if states is not None:
+        shutil.rmtree(states)
     if not parts:
         raise CalibrantError(f"{model.folder.path}: has no fused experts; leave `experts` out of the recipe")
     return torch.cat(parts, dim=1)
@@ -47,7 +58,7 @@ def _counts(block: OpenedBlock, stage: Experts, together: list[list[int]], rows:
             if routing is None or len(routing.index) != batch.mask.numel():
                 raise CalibrantError(
                     f"{block.name}.{stage.module}: its experts get no router's choices, so their tokens cannot be "
-                    'counted; take `starved: "all-tokens"`, or leave `experts` out of the recipe'
+                    "counted; leave `experts` out of the recipe"
                 )
             chosen = routing.index.view(*batch.mask.shape, -1).cpu()
             for number, row, mask in zip(numbers, chosen, batch.mask.cpu(), strict=True):

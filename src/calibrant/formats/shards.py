@@ -50,6 +50,11 @@ class ShardWriter:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, self._metadata)
         self._add(part)
 
+    @property
+    def places(self) -> dict[str, Path]:
+        """The part of every tensor."""
+        return {name: stored.part for name, stored in self._stored.items()}
+
     def sync(self) -> int:
         """Wait until all parts are on the disk; returns their number."""
         for part in self._files[self._synced :]:

@@ -105,8 +105,8 @@ class BlockWalk:
         """
         found: dict[str, Any] = {"probe": _listed(self._before.get(index, {}))}
         if isinstance(self.batches, StateFiles):
-            self.batches.keep(index)
-            return {**found, "carried": [_listed(carried) for carried in self.batches.carried]}
+            hashes = self.batches.keep(index)
+            return {**found, "files": hashes, "carried": [_listed(carried) for carried in self.batches.carried]}
         return {**found, "batches": [[one.hidden, one.original, _listed(one.carried)] for one in self.batches]}
 
     @property
@@ -129,14 +129,15 @@ class BlockWalk:
         """
         device = self.model.device
         if isinstance(self.batches, StateFiles):
-            self.batches.resume(index, [_from_list(carried, device) for carried in state["carried"]])
+            carried = [_from_list(one, device) for one in state["carried"]]
+            self.batches.resume(index, carried, state["files"])
         else:
-            for batch, (hidden, original, carried) in zip(self.batches, state["batches"], strict=True):
+            for batch, (hidden, original, handed) in zip(self.batches, state["batches"], strict=True):
                 if hidden.shape != batch.hidden.shape:
                     raise ValueError(f"hidden states of shape {tuple(hidden.shape)}, not {tuple(batch.hidden.shape)}")
                 batch.hidden = hidden.to(device)
                 batch.original = None if original is None else original.to(device)
-                batch.carried = _from_list(carried, device)
+                batch.carried = _from_list(handed, device)
         self._before[index] = _from_list(state["probe"], device)
 
     @contextmanager

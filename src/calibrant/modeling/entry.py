@@ -68,7 +68,8 @@ def _micro_batches(rows: TokenRows, ranks: Ranks) -> Iterator[TokenRows]:
     batches = rows_together(rows.counted)
     if len(batches) < ranks.size:
         raise CalibrantError(
-            f"{ranks.size} ranks for {len(batches)} batches of rows; start fewer processes, or take more samples"
+            f"{ranks.size} ranks for {len(batches)} batches of {MICRO_BATCH_TOKENS} tokens in rows of one length; "
+            "start fewer processes, or take more samples"
         )
     for chosen in batches[ranks.part(len(batches))]:
         length = lengths[chosen[0]]

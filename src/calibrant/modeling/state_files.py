@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from calibrant.errors import CalibrantError, first_line
+from calibrant.hashing import sha256_file
 from calibrant.modeling.inputs import Carried, MicroBatch
 from calibrant.output_folder import sync
 
-_HIDDEN, _ORIGINAL = "hidden", "original"
+_HIDDEN, _ORIGINAL, _OUTPUT = "hidden", "original", "output"
 
 
 @dataclass
@@ -57,7 +58,7 @@ class TensorFiles(Sequence[torch.Tensor]):
         _write(self._file(len(self) - 1), tensor)
 
     def _file(self, position: int) -> Path:
-        return self._folder / f"{position:06d}.output"
+        return self._folder / f"{position:06d}.{_OUTPUT}"
 
 
 class StateFiles(Sequence[MicroBatch]):
@@ -136,17 +137,20 @@ class StateFiles(Sequence[MicroBatch]):
         """An empty sequence for one tensor per batch."""
         return TensorFiles(self._folder)
 
-    def keep(self, generation: int) -> None:
-        """Wait until the states of ``generation``, the latest, are on the disk.
+    def keep(self, generation: int) -> dict[str, str]:
+        """Wait until the states of ``generation``, the latest, are on the disk; returns their hashes by file.
 
         Raises:
             CalibrantError: the disk fails.
         """
+        hashes: dict[str, str] = {}
         try:
             for position in range(len(self)):
                 for file in self._files(position, generation):
                     sync(file)
+                    hashes[file.name] = sha256_file(file)
             sync(self._folder)
+            return hashes
         except OSError as error:
             raise CalibrantError(f"{self._folder}: cannot be written ({first_line(error)})") from error
 
@@ -157,25 +161,24 @@ class StateFiles(Sequence[MicroBatch]):
             for position in range(len(self)):
                 self._remove(position, before)
 
-    def resume(self, generation: int, carried: list[dict[Carried, Any]]) -> None:
+    def resume(self, generation: int, carried: list[dict[Carried, Any]], hashes: dict[str, str]) -> None:
         """Take up the states of ``generation``, which an earlier run kept, with ``carried``; others are removed.
 
         Raises:
-            ValueError: a file is missing or has lost bytes.
+            ValueError: a file is missing or does not have its hash.
         """
         for batch, values in zip(self._batches, carried, strict=True):
             batch.carried = values
         self._generations = [generation] * len(self)
         self._kept = generation
         wanted = {file for position in range(len(self)) for file in self._files(position, generation)}
-        for position, bare in enumerate(self._batches):
-            for name, tensor in (_HIDDEN, bare.hidden), (_ORIGINAL, bare.original):
-                file = self._file(position, generation, name)
-                if tensor is not None and (not file.is_file() or file.stat().st_size != tensor.nbytes):
-                    raise ValueError(f"{file.name} is missing or has lost bytes")
-        for file in self._folder.iterdir():
-            if file not in wanted:
-                file.unlink()
+        for file in sorted(wanted):
+            if not file.is_file() or sha256_file(file) != hashes.get(file.name):
+                raise ValueError(f"{file.name} is missing or has changed")
+        for name in (_HIDDEN, _ORIGINAL, _OUTPUT):
+            for file in self._folder.glob(f"*.{name}"):
+                if file not in wanted:
+                    file.unlink()
 
     def _files(self, position: int, generation: int) -> list[Path]:
         names = [_HIDDEN] if self._batches[position].original is None else [_HIDDEN, _ORIGINAL]

@@ -1,5 +1,6 @@
 """Memory of this process, and how much of it a run may use."""
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from calibrant.errors import CalibrantError
 
 _STATM = Path("/proc/self/statm")
+_SIZE = re.compile(r"\s*\d{1,20}(\.\d{1,20})?\s*[a-zA-Z]{0,3}\s*")
 _GROUPS = Path("/proc/self/cgroup")
 # Where the two versions of control groups are mounted, and their files of the limit and of the memory in use.
 _LIMITS = {
@@ -49,12 +51,14 @@ def memory_size(size: str | int) -> int:
     Raises:
         CalibrantError: it is not a size.
     """
+    text = str(size)
     try:
-        found = int(TypeAdapter(ByteSize).validate_python(size))
+        # ByteSize itself takes what follows the unit for nothing.
+        found = int(TypeAdapter(ByteSize).validate_python(text)) if _SIZE.fullmatch(text) else 0
     except ValidationError:
         found = 0
     if found <= 0:
-        raise CalibrantError(f"{size}: is no amount of memory; write it as 6GB or 512MB")
+        raise CalibrantError(f"{text[:40]}: is no amount of memory; write it as 6GB or 512MB")
     return found
 
 

@@ -60,7 +60,7 @@ def own_set(
 ) -> CalibrationSet:
     """Text that the model writes, in smaller batches where ``memory`` bytes are too few for the usual ones.
 
-    Where the model and one row do not fit, the set is drawn from the built-in corpus instead, and a note says so.
+    Where the model and one row do not fit, the set is drawn from the built-in corpus instead (``corpus_note``).
     Written rows stay in ``journal`` until ``forget_rows``.
 
     Raises:
@@ -68,11 +68,6 @@ def own_set(
     """
     batch_size = _fitting_rows(folder, size, dtype, memory) if device.type == "cpu" else _BATCH_SIZE
     if batch_size == 0:
-        progress.note(
-            f"the model needs {_model_bytes(folder, dtype) / 1e9:.1f} GB to write its calibration set, and "
-            f"{memory / 1e9:.1f} GB may be used: the set is drawn from the built-in corpus; give text of yours "
-            "as `calibration`"
-        )
         return select(
             BUILTIN, tokenizer=folder.path, samples=size.samples, length=size.length, seed=size.seed, draw=size.draw,
             progress=progress,
@@ -94,6 +89,19 @@ def own_set(
     return made.with_origin(str(folder.path), [])
 
 
+def corpus_note(
+    folder: ModelFolder, size: SetSize, dtype: torch.dtype, device: torch.device, memory: int
+) -> str | None:
+    """A sentence for the user if the model does not fit in ``memory`` bytes to write its set."""
+    if device.type != "cpu" or _fitting_rows(folder, size, dtype, memory):
+        return None
+    return (
+        f"the model needs {_model_bytes(folder, dtype) / 1e9:.1f} GB to write its calibration set, and "
+        f"{memory / 1e9:.1f} GB may be used: the set is drawn from the built-in corpus; give text of yours "
+        "as `calibration`"
+    )
+
+
 def forget_rows(journal: Journal) -> None:
     """Remove the rows that ``own_set`` kept, once the set is saved."""
     journal.drop(f"{_ROWS}-*")
@@ -101,11 +109,12 @@ def forget_rows(journal: Journal) -> None:
 
 def _fitting_rows(folder: ModelFolder, size: SetSize, dtype: torch.dtype, memory: int) -> int:
     """How many rows can be written at a time, a power of two; 0 if the model does not fit."""
-    text = vars(folder.config.get_text_config())
-    heads = text.get("num_attention_heads") or 1
-    width = text.get("head_dim") or text["hidden_size"] // heads
-    keys = text.get("num_key_value_heads") or heads
-    per_token = 2 * keys * width * text.get("num_hidden_layers", 1) * torch.empty(0, dtype=dtype).element_size()
+    text = folder.config.get_text_config()  # whose attributes know other spellings, such as GPT-2's
+    heads = getattr(text, "num_attention_heads", None) or 1
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    layers = getattr(text, "num_hidden_layers", 1)
+    per_token = 2 * keys * width * layers * torch.empty(0, dtype=dtype).element_size()
     free = memory - resident_memory() - _model_bytes(folder, dtype)
     rows = _BATCH_SIZE
     while rows and rows * size.length * per_token > free:

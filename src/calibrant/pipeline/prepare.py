@@ -20,9 +20,9 @@ from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
 from calibrant.modeling.whole_model import torch_device, torch_dtype
 from calibrant.output_folder import check_disk, check_output
-from calibrant.pipeline.estimate import Estimate, disk_bytes, estimate, memory_needed
+from calibrant.pipeline.estimate import Estimate, MemoryNeed, disk_bytes, estimate, memory_needed
 from calibrant.pipeline.memory import memory_size, usable_memory
-from calibrant.pipeline.own_set import SetSize, forget_rows, own_set
+from calibrant.pipeline.own_set import SetSize, corpus_note, forget_rows, own_set
 from calibrant.pipeline.record import RunReport, Settings, made_by, run_identity
 from calibrant.pipeline.run import run_compression
 from calibrant.pipeline.starved_experts import with_rows_for_experts
@@ -78,12 +78,10 @@ class PreparedRun:
 
     @property
     def _set_shape(self) -> tuple[int, int]:
-        """Rows and length of the calibration set."""
+        """Rows, at most, and length of the calibration set."""
         given, own = self.calibration, self.own_set
-        if given is None:
-            return own.samples, own.length
-        rows, length = given.tokens.shape
-        return rows, length
+        rows, length = (own.samples, own.length) if given is None else given.tokens.shape
+        return (2 if self._extends else 1) * rows, length
 
     def run(self, progress: Progress | None = None) -> RunReport:
         """Compress; generate the calibration set first if the recipe needs one and none is given.
@@ -106,14 +104,9 @@ class PreparedRun:
 
     def _run(self, journal: Journal, calibration: CalibrationSet | None, progress: Progress, ranks: Ranks) -> RunReport:
         """Compress with ``calibration``."""
-        rows, length = self._set_shape
-        usable = self._usable // ranks.size
-        needed = memory_needed(self.model, self.plan, -(-rows // ranks.size), length, self.settings.dtype, usable)
-        if needed.bytes > usable:
-            progress.note(
-                f"about {needed.bytes / 1e9:.1f} GB of memory are needed, {usable / 1e9:.1f} GB may be used; "
-                "the run goes on, and may be slow or be killed"
-            )
+        needed, note = self._memory(ranks)
+        if note:
+            progress.note(note)
         return run_compression(
             self.model,
             self.plan,
@@ -125,6 +118,28 @@ class PreparedRun:
             self.overwrite,
             ranks.share(needed.on_disk),
             ranks,
+        )
+
+    def memory_notes(self) -> list[str]:
+        """Sentences on what memory is too small for."""
+        notes = [self._memory(ALONE)[1]]
+        if self.writes_set:
+            settings = self.settings
+            notes.append(
+                corpus_note(self.model.folder, self.own_set, settings.dtype, settings.device, self._usable) or ""
+            )
+        return [note for note in notes if note]
+
+    def _memory(self, ranks: Ranks) -> tuple[MemoryNeed, str]:
+        """What each of ``ranks`` needs, and a sentence if that is more than may be used."""
+        rows, length = self._set_shape
+        usable = self._usable // ranks.size
+        needed = memory_needed(self.model, self.plan, -(-rows // ranks.size), length, self.settings.dtype, usable)
+        if needed.bytes <= usable:
+            return needed, ""
+        return needed, (
+            f"about {needed.bytes / 1e9:.1f} GB of memory are needed, {usable / 1e9:.1f} GB may be used; "
+            "the run may be slow or be killed"
         )
 
     def _check_ranks(self, ranks: Ranks) -> None:
@@ -163,6 +178,10 @@ class PreparedRun:
         if training is not None and held_out:
             made = self._held_out(training.length, training.seed, journal, progress)
         else:
+            settings = self.settings
+            note = corpus_note(self.model.folder, self.own_set, settings.dtype, settings.device, self._usable)
+            if note and self.calibration is None:
+                progress.note(note)
             made = self.calibration or self._generate(self.own_set, journal, progress)
         if experts is not None and self._extends:
             made = self._with_rows_for_experts(made, experts, journal, progress)
@@ -185,7 +204,10 @@ class PreparedRun:
         def write(samples: int) -> CalibrationSet:
             return self._generate(SetSize(samples, given.manifest.length, own.seed, own.draw + 1), journal, progress)
 
-        return with_rows_for_experts(self.model, self.plan.blocks, given, experts, self.settings.dtype, write, progress)
+        states = journal.folder / "counted" if self._memory(ALONE)[0].on_disk else None
+        return with_rows_for_experts(
+            self.model, self.plan.blocks, given, experts, self.settings.dtype, write, states, progress
+        )
 
     def _held_out(self, length: int, seed: int, journal: Journal, progress: Progress) -> CalibrationSet:
         """Evaluation set of a training without data: text that the model generates, or random tokens for encoders."""

@@ -1,6 +1,7 @@
 """Experts of a mixture that few calibration tokens reach: sentences on them, and rows that reach them."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -25,26 +26,28 @@ def with_rows_for_experts(
     asked: StarvedExperts,
     dtype: torch.dtype,
     write: Callable[[int], CalibrationSet],
+    states: Path | None,
     progress: Progress,
 ) -> CalibrationSet:
     """``given`` with further rows, at most as many again, that bring experts to ``asked.least_tokens`` tokens.
 
-    ``write`` makes a pool of so many rows; it is called only if an expert lacks tokens.
+    ``write`` makes a pool of so many rows; it is called only if an expert lacks tokens. ``states`` is a folder for
+    hidden states that memory has no room for.
 
     Raises:
         CalibrantError: the model has no fused experts, or their tokens cannot be counted.
     """
-    counts = expert_counts(model, blocks, given.rows, dtype, progress).sum(0)
+    counts = expert_counts(model, blocks, given.rows, dtype, states, progress).sum(0)
     lacking = int((counts < asked.least_tokens).sum())
     if not lacking:
         return given
     pool = write(_POOL * len(given.tokens))
-    of_pool = expert_counts(model, blocks, pool.rows, dtype, progress)
+    of_pool = expert_counts(model, blocks, pool.rows, dtype, states, progress)
     chosen = rows_that_reach(of_pool, counts, asked.least_tokens, len(given.tokens))
     still = int((counts + of_pool[chosen].sum(0) < asked.least_tokens).sum())
     progress.note(
         f"{lacking} of {len(counts)} experts saw fewer than {asked.least_tokens} tokens; {len(chosen)} rows of "
-        f"{len(pool.tokens)} that the model wrote were added, with which {still} still do"
+        f"{len(pool.tokens)} further ones were added, with which {still} still do"
     )
     if not chosen:
         return given

@@ -63,6 +63,8 @@ def make_plan(
     sparsity = _sparsity(recipe)
     check_pattern(recipe, sparsity, layers)
     check_fused(recipe, layers.fused)
+    if recipe.experts is not None and not layers.fused:
+        raise CalibrantError(f"{model.folder.path}: has no fused experts; leave `experts` out of the recipe")
     if recipe.scheme.weights is None:
         if format_name != "compressed-tensors":
             raise CalibrantError(f"pruned models are stored dense: leave out the {format_name} format")
