@@ -16,7 +16,7 @@ from calibrant.formats.quantized import Codes
 from calibrant.kernels.grid_rounding import round_to_grid
 from calibrant.kernels.number_types import E4M3
 from calibrant.kernels.row_tiles import row_chunks
-from calibrant.methods.method import LayerProblem, LayerSolver
+from calibrant.methods.method import LayerProblem, StructuredPruner
 from calibrant.methods.solvers.drift_correction import drift_corrected_target
 from calibrant.methods.solvers.result import Solution, SolverRecord, layer_errors, squared_outputs
 from calibrant.modeling.block_walk import OpenedBlock
@@ -177,7 +177,7 @@ class BlockSolver(Visitor):
             else:
                 problem = replace(problem, weight=target)
                 weights = list(problem.weight.split(problem.segments))
-        assert isinstance(entry, LayerSolver)
+        assert not isinstance(entry, StructuredPruner)
         if self.plan.recipe.statistic is not None and statistic is None:
             assert entry.without_data is not None
             solution, fallback = entry.without_data(problem), "saw no calibration token, solved without data"

@@ -8,16 +8,18 @@ import torch
 from calibrant.kernels.row_tiles import LANES
 from calibrant.methods.method import LayerProblem, LayerSolver
 from calibrant.methods.solvers.result import Solution
+from calibrant.methods.training import Trainer
 from calibrant.quantization.grids import NV_SCALE, Grid, GridSpec
 from calibrant.ranks import Ranks
 
 _BY_ROW = ("weight", "codes", "kept", "errors", "rounded", "outliers")
 
 
-def solve(entry: LayerSolver, options: Any, problem: LayerProblem, ranks: Ranks) -> Solution:
+def solve(entry: LayerSolver | Trainer, options: Any, problem: LayerProblem, ranks: Ranks) -> Solution:
     """The solution of ``problem``: shared out where rows are independent of each other, else found by every rank."""
     count = len(problem.weight)
-    if ranks.alone or not entry.by_rows(options) or not _rows_alone(problem.spec) or count < ranks.size * LANES:
+    by_rows = isinstance(entry, LayerSolver) and entry.by_rows(options) and _rows_alone(problem.spec)
+    if ranks.alone or not by_rows or count < ranks.size * LANES:
         return entry.solve(options, problem)
     own = problem.weight[ranks.part(count, LANES)]
     part = entry.solve(options, replace(problem, weight=own, segments=(len(own),)))
