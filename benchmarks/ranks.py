@@ -27,9 +27,7 @@ import calibrant as cb
 RESULT = Path(__file__).parent / "results" / "ranks.json"
 
 
-def run(
-    model: str, output: Path, calibration: Path, options: argparse.Namespace, ranks: int, threads: int
-) -> dict[str, Any]:
+def run(options: argparse.Namespace, output: Path, calibration: Path, ranks: int, threads: int) -> dict[str, Any]:
     """Compress in so many processes of so many threads."""
     start = [sys.executable, "-m"]
     if ranks > 1:
