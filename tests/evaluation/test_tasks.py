@@ -196,7 +196,10 @@ def test_a_model_whose_states_cannot_be_copied_runs_every_request_alone(tmp_path
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "lambada_openai", "winogrande", "mmlu", "gsm8k", "boolq"])
-def test_results_are_those_of_lm_eval(name: str, data: Path, reader: Path, tmp_path: Path) -> None:
+def test_results_are_those_of_lm_eval(
+    name: str, data: Path, reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # lm-eval's forks of a process with threads may never end
     model = hf.AutoModelForCausalLM.from_pretrained(reader).eval()
     limit = 2 if name == "mmlu" else None
     found = score_tasks(model, Tokenizer(reader), [name], data, limit, NoProgress())[0]

@@ -165,7 +165,7 @@ def test_a_stopped_run_of_two_goes_on(model: Path, tmp_path: Path, outputs: tupl
     while not state.is_file() and time.monotonic() < end:
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    assert running.wait(60) != 0
+    assert running.wait(180) != 0
     assert not (tmp_path / "parts").exists()
     last = [*start, *command, "-o", str(tmp_path / "parts"), "0"]
     again = subprocess.run(last, env=environment, capture_output=True, text=True, check=False)
