@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import calibrant as cb
+from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.lazy_model import LazyModel
@@ -137,6 +138,16 @@ def test_runs_without_rows_to_share_are_refused(outputs: tuple[dict[str, Path], 
     said = outputs[1]
     assert said.count("rtn: has no rows of a calibration set to share out") == 2
     assert not (outputs[0]["two"] / "rtn").exists()
+
+
+def test_too_few_rows_are_refused_before_the_set_is_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranks, "joined", lambda: Ranks(0, 3))
+    monkeypatch.setattr("calibrant.pipeline.own_set.generate_self_calibration", None)
+    with pytest.raises(CalibrantError, match=r"3 ranks for 2 batches of 2048 tokens .*; start fewer"):
+        cb.compress(llama, output=tmp_path / "out", recipe="gptq-w4a16-g32", samples=65, length=32)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stopped_run_of_two_goes_on(model: Path, tmp_path: Path, outputs: tuple[dict[str, Path], str]) -> None:

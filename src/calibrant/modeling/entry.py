@@ -66,14 +66,28 @@ def _micro_batches(rows: TokenRows, ranks: Ranks) -> Iterator[TokenRows]:
     if not any(lengths):
         raise CalibrantError("the mask counts no token")
     batches = rows_together(rows.counted)
-    if len(batches) < ranks.size:
-        raise CalibrantError(
-            f"{ranks.size} ranks for {len(batches)} batches of {MICRO_BATCH_TOKENS} tokens in rows of one length; "
-            "start fewer processes, or take more samples"
-        )
+    check_ranks(len(batches), ranks)
     for chosen in batches[ranks.part(len(batches))]:
         length = lengths[chosen[0]]
         yield TokenRows(rows.ids[chosen, :length].long(), rows.counted[chosen, :length])
+
+
+def check_ranks(batches: int, ranks: Ranks) -> None:
+    """Check that each of ``ranks`` gets some of so many micro-batches.
+
+    Raises:
+        CalibrantError: there are more ranks.
+    """
+    if batches < ranks.size:
+        raise CalibrantError(
+            f"{ranks.size} ranks for {batches} batches of {MICRO_BATCH_TOKENS} tokens in rows of one length; start "
+            "fewer processes, or take more samples"
+        )
+
+
+def micro_batch_rows(length: int) -> int:
+    """Rows of ``length`` tokens in a micro-batch, at most."""
+    return max(1, MICRO_BATCH_TOKENS // length)
 
 
 def rows_together(counted: torch.Tensor) -> list[list[int]]:
@@ -84,7 +98,7 @@ def rows_together(counted: torch.Tensor) -> list[list[int]]:
             by_length.setdefault(length, []).append(row)
     found = []
     for length, numbers in by_length.items():
-        size = max(1, MICRO_BATCH_TOKENS // length)
+        size = micro_batch_rows(length)
         found += [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
     return found
 

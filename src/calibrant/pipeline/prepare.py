@@ -14,6 +14,7 @@ from calibrant.formats.quantized import FormatName
 from calibrant.formats.registry import FORMATS
 from calibrant.journal import SET, Journal, check_same_run, is_unfinished
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.entry import check_ranks, micro_batch_rows
 from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
@@ -149,6 +150,8 @@ class PreparedRun:
                 f"{recipe.name}: has no rows of a calibration set to share out block by block, so it runs in one "
                 "process; start it without torchrun"
             )
+        if self.writes_set:  # rows of one length, so that nothing is written in vain
+            check_ranks(-(-self.own_set.samples // micro_batch_rows(self.own_set.length)), ranks)
 
     @property
     def _usable(self) -> int:
