@@ -148,10 +148,10 @@ def _evaluation(path: Path) -> object:
 
 
 def _ranges(path: Path) -> object:
-    from calibrant.formats.safetensors_file import tensor_ranges
+    from calibrant.formats.safetensors_file import stored_tensors
 
     try:
-        return tensor_ranges(path)
+        return stored_tensors(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # as it says
         raise CalibrantError(str(error)) from error
 

@@ -1,17 +1,20 @@
 """Runs with less memory than their hidden states need: files hold them, and the result is the same."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import calibrant as cb
 from calibrant.cli.main import app
 from calibrant.engine import block_checkpoints
 from calibrant.errors import CalibrantError
+from calibrant.formats.safetensors_file import stored_tensors
 from calibrant.modeling import entry
 from calibrant.pipeline import memory, own_set
 from calibrant.progress import NoProgress
@@ -119,6 +122,20 @@ def test_models_of_other_spellings_write_their_sets(
     folder = model_folder(architecture)
     cb.compress(folder, output=tmp_path / "out", recipe=recipe("gptq"), samples=2, length=8)
     assert cb.RunRecord.read(tmp_path / "out").calibration.strategy == "self"
+
+
+def test_the_next_block_is_asked_for_while_one_is_solved(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, begin, size, advice: asked.append((begin, size)))
+    compressed(model, tmp_path / "out", "rtn", NoProgress())
+    places = stored_tensors(model / "model.safetensors")
+    later = {name: one for name, one in places.items() if ".layers." in name and ".layers.0." not in name}
+    assert sorted(asked) == sorted((one.begin, one.end - one.begin) for one in later.values())
+    raw = (model / "model.safetensors").read_bytes()
+    for name, tensor in load_file(model / "model.safetensors").items():
+        assert raw[places[name].begin : places[name].end] == tensor.numpy().tobytes()
 
 
 def test_the_command_says_where_hidden_states_will_be(model: Path, tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def _unpacked_bytes(path: Path, file: Any) -> list[tuple[str, int]]:
     ran = subprocess.run([sys.executable, "-I", "-c", _READ_SIZES], stdin=file, capture_output=True, check=False)
     file.seek(0)
     if ran.returncode:
-        said = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2].strip()
+        last = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2].strip()
+        said = last.partition(": ")[2] or last  # without the name of the exception
         raise CalibrantError(f"{path}: not a readable Parquet file ({said})")
     return [(str(name), int(size)) for name, size in json.loads(ran.stdout)]
 

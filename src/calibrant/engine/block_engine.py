@@ -248,10 +248,9 @@ def _collect_starved(block: OpenedBlock, structure: BlockStructure, visitor: Vis
     for batch in block.batches if starved else ():
 
         def collect(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any], batch: MicroBatch = batch) -> None:
-            own = [linear for group in getattr(stage, "groups", ()) for linear in group if linear in starved]
-            for linear in own:
-                assert isinstance(stage, Experts)
-                _replay_expert(block.module, stage, args, kwargs, batch, visitor, linear)
+            if isinstance(stage, Experts):
+                for linear in (linear for group in stage.groups for linear in group if linear in starved):
+                    _replay_expert(block.module, stage, args, kwargs, batch, visitor, linear)
 
         with hooked(_stage_hooks(block.module, structure, collect)):
             block.run(batch)

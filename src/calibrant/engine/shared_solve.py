@@ -27,7 +27,7 @@ def solve(entry: LayerSolver | Trainer, options: Any, problem: LayerProblem, ran
     def joined(rows: torch.Tensor | None) -> torch.Tensor | None:
         return None if rows is None else ranks.joined_rows(rows.contiguous(), count, LANES)
 
-    values: dict[str, Any] = {name: joined(getattr(part, name)) for name in _BY_ROW}
+    values: dict[str, Any] = {name: joined(vars(part)[name]) for name in _BY_ROW}
     if part.grid is not None:
         scale, zero_point = joined(part.grid.scale), joined(part.grid.zero_point)
         assert scale is not None

@@ -2,9 +2,9 @@
 
 import json
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,8 +12,18 @@ from safetensors.torch import save_file
 _ELEMENT_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
-def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """Where the tensors of ``path`` begin and end in the file, in bytes, by name.
+@dataclass(frozen=True)
+class StoredTensor:
+    """Dtype (as headers spell it), shape, and where the bytes begin and end in the file."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of ``path`` by name, from its header.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: the file is damaged.
@@ -24,15 +34,13 @@ def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
             raise ValueError(f"{path.name} has lost bytes")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return {name: (8 + length + a, 8 + length + b) for name, (a, b) in _offsets(header)}
-
-
-def _offsets(header: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]:
+    found = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         if not isinstance(begin, int) or not isinstance(end, int):
             raise ValueError(f"{name} has no place in the file")
-        yield name, (begin, end)
+        found[name] = StoredTensor(entry["dtype"], entry["shape"], 8 + length + begin, 8 + length + end)
+    return found
 
 
 def element_bytes(dtype: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from calibrant.formats.safetensors_file import element_bytes
+from calibrant.formats.safetensors_file import element_bytes, stored_tensors
 from calibrant.output_folder import sync
 
 # Parts are joined into one file up to this size; larger ones are themselves the shards, written once only (ours).
@@ -81,17 +81,12 @@ class ShardWriter:
         return self._parts / f"part-{number:05d}.safetensors"
 
     def _add(self, part: Path) -> None:
-        size = part.stat().st_size
-        with part.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if 8 + length <= size else {}
-        header.pop("__metadata__", None)
-        if size != 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+        found = stored_tensors(part)
+        if not found or part.stat().st_size != max(one.end for one in found.values()):
             raise ValueError(f"{part.name} has lost bytes")
         self._files.append(part)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            self._stored[name] = _Stored(part, entry["dtype"], entry["shape"], 8 + length + begin, end - begin)
+        for name, one in found.items():
+            self._stored[name] = _Stored(part, one.dtype, one.shape, one.begin, one.end - one.begin)
 
     def finish(self, folder: Path) -> list[Path]:
         """Make ``model.safetensors`` of the parts in ``folder``, or shards with an index; the parts stay.

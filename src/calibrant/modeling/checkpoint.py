@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from calibrant.errors import CalibrantError
 from calibrant.formats.input_rounding import INPUT_ROUNDING
-from calibrant.formats.safetensors_file import tensor_ranges
+from calibrant.formats.safetensors_file import stored_tensors
 from calibrant.hashing import sha256_file, sha256_json
 from calibrant.modeling.decoded_tensors import DecodedTensors, decoded_dtype
 from calibrant.modeling.expert_tensors import SplitExperts
@@ -70,7 +70,7 @@ class ModelFolder:
         self.config = parse_config(self.path)
         self._decoded: DecodedTensors | None = None
         self._joined: dict[str, SplitExperts] = {}
-        self._ranges = cache(tensor_ranges)
+        self._places = cache(stored_tensors)
         if dequantize:
             self._decode()
 
@@ -133,11 +133,11 @@ class ModelFolder:
             if name in self._files:  # others are made of several tensors
                 files.setdefault(self._files[name].file, []).append(name)
         for file, own in files.items():
-            ranges = self._ranges(file)
+            places = self._places(file)
             with file.open("rb") as opened:
                 for name in own:
-                    begin, end = ranges[name]
-                    os.posix_fadvise(opened.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+                    place = places[name]
+                    os.posix_fadvise(opened.fileno(), place.begin, place.end - place.begin, os.POSIX_FADV_WILLNEED)
 
     def join(self, experts: SplitExperts) -> None:
         """Present the linears of ``experts`` as the fused parameter that they are parts of."""
