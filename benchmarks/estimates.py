@@ -1,6 +1,6 @@
 """What ``--dry-run`` says beside what the run then takes: time, memory, disk.
 
-    python benchmarks/estimates.py MODEL...
+    python benchmarks/estimates.py MODEL...          # results/estimates_avx512.json on such a processor
 
 Every run is a process of its own. The estimate is of seconds on the clock of an idle machine, so let nothing else run.
 """
@@ -30,7 +30,7 @@ from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.pipeline.memory import peak_memory
 
 RECIPES = ["rtn-w8a16", "gptq-w4a16", "wanda-2:4", "smoothquant-w8a8"]
-RESULT = Path(__file__).parent / "results" / "estimates.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def measure(model: str, recipe: str, samples: int, length: int, dtype: str) -> dict[str, Any]:
@@ -131,7 +131,8 @@ def _save(runs: list[dict[str, Any]]) -> None:
         },
         "runs": runs,
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    file = RESULTS / f"estimates_{torch.backends.cpu.get_cpu_capability().lower()}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _show(runs: list[dict[str, Any]]) -> None:
