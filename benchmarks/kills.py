@@ -31,7 +31,7 @@ from tests.pipeline.test_interrupted_runs import RECIPES
 from tests.pipeline.test_interrupted_runs import files as all_files
 
 import calibrant as cb
-from calibrant.engine import block_checkpoints
+from calibrant import checkpoint_interval
 from calibrant.training import training_loop
 from fuzz import import_everything
 
@@ -167,7 +167,7 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.absolute()
     work.mkdir(parents=True)
-    block_checkpoints.CHECKPOINT_SHARE = 0
+    checkpoint_interval.CHECKPOINT_SHARE = 0
     training_loop.JOURNAL_SECONDS = training_loop.JOURNAL_SHARE = 0
     torch.set_num_threads(1)
     import_everything()

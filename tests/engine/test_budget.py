@@ -20,6 +20,7 @@ from calibrant.engine.sensitivity import measure_sensitivities
 from calibrant.errors import CalibrantError
 from calibrant.formats.compressed_tensors import PackQuantized
 from calibrant.formats.quantized import Layout
+from calibrant.journal import Journal
 from calibrant.methods.solvers.rtn import rtn
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.find_blocks import find_blocks
@@ -56,7 +57,7 @@ def test_an_average_that_no_choice_reaches_is_refused() -> None:
 
 
 @pytest.mark.parametrize("masked", [0, 10])
-def test_sensitivities_are_divergences_of_whole_models(llama: Path, masked: int) -> None:
+def test_sensitivities_are_divergences_of_whole_models(llama: Path, tmp_path: Path, masked: int) -> None:
     model = LazyModel(ModelFolder(llama), torch.float32, torch.device("cpu"))
     blocks, calibration = find_blocks(model.module), random_set(llama, masked=masked)
     spec, sums = GridSpec(2, True, 32, torch.float32), []
@@ -65,9 +66,11 @@ def test_sensitivities_are_divergences_of_whole_models(llama: Path, masked: int)
         sums.append(squares.clone())
         return rtn(weight, spec).weight
 
-    measured = measure_sensitivities(
-        model, blocks, lambda _: False, [2], rounded, calibration.rows, torch.float32, NoProgress()
-    )
+    journal = Journal(tmp_path / "out", {}, False)
+    with journal.held():
+        measured = measure_sensitivities(
+            model, blocks, lambda _: False, [2], rounded, calibration.rows, torch.float32, journal, NoProgress()
+        )
     assert [len(one.layers) for one in measured] == [3, 1, 2, 1] * 2
     row = calibration.mask.any(1).nonzero()[0]
     tokens, mask = calibration.tokens[row].long(), calibration.mask[row][0]

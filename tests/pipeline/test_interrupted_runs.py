@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import calibrant as cb
+from calibrant import checkpoint_interval
 from calibrant.calibration.sources import text_generation
 from calibrant.cli.main import app
-from calibrant.engine import block_checkpoints
 from calibrant.errors import CalibrantError
 from calibrant.pipeline import own_set
 from calibrant.progress import NoProgress
@@ -52,11 +52,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "budget": {"method": {"name": "gptq"}, "budget": {"choices": [2, 4, 8], "average": 4}},
     "head": {"method": {"name": "rtn"}, "scheme": {"weights": {"bits": 4}, "lm_head": {}}},
 }
+_TWO_SSP = {"method": {"name": "2ssp"}, "scheme": {"sparsity": "0.25"}}
 
 
 def recipe(name: str) -> cb.Recipe:
     said: dict[str, Any] = {"name": name, "description": "d", "scheme": {"weights": {"bits": 4, "group_size": 32}}}
-    return cb.Recipe.model_validate({**said, **RECIPES[name]})
+    return cb.Recipe.model_validate({**said, **(_TWO_SSP if name == "2ssp" else RECIPES[name])})
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _saving_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_checkpoints, "CHECKPOINT_SHARE", 0)
+    monkeypatch.setattr(checkpoint_interval, "CHECKPOINT_SHARE", 0)
 
 
 class _Killed(BaseException):
@@ -85,10 +86,10 @@ class _Killed(BaseException):
 
 
 class _KillsAfter(NoProgress):
-    """Ends the run when ``count`` blocks are done."""
+    """Ends the run when ``count`` steps of the task ``label`` are done, by default blocks."""
 
-    def __init__(self, count: int) -> None:
-        self.left, self.notes = count, list[str]()
+    def __init__(self, count: int, label: str = "compressing") -> None:
+        self.left, self.label, self.notes = count, label, list[str]()
 
     @contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Any]:
@@ -96,7 +97,7 @@ class _KillsAfter(NoProgress):
 
         class Handle:
             def advance(self, steps: int = 1) -> None:
-                if label == "compressing" and steps == 1:
+                if label == outer.label and steps == 1:
                     outer.left -= 1
                     if outer.left == 0:
                         raise _Killed
@@ -105,6 +106,23 @@ class _KillsAfter(NoProgress):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+class _Steps(NoProgress):
+    """Counts the steps of the task ``label`` that are done one by one."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.alone = label, 0
+
+    @contextmanager
+    def task(self, label: str, total: int | None) -> Iterator[Any]:
+        outer = self
+
+        class Handle:
+            def advance(self, steps: int = 1) -> None:
+                outer.alone += label == outer.label and steps == 1
+
+        yield Handle()
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -130,6 +148,30 @@ def test_a_broken_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path, nam
     last = _KillsAfter(99)
     compressed(model, tmp_path / "parts", name, last)
     assert any(note.startswith(f"goes on after block 5 of {BLOCKS}") for note in last.notes)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "count", "saved"),
+    [
+        ("budget", "measuring sensitivity", 4, "the sensitivity of block 4 of 6"),
+        ("2ssp", "measuring neurons", 4, "the neurons of block 4 of 6"),
+        ("2ssp", "removing attention", 3, "a part of the search for attention modules"),
+        ("2ssp", "removing attention", 8, "a part of the search for attention modules"),
+    ],
+)
+def test_what_is_measured_first_goes_on_too(
+    model: Path, tmp_path: Path, name: str, label: str, count: int, saved: str
+) -> None:
+    compressed(model, tmp_path / "whole", name, NoProgress())
+    with pytest.raises(_Killed):
+        compressed(model, tmp_path / "parts", name, _KillsAfter(count, label))
+    assert cb.status(tmp_path / "parts").done == saved
+    steps = _Steps(label)
+    compressed(model, tmp_path / "parts", name, steps)
+    # Rounds of the search that had ended, each of six steps, are not done again.
+    assert steps.alone == {4: 2, 3: 12, 8: 6}[count]
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
@@ -192,7 +234,7 @@ def test_a_set_that_the_model_wrote_is_kept(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     """With a state of the blocks, and without one."""
-    monkeypatch.setattr(block_checkpoints, "CHECKPOINT_SHARE", share)
+    monkeypatch.setattr(checkpoint_interval, "CHECKPOINT_SHARE", share)
     options: dict[str, Any] = {"recipe": recipe("gptq"), "samples": 4, "length": 16, "dtype": "float32"}
     cb.compress(model, output=tmp_path / "whole", **options)
     with pytest.raises(_Killed):
@@ -290,9 +332,9 @@ SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[4])
 from pathlib import Path
-from calibrant.engine import block_checkpoints
+from calibrant import checkpoint_interval
 from calibrant.cli.main import main
-block_checkpoints.CHECKPOINT_SHARE = 0
+checkpoint_interval.CHECKPOINT_SHARE = 0
 import calibrant.engine.compress_blocks as blocks
 import time
 solve = blocks._Compression.compress

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import calibrant as cb
+from calibrant import checkpoint_interval
 from calibrant.cli.main import app
-from calibrant.engine import block_checkpoints
 from calibrant.errors import CalibrantError
 from calibrant.formats.safetensors_file import stored_tensors
 from calibrant.modeling import entry
@@ -28,7 +28,7 @@ CAUSAL = [name for name in ARCHITECTURES if not name.startswith("bert")]
 @pytest.fixture(autouse=True)
 def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entry, "MICRO_BATCH_TOKENS", 64)
-    monkeypatch.setattr(block_checkpoints, "CHECKPOINT_SHARE", 0)
+    monkeypatch.setattr(checkpoint_interval, "CHECKPOINT_SHARE", 0)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -31,14 +31,15 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 import calibrant as cb
-from calibrant.engine import block_checkpoints, block_transforms
+from calibrant import checkpoint_interval
+from calibrant.engine import block_transforms
 from calibrant.errors import CalibrantError
 from calibrant.modeling import entry
 from tests.conftest import random_set
 from tests.pipeline.test_interrupted_runs import recipe
 entry.MICRO_BATCH_TOKENS = 64
 block_transforms._SEARCH_TOKENS = 64  # which the first of two ranks has
-block_checkpoints.CHECKPOINT_SHARE = 0
+checkpoint_interval.CHECKPOINT_SHARE = 0
 folder, job = Path(sys.argv[2]), json.loads(sys.argv[3])
 for name, source, memory in job:
     chosen = recipe("gptq" if name == "starved experts" else name)
@@ -156,9 +157,10 @@ def test_a_stopped_run_of_two_goes_on(model: Path, tmp_path: Path, outputs: tupl
     script.write_text(
         "import sys, time\n"
         "from calibrant.cli.main import main\n"
-        "from calibrant.engine import block_checkpoints, compress_blocks\n"
+        "from calibrant import checkpoint_interval\n"
+        "from calibrant.engine import compress_blocks\n"
         "from calibrant.modeling import entry\n"
-        "entry.MICRO_BATCH_TOKENS, block_checkpoints.CHECKPOINT_SHARE = 64, 0\n"
+        "entry.MICRO_BATCH_TOKENS, checkpoint_interval.CHECKPOINT_SHARE = 64, 0\n"
         "solve = compress_blocks._Compression.compress\n"
         "pause = [float(sys.argv.pop())]\n"
         "compress_blocks._Compression.compress = lambda self, index: (time.sleep(pause[0]), solve(self, index))[1]\n"

@@ -1,11 +1,11 @@
 """Saved state of a run between two blocks, in the run's journal."""
 
-import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from calibrant.checkpoint_interval import CheckpointInterval
 from calibrant.clock import Clock
 from calibrant.engine.block_solver import LayerReport
 from calibrant.engine.checkpoint_writer import CheckpointWriter
@@ -14,10 +14,6 @@ from calibrant.journal import Journal
 from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.state_files import StateFiles
 
-# The least ratio of the time between two checkpoints to the time of writing one, which so costs under 5 % (ours).
-CHECKPOINT_SHARE = 20
-# What writing is taken to do before it was measured.
-_BYTES_PER_SECOND = 100e6
 NAME = "blocks"
 """Name of the state in the journal."""
 
@@ -45,8 +41,7 @@ class BlockCheckpoints:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._since = time.monotonic()
-        self._wait = CHECKPOINT_SHARE * self.walk.state_bytes / _BYTES_PER_SECOND
+        self._interval = CheckpointInterval(self.walk.state_bytes)
 
     def restore(self) -> None:
         """Take up the journal's state, if there is one; parts of blocks that it does not know are removed.
@@ -59,7 +54,7 @@ class BlockCheckpoints:
         done = ranks.share(state["done"] if state is not None else 0)
         if not done:
             if self.writer is not None:
-                self.writer.resume({"parts": [0, 0], "hashes": {}, "dense": [], "codes": {}, "inputs": {}})
+                self.writer.start_empty()
             return
         walk = self.journal.read(self._walk_name(done)) if not ranks.alone else None
         try:
@@ -78,7 +73,7 @@ class BlockCheckpoints:
     def block_done(self) -> None:
         """Count a block as done, and save the state if enough time has passed since the last one."""
         self.done += 1
-        if self.walk.ranks.share(time.monotonic() - self._since >= self._wait):
+        if self.walk.ranks.share(self._interval.due):
             self.save()
 
     def save(self) -> None:
@@ -87,8 +82,7 @@ class BlockCheckpoints:
         Raises:
             CalibrantError: it cannot be written.
         """
-        with self.clock.stage("journal"):
-            begin = time.monotonic()
+        with self.clock.stage("journal"), self._interval.writing():
             walk, ranks = self.walk.state(self.done), self.walk.ranks
             if not ranks.alone:
                 self.journal.write(self._walk_name(self.done), walk)
@@ -99,8 +93,6 @@ class BlockCheckpoints:
             self.walk.release_others(self.done)
             if not ranks.alone:
                 self.journal.drop(self._walk_name("*"), but=self._walk_name(self.done))
-            self._since = time.monotonic()
-            self._wait = CHECKPOINT_SHARE * (self._since - begin)
 
     def _walk_name(self, done: int | str) -> str:
         return f"walk-{self.walk.ranks.rank}-{done}"

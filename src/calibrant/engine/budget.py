@@ -10,6 +10,7 @@ from calibrant.engine.allocation import allocate
 from calibrant.engine.sensitivity import Compress, Sensitivity, measure_sensitivities
 from calibrant.errors import CalibrantError
 from calibrant.formats.gguf_types import GGUF_TYPES, fitting_type
+from calibrant.journal import Journal
 from calibrant.methods.solvers.rtn import rtn
 from calibrant.methods.solvers.sparsity import Sparsity
 from calibrant.methods.solvers.wanda import wanda
@@ -50,7 +51,9 @@ class SpentBudget:
         return replace(plan.with_choices(choices), notes=[*plan.notes, _sentence(self, plan.target.spec is not None)])
 
 
-def spend_budget(model: LazyModel, plan: Plan, rows: TokenRows, dtype: torch.dtype, progress: Progress) -> SpentBudget:
+def spend_budget(
+    model: LazyModel, plan: Plan, rows: TokenRows, dtype: torch.dtype, journal: Journal, progress: Progress
+) -> SpentBudget:
     """Choose a value for every layer of ``plan`` (docs/methods.md "budgets"; ours).
 
     The sum of divergences neglects interactions between groups. Bits are measured with round-to-nearest on ranges
@@ -63,7 +66,7 @@ def spend_budget(model: LazyModel, plan: Plan, rows: TokenRows, dtype: torch.dty
     assert budget is not None
     quantizes = plan.target.spec is not None
     measured = measure_sensitivities(
-        model, plan.blocks, plan.leaves, budget.choices, _compress(plan), rows, dtype, progress
+        model, plan.blocks, plan.leaves, budget.choices, _compress(plan), rows, dtype, journal, progress
     )
     costs, sizes = np.array([one.divergences for one in measured]), np.array([float(one.elements) for one in measured])
     columns = [plan.layers[one.layers[0]].shape[-1] for one in measured]

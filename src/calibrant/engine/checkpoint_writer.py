@@ -62,6 +62,10 @@ class CheckpointWriter:
             "inputs": {name: grid and list(grid) for name, grid in self._inputs.items()},
         }
 
+    def start_empty(self) -> None:
+        """Remove what an interrupted run has written without a state that knows it."""
+        self.resume({"parts": [0, 0], "hashes": {}, "dense": [], "codes": {}, "inputs": {}})
+
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a ``state``; parts that were written later are removed.
 

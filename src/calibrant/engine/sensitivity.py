@@ -6,10 +6,13 @@ loaded once and a variant runs only the blocks from its group's block on.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from calibrant.engine.walk_checkpoints import WalkCheckpoints
 from calibrant.errors import CalibrantError
+from calibrant.journal import Journal
 from calibrant.modeling.block_walk import BlockWalk, OpenedBlock
 from calibrant.modeling.hooks import Hook, hooked, swapped
 from calibrant.modeling.inputs import MicroBatch, finish
@@ -24,6 +27,8 @@ from calibrant.recipes.parts import Choice
 # Length of the window in tokens, and the stride of compared tokens (ours).
 WINDOW_TOKENS = 512
 _STRIDE = 4
+NAME = "sensitivity"
+"""Name of the state in the journal."""
 
 Compress = Callable[[torch.Tensor, torch.Tensor, Choice], torch.Tensor]
 
@@ -52,21 +57,29 @@ def measure_sensitivities(
     compress: Compress,
     rows: TokenRows,
     dtype: torch.dtype,
+    journal: Journal,
     progress: Progress,
 ) -> list[Sensitivity]:
     """Measure every group of linears that share an input at each of ``choices``.
 
     ``compress`` maps a weight ``[out, in]``, the sums of squared inputs ``[in]`` and a choice to the compressed weight.
-    The data is the window of 512 tokens with the most counted tokens; every fourth of these is compared.
+    The data is the window of 512 tokens with the most counted tokens; every fourth of these is compared. The variants'
+    hidden states are saved in ``journal`` between blocks; the caller drops the state.
 
     Raises:
         CalibrantError: a block contains fused experts, or the set has no counted token.
     """
     walk = BlockWalk(model, blocks, _one_window(rows), dtype)
     (trunk,) = walk.batches
-    variants: list[torch.Tensor] = []
-    groups: list[tuple[list[str], int]] = []
-    for block in walk.visit("measuring sensitivity", progress):
+    checkpoints = WalkCheckpoints(walk, journal, NAME)
+    known = checkpoints.found or {"variants": [], "groups": []}
+    variants: list[torch.Tensor] = [hidden.to(model.device) for hidden in known["variants"]]
+    groups: list[tuple[list[str], int]] = [(names, elements) for names, elements in known["groups"]]
+
+    def found_so_far() -> dict[str, Any]:
+        return {"variants": variants, "groups": groups}
+
+    for block in checkpoints.visit("measuring sensitivity", found_so_far, progress):
         inputs = _groups_to_compress(block.structure, block.name, ignored)
         variants = [block.run_on(hidden, trunk) for hidden in variants]
         diagonals, after = _diagonals(block, inputs, trunk)

@@ -6,14 +6,16 @@ last linear is stored as zeros, which computes the same function.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from calibrant.engine.checkpoint_writer import CheckpointWriter
-from calibrant.errors import CalibrantError
+from calibrant.engine.walk_checkpoints import WalkCheckpoints
+from calibrant.errors import CalibrantError, first_line
+from calibrant.journal import Journal
 from calibrant.modeling.block_parts import BlockParts, attention_left_out, find_parts, narrowed
 from calibrant.modeling.block_walk import BlockWalk, OpenedBlock
 from calibrant.modeling.hooks import Hook, hooked
@@ -23,12 +25,15 @@ from calibrant.modeling.losses import negative_log_likelihoods
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.recipes.plan import Plan
+from calibrant.stopping import check_stop
 
 # Keys of the MLP's width in configurations.
 _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
 _ATTENTION_EXPONENT = 1.5
 # Positions whose logits are in memory at a time.
 _POSITIONS = 256
+NEURONS, ATTENTION = "neurons", "attention"
+"""Names of the stages' states in the journal."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,12 @@ def prune_structure(
     rows: TokenRows,
     dtype: torch.dtype,
     writer: CheckpointWriter,
+    journal: Journal,
     progress: Progress,
 ) -> tuple[Pruned, dict[str, Any]]:
     """Prune and write the blocks; returns the result and the changed ``config.json``.
+
+    What is measured is saved in ``journal``, from which a later call goes on.
 
     Raises:
         CalibrantError: 2SSP does not support the blocks, their widths differ, or the share cannot be reached.
@@ -124,9 +132,13 @@ def prune_structure(
         raise CalibrantError(
             f"recipe {plan.recipe.name}: {sparsity.share:g} of the parameters leaves no neuron; take less"
         )
-    norms = _neuron_norms(model, plan.blocks, parts, rows, dtype, progress)
+    writer.start_empty()
+    search = _Search.restored(journal, model.device) or _Search(
+        journal, _neuron_norms(model, plan.blocks, parts, rows, dtype, journal, progress)
+    )
+    norms = search.norms
     kept = [torch.argsort(norm, descending=True, stable=True)[:neurons].sort().values for norm in norms]
-    removal = _AttentionRemoval(model, plan.blocks, parts, kept, rows, dtype, progress)
+    removal = _AttentionRemoval(model, plan.blocks, parts, kept, rows, dtype, search, progress)
     removed, losses = removal.run(count)
     gone = 0
     for index, (prefix, part) in enumerate(zip(plan.blocks, parts, strict=True)):
@@ -184,11 +196,13 @@ def _neuron_norms(
     parts: list[BlockParts],
     rows: TokenRows,
     dtype: torch.dtype,
+    journal: Journal,
     progress: Progress,
 ) -> list[torch.Tensor]:
     """Norms ``[neurons]`` per block: the L2 norm of each neuron over a row's counted positions, summed over rows."""
-    norms = []
-    for block in BlockWalk(model, blocks, rows, dtype).visit("measuring neurons", progress):
+    checkpoints = WalkCheckpoints(BlockWalk(model, blocks, rows, dtype), journal, NEURONS)
+    norms: list[torch.Tensor] = [norm.to(model.device) for norm in (checkpoints.found or {"norms": []})["norms"]]
+    for block in checkpoints.visit("measuring neurons", lambda: {"norms": norms}, progress):
         norm = torch.zeros(parts[block.index].neurons, device=model.device)
         down = block.module.get_submodule(parts[block.index].down.name)
         for batch in block.batches:
@@ -207,6 +221,38 @@ def _adder(norm: torch.Tensor, batch: MicroBatch) -> Hook:
     return add
 
 
+@dataclass
+class _Search:
+    """What is found so far, kept in ``journal``: norms of neurons, blocks without attention, losses (``Pruned``)."""
+
+    journal: Journal
+    norms: list[torch.Tensor]
+    removed: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.save()
+
+    def save(self) -> None:
+        self.journal.write(ATTENTION, {"norms": self.norms, "removed": self.removed, "losses": self.losses})
+        self.journal.drop(NEURONS)
+
+    @classmethod
+    def restored(cls, journal: Journal, device: torch.device) -> "_Search | None":
+        """What an interrupted run has found; None if its first stage did not end.
+
+        Raises:
+            CalibrantError: the journal is damaged.
+        """
+        state = journal.read(ATTENTION)
+        if state is None:
+            return None
+        try:
+            return cls(journal, [norm.to(device) for norm in state["norms"]], state["removed"], state["losses"])
+        except (KeyError, AttributeError, TypeError) as error:
+            raise journal.damaged(journal.folder, first_line(error)) from error
+
+
 class _AttentionRemoval:
     """Stage 2: repeatedly remove the attention module whose removal increases the loss on one row least.
 
@@ -221,9 +267,10 @@ class _AttentionRemoval:
         kept: list[torch.Tensor],
         rows: TokenRows,
         dtype: torch.dtype,
+        search: "_Search",
         progress: Progress,
     ) -> None:
-        self._parts, self._kept, self._progress = parts, kept, progress
+        self._parts, self._kept, self._search, self._progress = parts, kept, search, progress
         self.row = int(rows.counted.sum(1).argmax())
         row = slice(self.row, self.row + 1)
         self._walk = BlockWalk(model, blocks, TokenRows(rows.ids[row], rows.counted[row]), dtype)
@@ -233,19 +280,22 @@ class _AttentionRemoval:
 
     def run(self, count: int) -> tuple[list[int], list[float]]:
         """Remove ``count`` modules; returns their blocks in order, and the losses before and after each removal."""
-        removed: list[int] = []
-        losses: list[float] = []
+        removed, losses = self._search.removed, self._search.losses
         if not count:
             return removed, losses
         with self._progress.task("removing attention", count * len(self._parts)) as task:
-            for _ in range(count):
+            if removed:
+                task.advance(len(removed) * len(self._parts))
+            while len(removed) < count:
                 trunk, candidates = self._round(removed, task.advance)
                 found = self._losses({-1: trunk, **candidates})
-                losses = losses or [found[-1]]
+                losses += [] if losses else [found[-1]]
                 del found[-1]
                 best = min(found, key=lambda index: (found[index], index))
                 removed.append(best)
                 losses.append(found[best])
+                self._search.save()
+                check_stop(f"{len(removed)} of {count} attention modules")
         return removed, losses
 
     def _round(self, removed: list[int], advance: Any) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:

@@ -14,6 +14,7 @@ from torch import nn
 from calibrant.allocator import map_large_blocks
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.clock import Clock
+from calibrant.engine import sensitivity
 from calibrant.engine.block_solver import LayerReport
 from calibrant.engine.budget import SpentBudget, spend_budget
 from calibrant.engine.checkpoint_writer import CheckpointWriter
@@ -148,8 +149,11 @@ class _Run:
                 self.spent = TypeAdapter(SpentBudget).validate_python(known)
             else:
                 with self.clock.stage("sensitivity"):
-                    self.spent = spend_budget(self.model, self.plan, self.rows, self.settings.dtype, self.progress)
+                    self.spent = spend_budget(
+                        self.model, self.plan, self.rows, self.settings.dtype, self.journal, self.progress
+                    )
                 self.journal.write(_BUDGET, asdict(self.spent))
+                self.journal.drop(sensitivity.NAME)
         self.spent = self.ranks.share(self.spent)
         assert self.spent is not None
         self.plan = self.spent.applied_to(self.plan)
@@ -180,7 +184,7 @@ class _Run:
             assert self.rows is not None
             with self.clock.stage("prune"):
                 self.pruned, self.config = prune_structure(
-                    self.model, self.plan, self.rows, self.settings.dtype, self._writer, self.progress
+                    self.model, self.plan, self.rows, self.settings.dtype, self._writer, self.journal, self.progress
                 )
             self.notes.append(self.pruned.sentence())
             return

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from calibrant.engine import block_checkpoints
+from calibrant.engine import block_checkpoints, sensitivity, two_stage_pruning
 from calibrant.errors import CalibrantError
 from calibrant.journal import SET, is_running, journal_folder, read_identity, saved_numbers, saved_states
 from calibrant.pipeline.record import RECORD_NAME, RunRecord
@@ -18,6 +18,13 @@ State = Literal["finished", "running", "interrupted", "nothing"]
 _COUNTED = {
     block_checkpoints.NAME: "block {done} of {blocks}",
     training_loop.NAME: "step {done} of the training",
+    sensitivity.NAME: "the sensitivity of block {done} of {blocks}",
+    two_stage_pruning.NEURONS: "the neurons of block {done} of {blocks}",
+}
+_OTHERS = {
+    "budget": "the budget",
+    "scales": "a part of the learned scales",
+    two_stage_pruning.ATTENTION: "a part of the search for attention modules",
 }
 
 
@@ -96,6 +103,5 @@ def _done(folder: Path) -> str:
                 ) from error
     if any(name.startswith("rows-") for name in names) and not (folder / SET).is_dir():
         return "a part of the calibration set"
-    others = {"budget": "the budget", "scales": "a part of the learned scales"}
-    found = [text for name, text in others.items() if name in names]
+    found = [text for name, text in _OTHERS.items() if name in names]
     return found[-1] if found else "the calibration set" if (folder / SET).is_dir() else ""
