@@ -114,10 +114,10 @@ def compress(
 
 
 def status(output: str | Path) -> RunStatus:
-    """Where the run of ``compress`` is that writes to the folder ``output``.
+    """Where the run of ``compress``, ``generate`` or ``select`` is that writes to the folder ``output``.
 
     Raises:
-        CalibrantError: the run's journal is damaged.
+        CalibrantError: the run's journal or its output is damaged.
     """
     return run_status(Path(output))
 

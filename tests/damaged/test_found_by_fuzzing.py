@@ -42,7 +42,7 @@ def test_a_journal_that_does_not_name_its_recipe(tmp_path: Path, identity: dict[
     journal = tmp_path / "out.journal"
     (journal / "set").mkdir(parents=True)
     (journal / "run.json").write_text(json.dumps(identity))
-    with pytest.raises(CalibrantError, match=r"out\.journal: does not name its recipe; delete the folder"):
+    with pytest.raises(CalibrantError, match=r"out\.journal: does not say what it makes; delete the folder"):
         cb.status(tmp_path / "out")
 
 

@@ -208,7 +208,7 @@ def test_the_status_says_where_a_run_is(model: Path, tmp_path: Path) -> None:
     found = cb.status(output)
     assert (found.state, found.recipe, found.done) == ("interrupted", "gptq", f"block 4 of {BLOCKS}")
     shown = CliRunner().invoke(app, ["status", str(output)]).stdout
-    assert f"interrupted, gptq; block 4 of {BLOCKS} is saved" in shown
+    assert f"interrupted, gptq; saved: block 4 of {BLOCKS}" in shown
     assert "the same command goes on from there" in shown
     compressed(model, output, "gptq", NoProgress())
     assert json.loads(CliRunner().invoke(app, ["status", str(output), "--json"]).stdout)["state"] == "finished"

@@ -5,7 +5,9 @@ from typing import Any
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import Corpus
+from calibrant.calibration.saved_set import saved_set
 from calibrant.calibration.sources.answers import AnswersMask, generate_answers, read_prompts
+from calibrant.calibration.sources.kept_rows import ROWS, RowsInJournal
 from calibrant.calibration.sources.llm_qat import generate_llm_qat
 from calibrant.calibration.sources.prefix import generate_from_prefixes
 from calibrant.calibration.sources.self_calibration import (
@@ -15,10 +17,12 @@ from calibrant.calibration.sources.self_calibration import (
 )
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
 from calibrant.errors import CalibrantError
+from calibrant.journal import Journal
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.tokenizer import Tokenizer
-from calibrant.modeling.whole_model import load_whole
+from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
+from calibrant.output_folder import check_output
 from calibrant.progress import NoProgress, Progress
 
 # The papers use 128 rows of 2,048 tokens; a quarter of that length keeps a run on CPUs short (ours).
@@ -47,6 +51,8 @@ def generate(
     device: str = "cpu",
     dtype: str = "auto",
     dequantize: bool = False,
+    output: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationSet:
     """Make a calibration set of text that a model writes, or of random tokens.
@@ -72,11 +78,17 @@ def generate(
         device: where the model runs, for example "cpu" or "cuda".
         dtype: dtype of the computation: "float32", "bfloat16" or "auto".
         dequantize: take a quantized model for the dense one that it stands for.
+        output: a folder to save the set in. Then written batches outlive an interruption, in a journal beside the
+            folder, and the same call goes on from there.
+        overwrite: replace an earlier output.
         progress: receives the progress.
 
     Raises:
         CalibrantError: the model folder or the corpus is unusable, or the options do not fit together.
     """
+    read = [one for one in (model, corpus) if isinstance(one, str | Path)]
+    read += [corpus.location] if isinstance(corpus, Corpus) else []
+    target = check_output(output, overwrite, read) if output is not None else None
     folder = ModelFolder(model_path(model), dequantize=dequantize)
     length = length if length is not None else default_length(folder)
     check_size(samples, length, seed, draw)
@@ -86,29 +98,46 @@ def generate(
         raise CalibrantError(f"batch size {batch_size}: must be at least 1")
     check_generation(strategy, corpus, temperature, first_tokens, percentile, mask)
     size: dict[str, int] = {"samples": samples, "length": length, "seed": seed, "draw": draw}
-    if strategy == "vocabulary":
-        return draw_vocabulary(tokenizer, **size).with_origin(str(model), [])
-    common: dict[str, Any] = {
-        **size,
-        "batch_size": batch_size,
-        "progress": progress or NoProgress(),
-        "provenance": folder.identity,
-    }
     texts = corpus if corpus is None or isinstance(corpus, Corpus) else Corpus(corpus)
     schedule = temperature or TemperatureSchedule()
-    if texts is not None and strategy == "answers":
-        prompts = read_prompts(texts, tokenizer, length)
+
+    def made(journal: Journal | None = None) -> CalibrationSet:
+        common: dict[str, Any] = {
+            **size,
+            "batch_size": batch_size,
+            "progress": progress or NoProgress(),
+            "provenance": folder.identity,
+            "kept": RowsInJournal(journal, ROWS) if journal is not None else None,
+        }
+        if strategy == "vocabulary":
+            return draw_vocabulary(tokenizer, **size).with_origin(str(model), [])
+        if texts is not None and strategy == "answers":
+            prompts = read_prompts(texts, tokenizer, length)
+            loaded = load_whole(folder, device, dtype)
+            found = generate_answers(loaded, tokenizer, prompts, schedule=schedule, mask=mask, **common)
+            return found.with_origin(str(model), [texts.location])
         loaded = load_whole(folder, device, dtype)
-        made = generate_answers(loaded, tokenizer, prompts, schedule=schedule, mask=mask, **common)
-        return made.with_origin(str(model), [texts.location])
-    loaded = load_whole(folder, device, dtype)
-    if texts is not None:
-        made = generate_from_prefixes(loaded, tokenizer, texts, percentile=percentile, **common)
-        return made.with_origin(str(model), [texts.location])
-    if strategy == "llm-qat":
-        return generate_llm_qat(loaded, tokenizer, **common).with_origin(str(model), [])
-    made = generate_self_calibration(loaded, tokenizer, schedule=schedule, first_tokens=first_tokens, **common)
-    return made.with_origin(str(model), [])
+        if texts is not None:
+            found = generate_from_prefixes(loaded, tokenizer, texts, percentile=percentile, **common)
+            return found.with_origin(str(model), [texts.location])
+        if strategy == "llm-qat":
+            return generate_llm_qat(loaded, tokenizer, **common).with_origin(str(model), [])
+        found = generate_self_calibration(loaded, tokenizer, schedule=schedule, first_tokens=first_tokens, **common)
+        return found.with_origin(str(model), [])
+
+    if target is None:
+        return made()
+    place = torch_device(device)
+    parameters = {"first_tokens": first_tokens, "percentile": percentile, "mask": mask, "batch_size": batch_size}
+    identity = {
+        "strategy": strategy,
+        "parameters": {**size, **schedule.parameters, **parameters},
+        "settings": {"device": str(place), "dtype": str(torch_dtype(dtype, place))},
+        "tokenizer_sha256": tokenizer.sha256,
+        "corpora": [] if texts is None else [texts.describe()],
+        "model": folder.identity,
+    }
+    return saved_set(target, overwrite, identity, made)
 
 
 def check_generation(

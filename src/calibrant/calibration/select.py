@@ -9,6 +9,8 @@ import transformers
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.generate import DEFAULT_SAMPLES, check_length
+from calibrant.calibration.saved_set import saved_set
+from calibrant.calibration.selection.model_scores import Scoring
 from calibrant.calibration.selection.request import (
     LEXICAL,
     FilterRequest,
@@ -22,9 +24,11 @@ from calibrant.calibration.selection.selecting import WITH_MODEL, select_from
 from calibrant.calibration.windows import Policy
 from calibrant.errors import CalibrantError
 from calibrant.executors import Executor, ExecutorName, make_executor
+from calibrant.journal import Journal
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
-from calibrant.modeling.whole_model import load_whole
+from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
+from calibrant.output_folder import check_output
 from calibrant.progress import NoProgress, Progress
 
 
@@ -54,6 +58,8 @@ def select(
     filters: FilterRequest | None = None,
     device: str = "cpu",
     dtype: str = "auto",
+    output: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationSet:
     """Select a calibration set from one corpus or several.
@@ -72,11 +78,18 @@ def select(
     "assistant" wrote, or all but special ones ("no-special"). Several corpora share the samples by ``weights``, groups
     of a corpus's documents (scripts or lengths) by ``mix``. ``parts`` splits the work of "zipcal" into two rounds over
     random parts of the corpus, which ``executor`` "ray" runs on a cluster; by default ``parts`` is 1, or with Ray the
-    cluster's number of processors.
+    cluster's number of processors. ``output`` is a folder to save the set in, which must not exist unless
+    ``overwrite``; then the scores of "perplexity", "cola" and "acdm" outlive an interruption, in a journal beside it,
+    and the same call goes on from there. Other strategies read the corpus again.
 
     Raises:
         CalibrantError: a corpus cannot be read, is empty or too small, or the options do not fit together.
     """
+    given = [corpus] if isinstance(corpus, Corpus | str | Path) else list(corpus)
+    if not given:
+        raise CalibrantError("no corpus is given")
+    read = [one.location if isinstance(one, Corpus) else one for one in given]
+    target = check_output(output, overwrite, [*read, tokenizer, *targets]) if output is not None else None
     if executor != "local" and strategy != "zipcal":
         raise CalibrantError(
             f'`executor="{executor}"` runs the parts of zipcal; {strategy} runs here: leave out `executor`'
@@ -103,11 +116,25 @@ def select(
         mix=mix or MixRequest(),
         filters=filters or FilterRequest(),
     )
-    given = [corpus] if isinstance(corpus, Corpus | str | Path) else list(corpus)
-    if not given:
-        raise CalibrantError("no corpus is given")
     corpora = [one if isinstance(one, Corpus) else Corpus(one) for one in given]
-    return run_selection(corpora, str(tokenizer), request, device, dtype, runner, progress or NoProgress())
+
+    def identity() -> dict[str, Any]:
+        found: dict[str, Any] = {"strategy": request.strategy, "request": request.model_dump(mode="json")}
+        if request.strategy not in WITH_MODEL:
+            return found
+        place = torch_device(device)
+        scored = [*corpora, *(Corpus(location, target_field) for location in request.targets)]
+        return {
+            **found,
+            "corpora": [corpus.describe() for corpus in scored],
+            "settings": {"device": str(place), "dtype": str(torch_dtype(dtype, place))},
+            "model": ModelFolder(model_path(tokenizer)).identity,
+        }
+
+    def made(journal: Journal | None = None) -> CalibrationSet:
+        return run_selection(corpora, str(tokenizer), request, device, dtype, runner, progress or NoProgress(), journal)
+
+    return made() if target is None else saved_set(target, overwrite, identity(), made)
 
 
 def run_selection(
@@ -118,8 +145,11 @@ def run_selection(
     dtype: str,
     executor: Executor,
     progress: Progress,
+    journal: Journal | None = None,
 ) -> CalibrationSet:
     """Select from ``corpora`` by ``request`` and record where the inputs were; ``model`` is a folder.
+
+    ``journal`` keeps the scores of strategies that run the model.
 
     Raises:
         CalibrantError: see ``select``.
@@ -136,7 +166,7 @@ def run_selection(
 
     if request.strategy in WITH_MODEL:
         ModelFolder(path)
-    made = select_from(corpora, str(path), request, load_model, executor, progress)
+    made = select_from(corpora, str(path), request, Scoring(load_model, journal), executor, progress)
     if scored:
         made = CalibrationSet(made.tokens, made.mask, made.manifest.model_copy(update={"model": scored}))
     return made.with_origin(model, [corpus.location for corpus in corpora])

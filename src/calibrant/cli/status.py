@@ -9,7 +9,9 @@ from calibrant.cli.console import JsonOption, terminal
 
 
 def status(
-    output: Annotated[Path, typer.Argument(help="Output folder of a run of compress.", show_default=False)],
+    output: Annotated[
+        Path, typer.Argument(help="Output folder of compress, data generate or data select.", show_default=False)
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Say where the run is that writes to a folder: running, interrupted after which block, or finished.

@@ -7,19 +7,17 @@ import torch
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN
 from calibrant.calibration.select import select
+from calibrant.calibration.sources.kept_rows import ROWS, RowsInJournal
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule, generate_self_calibration
-from calibrant.calibration.sources.text_generation import Written
 from calibrant.journal import Journal
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.pipeline.memory import resident_memory
 from calibrant.progress import Progress
-from calibrant.stopping import check_stop
 
 # Rows that are written at a time where memory allows it.
 _BATCH_SIZE = 64
-_ROWS = "rows"
 
 
 @dataclass(frozen=True)
@@ -30,23 +28,6 @@ class SetSize:
     length: int
     seed: int
     draw: int
-
-
-@dataclass(frozen=True)
-class _RowsInJournal:
-    """Rows that a run has written so far, in states of its ``journal`` that begin with ``name``."""
-
-    journal: Journal
-    name: str
-
-    def read(self, first: int, count: int) -> Written | None:
-        state = self.journal.read(f"{self.name}-{first}-{count}")
-        return None if state is None else Written(state["tokens"], state["losses"], state["starts"])
-
-    def write(self, first: int, rows: Written) -> None:
-        state = {"tokens": rows.tokens, "losses": rows.losses, "starts": rows.starts}
-        self.journal.write(f"{self.name}-{first}-{len(rows.tokens)}", state)
-        check_stop(f"{first + len(rows.tokens)} rows of the calibration set")
 
 
 def own_set(
@@ -84,7 +65,7 @@ def own_set(
         batch_size=batch_size,
         progress=progress,
         provenance=folder.identity,
-        kept=_RowsInJournal(journal, f"{_ROWS}-{size.samples}-{size.length}-{size.seed}-{size.draw}"),
+        kept=RowsInJournal(journal, f"{ROWS}-{size.samples}-{size.length}-{size.seed}-{size.draw}"),
     )
     return made.with_origin(str(folder.path), [])
 
@@ -104,7 +85,7 @@ def corpus_note(
 
 def forget_rows(journal: Journal) -> None:
     """Remove the rows that ``own_set`` kept, once the set is saved."""
-    journal.drop(f"{_ROWS}-*")
+    journal.drop(f"{ROWS}-*")
 
 
 def _fitting_rows(folder: ModelFolder, size: SetSize, dtype: torch.dtype, memory: int) -> int:

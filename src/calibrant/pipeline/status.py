@@ -1,10 +1,13 @@
-"""Where the run is that writes to an output folder."""
+"""Where the run is that writes a model or a calibration set to an output folder."""
 
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from calibrant.calibration.calibration_set import MANIFEST_NAME, CalibrationSet
+from calibrant.calibration.selection.model_scores import SCORES
+from calibrant.calibration.sources.kept_rows import ROWS
 from calibrant.engine import block_checkpoints, sensitivity, two_stage_pruning
 from calibrant.errors import CalibrantError
 from calibrant.journal import SET, is_running, journal_folder, read_identity, saved_numbers, saved_states
@@ -35,7 +38,8 @@ class RunStatus:
     Attributes:
         output: the output folder.
         state: "finished" (the output is there), "running", "interrupted" (the same command goes on), or "nothing".
-        recipe: the run's recipe; None if there is no run.
+        recipe: the recipe of a compression; None if there is none.
+        strategy: the strategy of a calibration set that is or was made there alone; None if there is none.
         done: what is saved, as in "block 12 of 30"; empty if nothing is.
         saved: when that was saved (local time, ISO 8601); None if nothing is.
     """
@@ -43,6 +47,7 @@ class RunStatus:
     output: Path
     state: State
     recipe: str | None = None
+    strategy: str | None = None
     done: str = ""
     saved: str | None = None
 
@@ -54,54 +59,69 @@ class RunStatus:
         """The status in one sentence."""
         if self.state == "nothing":
             return f"{self.output}: no run and no output"
+        what = self.recipe if self.strategy is None else f"calibration set of {self.strategy}"
         if self.state == "finished":
-            return f"{self.output}: finished, by {self.recipe}"
-        saved = f"{self.done} is saved ({self.saved})" if self.done else "nothing is saved yet"
+            return f"{self.output}: finished, {what}"
+        saved = f"saved: {self.done} ({self.saved})" if self.done else "nothing is saved yet"
         way = "" if self.state == "running" else "; the same command goes on from there" * bool(self.done)
-        return f"{self.output}: {self.state}, {self.recipe}; {saved}{way}"
+        return f"{self.output}: {self.state}, {what}; {saved}{way}"
 
 
 def run_status(output: Path) -> RunStatus:
     """The status of the run that writes to ``output``: an unfinished one first, else the finished output.
 
     Raises:
-        CalibrantError: the journal is damaged, or something else is in its place.
+        CalibrantError: the journal or the output is damaged, or something else is in the journal's place.
     """
     folder = journal_folder(output)
     running = is_running(folder)
     states = saved_states(folder) if folder.is_dir() else []
-    record = output / RECORD_NAME
+    of_model, of_set = output / RECORD_NAME, output / MANIFEST_NAME
+    record = of_model if of_model.is_file() else of_set
     # A run that is killed while it removes its journal has published its output.
     published = not running and bool(states) and record.is_file() and record.stat().st_mtime > states[-1].written
     if folder.is_dir() and not published and (running or states or (folder / SET).is_dir()):
-        recipe = _recipe(folder)
+        recipe, strategy = _made(folder)
         saved = None
         if states:
             saved = datetime.fromtimestamp(states[-1].written).astimezone().isoformat(timespec="seconds")
-        return RunStatus(output, "running" if running else "interrupted", recipe, _done(folder), saved)
-    if (output / RECORD_NAME).is_file():
+        return RunStatus(output, "running" if running else "interrupted", recipe, strategy, _done(folder), saved)
+    if of_model.is_file():
         return RunStatus(output, "finished", RunRecord.read(output).recipe.name)
+    if of_set.is_file():
+        return RunStatus(output, "finished", strategy=CalibrationSet.load(output).manifest.strategy)
     return RunStatus(output, "nothing")
 
 
-def _recipe(folder: Path) -> str:
+def _made(folder: Path) -> tuple[str | None, str | None]:
+    """The recipe of a compression, or the strategy of a calibration set, whose journal is in ``folder``."""
+    found = read_identity(folder)
     try:
-        return str(read_identity(folder)["recipe"]["name"])
+        return (None, str(found["set"]["strategy"])) if "set" in found else (str(found["recipe"]["name"]), None)
     except (KeyError, TypeError) as error:
-        raise CalibrantError(f"{folder}: does not name its recipe; delete the folder to begin the run anew") from error
+        raise CalibrantError(f"{folder}: does not say what it makes; delete the folder to begin anew") from error
 
 
 def _done(folder: Path) -> str:
     names = {state.name for state in saved_states(folder)}
+    scored = [name for name in names if name.startswith(f"{SCORES}-")]
+    if scored:
+        return f"the scores of {sum(int(_said(folder, name, '{done}')) for name in scored)} candidates"
     for name, said in _COUNTED.items():
         if name in names:
-            try:
-                return said.format(**saved_numbers(folder, name))
-            except KeyError as error:
-                raise CalibrantError(
-                    f"{folder}: its state {name} does not say {error}; delete the folder to begin the run anew"
-                ) from error
-    if any(name.startswith("rows-") for name in names) and not (folder / SET).is_dir():
+            return _said(folder, name, said)
+    if any(name.startswith(f"{ROWS}-") for name in names) and not (folder / SET).is_dir():
         return "a part of the calibration set"
     found = [text for name, text in _OTHERS.items() if name in names]
     return found[-1] if found else "the calibration set" if (folder / SET).is_dir() else ""
+
+
+def _said(folder: Path, name: str, text: str) -> str:
+    """``text`` with the numbers of the state ``name``."""
+    numbers = {key: value for key, value in saved_numbers(folder, name).items() if isinstance(value, int)}
+    try:
+        return text.format(**numbers)
+    except KeyError as error:
+        raise CalibrantError(
+            f"{folder}: its state {name} does not say {error}; delete the folder to begin the run anew"
+        ) from error

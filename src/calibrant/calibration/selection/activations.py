@@ -1,6 +1,7 @@
 """Mean activations of a model over windows: what selections by activations look at."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,12 @@ class FeedForwardMeans:
     def blocks(self) -> int:
         """Number of blocks with a feed-forward part."""
         return len(self._places)
+
+    @cached_property
+    def width(self) -> int:
+        """Numbers of a vector."""
+        with torch.inference_mode():
+            return self._of_batch([[0]]).shape[1]
 
     @torch.inference_mode()
     def of(self, windows: Sequence[Window]) -> np.ndarray:

@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-import transformers
 
 from calibrant.calibration.selection.activations import FeedForwardMeans
+from calibrant.calibration.selection.model_scores import Scoring
 from calibrant.calibration.windows import Window
 
 _DIMENSIONS = 64
@@ -24,27 +24,26 @@ class Cola:
         CalibrantError: the model has no feed-forward parts.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, prefix: list[int], rng: np.random.Generator) -> None:
-        self._means = FeedForwardMeans(model, prefix)
+    def __init__(self, scoring: Scoring, prefix: list[int], rng: np.random.Generator) -> None:
+        self._means = FeedForwardMeans(scoring.load(), prefix)
         self._rng = rng
-        self._vectors: list[np.ndarray] = []
-        self._projection: np.ndarray | None = None
+        normal = rng.standard_normal((self._means.width, _DIMENSIONS), dtype=np.float32)
+        self._projection = normal / np.sqrt(_DIMENSIONS, dtype=np.float32)
+        self._vectors = scoring.scores(self._vectors_of)
         self._clusters = 0
 
     def see(self, windows: list[Window]) -> None:
         """Run the model over further candidates."""
-        # Row by row, so that a vector does not depend on the candidates beside it.
-        self._vectors += [row @ self._random_projection(len(row)) for row in self._means.of(windows)]
+        self._vectors.see(windows)
 
-    def _random_projection(self, width: int) -> np.ndarray:
-        if self._projection is None:
-            normal = self._rng.standard_normal((width, _DIMENSIONS), dtype=np.float32)
-            self._projection = normal / np.sqrt(_DIMENSIONS, dtype=np.float32)
-        return self._projection
+    def _vectors_of(self, windows: list[Window]) -> np.ndarray:
+        """Projected vectors, float32 ``[windows, 64]``."""
+        # Row by row, so that a vector does not depend on the candidates beside it.
+        return np.stack([row @ self._projection for row in self._means.of(windows)])
 
     def choose(self, count: int) -> list[int]:
         """The member closest to each of ``count`` centres, in the clusters' order."""
-        vectors = np.stack(self._vectors).astype(np.float64)
+        vectors = self._vectors.values.astype(np.float64)
         chosen, self._clusters = closest_to_centres(vectors, count, self._rng)
         return chosen
 

@@ -4,15 +4,15 @@ import math
 
 import numpy as np
 import torch
-import transformers
 
+from calibrant.calibration.selection.model_scores import Scoring
 from calibrant.calibration.windows import Window
 from calibrant.errors import CalibrantError
 from calibrant.modeling.losses import row_losses
 
 
 class PerplexitySelector:
-    """Scores every candidate with ``model`` and chooses by rank.
+    """Scores every candidate with the model of ``scoring`` and chooses by rank.
 
     ``keep`` "lowest" takes the smallest perplexities (released code of ZipCal), "middle" those nearest to the median
     rank (ours), and "below" draws uniformly among candidates strictly below ``percentile`` (arXiv 2410.17711: 80).
@@ -21,23 +21,29 @@ class PerplexitySelector:
 
     def __init__(
         self,
-        model: transformers.PreTrainedModel,
+        scoring: Scoring,
         prefix: list[int],
         keep: str,
         percentile: float,
         rng: np.random.Generator,
     ) -> None:
         self._prefix = prefix
-        self._model, self._keep, self._percentile, self._rng = model, keep, percentile, rng
-        self._losses: list[float] = []
+        self._model, self._keep, self._percentile, self._rng = scoring.load(), keep, percentile, rng
+        self._losses = scoring.scores(self._losses_of)
         self._left = 0
 
     def see(self, windows: list[Window]) -> None:
         """Score further candidates."""
+        self._losses.see(windows)
+
+    def _losses_of(self, windows: list[Window]) -> np.ndarray:
+        """The mean negative log-likelihood of each window in nats, float64 ``[windows]``."""
+        found = []
         for window in windows:
             tokens = torch.tensor([self._prefix + window.tokens])
             loss = row_losses(self._model, tokens, torch.ones_like(tokens, dtype=torch.bool))[0]
-            self._losses.append(loss if math.isfinite(loss) else math.inf)
+            found.append(loss if math.isfinite(loss) else math.inf)
+        return np.array(found)
 
     def choose(self, count: int) -> list[int]:
         """The chosen candidates, from low to high perplexity; for "below" in random order.
@@ -45,7 +51,7 @@ class PerplexitySelector:
         Raises:
             CalibrantError: fewer than ``count`` are below the percentile.
         """
-        losses = np.array(self._losses)
+        losses = self._losses.values
         order = np.argsort(losses, kind="stable")
         if self._keep == "lowest":
             return [int(index) for index in order[:count]]

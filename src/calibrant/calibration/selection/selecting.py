@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.chat import assistant_mask
@@ -18,6 +17,7 @@ from calibrant.calibration.selection.distributed import zipcal_in_parts
 from calibrant.calibration.selection.embeddings import embedding_of
 from calibrant.calibration.selection.filtering import filters_of
 from calibrant.calibration.selection.mixing import counts_of_groups, groups_of
+from calibrant.calibration.selection.model_scores import Scoring
 from calibrant.calibration.selection.perplexity import PerplexitySelector
 from calibrant.calibration.selection.request import OF_WORDS, WITH_DRAWS, SelectionRequest
 from calibrant.calibration.selection.sampled import sampled_windows
@@ -36,20 +36,19 @@ from calibrant.randomness import make_rng
 
 # Strategies that run the model over every candidate.
 WITH_MODEL = ("perplexity", "cola", "acdm")
-LoadModel = Callable[[], transformers.PreTrainedModel]
 
 
 def select_from(
     corpora: Sequence[Corpus],
     model: str,
     request: SelectionRequest,
-    load_model: LoadModel,
+    scoring: Scoring,
     executor: Executor,
     progress: Progress,
 ) -> CalibrationSet:
     """Run ``request`` on one or several corpora with the tokenizer in ``model``, a folder.
 
-    ``load_model`` is called by strategies that score with a model; ``executor`` runs the parts of "zipcal".
+    ``scoring`` is for strategies that score with a model; ``executor`` runs the parts of "zipcal".
 
     Several corpora share the samples by ``request.weights``, by default equally; their rows follow one another, and the
     documents' ids in the manifest begin with the corpus's number.
@@ -77,12 +76,10 @@ def select_from(
     # Shared, so that duplicates are found across corpora.
     filters = filters_of(request.filters, request.seed, progress)
     if request.strategy == "zipcal-multi":
-        parts = _multi_domain(corpora, tokenizer, request, filters, load_model, progress)
+        parts = _multi_domain(corpora, tokenizer, request, filters, scoring, progress)
         return _assembled(corpora, parts, asked, tokenizer, progress)
     parts = [
-        _select_mix(corpus, tokenizer, share, filters, load_model, progress)
-        if share.samples
-        else SelectedRows([], [], {})
+        _select_mix(corpus, tokenizer, share, filters, scoring, progress) if share.samples else SelectedRows([], [], {})
         for corpus, share in zip(corpora, _shared(request, request.weights, len(corpora)), strict=True)
     ]
     return _assembled(corpora, parts, asked, tokenizer, progress)
@@ -128,18 +125,18 @@ def _select_mix(
     tokenizer: Tokenizer,
     request: SelectionRequest,
     filters: list[Filter],
-    load_model: LoadModel,
+    scoring: Scoring,
     progress: Progress,
 ) -> SelectedRows:
     """Rows from all documents of the corpus, or from one group of its documents after the other."""
     groups = groups_of(request.mix)
     if not groups:
-        return _select(corpus, tokenizer, request, filters, load_model, progress)
+        return _select(corpus, tokenizer, request, filters, scoring, progress)
     parts: list[tuple[str, SelectedRows]] = []
     for (name, group), share in zip(groups, _shared(request, request.mix.weights, len(groups)), strict=True):
         if share.samples:
             try:
-                parts.append((name, _select(corpus, tokenizer, share, [group, *filters], load_model, progress)))
+                parts.append((name, _select(corpus, tokenizer, share, [group, *filters], scoring, progress)))
             except CalibrantError as error:
                 raise CalibrantError(f"{name.replace('_', ' ')}: {error}") from error
     return SelectedRows(
@@ -156,7 +153,7 @@ def _select(
     tokenizer: Tokenizer,
     request: SelectionRequest,
     filters: list[Filter],
-    load_model: LoadModel,
+    scoring: Scoring,
     progress: Progress,
 ) -> SelectedRows:
     leaked_before = sum(one.leaked for one in filters if isinstance(one, Leakage))
@@ -181,7 +178,7 @@ def _select(
                 "corpus of many documents (JSON Lines)"
             )
     else:
-        selector = _selector(request, tokenizer, load_model, progress)
+        selector = _selector(request, tokenizer, scoring, progress)
         cutting = cutting_of(request, tokenizer)
         windows = select_windows(stream, tokenizer, cutting, selector, samples, offsets, progress)
     counts = dict(stream.counts)
@@ -213,20 +210,20 @@ def _assistant_masks(stream: DocumentStream, tokenizer: Tokenizer, windows: list
     return masks
 
 
-def _selector(request: SelectionRequest, tokenizer: Tokenizer, load_model: LoadModel, progress: Progress) -> Selector:
+def _selector(request: SelectionRequest, tokenizer: Tokenizer, scoring: Scoring, progress: Progress) -> Selector:
     rng = make_rng(request.seed, request.strategy, request.draw)
     if request.strategy == "zipcal":
         return ZipCal(tokenizer, request.pool, rng)
     if request.strategy == "zipf":
         return ZipfScore(tokenizer)
     if request.strategy == "perplexity":
-        return PerplexitySelector(load_model(), tokenizer.prefix, request.keep, request.percentile, rng)
+        return PerplexitySelector(scoring, tokenizer.prefix, request.keep, request.percentile, rng)
     if request.strategy == "cola":
-        return Cola(load_model(), tokenizer.prefix, rng)
+        return Cola(scoring, tokenizer.prefix, rng)
     if request.strategy == "acdm":
         targets = [Corpus(location, request.target_field) for location in request.targets]
         sampled = [sampled_windows(target, tokenizer, request.seed, progress) for target in targets]
-        return Acdm(load_model(), tokenizer.prefix, sampled)
+        return Acdm(scoring, tokenizer.prefix, sampled)
     embedding = embedding_of(request.embedding, tokenizer, request.seed)
     if request.strategy == "herding":
         return EmbeddingSelector(embedding, herding)
@@ -243,12 +240,12 @@ def _multi_domain(
     tokenizer: Tokenizer,
     request: SelectionRequest,
     filters: list[Filter],
-    load_model: LoadModel,
+    scoring: Scoring,
     progress: Progress,
 ) -> list[SelectedRows]:
     """ZipCal in every corpus, then k-centre over the embeddings of its choices (arXiv 2603.16105, algorithm 2)."""
     single = request.model_copy(update={"strategy": "zipcal"})
-    parts = [_select(corpus, tokenizer, single, filters, load_model, progress) for corpus in corpora]
+    parts = [_select(corpus, tokenizer, single, filters, scoring, progress) for corpus in corpora]
     pooled = [(number, row) for number, part in enumerate(parts) for row in range(len(part.rows))]
     embedding = embedding_of(request.embedding, tokenizer, request.seed)
     embedding.see([Window(parts[number].rows[row], [], 0, 0, 0) for number, row in pooled])

@@ -11,7 +11,7 @@ from calibrant.calibration.calibration_set import CalibrationSet, Manifest, Segm
 from calibrant.calibration.chat import encode_prompt
 from calibrant.calibration.corpus import Corpus, corpus_record
 from calibrant.calibration.sources.self_calibration import TemperatureSchedule
-from calibrant.calibration.sources.text_generation import Sampling, compute_place, write_rows
+from calibrant.calibration.sources.text_generation import KeptRows, Sampling, compute_place, write_rows
 from calibrant.errors import CalibrantError
 from calibrant.modeling.chat_template import DATE, RefusedError
 from calibrant.modeling.tokenizer import Tokenizer
@@ -100,6 +100,7 @@ def generate_answers(
     batch_size: int,
     progress: Progress,
     provenance: dict[str, str],
+    kept: KeptRows | None = None,
 ) -> CalibrationSet:
     """Let ``model`` answer prompts: a row is a prompt, the answer, the next prompt, ..., cut at ``length`` tokens.
 
@@ -107,7 +108,8 @@ def generate_answers(
     without top-k, top-p or penalty, and keep everything that the model writes, such as its reasoning (arXiv 2509.12464)
     and the token that ends them. Conversations of a row do not see each other. ``mask`` "assistant" counts what the
     model wrote, "all" the prompts too. The first prompts of all rows and draws are different ones; where answers are
-    short, rows go on with prompts that other draws may have, too (ours). ``provenance`` is recorded in the manifest.
+    short, rows go on with prompts that other draws may have, too (ours). ``provenance`` is recorded in the manifest;
+    ``kept`` is that of ``write_rows``.
 
     Raises:
         CalibrantError: there are fewer prompts than rows.
@@ -134,6 +136,7 @@ def generate_answers(
         Sampling(schedule.table(length)),
         batch_size,
         progress,
+        kept,
     )
     asked = [[chosen(row, text) for text in range(len(starts))] for row, starts in enumerate(written.starts)]
     again = written.generations - len({prompt for row in asked for prompt in row})

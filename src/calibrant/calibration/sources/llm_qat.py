@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
-from calibrant.calibration.sources.text_generation import Sampling, compute_place, write_rows
+from calibrant.calibration.sources.text_generation import KeptRows, Sampling, compute_place, write_rows
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
 from calibrant.randomness import make_rng
@@ -26,12 +26,13 @@ def generate_llm_qat(
     batch_size: int,
     progress: Progress,
     provenance: dict[str, str],
+    kept: KeptRows | None = None,
 ) -> CalibrationSet:
     """Let ``model`` write texts from one random token each, without BOS (arXiv 2305.17888 and its released code).
 
     Starts are drawn without replacement from the vocabulary without special tokens. A row is greedy up to its third,
     fourth or fifth token, then sampled with top-k 50. Where a text ends, the next one begins in the same row (ours).
-    ``provenance`` is recorded in the manifest.
+    ``provenance`` is recorded in the manifest; ``kept`` is that of ``write_rows``.
     """
     eligible = [i for i in sorted(tokenizer.hf.get_vocab().values()) if i not in tokenizer.special_ids]
     starts = make_rng(seed, "llm-qat", draw).permutation(eligible)
@@ -45,7 +46,7 @@ def generate_llm_qat(
         return [int(starts[(row + text * samples) % len(starts)])]
 
     sampling = Sampling(temperatures, top_k=_TOP_K)
-    written = write_rows(model, tokenizer, uniforms, beginning, sampling, batch_size, progress)
+    written = write_rows(model, tokenizer, uniforms, beginning, sampling, batch_size, progress, kept)
     manifest = Manifest(
         strategy="llm-qat",
         parameters={"batch_size": batch_size, **compute_place(model)},

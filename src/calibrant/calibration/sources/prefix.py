@@ -8,7 +8,7 @@ import transformers
 
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.calibration.corpus import Corpus, corpus_record
-from calibrant.calibration.sources.text_generation import Sampling, compute_place, write_rows
+from calibrant.calibration.sources.text_generation import KeptRows, Sampling, compute_place, write_rows
 from calibrant.errors import CalibrantError
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.progress import Progress
@@ -32,13 +32,14 @@ def generate_from_prefixes(
     batch_size: int,
     progress: Progress,
     provenance: dict[str, str],
+    kept: KeptRows | None = None,
 ) -> CalibrationSet:
     """Let ``model`` continue the first two tokens of real texts, BOS included, and keep the likeliest rows.
 
     Temperature 0.6, top-p 0.95, top-k 50, repetition penalty 1.2 (arXiv 2410.17711, released code). About
     ``100 samples / percentile`` rows are written, and the first ``samples`` strictly below the ``percentile`` of
     perplexity are kept. The perplexity is that of the tokens as written, at temperature 1 (ours; the released code
-    tokenizes the text again). ``provenance`` is recorded in the manifest.
+    tokenizes the text again). ``provenance`` is recorded in the manifest; ``kept`` is that of ``write_rows``.
 
     Raises:
         CalibrantError: the corpus has fewer documents than rows are written, or too few rows are below the percentile.
@@ -65,11 +66,13 @@ def generate_from_prefixes(
         top_p=_TOP_P,
         repetition_penalty=_PENALTY,
     )
-    written = write_rows(model, tokenizer, uniforms, beginning, sampling, batch_size, progress)
+    written = write_rows(model, tokenizer, uniforms, beginning, sampling, batch_size, progress, kept)
     losses = np.array(written.losses)
-    kept = np.flatnonzero(losses < np.percentile(losses, percentile))[:samples]
-    if len(kept) < samples:
-        raise CalibrantError(f"only {len(kept)} of {rows} rows are below percentile {percentile:g}; raise `percentile`")
+    likely = np.flatnonzero(losses < np.percentile(losses, percentile))[:samples]
+    if len(likely) < samples:
+        raise CalibrantError(
+            f"only {len(likely)} of {rows} rows are below percentile {percentile:g}; raise `percentile`"
+        )
     manifest = Manifest(
         strategy="prefix",
         parameters={"percentile": percentile, "batch_size": batch_size, **compute_place(model)},
@@ -83,7 +86,7 @@ def generate_from_prefixes(
         model=dict(provenance),
         counts={"generations": written.generations, "rows_written": rows, "rows_kept": samples},
     )
-    tokens = written.tokens[torch.from_numpy(kept)]
+    tokens = written.tokens[torch.from_numpy(likely)]
     return CalibrationSet.build(tokens, torch.ones_like(tokens, dtype=torch.bool), manifest)
 
 

@@ -20,7 +20,8 @@ from calibrant.cli.console import (
     SeedOption,
     terminal,
 )
-from calibrant.cli.data.shared import save
+from calibrant.cli.data.shared import show
+from calibrant.stopping import stopping_gently
 
 
 def generate(
@@ -93,13 +94,15 @@ def generate(
 ) -> None:
     """Generate a calibration set with the model, or from random tokens.
 
+    If it is interrupted, the same command goes on with the rows that are missing.
+
     Example: calibrant data generate ./SmolLM2-135M -o ./set --samples 128 --length 512
     """
     with terminal(quiet, as_json) as screen:
         import calibrant as cb
         from calibrant.output_folder import check_output
 
-        check_output(output, overwrite, [model] if corpus is None else [model, corpus])
+        check_output(output, overwrite, [model] if corpus is None else [model, corpus])  # before it is opened
         if temperature_steps is not None and initial_temperature is None:
             raise cb.CalibrantError("--temperature-steps needs --initial-temperature")
         final = 1.0 if temperature is None else temperature
@@ -108,22 +111,25 @@ def generate(
             schedule = cb.TemperatureSchedule(
                 initial_temperature, final, 10 if temperature_steps is None else temperature_steps
             )
-        made = cb.generate(
-            model,
-            strategy=strategy,
-            samples=samples,
-            length=length,
-            seed=seed,
-            draw=draw,
-            temperature=schedule,
-            first_tokens=first_tokens,  # type: ignore[arg-type]  # checked by generate, which names the choices
-            corpus=cb.Corpus(corpus, field) if corpus is not None else None,
-            percentile=percentile,
-            mask=mask,  # type: ignore[arg-type]  # likewise
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            dequantize=dequantize,
-            progress=screen.progress,
-        )
-        save(made, output, overwrite, screen)
+        with stopping_gently(screen.note):
+            made = cb.generate(
+                model,
+                strategy=strategy,
+                samples=samples,
+                length=length,
+                seed=seed,
+                draw=draw,
+                temperature=schedule,
+                first_tokens=first_tokens,  # type: ignore[arg-type]  # checked by generate, which names the choices
+                corpus=cb.Corpus(corpus, field) if corpus is not None else None,
+                percentile=percentile,
+                mask=mask,  # type: ignore[arg-type]  # likewise
+                batch_size=batch_size,
+                device=device,
+                dtype=dtype,
+                dequantize=dequantize,
+                output=output,
+                overwrite=overwrite,
+                progress=screen.progress,
+            )
+        show(made, screen, output)

@@ -1,5 +1,6 @@
 """``calibrant data select``."""
 
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -17,7 +18,8 @@ from calibrant.cli.console import (
     SeedOption,
     terminal,
 )
-from calibrant.cli.data.shared import EmbeddingOption, numbers, save
+from calibrant.cli.data.shared import EmbeddingOption, numbers, show
+from calibrant.stopping import stopping_gently
 
 
 def select(
@@ -159,53 +161,61 @@ def select(
 ) -> None:
     """Select a calibration set from corpora.
 
+    If a selection that runs the model is interrupted, the same command goes on with the scores that are missing.
+
     Example: calibrant data select c4.jsonl.gz -m ./SmolLM2-135M -o ./set --strategy zipcal --duplicates near
     """
     with terminal(quiet, as_json) as screen:
         import calibrant as cb
         from calibrant.calibration.selection.request import filter_request, mix_request
+        from calibrant.calibration.selection.selecting import WITH_MODEL
         from calibrant.output_folder import check_output
 
-        check_output(output, overwrite, [*corpora, model])
-        made = cb.select(
-            [cb.Corpus(corpus, field) for corpus in corpora],
-            tokenizer=model,
-            strategy=strategy,  # type: ignore[arg-type]  # checked by the request, which names the choices
-            samples=samples,
-            length=length,
-            seed=seed,
-            draw=draw,
-            stride=stride,
-            windows=windows,  # type: ignore[arg-type]  # likewise
-            shards=shards,
-            parts=parts,
-            executor=executor,  # type: ignore[arg-type]  # likewise
-            pool=pool,
-            keep=keep,  # type: ignore[arg-type]  # likewise
-            percentile=percentile,
-            embedding=embedding,
-            targets=targets or [],
-            target_field=target_field,
-            mask=mask,  # type: ignore[arg-type]  # likewise
-            weights=numbers("--weights", weights),
-            mix=mix_request(
-                scripts=mix_scripts.split(",") if mix_scripts else [],
-                lengths=numbers("--mix-lengths", mix_lengths) or [],
-                weights=numbers("--mix-weights", mix_weights),
-            ),
-            filters=filter_request(
-                duplicates=duplicates,
-                min_characters=min_characters,
-                max_characters=max_characters,
-                max_repetition=max_repetition,
-                script=script,
-                leakage=leakage or [],
-                leakage_field=leakage_field,
-                leakage_run=leakage_run,
-                keep_leaked=keep_leaked,
-            ),
-            device=device,
-            dtype=dtype,
-            progress=screen.progress,
-        )
-        save(made, output, overwrite, screen)
+        check_output(output, overwrite, [*corpora, model])  # before corpora are opened
+        # Without the scores of a model there is nothing to keep, so a signal stops at once.
+        scores = strategy in WITH_MODEL
+        with stopping_gently(screen.note) if scores else nullcontext():
+            made = cb.select(
+                [cb.Corpus(corpus, field) for corpus in corpora],
+                tokenizer=model,
+                strategy=strategy,  # type: ignore[arg-type]  # checked by the request, which names the choices
+                samples=samples,
+                length=length,
+                seed=seed,
+                draw=draw,
+                stride=stride,
+                windows=windows,  # type: ignore[arg-type]  # likewise
+                shards=shards,
+                parts=parts,
+                executor=executor,  # type: ignore[arg-type]  # likewise
+                pool=pool,
+                keep=keep,  # type: ignore[arg-type]  # likewise
+                percentile=percentile,
+                embedding=embedding,
+                targets=targets or [],
+                target_field=target_field,
+                mask=mask,  # type: ignore[arg-type]  # likewise
+                weights=numbers("--weights", weights),
+                mix=mix_request(
+                    scripts=mix_scripts.split(",") if mix_scripts else [],
+                    lengths=numbers("--mix-lengths", mix_lengths) or [],
+                    weights=numbers("--mix-weights", mix_weights),
+                ),
+                filters=filter_request(
+                    duplicates=duplicates,
+                    min_characters=min_characters,
+                    max_characters=max_characters,
+                    max_repetition=max_repetition,
+                    script=script,
+                    leakage=leakage or [],
+                    leakage_field=leakage_field,
+                    leakage_run=leakage_run,
+                    keep_leaked=keep_leaked,
+                ),
+                device=device,
+                dtype=dtype,
+                output=output,
+                overwrite=overwrite,
+                progress=screen.progress,
+            )
+        show(made, screen, output)

@@ -32,10 +32,11 @@ def numbers(option: str, text: str | None) -> list[float] | None:
 def save(made: "CalibrationSet", output: Path, overwrite: bool, screen: Terminal) -> None:
     """Write a set to ``output``, completely or not at all, and show its manifest's main entries."""
     made.save(output, overwrite=overwrite)
-    _show(made, screen, output)
+    show(made, screen, output)
 
 
-def _show(made: "CalibrationSet", screen: Terminal, output: Path) -> None:
+def show(made: "CalibrationSet", screen: Terminal, output: Path) -> None:
+    """Show the main entries of the manifest of a set that is saved in ``output``."""
     from rich.table import Table
     from rich.text import Text
 
