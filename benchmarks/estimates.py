@@ -2,13 +2,15 @@
 
     python benchmarks/estimates.py MODEL...          # results/estimates_avx512.json on such a processor
 
-Every run is a process of its own. The estimate is of seconds on the clock of an idle machine, so let nothing else run.
+Estimate and run are commands, as a user gives them, and the seconds are those of the whole command. The estimate is for
+an idle machine with the model in the system's cache, so let nothing else run.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,7 +29,6 @@ from rich.table import Table
 
 import calibrant as cb
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.pipeline.memory import peak_memory
 
 RECIPES = ["rtn-w8a16", "gptq-w4a16", "wanda-2:4", "smoothquant-w8a8"]
 RESULTS = Path(__file__).parent / "results"
@@ -38,21 +39,21 @@ def measure(model: str, recipe: str, samples: int, length: int, dtype: str) -> d
     numbers = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, ModelFolder(model).vocabulary, (samples, length), generator=numbers)
     with tempfile.TemporaryDirectory() as folder:
-        prepared = cb.prepare(
-            model,
-            output=Path(folder) / "out",
-            recipe=recipe,
-            calibration=cb.CalibrationSet.from_tokens(tokens),
-            dtype=dtype,
-        )
-        begin = time.process_time()
-        said = prepared.estimate()
-        estimating, begin, wall = time.process_time() - begin, time.process_time(), time.perf_counter()
+        cb.CalibrationSet.from_tokens(tokens).save(f"{folder}/set")
+        place = Path(folder) / "run"
+        place.mkdir()
+        command = [str(Path(sys.executable).with_name("calibrant")), "compress", model, "-o", f"{place}/out"]
+        command += ["-r", recipe, "-c", f"{folder}/set", "--dtype", dtype, "--json", "--quiet"]
+        begin = time.perf_counter()
+        said = json.loads(subprocess.check_output([*command, "--dry-run"]))
+        estimating, begin = time.perf_counter() - begin, time.perf_counter()
         most, done = [0], threading.Event()
-        watcher = threading.Thread(target=_watch, args=(Path(folder), most, done))
+        watcher = threading.Thread(target=_watch, args=(place, most, done))
         watcher.start()
-        report = prepared.run()
-        cpu, wall = time.process_time() - begin, time.perf_counter() - wall
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        report = json.loads(subprocess.check_output(command))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        wall = time.perf_counter() - begin
         done.set()
         watcher.join()
     return {
@@ -60,22 +61,17 @@ def measure(model: str, recipe: str, samples: int, length: int, dtype: str) -> d
         "recipe": recipe,
         "samples": samples,
         "length": length,
-        "dtype": str(prepared.settings.dtype).removeprefix("torch."),
-        "estimated": {
-            "seconds": [round(value, 1) for value in said.seconds_range],
-            "memory_bytes": said.memory_bytes,
-            "output_bytes": said.output_bytes,
-            "disk_bytes": said.disk_bytes,
-        },
+        "dtype": dtype,
+        "estimated": {name: said[name] for name in ("seconds", "memory_bytes", "output_bytes", "disk_bytes")},
         "measured": {
-            "cpu_seconds": round(cpu, 1),
+            "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
             "wall_seconds": round(wall, 1),
-            "memory_bytes": peak_memory(),
-            "output_bytes": report.bytes_after,
+            "memory_bytes": report["peak_memory_bytes"],
+            "output_bytes": report["bytes_after"],
             "disk_bytes": most[0],
         },
-        "stages": report.seconds,
-        "cpu_seconds_to_estimate": round(estimating, 1),
+        "stages": report["seconds"],
+        "seconds_to_estimate": round(estimating, 1),
     }
 
 
@@ -99,19 +95,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     recipes = given.recipe or RECIPES
-    if given.one:
-        print(json.dumps(measure(given.models[0], recipes[0], given.samples, given.length, given.dtype)))
-        return
     runs = []
     for model in given.models:
+        for file in Path(model).glob("*.safetensors"):
+            file.read_bytes()  # into the system's cache
         for recipe in recipes:
-            command = [sys.executable, __file__, model, "--one", "--recipe", recipe, "--dtype", given.dtype]
-            command += ["--samples", str(given.samples), "--length", str(given.length)]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            runs.append(json.loads(said.splitlines()[-1]))
+            runs.append(measure(model, recipe, given.samples, given.length, given.dtype))
             _save(runs)
     _show(runs)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -269,6 +269,11 @@ class Recipe(Strict):
 
 def builtin_recipes() -> dict[str, Recipe]:
     """The recipes shipped with the package, by name."""
+    return dict(_builtin_recipes())
+
+
+@cache
+def _builtin_recipes() -> dict[str, Recipe]:
     folder = resources.files("calibrant.recipes") / "builtin"
     files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
     recipes = [_parse(entry.read_text(encoding="utf-8"), entry.name) for entry in files]
@@ -282,7 +287,7 @@ def load_recipe(name: str | Path) -> Recipe:
         CalibrantError: there is no such recipe or file, or a key or value in the file is wrong; the message names the
             key.
     """
-    recipes = builtin_recipes()
+    recipes = _builtin_recipes()
     if str(name) in recipes:
         return recipes[str(name)]
     path = Path(name)
