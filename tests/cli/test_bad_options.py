@@ -1,11 +1,13 @@
 """Bad options and bad corpora get one clear sentence and status 2."""
 
 import gzip
+import sys
 from pathlib import Path
 
 import pytest
 
 from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.cli.main import main
 from tests.cli.damage import (
     refused,
 )
@@ -82,3 +84,15 @@ def test_a_model_that_does_not_exist_is_not_asked_for_on_the_network(run, tmp_pa
     ):
         status, out, err = run(*command, "-q")
         refused(status, out, err, "o/n", tmp_path)
+
+
+def test_messages_of_several_processes_say_whose_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["calibrant", "recipes", "no-such-recipe"])
+    for environment, name in ({}, "calibrant"), ({"TORCHELASTIC_RUN_ID": "none", "RANK": "1"}, "calibrant, rank 1"):
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().err.startswith(f"{name}: no-such-recipe: no recipe of that name")

@@ -1,5 +1,6 @@
 """The ``calibrant`` command."""
 
+import os
 import signal
 import sys
 from typing import Any
@@ -65,7 +66,7 @@ def main() -> None:
     try:
         app()
     except (CalibrantError, OSError) as error:
-        print(f"calibrant: {as_options(str(error), _options(sys.argv[1:]))}", file=sys.stderr)
+        print(f"{_name()}: {as_options(str(error), _options(sys.argv[1:]))}", file=sys.stderr)
         sys.exit(_USAGE)
     except StoppedError as stopped:
         from calibrant.ranks import Ranks
@@ -77,6 +78,12 @@ def main() -> None:
         if stop.code == _INTERRUPTED:
             print("calibrant: interrupted, no unfinished output was left behind", file=sys.stderr)
         raise
+
+
+def _name() -> str:
+    """How messages begin; of several processes that torchrun started each says its rank, since each may fail."""
+    rank = os.environ.get("RANK") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    return "calibrant" if rank is None else f"calibrant, rank {rank}"
 
 
 def _options(arguments: list[str]) -> set[str]:
