@@ -54,7 +54,7 @@ def compressed(given: argparse.Namespace, calibration: cb.CalibrationSet, rounds
                 cb.compress(given.model, calibration=calibration, **options)
         else:
             cb.compress(given.model, calibration=calibration, **options)
-        found = cb.evaluate(output, against=given.model, text=given.text, limit=given.windows, dtype="float32")
+        found = cb.evaluate(output, against=given.model, text=given.text, length=512, limit=given.windows)
     assert found.divergence is not None
     return found.divergence.kl_mean
 
