@@ -106,3 +106,27 @@ def test_a_percentile_is_for_ranges_of_that_kind() -> None:
     scheme = {"weights": {"bits": 8}, "activations": {"dynamic": False, "percentile": 99}}
     with pytest.raises(ValidationError, match="percentile is for range: percentile"):
         Recipe.model_validate({**SAID, "scheme": scheme})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"method": {"name": "gptq", "scale_refits": 1}, "weights": {"type": "q4_0"}}, "scale_refits are for integers"),
+        ({"weights": {"bits": 4, "signed_scales": True}}, "symmetric integers with a range_search"),
+        (
+            {"weights": {"bits": 4, "signed_scales": True, "symmetric": False, "range_search": "mse"}},
+            "symmetric integers with a range_search",
+        ),
+        (
+            {
+                "method": {"name": "qat"},
+                "weights": {"bits": 4, "signed_scales": True, "range_search": "mse"},
+            },
+            "learns its ranges, whose scales are positive",
+        ),
+    ],
+)
+def test_fitted_and_signed_scales_are_refused_where_they_have_no_place(changed: dict, said: str) -> None:
+    fields = {**SAID, "method": changed.get("method", {"name": "gptq"}), "scheme": {"weights": changed["weights"]}}
+    with pytest.raises(ValidationError, match=said):
+        Recipe.model_validate(fields)

@@ -22,6 +22,11 @@ class MethodOptions(Strict):
 
     name: str
 
+    def refusal(self, scheme: "Scheme") -> str | None:
+        """A sentence that says why the method cannot reach ``scheme`` with these options; None if it can."""
+        del scheme
+        return None
+
 
 @dataclass(frozen=True)
 class LayerProblem:
@@ -74,6 +79,9 @@ class SchemeWeights(Protocol):
 
     @property
     def range_search(self) -> RangeSearch: ...
+
+    @property
+    def signed_scales(self) -> bool: ...
 
 
 class SchemeActivations(Protocol):

@@ -134,6 +134,8 @@ class Trainer(MethodBase):
             return f"{self.name} trains rounded weights: the scheme needs weights with range_search " + " or ".join(
                 searches
             )
+        if weights.signed_scales:
+            return f"{self.name} learns its ranges, whose scales are positive: leave signed_scales out"
         if weights.type != "int" or (activations is not None and activations.type != "int8"):
             return f"{self.name} trains integers: leave the types of weights and activations out"
         if activations is None or activations.dynamic:

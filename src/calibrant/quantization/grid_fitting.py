@@ -9,7 +9,8 @@
 - "four-over-six": the largest weight of a group at 6 or at 4, whichever squared error is less (arXiv 2512.02010), for
   four-bit floats.
 
-The plain range is the first candidate, so no search ends with a higher cost.
+The plain range is the first candidate, so no search ends with a higher cost. With signed scales a
+search tries every scale with both signs, as llama.cpp does for Q4_0 and Q3_K.
 """
 
 from collections.abc import Callable, Iterator
@@ -68,7 +69,8 @@ def _fit(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None) -> 
         low = -high
     plain = parameters(low, high, spec)
     if spec.range_search == "mse":
-        return Grid(spec, *_cheapest(plain, _shrunk(low, high, spec), partial(_power_cost, groups, spec)))
+        tried = _both_signs(plain, _shrunk(low, high, spec), spec)
+        return Grid(spec, *_cheapest(plain, tried, partial(_power_cost, groups, spec)))
     if spec.range_search == "four-over-six":
         wider = iter([parameters(1.5 * low, 1.5 * high, spec)])
         weighted = WeightedGroups(groups, torch.ones_like(groups), spec.numbers)
@@ -76,10 +78,11 @@ def _fit(weight: torch.Tensor, spec: GridSpec, hessian: torch.Tensor | None) -> 
     if spec.range_search == "importance" and hessian is not None:
         diagonal = hessian.diagonal() if hessian.ndim == 2 else hessian
         weighted = WeightedGroups(groups, _importance(groups, weight, diagonal), spec.numbers)
-        tried = _refitted(weighted, low, high, spec)
+        tried = _refitted(weighted, _both_signs(plain, _scaled(low, high, spec), spec), spec)
         return Grid(spec, *_cheapest(plain, tried, lambda *one: weighted.moments(*one).error))
     if spec.range_search == "clip" and hessian is not None:
-        return Grid(spec, *_best_clipped(groups, [plain, *_clipped(low, high, spec)], hessian, spec))
+        tried = _both_signs(plain, _clipped(low, high, spec), spec)
+        return Grid(spec, *_best_clipped(groups, [plain, *tried], hessian, spec))
     return Grid(spec, *plain)
 
 
@@ -110,6 +113,17 @@ def _cheapest(plain: Parameters, candidates: Iterator[Parameters], cost: Cost) -
         best = torch.where(better, error, best)
         scale, zero_point = torch.where(better, tried_scale, scale), torch.where(better, tried_zero_point, zero_point)
     return scale, zero_point
+
+
+def _both_signs(plain: Parameters, candidates: Iterator[Parameters], spec: GridSpec) -> Iterator[Parameters]:
+    """``candidates``, with signed scales also their opposites and that of ``plain``."""
+    if not spec.signed_scales:
+        yield from candidates
+        return
+    yield -plain[0], plain[1]
+    for scale, zero_point in candidates:
+        yield scale, zero_point
+        yield -scale, zero_point
 
 
 def _shrunk(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[Parameters]:
@@ -147,11 +161,16 @@ def _importance(groups: torch.Tensor, weight: torch.Tensor, diagonal: torch.Tens
     return diagonal.reshape(groups.shape[1:]) * (spread + groups.square()).sqrt()
 
 
-def _refitted(weighted: WeightedGroups, low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[Parameters]:
+def _scaled(low: torch.Tensor, high: torch.Tensor, spec: GridSpec) -> Iterator[Parameters]:
     levels = (spec.qmax - spec.qmin) / 2
     factors = [levels / (levels + _SCALE_STEP_LEVELS * step) for step in range(-_SCALE_STEPS, _SCALE_STEPS + 1)]
     for factor in [*factors, *(_FLOAT_FACTORS if spec.floating else ())]:
-        scale, zero_point = parameters(low * factor, high * factor, spec)
+        yield parameters(low * factor, high * factor, spec)
+
+
+def _refitted(weighted: WeightedGroups, candidates: Iterator[Parameters], spec: GridSpec) -> Iterator[Parameters]:
+    """``candidates`` with the scales that fit their codes best."""
+    for scale, zero_point in candidates:
         sums = weighted.moments(scale, zero_point)
         fitted = sums.products / sums.squares
-        yield torch.where(fitted > 0, stored_scale(fitted.nan_to_num(), spec), scale), zero_point
+        yield torch.where(fitted * scale > 0, stored_scale(fitted.nan_to_num(), spec), scale), zero_point

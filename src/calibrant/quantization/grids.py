@@ -26,7 +26,8 @@ class GridSpec:
     the stored model is the solved one. ``range_search`` names how ranges are chosen. ``floating`` numbers have 4 bits
     (E2M1) or 8 (E4M3) and no zero points. ``scale_rows`` rows share a scale; None: all rows of the matrix.
     ``global_scale`` divides scales of ``NV_SCALE``; ``for_weight`` sets it. With ``blocks`` scales are those of
-    llama.cpp's types.
+    llama.cpp's types. With ``signed_scales`` scales of symmetric integers may be negative: those have one more code
+    below 0 than above, and the largest weight of a group, of either sign, can take it.
     """
 
     bits: int
@@ -38,6 +39,7 @@ class GridSpec:
     scale_rows: int | None = 1
     global_scale: float | None = None
     blocks: BlockScales | None = None
+    signed_scales: bool = False
 
     @property
     def numbers(self) -> NumberType:
@@ -133,7 +135,7 @@ def stored_scale(scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
         least = torch.finfo(NV_SCALE).smallest_normal
         return (scale * spec.global_scale).clamp(least, E4M3.qmax).to(NV_SCALE).float() / spec.global_scale
     stored = scale.to(spec.scale_dtype).float()
-    return torch.where(stored > 0, stored, 1.0)
+    return torch.where((stored != 0) if spec.signed_scales else (stored > 0), stored, 1.0)
 
 
 def encode_groups(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: GridSpec) -> torch.Tensor:

@@ -209,6 +209,7 @@ def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) 
         weights.range_search,
         weights.floating,
         rows,
+        signed_scales=weights.signed_scales,
     )
     if weights.gguf is not None:
         spec = gguf_spec(weights.type, weights.range_search)

@@ -30,7 +30,8 @@ class Weights(Strict):
     weights, by ``granularity``; "mxfp4" and "nvfp4" (E2M1), in groups of 32 with a power of two as their scale, and in
     groups of 16 with an E4M3 scale; "q4_0" to "q6_k" are llama.cpp's types. ``group_size``: None is one scale per
     output channel, "auto" the largest of 128, 64, 32 that divides every layer's inputs. ``range_search``: "none",
-    "mse" and "four-over-six" need no data; "importance" and "clip" use statistics of the inputs.
+    "mse" and "four-over-six" need no data; "importance" and "clip" use statistics of the inputs. ``signed_scales``: the
+    search tries each scale of symmetric integers with both signs, since they have one more code on one side.
     """
 
     type: WeightType = "int"
@@ -39,6 +40,7 @@ class Weights(Strict):
     group_size: int | Literal["auto"] | None = None
     range_search: RangeSearch = "none"
     granularity: Granularity = "channel"
+    signed_scales: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +58,8 @@ class Weights(Strict):
         fine = self.granularity != "channel"
         if self.range_search == "four-over-six" and self.type not in ("mxfp4", "nvfp4"):
             raise ValueError("range_search four-over-six is for the types mxfp4 and nvfp4")
+        if self.signed_scales and (self.type != "int" or not self.symmetric or self.range_search == "none"):
+            raise ValueError("signed_scales are for symmetric integers with a range_search")
         if fine and (self.type != "fp8" or self.range_search != "none"):
             raise ValueError("granularity tensor or block is for the type fp8, without range_search")
         if self.type == "int":

@@ -93,6 +93,7 @@ class Recipe(Strict):
         kind, scheme = self.kind, self.scheme
         refusals = (
             kind.refusal(scheme, by_layer=bool(self.ignore or self.budget)),
+            self.method.refusal(scheme),
             self._drift_refusal(),
             self._transforms_refusal(),
             self.budget.refusal(scheme) if self.budget is not None else None,
