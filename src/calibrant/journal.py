@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ _SUFFIX = ".safetensors"
 SET = "set"
 """Subfolder for a calibration set that the run made; it outlives a run without a state."""
 
+# What else a run keeps in its journal: written parts, hidden states by rank, counted tokens, curves.
+_FOLDERS = re.compile(r"parts|states-\d+|counted|curves")
 _KEY, _HASH = "calibrant.state", "calibrant.sha256"
 
 
@@ -40,9 +43,13 @@ def journal_folder(output: Path) -> Path:
         CalibrantError: the path is taken by something other than a journal.
     """
     folder = companion(output, "journal")
-    kept = [path for path in folder.iterdir() if not _is_ours(path.name)] if folder.is_dir() else []
-    if folder.is_file() or (kept and not (folder / _IDENTITY).is_file()):
+    if folder.is_symlink() or folder.is_file():
         raise CalibrantError(f"{folder}: is in the way of the run's journal; move it")
+    foreign = [path.name for path in folder.iterdir() if not _is_ours(path)] if folder.is_dir() else []
+    if foreign:
+        raise CalibrantError(
+            f"{folder}: is in the way of the run's journal, and holds {foreign[0]}, which no journal has; move it"
+        )
     return folder
 
 
@@ -64,7 +71,10 @@ def check_same_run(output: Path, identity: dict[str, Any]) -> None:
     folder = journal_folder(output)
     found, wanted = read_identity(folder), json.loads(canonical_json(identity))
     if found != wanted:
+        kinds = ["a calibration set" if "set" in one else "a compression" for one in (found, wanted)]
         differs = _first_difference(found, wanted)
+        if kinds[0] != kinds[1]:
+            differs = f"it makes {kinds[0]}, not {kinds[1]}"
         raise CalibrantError(
             f"{folder}: holds an unfinished run with other settings, model or data: {differs}; "
             "run that again, delete the folder, or pass `overwrite=True`"
@@ -275,8 +285,11 @@ def _has_state(folder: Path) -> bool:
     return any(folder.glob(f"*{_SUFFIX}"))
 
 
-def _is_ours(name: str) -> bool:
-    return is_owned(name) or name == _LOCK
+def _is_ours(path: Path) -> bool:
+    name = path.name
+    if is_owned(name) or name in (_LOCK, _IDENTITY, SET):
+        return True
+    return path.suffix == _SUFFIX or _FOLDERS.fullmatch(name) is not None
 
 
 def _locked(descriptor: int) -> bool:
@@ -302,6 +315,10 @@ def _first_difference(found: Any, wanted: Any, place: str = "") -> str:
             one, other = found.get(key), wanted.get(key)
             if one != other:
                 return _first_difference(one, other, f"{place}.{key}" if place else key)
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            if one != other:
+                return _first_difference(one, other, f"{place}[{number}]")
     return f"{place} is {_short(found)} there and {_short(wanted)} here"
 
 

@@ -124,7 +124,10 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
                 for name in files:
                     sync(Path(folder, name))
                 sync(Path(folder))
-            _check_replaceable(target, overwrite)
+            try:
+                _check_replaceable(target, overwrite)
+            except CalibrantError as error:  # it was not there when the run began
+                raise CalibrantError(f"{error}. It appeared during the run: move it, and run again") from error
             old = own / KEPT
             if stays or not _replaced(new, place, old):
                 _replace_content(new, place, old)

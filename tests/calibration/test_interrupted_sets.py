@@ -1,5 +1,6 @@
 """Sets whose making is interrupted: the same call goes on, and ends with the bytes of one that nothing disturbed."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import calibrant as cb
@@ -18,6 +20,7 @@ from calibrant.calibration.selection.activations import FeedForwardMeans
 from calibrant.calibration.sources import text_generation
 from calibrant.cli.main import app
 from calibrant.errors import CalibrantError
+from calibrant.journal import Journal
 from calibrant.stopping import StoppedError, stopping_gently
 
 TEMPLATE = (
@@ -168,7 +171,7 @@ def test_another_corpus_model_or_request_is_refused(place: Path, monkeypatch: py
         selected("parts", "perplexity", samples=6)
     text = Path("corpus.txt").read_text()
     Path("corpus.txt").write_text(text + "more of it\n")
-    with pytest.raises(CalibrantError, match=r"set\.corpora is"):
+    with pytest.raises(CalibrantError, match=r"set\.corpora\[0\]\.files\.corpus\.txt is"):
         selected("parts", "perplexity")
     Path("corpus.txt").write_text(text)
     with pytest.raises(CalibrantError, match=r"set\.corpora is .* and \[\] here"):
@@ -186,3 +189,57 @@ def test_the_commands_go_on_too(place: Path, monkeypatch: pytest.MonkeyPatch, ba
         CliRunner().invoke(app, [*command, "parts"])
     assert CliRunner().invoke(app, [*command, "parts"]).exit_code == 0
     assert files("parts") == files("whole")
+
+
+def killed_selection(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    killing(monkeypatch, perplexity, "row_losses", 3 * PORTION, kill)
+    with pytest.raises(_Killed):
+        selected("parts", "perplexity", **options)
+
+
+def test_another_tokenizer_or_evaluation_text_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("leak.txt").write_text("a text of the evaluation that nothing else has\n")
+    options: dict[str, Any] = {"filters": cb.FilterRequest(leakage=("leak.txt",))}
+    killed_selection(monkeypatch, **options)
+    Path("leak.txt").write_text(Path("corpus.txt").read_text()[:200])
+    with pytest.raises(CalibrantError, match=r"set\.leakage\[0\]\.files\.leak\.txt is"):
+        selected("parts", "perplexity", **options)
+    Path("leak.txt").write_text("a text of the evaluation that nothing else has\n")
+    settings = json.loads(Path("model/tokenizer.json").read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    Path("model/tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(CalibrantError, match=r"set\.tokenizer\.files_sha256 is"):
+        selected("parts", "perplexity", **options)
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        (torch.zeros(24, 3), "24 scores that are not of these candidates"),
+        (torch.zeros(9999), "9999 scores that are not of these candidates"),
+        (torch.zeros(7), "7 scores of 24 candidates"),
+    ],
+)
+def test_scores_of_other_candidates_are_damage(
+    place: Path, monkeypatch: pytest.MonkeyPatch, scores: torch.Tensor, said: str
+) -> None:
+    killed_selection(monkeypatch)
+    journal = Journal(Path("parts"), {}, False)
+    done = 24 if len(scores) < 24 else len(scores)
+    journal.write("scores-1", {"done": done, "scores": scores})
+    with pytest.raises(CalibrantError, match=rf"parts\.journal: damaged \({said}\); delete .*parts\.journal to begin"):
+        selected("parts", "perplexity")
+
+
+def test_a_model_is_not_compressed_into_the_place_of_a_set(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_selection(monkeypatch)
+    with pytest.raises(CalibrantError, match=r"it makes a calibration set, not a compression"):
+        cb.compress("model", output="parts", recipe="rtn-w8a16")
+
+
+def test_other_versions_do_not_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_selection(monkeypatch)
+    monkeypatch.setattr("calibrant.calibration.saved_set.set_library_versions", lambda: {"torch": "1"})
+    with pytest.raises(CalibrantError, match=r"libraries\.\w+ is"):
+        selected("parts", "perplexity")

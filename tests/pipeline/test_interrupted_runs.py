@@ -476,3 +476,41 @@ def test_what_comes_before_the_blocks_stops_too(
         for part in ("parts", "whole")
     )
     assert ours == theirs
+
+
+def test_a_folder_of_others_is_never_taken_for_a_journal(model: Path, tmp_path: Path) -> None:
+    own = tmp_path / "out.journal"
+    (own / "sub").mkdir(parents=True)
+    for name in ("run.json", "diary.txt", "sub/x"):
+        (own / name).write_text("{}")
+    with pytest.raises(CalibrantError, match=r"out\.journal: is in the way of the run's journal, and holds"):
+        compressed(model, tmp_path / "out", "rtn", NoProgress(), overwrite=True)
+    assert sorted(path.name for path in own.rglob("*")) == ["diary.txt", "run.json", "sub", "x"]
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "run.json").write_text("{}")
+    (tmp_path / "other.journal").symlink_to(tmp_path / "victim")
+    with pytest.raises(CalibrantError, match=r"other\.journal: is in the way"):
+        compressed(model, tmp_path / "other", "rtn", NoProgress(), overwrite=True)
+    assert (tmp_path / "victim" / "run.json").is_file()
+
+
+def test_work_is_kept_if_the_output_is_taken_during_the_run(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    compressed(model, tmp_path / "whole", "gptq", NoProgress())
+
+    class _Takes(NoProgress):
+        @contextmanager
+        def task(self, label: str, total: int | None) -> Iterator[Any]:
+            output.mkdir(exist_ok=True)
+            (output / "notes.txt").write_text("mine")
+            with super().task(label, total) as task:
+                yield task
+
+    with pytest.raises(CalibrantError, match=r"exists and is not empty.* It appeared during the run: move it, and run"):
+        compressed(model, output, "gptq", _Takes())
+    assert (output / "notes.txt").read_text() == "mine"
+    shutil.rmtree(output)
+    last = _KillsAfter(99)
+    compressed(model, output, "gptq", last)
+    assert any("goes on after block" in note for note in last.notes)
+    assert files(output) == files(tmp_path / "whole")

@@ -133,7 +133,7 @@ def generate(
         "strategy": strategy,
         "parameters": {**size, **schedule.parameters, **parameters},
         "settings": {"device": str(place), "dtype": str(torch_dtype(dtype, place))},
-        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer": tokenizer.identity,
         "corpora": [] if texts is None else [texts.describe()],
         "model": folder.identity,
     }

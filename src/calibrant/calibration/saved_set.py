@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calibrant.calibration.calibration_set import CalibrationSet
+from calibrant.calibration.calibration_set import CalibrationSet, set_library_versions
 from calibrant.journal import Journal, check_same_run, is_unfinished
+from calibrant.version import __version__
 
 
 def saved_set(
@@ -19,7 +20,7 @@ def saved_set(
     Raises:
         CalibrantError: the set cannot be saved, another run writes there, or an unfinished set there is another one.
     """
-    what = {"set": identity}
+    what = {"set": identity, "calibrant_version": __version__, "libraries": set_library_versions()}
     if is_unfinished(target) and not overwrite:
         check_same_run(target, what)
     journal = Journal(target, what, overwrite)

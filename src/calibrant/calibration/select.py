@@ -27,6 +27,7 @@ from calibrant.executors import Executor, ExecutorName, make_executor
 from calibrant.journal import Journal
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.hub import model_path
+from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
 from calibrant.output_folder import check_output
 from calibrant.progress import NoProgress, Progress
@@ -123,10 +124,14 @@ def select(
         if request.strategy not in WITH_MODEL:
             return found
         place = torch_device(device)
-        scored = [*corpora, *(Corpus(location, target_field) for location in request.targets)]
+        targets = [Corpus(location, target_field) for location in request.targets]
+        leaking = [Corpus(location, request.filters.leakage_field) for location in request.filters.leakage]
         return {
             **found,
-            "corpora": [corpus.describe() for corpus in scored],
+            "tokenizer": Tokenizer(model_path(tokenizer)).identity,
+            "corpora": [corpus.describe() for corpus in corpora],
+            "targets": [corpus.describe() for corpus in targets],
+            "leakage": [corpus.describe() for corpus in leaking],
             "settings": {"device": str(place), "dtype": str(torch_dtype(dtype, place))},
             "model": ModelFolder(model_path(tokenizer)).identity,
         }

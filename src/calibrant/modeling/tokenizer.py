@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 
 from calibrant.errors import CalibrantError, first_line
-from calibrant.hashing import sha256_file, sha256_json
+from calibrant.hashing import sha256_bytes, sha256_file, sha256_json
 from calibrant.modeling.chat_template import ChatTemplate
 
 # Files of a tokenizer with a ``tokenizer.json``; ``config.json`` can name its class.
@@ -131,6 +131,12 @@ class Tokenizer:
     def files_sha256(self) -> str | None:
         """SHA-256 of the tokenizer's files if they define it completely (fast tokenizers), else None."""
         return tokenizer_files_sha256(self._folder) if self.hf.is_fast else None
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """Hashes of the definition, of the files and of the chat template, for what depends on all of them."""
+        template = sha256_bytes(json.dumps(self.hf.chat_template).encode())
+        return {"sha256": self.sha256, "files_sha256": self.files_sha256, "chat_template_sha256": template}
 
     @property
     def size(self) -> int:

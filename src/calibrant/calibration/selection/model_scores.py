@@ -34,14 +34,23 @@ class ModelScores:
         state = journal.read(name) if journal is not None else None
         if journal is not None and state is not None:
             try:
-                self._parts.append(state["scores"].numpy())
-                self._known = len(self._parts[0])
-            except (KeyError, AttributeError, TypeError) as error:
+                scores = state["scores"].numpy()
+                if len(scores) != state["done"]:
+                    raise ValueError(f"{len(scores)} scores of {state['done']} candidates")
+            except (KeyError, AttributeError, TypeError, ValueError) as error:
                 raise journal.damaged(journal.folder, first_line(error)) from error
+            self._parts, self._known = [scores], len(scores)
 
     @property
     def values(self) -> np.ndarray:
-        """The scores of all candidates."""
+        """The scores of all candidates.
+
+        Raises:
+            CalibrantError: the journal has scores of other candidates.
+        """
+        shapes = {part.shape[1:] for part in self._parts}
+        if self._journal is not None and (self._seen < self._known or len(shapes) > 1):
+            raise self._journal.damaged(self._journal.folder, f"{self._known} scores that are not of these candidates")
         return np.concatenate(self._parts)
 
     def see(self, windows: list[Window]) -> None:
