@@ -29,6 +29,7 @@ AWQ = {"transforms": [{"name": "awq"}]}
 SMOOTHQUANT = {"transforms": [{"name": "smoothquant", "alpha": 0.8}]}
 GPTQ = {"method": {"name": "gptq"}}
 REFINED = {"method": {"name": "gptq", "refine_sweeps": 10}}
+REFITTED = {"method": {"name": "gptq", "refine_sweeps": 2, "scale_refits": 2}}
 # By label: what the recipe says beyond the scheme, and what its weights say beyond bits and groups.
 QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rtn": ({"method": {"name": "rtn"}}, {}),
@@ -52,6 +53,18 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gptq, asymmetric": ({**GPTQ, "drift_correction": 1.0}, {}),
     "gptq, clip, a quarter asymmetric": ({**GPTQ, "drift_correction": 0.25}, {"range_search": "clip"}),
     "gptq, clip, refined, a quarter asymmetric": ({**REFINED, "drift_correction": 0.25}, {"range_search": "clip"}),
+    "gptq, signed clip, refined, a quarter asymmetric": (
+        {**REFINED, "drift_correction": 0.25},
+        {"range_search": "clip", "signed_scales": True},
+    ),
+    "gptq, clip, scales refitted, a quarter asymmetric": (
+        {**REFITTED, "drift_correction": 0.25},
+        {"range_search": "clip"},
+    ),
+    "gptq, signed clip, scales refitted, a quarter asymmetric": (
+        {**REFITTED, "drift_correction": 0.25},
+        {"range_search": "clip", "signed_scales": True},
+    ),
     "awq, gptq, clip, refined": ({**AWQ, **REFINED}, {"range_search": "clip"}),
     "awq, gptq, clip, refined, a quarter asymmetric": (
         {**AWQ, **REFINED, "drift_correction": 0.25},
@@ -202,6 +215,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--draw", type=int, default=0)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     parser.add_argument("--sparsity", nargs="*", default=["0.5", "2:4"])
@@ -215,6 +229,7 @@ def main() -> None:
         "corpus": options.corpus.name,
         "text": options.text.name,
         "samples": options.samples,
+        **({"draw": options.draw} if options.draw else {}),  # older results have none
         "length": 512,
         "windows": options.windows,
         "torch": torch.__version__,
@@ -223,7 +238,8 @@ def main() -> None:
     found = known.get("runs", {}) if known.get("settings") == settings else {}
     with tempfile.TemporaryDirectory() as folder:
         calibration = Path(folder) / "set"
-        cb.select(options.corpus, tokenizer=options.model, samples=options.samples, length=512).save(calibration)
+        size = {"samples": options.samples, "length": 512, "draw": options.draw}
+        cb.select(options.corpus, tokenizer=options.model, **size).save(calibration)
         for label, recipe in recipes(options.bits, options.sparsity, not options.no_int8).items():
             if label in found or (options.only and label not in options.only):
                 continue
