@@ -2,12 +2,14 @@
 
 ``sequential_pass`` runs one forward pass per micro-batch, each in a greenlet. A pre-forward hook suspends a pass at
 every stage. Once all passes have reached the stage, it is solved, and they continue with the compressed weights.
-``repeated_passes`` gives the same result with one micro-batch in memory: each stage runs the block again up to there.
+Where hidden states are in files, so are the tensors of suspended passes, and those of one pass are in memory at a time.
 ``two_passes`` is the usual loop: collect all statistics, solve; a second pass propagates. All report inputs to a
 ``Visitor``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import greenlet
@@ -21,8 +23,9 @@ from calibrant.modeling.block_walk import OpenedBlock
 from calibrant.modeling.hooks import Hook, hooked
 from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.routing import find_routing
-from calibrant.modeling.state_files import TensorFiles
+from calibrant.modeling.state_files import StateFiles, TensorFiles
 from calibrant.modeling.structure import BlockStructure, Experts, ExpertUse, InputGroup, Linear, Stage, watch_experts
+from calibrant.modeling.suspended_tensors import SuspendedTensors, tensors_of
 
 Unit = tuple[Linear, ...]
 
@@ -64,6 +67,12 @@ class _Releasable:
         self._held = [held for held in self._held if held[0] > number]
         self._held.append((self._structure.last_use[number], inputs))
 
+    def release(self) -> None:
+        """Release everything."""
+        for tensor in (tensor for _, tensor in self._held if id(tensor) not in self._shared):
+            tensor.set_()  # type: ignore[call-overload]  # as above
+        self._held = []
+
     @property
     def intact(self) -> bool:
         """Whether the block's input is still in memory."""
@@ -81,10 +90,153 @@ class OrderDiffersError(Exception):
         self.intact = intact
 
 
+@dataclass(frozen=True)
+class _Arrival:
+    """The arguments of a stage that a suspended pass has come to."""
+
+    run: "_Run"
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Run:
+    """One forward pass of a micro-batch in a greenlet; with a ``file`` its tensors are there while it is suspended."""
+
+    def __init__(
+        self, module: nn.Module, index: int, structure: BlockStructure, batch: MicroBatch, file: SuspendedTensors | None
+    ) -> None:
+        self.batch = batch
+        self._structure, self._file = structure, file
+        self._memory = _Releasable(structure, batch)
+        self._greenlet = greenlet.greenlet(lambda: call_block(module, index, batch))
+        self.see(batch.hidden)
+
+    def see(self, values: Any) -> None:
+        """Note tensors of this pass."""
+        if self._file is not None:
+            self._file.see(values)
+
+    def to_stage(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Continue to stage ``number`` and return the stage's arguments.
+
+        Raises:
+            OrderDiffersError: the pass comes to another stage.
+        """
+        stage = self._structure.stages[number]
+        arrived = self._greenlet.switch()
+        if self._greenlet.dead or arrived[0] is not stage:
+            raise OrderDiffersError(stage.module, self.intact)
+        if isinstance(stage, InputGroup):
+            self._memory.reached(number, arrived[1][0])
+        return arrived[1], arrived[2]
+
+    def to_end(self) -> torch.Tensor:
+        """Continue to the end and return the block's output.
+
+        Raises:
+            OrderDiffersError: the pass comes to a stage again.
+        """
+        output: torch.Tensor = self._greenlet.switch()
+        if not self._greenlet.dead:
+            raise OrderDiffersError("the first input group again", self.intact)
+        return output
+
+    @contextmanager
+    def in_memory(self) -> Iterator[None]:
+        """Within, its tensors are in memory."""
+        if self._file is not None:
+            self._file.move_back()
+        yield
+        if self._file is not None and not self._greenlet.dead:
+            self._file.move_out()
+
+    @property
+    def intact(self) -> bool:
+        """Whether the block's input is still there."""
+        return self._file is not None or self._memory.intact
+
+    def release(self) -> None:
+        """Give back the input of a pass that has ended, if its output is in a file."""
+        if self._file is not None:
+            self._memory.release()
+
+    def end(self) -> None:
+        """End the pass where it is."""
+        if self._file is not None:
+            self._file.move_back()
+            self._file.forget()
+        if self._greenlet and not self._greenlet.dead:
+            self._greenlet.throw()
+
+
+class _Runs:
+    """The suspended passes of all micro-batches through a block, and beside them those of the original block."""
+
+    def __init__(self, block: OpenedBlock, structure: BlockStructure, original: nn.Module | None) -> None:
+        self._block, self._structure, self._original = block, structure, original
+        self._modules = [block.module] if original is None else [block.module, original]
+        self._found: list[tuple[_Run, _Run | None]] = []
+        self._current: _Run | None = None
+
+    def __iter__(self) -> Iterator[tuple[_Run, _Run | None]]:
+        """Every pass with the one beside it; each begins when it is asked for first."""
+        for position in range(len(self._block.batches)):
+            if position == len(self._found):
+                batch = self._block.batches[position]
+                run = self._begun(self._block.module, batch, position, "block")
+                self._found.append((run, self._twin(batch, position)))
+            yield self._found[position]
+
+    def _twin(self, batch: MicroBatch, position: int) -> _Run | None:
+        return None if self._original is None else self._begun(self._original, batch.beside(), position, "original")
+
+    def _begun(self, module: nn.Module, batch: MicroBatch, position: int, name: str) -> _Run:
+        batches, file = self._block.batches, None
+        if isinstance(batches, StateFiles):
+            given = (batch.calls.args, batch.calls.kwargs, batch.carried, batch.returned, batch.mask)
+            shared = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+            file = SuspendedTensors(batches.suspended_file(position, name), [*shared, *tensors_of(self._modules)])
+        return _Run(module, self._block.index, self._structure, batch, file)
+
+    @contextmanager
+    def running(self, run: _Run) -> Iterator[None]:
+        """Within, ``run`` continues, with its tensors in memory."""
+        with run.in_memory():
+            self._current = run
+            try:
+                yield
+            except OrderDiffersError as difference:
+                difference.intact = all(one.intact for one, _ in self._found)
+                raise
+            finally:
+                self._current = None
+
+    def watching(self) -> ExitStack:
+        """Note what modules are given and return, where passes may move to files."""
+        stack = ExitStack()
+        if isinstance(self._block.batches, StateFiles):
+            parts = [part for module in self._modules for part in module.modules()]
+            stack.enter_context(hooked([(part, lambda _, args, kwargs: self._see((args, kwargs))) for part in parts]))
+            hooks = [(part, lambda _, args, kwargs, output: self._see(output)) for part in parts]
+            stack.enter_context(hooked(hooks, after=True))
+        return stack
+
+    def _see(self, values: Any) -> None:
+        if self._current is not None:
+            self._current.see(values)
+
+    def end(self) -> None:
+        """End all passes."""
+        for run in (run for pair in self._found for run in pair if run is not None):
+            run.end()
+
+
 def sequential_pass(
     block: OpenedBlock, structure: BlockStructure, visitor: Visitor, original: nn.Module | None = None
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """Solve the block's ``structure`` stage by stage during one forward pass per micro-batch.
+
+    Where the batches' states are in files, so are the tensors of suspended passes.
 
     Args:
         block: the block with its micro-batches.
@@ -99,7 +251,6 @@ def sequential_pass(
         OrderDiffersError: micro-batches reach the stages in different orders. Nothing has been solved out of order, but
             weights may have changed.
     """
-    batches = list(block.batches)
     main = greenlet.getcurrent()
 
     def suspend(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,117 +258,40 @@ def sequential_pass(
         if greenlet.getcurrent() is not main:
             main.switch((stage, args, kwargs))
 
-    beside = [batch.beside() for batch in batches] if original is not None else []
+    runs = _Runs(block, structure, original)
     modules = [block.module] if original is None else [block.module, original]
-
-    def started(module: nn.Module, rows: list[MicroBatch]) -> list[Any]:
-        return [greenlet.greenlet(lambda batch=batch: call_block(module, block.index, batch)) for batch in rows]
-
-    runs, twins = started(block.module, batches), started(modules[-1], beside)
-    memory = [_Releasable(structure, batch) for batch in batches]
-    twin_memory = [_Releasable(structure, batch) for batch in beside]
-
-    def advance(run: Any, number: int, tensors: _Releasable) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Continue ``run`` to stage ``number`` and return the stage's arguments."""
-        stage = structure.stages[number]
-        arrived = run.switch()
-        if run.dead or arrived[0] is not stage:
-            raise OrderDiffersError(stage.module, all(tensors.intact for tensors in memory))
-        if isinstance(stage, InputGroup):
-            tensors.reached(number, arrived[1][0])
-        return arrived[1], arrived[2]
-
-    with hooked(hook for module in modules for hook in _stage_hooks(module, structure, suspend)):
+    with runs.watching(), hooked(hook for module in modules for hook in _stage_hooks(module, structure, suspend)):
         try:
             for number, stage in enumerate(structure.stages):
-                arrivals = []
-                for position, batch in enumerate(batches):
-                    args, kwargs = advance(runs[position], number, memory[position])
-                    if not isinstance(stage, InputGroup):
-                        arrivals.append((args, kwargs))
-                        continue
-                    originals = None
-                    if twins:
-                        twin_args, _ = advance(twins[position], number, twin_memory[position])
-                        originals = _counted(twin_args[0], batch.mask, stage)
-                    visitor.add(stage.linears, _counted(args[0], batch.mask, stage), originals)
+                arrivals: list[_Arrival] = []
+                for run, twin in runs:
+                    with runs.running(run):
+                        args, kwargs = run.to_stage(number)
+                        if not isinstance(stage, InputGroup):
+                            arrivals.append(_Arrival(run, args, kwargs))
+                            continue
+                        inputs = _counted(args[0], run.batch.mask, stage)
+                        if twin is None:
+                            visitor.add(stage.linears, inputs)
+                            continue
+                        with runs.running(twin):
+                            beside, _ = twin.to_stage(number)
+                            visitor.add(stage.linears, inputs, _counted(beside[0], run.batch.mask, stage))
                 return_freed_memory()
                 if isinstance(stage, InputGroup):
                     visitor.solve(stage.linears)
                 else:
-                    _solve_experts(block.module, stage, arrivals, batches, visitor)
-            outputs, originals_after = [run.switch() for run in runs], [run.switch() for run in twins]
-            if not all(run.dead for run in (*runs, *twins)):
-                raise OrderDiffersError("the first input group again", all(tensors.intact for tensors in memory))
-            return outputs, originals_after
+                    _solve_experts(block.module, stage, arrivals, visitor)
+            outputs, originals = block.collector("block"), block.collector("original")
+            for run, twin in runs:
+                for one, found in ((run, outputs), (twin, originals)):
+                    if one is not None:
+                        with runs.running(one):
+                            found.append(one.to_end())
+                            one.release()
+            return outputs, originals
         finally:
-            for run in (*runs, *twins):
-                if run and not run.dead:
-                    run.throw()
-
-
-class _StageReachedError(Exception):
-    """Ends a forward pass at the stage whose arguments are wanted."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.given = args, kwargs
-
-
-def repeated_passes(
-    block: OpenedBlock, structure: BlockStructure, visitor: Visitor, original: nn.Module | None = None
-) -> None:
-    """Solve the block's ``structure`` as ``sequential_pass`` does, with one micro-batch in memory at a time.
-
-    Every stage runs each micro-batch from the block's beginning, through the compressed groups before the stage, up to
-    the stage. The arguments are those of ``sequential_pass``; the caller advances the batches.
-
-    Raises:
-        OrderDiffersError: micro-batches reach the stages in different orders. Nothing has been solved out of order, but
-            weights may have changed.
-    """
-    for number, stage in enumerate(structure.stages):
-        if not isinstance(stage, InputGroup):
-            for group in stage.groups:
-                for batch in block.batches:
-                    args, kwargs = _run_up_to(block.module, block.index, structure, number, batch)
-                    _replay_experts(block.module, stage, args, kwargs, batch, visitor, {group[0].parameter})
-                for linear in visitor.starved(group):
-                    for batch in block.batches:
-                        args, kwargs = _run_up_to(block.module, block.index, structure, number, batch)
-                        _replay_expert(block.module, stage, args, kwargs, batch, visitor, linear)
-                for linear in group:
-                    visitor.solve((linear,))
-            continue
-        for batch in block.batches:
-            args, _ = _run_up_to(block.module, block.index, structure, number, batch)
-            originals = None
-            if original is not None:
-                beside, _ = _run_up_to(original, block.index, structure, number, batch.beside())
-                originals = _counted(beside[0], batch.mask, stage)
-            visitor.add(stage.linears, _counted(args[0], batch.mask, stage), originals)
-        return_freed_memory()
-        visitor.solve(stage.linears)
-
-
-def _run_up_to(
-    module: nn.Module, index: int, structure: BlockStructure, number: int, batch: MicroBatch
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of stage ``number`` of block ``index``, which runs on ``batch``."""
-    expected = iter(structure.stages[: number + 1])
-
-    def reached(stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if next(expected) is not stage:
-            raise OrderDiffersError(stage.module, intact=True)
-        if stage is structure.stages[number]:
-            raise _StageReachedError(args, kwargs)
-
-    with hooked(_stage_hooks(module, structure, reached)):
-        try:
-            call_block(module, index, batch)
-        except _StageReachedError as end:
-            return end.given
-    raise OrderDiffersError(structure.stages[number].module, intact=True)
+            runs.end()
 
 
 def two_passes(block: OpenedBlock, structure: BlockStructure, visitor: Visitor) -> list[torch.Tensor] | TensorFiles:
@@ -292,17 +366,18 @@ def _counted(inputs: torch.Tensor, mask: torch.Tensor, stage: InputGroup) -> tor
 def _solve_experts(
     block: nn.Module,
     stage: Experts,
-    arrivals: list[tuple[tuple[Any, ...], dict[str, Any]]],
-    batches: list[MicroBatch],
+    arrivals: list[_Arrival],
     visitor: Visitor,
 ) -> None:
     """Replay the experts once per product, so that its inputs come from the compressed products before it."""
     for group in stage.groups:
-        for (args, kwargs), batch in zip(arrivals, batches, strict=True):
-            _replay_experts(block, stage, args, kwargs, batch, visitor, {group[0].parameter})
+        for one in arrivals:
+            with one.run.in_memory():
+                _replay_experts(block, stage, one.args, one.kwargs, one.run.batch, visitor, {group[0].parameter})
         for linear in visitor.starved(group):
-            for (args, kwargs), batch in zip(arrivals, batches, strict=True):
-                _replay_expert(block, stage, args, kwargs, batch, visitor, linear)
+            for one in arrivals:
+                with one.run.in_memory():
+                    _replay_expert(block, stage, one.args, one.kwargs, one.run.batch, visitor, linear)
         for linear in group:
             visitor.solve((linear,))
 

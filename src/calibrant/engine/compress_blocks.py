@@ -10,16 +10,14 @@ import torch
 from calibrant.allocator import return_freed_memory
 from calibrant.clock import Clock
 from calibrant.engine.block_checkpoints import NAME, ON_DISK, BlockCheckpoints
-from calibrant.engine.block_engine import OrderDiffersError, repeated_passes, sequential_pass, two_passes
+from calibrant.engine.block_engine import OrderDiffersError, sequential_pass, two_passes
 from calibrant.engine.block_solver import BlockSolver, LayerReport
 from calibrant.engine.block_transforms import transform_block
 from calibrant.engine.checkpoint_writer import CheckpointWriter
 from calibrant.errors import CalibrantError
 from calibrant.journal import Journal, saved_numbers
 from calibrant.modeling.block_walk import BlockWalk
-from calibrant.modeling.inputs import call_block
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.state_files import StateFiles
 from calibrant.modeling.structure import BlockStructure, Experts
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
@@ -170,10 +168,6 @@ class _Compression:
             name = min(structure.recurring)
             self._note(f"{name} runs several times in a pass: blocks with such a layer are solved in two passes")
             self._solve_in_two_passes(solver, structure, propagate=True)
-        elif self._order == "sequential" and isinstance(block.batches, StateFiles):
-            repeated_passes(block, structure, solver)
-            with solver.observing_caches():
-                block.advance()
         elif self._order == "sequential":
             with solver.observing_caches():
                 block.advance(sequential_pass(block, structure, solver)[0])
@@ -203,13 +197,6 @@ class _Compression:
             raise CalibrantError(f"{block.name}: {name} runs several times in a pass, so {_NO_ORIGINAL}")
         # Copied before the caches are watched: a copy has the hooks too.
         original = copy.deepcopy(block.module)
-        if not isinstance(block.batches, StateFiles):
-            with solver.observing_caches():
-                outputs, originals = sequential_pass(block, structure, solver, original=original)
-            block.advance(outputs, originals)
-            return
-        repeated_passes(block, structure, solver, original)
         with solver.observing_caches():
-            for batch in block.batches:
-                beside = batch.beside()
-                batch.advance(block.run(batch), call_block(original, block.index, beside))
+            outputs, originals = sequential_pass(block, structure, solver, original=original)
+        block.advance(outputs, originals)

@@ -57,9 +57,9 @@ class OpenedBlock:
             hidden = self.run(batch) if outputs is None else outputs[position]
             batch.advance(hidden, originals[position] if originals is not None else None)
 
-    def collector(self) -> "list[torch.Tensor] | TensorFiles":
-        """An empty sequence for one output per batch, held where the batches' states are."""
-        return self.batches.collector() if isinstance(self.batches, StateFiles) else []
+    def collector(self, name: str = "block") -> "list[torch.Tensor] | TensorFiles":
+        """An empty sequence for one output per batch, held where the batches' states are; ``name`` tells two apart."""
+        return self.batches.collector(name) if isinstance(self.batches, StateFiles) else []
 
 
 class BlockWalk:

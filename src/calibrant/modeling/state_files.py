@@ -13,7 +13,7 @@ from calibrant.hashing import sha256_file
 from calibrant.modeling.inputs import Carried, MicroBatch
 from calibrant.output_folder import sync
 
-_HIDDEN, _ORIGINAL, _OUTPUT = "hidden", "original", "output"
+_HIDDEN, _ORIGINAL, _OUTPUT, _SUSPENDED = "hidden", "original", "output", "suspended"
 
 
 @dataclass
@@ -32,8 +32,8 @@ class _FiledBatch(MicroBatch):
 class TensorFiles(Sequence[torch.Tensor]):
     """Tensors in files of ``folder``, each of which is read when it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
         self._like: list[torch.Tensor] = []
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class TensorFiles(Sequence[torch.Tensor]):
         _write(self._file(len(self) - 1), tensor)
 
     def _file(self, position: int) -> Path:
-        return self._folder / f"{position:06d}.{_OUTPUT}"
+        return self._folder / f"{position:06d}-{self._name}.{_OUTPUT}"
 
 
 class StateFiles(Sequence[MicroBatch]):
@@ -133,9 +133,13 @@ class StateFiles(Sequence[MicroBatch]):
         """``MicroBatch.carried`` of every batch."""
         return [batch.carried for batch in self._batches]
 
-    def collector(self) -> TensorFiles:
-        """An empty sequence for one tensor per batch."""
-        return TensorFiles(self._folder)
+    def collector(self, name: str = "block") -> TensorFiles:
+        """An empty sequence for one tensor per batch; two at a time need different names."""
+        return TensorFiles(self._folder, name)
+
+    def suspended_file(self, position: int, name: str) -> Path:
+        """Where the tensors of a suspended forward pass of the batch at ``position`` may go."""
+        return self._folder / f"{position:06d}-{name}.{_SUSPENDED}"
 
     def keep(self, generation: int) -> dict[str, str]:
         """Wait until the states of ``generation``, the latest, are on the disk; returns their hashes by file.
@@ -175,7 +179,7 @@ class StateFiles(Sequence[MicroBatch]):
         for file in sorted(wanted):
             if not file.is_file() or sha256_file(file) != hashes.get(file.name):
                 raise ValueError(f"{file.name} is missing or has changed")
-        for name in (_HIDDEN, _ORIGINAL, _OUTPUT):
+        for name in (_HIDDEN, _ORIGINAL, _OUTPUT, _SUSPENDED):
             for file in self._folder.glob(f"*.{name}"):
                 if file not in wanted:
                     file.unlink()
@@ -217,7 +221,9 @@ def _write(file: Path, tensor: torch.Tensor) -> None:
 def _read(file: Path, like: torch.Tensor) -> torch.Tensor:
     """The tensor in ``file``, of the dtype, shape and device of ``like``."""
     try:
-        values = torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(like.dtype).view(like.shape)
+        values = torch.empty(like.shape, dtype=like.dtype)  # its storage can be resized
+        stored = torch.from_numpy(np.fromfile(file, dtype=np.uint8))
+        values.view(-1).view(torch.uint8).copy_(stored)
     except (OSError, RuntimeError) as error:
         raise CalibrantError(f"{file}: cannot be read ({first_line(error)}); run again") from error
     return values.to(like.device)

@@ -39,8 +39,8 @@ _FEW_ROWS, _MANY_ROWS, _MOST_COLUMNS, _TOKENS = 32, 288, 2048, 2048
 _INPUTS_PER_LINEAR = 4 / 7
 # What compiled kernels and their compiler add to the process.
 _KERNEL_BYTES = 80 * 2**20
-# Forward passes of a block up to each of a Llama's four inputs: nothing, attention, attention again, nearly all (ours).
-_REPEATED_PASSES = 1.5
+# Hidden widths and inner widths of a token that a Llama block's four suspensions write and read together.
+_SUSPENDED = 9, 1
 # How far a run may be from the estimate, either way: the load and clock of the machine, disks slower than memory.
 _SPREAD = 1.35
 
@@ -144,7 +144,7 @@ class _Size:
         # A transform's pass is the last one unless solving needs statistics of the transformed block.
         passes = float(recipe.solves_with_data)
         passes += sum(not isinstance(transform, Quadapter) for transform in recipe.transforms)
-        passes = max(passes, 1.0) + (_REPEATED_PASSES if self.on_disk and recipe.solves_with_data else 0.0)
+        passes = max(passes, 1.0)
         work = 1.5 * 2.0 * self._parameters * self._tokens * passes
         # Norms, rotations, softmax and gates write this many numbers per token beside the products' results.
         numbers = 12 * self._hidden + 6 * max(self._widths, default=self._hidden)
@@ -152,7 +152,16 @@ class _Size:
         for transform in recipe.transforms:
             if isinstance(transform, Awq):
                 work += transform.steps * 3 * 2.0 * 1024 * self._parameters
-        return work / self._rate(self._dtype) + passes * touched * self._copy_seconds() if work else 0.0
+        if not work:
+            return 0.0
+        moved = 2 * self._suspended_bytes(*_SUSPENDED) * len(self._plan.blocks) if self.on_disk else 0
+        return work / self._rate(self._dtype) + (passes * touched + moved) * self._copy_seconds()
+
+    def _suspended_bytes(self, hidden: int, inner: int) -> int:
+        """Bytes of so many hidden and inner widths of all tokens, and of the original model's beside them."""
+        models = 2 if self._plan.recipe.drift_correction else 1
+        widths = hidden * self._hidden + inner * max(self._widths, default=self._hidden)
+        return models * self._tokens * torch.empty(0, dtype=self._dtype).element_size() * widths
 
     def _solving_seconds(self) -> float:
         """Statistics and solves, from the measured time of a small layer of each width."""
@@ -198,11 +207,10 @@ class _Size:
 
     def disk_bytes(self) -> int:
         """Most bytes on the disk: the output, its parts unless they are its shards, and the states of the journal."""
-        output = self.output_bytes()
-        element = torch.empty(0, dtype=self._dtype).element_size()
-        copies = 2 if self._plan.recipe.drift_correction else 1
-        state = self._tokens * element * self._hidden * copies
-        return output * (2 if output <= SHARD_BYTES else 1) + (3 if self.on_disk else 2) * state
+        output, state = self.output_bytes(), self._suspended_bytes(1, 0)
+        # Beside two states, the outputs of a block and what is suspended before its last solve.
+        states = 3 * state + self._suspended_bytes(1, 1) if self.on_disk else 2 * state
+        return output * (2 if output <= SHARD_BYTES else 1) + states
 
     def memory_bytes(self, on_disk: bool) -> int:
         """The process, and what the largest phase adds: embedding, a block, or writing the largest tensor outside."""
