@@ -1,6 +1,8 @@
 """Runs with less memory than their hidden states need: files hold them, and the result is the same."""
 
+import gc
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 import calibrant as cb
 from calibrant import checkpoint_interval
 from calibrant.cli.main import app
+from calibrant.engine.block_solver import BlockSolver
 from calibrant.errors import CalibrantError
 from calibrant.formats.safetensors_file import stored_tensors
 from calibrant.modeling import entry
@@ -203,3 +206,40 @@ def test_rows_are_written_in_batches_that_fit(model: Path, monkeypatch: pytest.M
     fits = {weights - 1: 0, weights + row: 1, weights + 5 * row: 4, weights + 1000 * row: 64}
     for most, rows in fits.items():
         assert own_set._fitting_rows(folder, size, torch.float32, most) == rows
+
+
+def bytes_of_tensors() -> int:
+    """Bytes of the storages of all tensors in this process."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor and not one.is_meta]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", ["gptq", "drift"])
+def test_memory_of_suspended_passes_does_not_grow_with_the_rows(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The most bytes of tensors while layers are solved: of 96 rows instead of 16, in files and in memory."""
+    most = [0]
+    solve = BlockSolver.solve
+
+    def measured(self: BlockSolver, unit: Any) -> None:
+        most[0] = max(most[0], bytes_of_tensors())
+        solve(self, unit)
+
+    monkeypatch.setattr(BlockSolver, "solve", measured)
+    found = {}
+    for most_memory in ("1MB", "64GB"):
+        for rows in (16, 96):
+            most[0] = 0
+            cb.compress(
+                model, output=tmp_path / f"{most_memory}-{rows}", recipe=recipe(name), memory=most_memory,
+                calibration=random_set(model, samples=rows), dtype="float32",
+            )  # fmt: skip
+            found[most_memory, rows] = most[0]
+    states = 80 * 32 * 64 * 4  # of 80 rows
+    assert found["64GB", 96] - found["64GB", 16] > 2 * states
+    assert found["1MB", 96] - found["1MB", 16] < 0.2 * states

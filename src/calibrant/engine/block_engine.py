@@ -25,7 +25,7 @@ from calibrant.modeling.inputs import MicroBatch, call_block
 from calibrant.modeling.routing import find_routing
 from calibrant.modeling.state_files import StateFiles, TensorFiles
 from calibrant.modeling.structure import BlockStructure, Experts, ExpertUse, InputGroup, Linear, Stage, watch_experts
-from calibrant.modeling.suspended_tensors import SuspendedTensors, tensors_of
+from calibrant.modeling.suspended_tensors import SuspendedTensors, local_tensors, tensors_of
 
 Unit = tuple[Linear, ...]
 
@@ -148,6 +148,7 @@ class _Run:
             self._file.move_back()
         yield
         if self._file is not None and not self._greenlet.dead:
+            self._file.see(local_tensors(self._greenlet.gr_frame))
             self._file.move_out()
 
     @property

@@ -1,10 +1,12 @@
 """Tensors of a suspended forward pass in a file, so that memory holds those of one pass at a time."""
 
 import ctypes
+import inspect
 import io
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,11 +28,23 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     return found
 
 
-class SuspendedTensors:
-    """Tensors that one forward pass has handed between modules, in ``file`` while it is suspended.
+def local_tensors(frame: FrameType | None) -> list[torch.Tensor]:
+    """Tensors in the local variables of ``frame`` and of the frames that called it."""
+    found: list[torch.Tensor] = []
+    while frame is not None:
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function
+            variables = frame.f_locals
+            found += [leaf for leaf in tree_leaves(list(variables.values())) if _is_tensor(leaf)]
+            if isinstance(variables, dict):  # a copy, before Python 3.13, which would keep the tensors alive
+                variables.clear()
+        frame = frame.f_back
+    return found
 
-    Storages move as a whole, so all tensors that share one stay consistent. Those of ``shared`` tensors never move, and
-    what no module has been given or has returned stays in memory.
+
+class SuspendedTensors:
+    """Tensors of one forward pass that ``see`` is told of, in ``file`` while it is suspended.
+
+    Storages move as a whole, so all tensors that share one stay consistent. Those of ``shared`` tensors never move.
     """
 
     def __init__(self, file: Path, shared: Iterable[torch.Tensor]) -> None:
