@@ -1,11 +1,14 @@
 """Scales fitted to frozen codes are the least-squares solution, and the best that GPTQ's own alternation finds."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import calibrant as cb
 from calibrant.kernels import row_tiles
 from calibrant.methods.solvers import scale_refit
 from calibrant.methods.solvers.gptq import gptq
@@ -15,6 +18,7 @@ from calibrant.methods.solvers.scale_refit import refit_scales
 from calibrant.quantization.grid_fitting import fit_grid
 from calibrant.quantization.grids import Grid, GridSpec, decode, encode
 from tests import references
+from tests.conftest import random_set
 
 
 def damped(hessian: torch.Tensor) -> torch.Tensor:
@@ -113,3 +117,22 @@ def test_a_layer_in_parts_keeps_its_fitted_scales(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(row_tiles, "CHUNK_BYTES", 4 * 64 * 64)
     parts = gptq(weight, hessian, spec, refine_sweeps=3, scale_refits=2)
     torch.testing.assert_close(whole.errors.sum(), parts.errors.sum(), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_transformers_computes_with_signed_scales(llama: Path, tmp_path: Path, bits: int) -> None:
+    recipe = cb.Recipe.model_validate(
+        {
+            "name": "signed",
+            "description": "d",
+            "method": {"name": "gptq", "refine_sweeps": 2, "scale_refits": 2},
+            "scheme": {
+                "weights": {"bits": bits, "group_size": 16, "range_search": "clip", "signed_scales": True},
+            },
+        }
+    )
+    cb.compress(llama, output=tmp_path / "out", recipe=recipe, calibration=random_set(llama), dtype="float32")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    scales = torch.cat([tensor.flatten() for name, tensor in stored.items() if name.endswith("weight_scale")])
+    assert 0.2 < (scales < 0).double().mean() < 0.8
+    assert cb.prove(tmp_path / "out", dtype="float32", length=32, windows=1, new_tokens=4).agrees
