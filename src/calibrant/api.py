@@ -84,8 +84,8 @@ def compress(
         dequantize: take a quantized model for the dense one that it stands for: its weights are decoded as they are
             read. Without it, quantized models are refused.
         memory: how much the run may use, such as "6GB" or a number of bytes; None: what is free. Where that is too
-            little for the hidden states of all rows, files hold them and passes are repeated, with the same result. A
-            model that does not fit writes no calibration set: without one, the built-in corpus takes its place.
+            little for the hidden states of all rows, files hold them and what waits for a solve, with the same result.
+            A model that does not fit writes no calibration set: without one, the built-in corpus takes its place.
         progress: receives progress and notes; None for silence.
 
     Raises:

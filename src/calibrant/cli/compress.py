@@ -74,7 +74,7 @@ def compress(
         typer.Option(
             "--memory",
             help="Memory that the run may use, as in 6GB; by default what is free. Where hidden states need more, "
-            "files hold them and forward passes are repeated, with the same result. A model that does not fit writes "
+            "files hold them and what waits for a solve, with the same result. A model that does not fit writes "
             "no calibration set: without -c the built-in corpus takes its place.",
         ),
     ] = None,

@@ -10,10 +10,11 @@ import torch
 from calibrant.allocator import return_freed_memory
 from calibrant.clock import Clock
 from calibrant.engine.block_checkpoints import NAME, ON_DISK, BlockCheckpoints
-from calibrant.engine.block_engine import OrderDiffersError, sequential_pass, two_passes
+from calibrant.engine.block_engine import sequential_pass, two_passes
 from calibrant.engine.block_solver import BlockSolver, LayerReport
 from calibrant.engine.block_transforms import transform_block
 from calibrant.engine.checkpoint_writer import CheckpointWriter
+from calibrant.engine.suspended_passes import OrderDiffersError
 from calibrant.errors import CalibrantError
 from calibrant.journal import Journal, saved_numbers
 from calibrant.modeling.block_walk import BlockWalk

@@ -78,7 +78,8 @@ class SuspendedTensors:
         try:
             with self._file.open("wb") as stream:
                 for storage in storages.values():
-                    stream.write(_buffer(storage.cpu()))
+                    here = storage.cpu()  # held while it is written
+                    stream.write(_buffer(here))
         except OSError as error:
             raise CalibrantError(
                 f"{self._file}: cannot be written ({first_line(error)}); free some disk, or choose another output"
