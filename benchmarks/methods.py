@@ -30,6 +30,8 @@ SMOOTHQUANT = {"transforms": [{"name": "smoothquant", "alpha": 0.8}]}
 GPTQ = {"method": {"name": "gptq"}}
 REFINED = {"method": {"name": "gptq", "refine_sweeps": 10}}
 REFITTED = {"method": {"name": "gptq", "refine_sweeps": 2, "scale_refits": 2}}
+DAMPED = {"method": {"name": "gptq", "damping": 0.1, "refine_sweeps": 2, "scale_refits": 2}, "drift_correction": 0.5}
+SEARCHED = {"method": {"name": "sparsegpt", "refine_sweeps": 10}, "drift_correction": 0.5}
 # By label: what the recipe says beyond the scheme, and what its weights say beyond bits and groups.
 QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rtn": ({"method": {"name": "rtn"}}, {}),
@@ -65,6 +67,14 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**REFITTED, "drift_correction": 0.25},
         {"range_search": "clip", "signed_scales": True},
     ),
+    "gptq, signed clip, scales refitted, damped, half asymmetric": (
+        DAMPED,
+        {"range_search": "clip", "signed_scales": True},
+    ),
+    "gptq, signed clip, scales refitted, damped, half asymmetric, reconstructed": (
+        {**DAMPED, "reconstruction": {}},
+        {"range_search": "clip", "signed_scales": True},
+    ),
     "awq, gptq, clip, refined": ({**AWQ, **REFINED}, {"range_search": "clip"}),
     "awq, gptq, clip, refined, a quarter asymmetric": (
         {**AWQ, **REFINED, "drift_correction": 0.25},
@@ -77,6 +87,8 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": {"name": "sparsegpt"}},
     "sparsegpt, asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 1.0},
     "sparsegpt, a quarter asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 0.25},
+    "sparsegpt, refined, half asymmetric": SEARCHED,
+    "sparsegpt, refined, half asymmetric, reconstructed": {**SEARCHED, "reconstruction": {}},
 }
 DYNAMIC, MINMAX = {"dynamic": True}, {"dynamic": False}
 # By label: what the recipe says beyond the scheme, and its activations.

@@ -49,6 +49,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "keys and values": {"method": {"name": "rtn"}, "scheme": {"weights": {"bits": 4}, "kv_cache": {"type": "int8"}}},
     "drift": {"method": {"name": "gptq"}, "drift_correction": 0.5},
+    "reconstruction": {"method": {"name": "gptq"}, "reconstruction": {"epochs": 2}},
+    "reconstructed zeros": {
+        "method": {"name": "sparsegpt", "refine_sweeps": 2},
+        "scheme": {"sparsity": "2:4"},
+        "drift_correction": 0.5,
+        "reconstruction": {"epochs": 2},
+    },
     "budget": {"method": {"name": "gptq"}, "budget": {"choices": [2, 4, 8], "average": 4}},
     "head": {"method": {"name": "rtn"}, "scheme": {"weights": {"bits": 4}, "lm_head": {}}},
 }

@@ -22,13 +22,13 @@ from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.module_call import ModuleCall
+from calibrant.modeling.trainable_block import TrainableBlock
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress
 from calibrant.recipes.make_plan import make_plan
 from calibrant.recipes.recipe import Recipe
 from calibrant.training.quadapter import ScaleFit, learn_scales
 from calibrant.training.scaled_model import PlacedPair, ScaledModel
-from calibrant.training.trainable_block import TrainableBlock
 from tests.checkpoints import loaded_divergence
 from tests.conftest import random_set, write_model
 

@@ -41,6 +41,8 @@ class LayerReport:
         measure: basis of the error: the full Hessian ("hessian"), its diagonal ("diagonal") or the weights ("weights").
         tokens: number of counted calibration tokens that reached the linear.
         routed: of an expert's linear that got all tokens, how many of them the router had sent there; else None.
+        reconstructed: error of the block's outputs on held-out rows after its reconstruction, relative to before; else
+            None. The other errors are those before.
         zeros: number of zero weights, if it was pruned.
         elements: number of weights.
         bits: bits per weight, None if it was not quantized.
@@ -56,6 +58,7 @@ class LayerReport:
     bits: int | None
     record: SolverRecord
     routed: int | None = None
+    reconstructed: float | None = None
 
 
 @dataclass

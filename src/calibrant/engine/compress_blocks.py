@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from calibrant.allocator import return_freed_memory
 from calibrant.clock import Clock
 from calibrant.engine.block_checkpoints import NAME, ON_DISK, BlockCheckpoints
 from calibrant.engine.block_engine import sequential_pass, two_passes
+from calibrant.engine.block_reconstruction import reconstruct
 from calibrant.engine.block_solver import BlockSolver, LayerReport
 from calibrant.engine.block_transforms import transform_block
 from calibrant.engine.checkpoint_writer import CheckpointWriter
@@ -34,7 +36,7 @@ Order = Literal["sequential", "two-pass", "independent"]
 STATES = "states"
 """Subfolders of the journal for hidden states that memory has no room for, one for each rank, begin so."""
 
-_NO_ORIGINAL = "the original model cannot run beside it; take a recipe without drift_correction"
+_NO_ORIGINAL = "the original model cannot run beside it; take a recipe without drift_correction and reconstruction"
 
 
 def compress_blocks(
@@ -63,7 +65,7 @@ def compress_blocks(
     """
     with clock.stage("embed"):
         given = rows if plan.recipe.gathers else None
-        beside = plan.recipe.drift_correction > 0
+        beside = plan.recipe.beside_original
         on_disk = bool(saved_numbers(journal.folder, NAME).get(ON_DISK, on_disk))
         states = journal.folder / f"{STATES}-{ranks.rank}" if on_disk else None
         walk = BlockWalk(model, plan.blocks, given, dtype, beside, states, ranks)
@@ -106,7 +108,7 @@ class _Compression:
                 return solver
         except OrderDiffersError as difference:
             where = f"{self._plan.blocks[index]}: sequences reach {difference} in different orders"
-            if self._plan.recipe.drift_correction:
+            if self._plan.recipe.beside_original:
                 raise CalibrantError(f"{where}, so {_NO_ORIGINAL}") from difference
             if not difference.intact or not self._ranks.alone:
                 raise CalibrantError(f'{where}; run again with `order="two-pass"`') from difference
@@ -163,7 +165,7 @@ class _Compression:
                 )
             if len(outputs):
                 block.advance(outputs)
-        elif self._plan.recipe.drift_correction:
+        elif self._plan.recipe.beside_original:
             self._solve_beside_original(solver, structure)
         elif self._order == "sequential" and structure.recurring:
             name = min(structure.recurring)
@@ -188,8 +190,7 @@ class _Compression:
         if not propagate:
             solver.block.advance(outputs)
 
-    @staticmethod
-    def _solve_beside_original(solver: BlockSolver, structure: BlockStructure) -> None:
+    def _solve_beside_original(self, solver: BlockSolver, structure: BlockStructure) -> None:
         block = solver.block
         if any(isinstance(stage, Experts) for stage in structure.stages):
             raise CalibrantError(f"{block.name}: its experts are fused, so {_NO_ORIGINAL}")
@@ -198,6 +199,20 @@ class _Compression:
             raise CalibrantError(f"{block.name}: {name} runs several times in a pass, so {_NO_ORIGINAL}")
         # Copied before the caches are watched: a copy has the hooks too.
         original = copy.deepcopy(block.module)
+        options = self._plan.recipe.reconstruction
+        if options is None:
+            with solver.observing_caches():
+                outputs, originals = sequential_pass(block, structure, solver, original=original)
+            block.advance(outputs, originals)
+            return
+        # The pass empties the tensors of states in memory; these share their values.
+        states = [batch.hidden.detach() for batch in block.batches] if isinstance(block.batches, list) else []
+        _, originals = sequential_pass(block, structure, solver, original=original)
+        del original
+        for batch, hidden in zip(block.batches, states, strict=False):
+            batch.hidden = hidden
+        with self._clock.stage("reconstruct"):
+            share = reconstruct(solver, structure, originals, options)
+        solver.layers = [replace(layer, reconstructed=share) for layer in solver.layers]
         with solver.observing_caches():
-            outputs, originals = sequential_pass(block, structure, solver, original=original)
-        block.advance(outputs, originals)
+            block.advance(None, originals)

@@ -44,7 +44,8 @@ def _forward(
     plain = causal and dropout == 0.0 and length == key.shape[2] > 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     fits = query.shape[-1] == value.shape[-1] and query.shape[-1] % 2 == 0 and scale > 0
-    if plain and fits and query.dtype is torch.bfloat16 and not _means_more(kwargs):
+    trained = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    if plain and fits and not trained and query.dtype is torch.bfloat16 and not _means_more(kwargs):
         window = length if attention_mask is None else _window(attention_mask, length)
         if window:
             return causal_attention(query, key, value, scale, window), None

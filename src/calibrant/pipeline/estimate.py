@@ -145,6 +145,8 @@ class _Size:
         passes = float(recipe.solves_with_data)
         passes += sum(not isinstance(transform, Quadapter) for transform in recipe.transforms)
         passes = max(passes, 1.0)
+        if recipe.reconstruction is not None:  # a step costs three passes; then the block runs once more
+            passes += 3.5 * recipe.reconstruction.epochs + 1
         work = 1.5 * 2.0 * self._parameters * self._tokens * passes
         # Norms, rotations, softmax and gates write this many numbers per token beside the products' results.
         numbers = 12 * self._hidden + 6 * max(self._widths, default=self._hidden)
@@ -159,7 +161,7 @@ class _Size:
 
     def _suspended_bytes(self, hidden: int, inner: int) -> int:
         """Bytes of so many hidden and inner widths of all tokens, and of the original model's beside them."""
-        models = 2 if self._plan.recipe.drift_correction else 1
+        models = 2 if self._plan.recipe.beside_original else 1
         widths = hidden * self._hidden + inner * max(self._widths, default=self._hidden)
         return models * self._tokens * torch.empty(0, dtype=self._dtype).element_size() * widths
 
@@ -219,16 +221,25 @@ class _Size:
         source = torch.empty(0, dtype=self._model.folder.dtype).element_size()
         folder, widest = self._model.folder, max(self._widths, default=self._hidden)
         outside = self._model.names_outside(self._plan.blocks)
-        models = 2 if recipe.drift_correction else 1
+        models = 2 if recipe.beside_original else 1
         hidden = 0 if on_disk else models * self._tokens * element * self._hidden
         together = min(self._tokens, max(MICRO_BATCH_TOKENS, self._length)) if on_disk else self._tokens
         inputs = models * together * element * (2 * self._hidden + 2 * widest)
         solve = max((self._solve_bytes(layer) for layer in self._plan.layers.values()), default=0)
-        block = self._block * (source + models * element) + solve + inputs
+        block = self._block * (source + models * element) + max(solve + inputs, self._reconstruction_bytes(together))
         embedding = sum(_stored_bytes(folder, [name]) for name in outside) * (1 + element / source)
         largest = 2 * max((_stored_bytes(folder, [name]) for name in outside), default=0)
         phase = int(max(block, embedding if self._tokens else 0, largest))
         return resident_memory() + _KERNEL_BYTES + hidden + phase
+
+    def _reconstruction_bytes(self, together: int) -> int:
+        """What reconstructing a block takes: its weights six times, and what a micro-batch keeps for gradients."""
+        if self._plan.recipe.reconstruction is None:
+            return 0
+        batch = min(self._tokens, max(MICRO_BATCH_TOKENS, self._length))
+        element, widest = torch.empty(0, dtype=self._dtype).element_size(), max(self._widths, default=self._hidden)
+        kept = batch * (4 * 4 * self._hidden + element * (12 * self._hidden + 8 * widest))
+        return 6 * 4 * self._block + kept + 2 * together * element * self._hidden
 
     def _solve_bytes(self, layer: LayerPlan) -> int:
         """What solving a layer takes, with another one of its size that shares its input."""

@@ -270,8 +270,9 @@ def prepare(
     goes_on = is_unfinished(target) and not overwrite
     if order not in _ORDERS:
         raise CalibrantError(f"{order}: no such order; there are {', '.join(_ORDERS)}")
-    if chosen.drift_correction and order != "sequential":
-        raise CalibrantError(f'recipe {chosen.name} corrects drift, which needs `order="sequential"`')
+    if chosen.beside_original and order != "sequential":
+        what = "corrects drift" if chosen.drift_correction else "reconstructs blocks"
+        raise CalibrantError(f'recipe {chosen.name} {what}, which needs `order="sequential"`')
     if checkpoint_format not in FORMATS:
         raise CalibrantError(f"{checkpoint_format}: no such format; there are {', '.join(FORMATS)}")
     place = torch_device(device)

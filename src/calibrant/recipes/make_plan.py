@@ -185,12 +185,7 @@ def _fit_groups(recipe: Recipe, layers: ModelLayers) -> Recipe:
 
 def _sparsity(recipe: Recipe) -> Sparsity | None:
     text = recipe.scheme.sparsity
-    if text is None:
-        return None
-    if ":" in text:
-        kept, of = text.split(":")
-        return Sparsity.n_of_m(int(kept), int(of))
-    return Sparsity(float(text))
+    return Sparsity.of_text(text) if text is not None else None
 
 
 def _grid_and_layout(model: LazyModel, recipe: Recipe, format_name: FormatName) -> tuple[GridSpec, Layout]:

@@ -69,7 +69,7 @@ def check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
         refusal = "which quadapter learns no scales for; ignore them"
     elif recipe.training is not None:
         refusal = f"which {recipe.method.name} cannot train; ignore them"
-    elif recipe.drift_correction:
+    elif recipe.beside_original:
         refusal = "beside which the original model cannot run; take a recipe without that"
     elif recipe.budget is not None:
         refusal = "which a budget cannot measure; take a recipe without that"
@@ -130,8 +130,8 @@ def check_carried(model: LazyModel, blocks: list[str], recipe: Recipe) -> None:
     """Refuse recipes that run blocks beside others, if blocks hand more than hidden states on."""
     if recipe.budget is not None:
         what = "a budget"
-    elif recipe.drift_correction:
-        what = "drift_correction"
+    elif recipe.beside_original:
+        what = "drift_correction" if recipe.drift_correction else "reconstruction"
     elif recipe.quadapter is not None or recipe.changes_shape:
         what = "quadapter" if recipe.quadapter is not None else recipe.method.name
     else:

@@ -18,13 +18,13 @@ from pydantic import (
 )
 
 from calibrant.errors import CalibrantError
-from calibrant.methods.method import MethodOptions, Statistic
+from calibrant.methods.method import LayerSolver, MethodOptions, Statistic
 from calibrant.methods.registry import METHODS, Method
 from calibrant.methods.training import Trainer, TrainingOptions
 from calibrant.quantization.grids import RangeSearch
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
 from calibrant.recipes.expressions import MOST_EXPRESSIONS, Expressions, check_expression
-from calibrant.recipes.parts import Budget, Quadapter, Scheme, StarvedExperts, Transform
+from calibrant.recipes.parts import Budget, Quadapter, Reconstruction, Scheme, StarvedExperts, Transform
 from calibrant.strict import Strict
 from calibrant.yaml_file import parse_yaml, read_yaml_file
 
@@ -65,7 +65,8 @@ class Recipe(Strict):
 
     ``drift_correction``, from 0 to 1, interpolates every layer's target between the original layer's outputs on the
     compressed model's inputs (0) and on the original model's inputs (1). With a ``budget``, the scheme's bits or share
-    of zeros are an average. ``experts`` is for experts of a mixture that few tokens reach.
+    of zeros are an average. ``reconstruction`` trains what each solved block holds as floating-point numbers.
+    ``experts`` is for experts of a mixture that few tokens reach.
     ``ignore`` lists regular expressions; layers whose names contain a match are left alone.
     """
 
@@ -75,6 +76,7 @@ class Recipe(Strict):
     scheme: Scheme
     transforms: list[Transform] = Field(default=[], max_length=10)
     drift_correction: float = Field(default=0.0, ge=0, le=1)
+    reconstruction: Reconstruction | None = None
     budget: Budget | None = None
     experts: StarvedExperts | None = None
     ignore: list[str] = Field(default=[], max_length=MOST_EXPRESSIONS)
@@ -95,6 +97,7 @@ class Recipe(Strict):
             kind.refusal(scheme, by_layer=bool(self.ignore or self.budget)),
             self.method.refusal(scheme),
             self._drift_refusal(),
+            self._reconstruction_refusal(),
             self._transforms_refusal(),
             self.budget.refusal(scheme) if self.budget is not None else None,
             self._experts_refusal(),
@@ -113,6 +116,16 @@ class Recipe(Strict):
     def _drift_refusal(self) -> str | None:
         if self.drift_correction and self.kind.statistic is not Hessian:
             return f"drift_correction needs the inputs' Hessian, which {self.method.name} does not gather"
+        return None
+
+    def _reconstruction_refusal(self) -> str | None:
+        weights, name = self.scheme.weights, self.method.name
+        if self.reconstruction is None:
+            return None
+        if not isinstance(self.kind, LayerSolver) or self.stored_dense:
+            return f"reconstruction trains scales and kept weights, of which {name} leaves none: leave it out"
+        if self.scheme.activations is not None or (weights is not None and weights.type != "int"):
+            return "reconstruction is for integer weights and zeros, without quantized activations: leave it out"
         return None
 
     def _experts_refusal(self) -> str | None:
@@ -156,6 +169,11 @@ class Recipe(Strict):
         return next((transform for transform in self.transforms if isinstance(transform, Quadapter)), None)
 
     @property
+    def beside_original(self) -> bool:
+        """Whether every block of the original model runs beside the compressed one."""
+        return self.drift_correction > 0 or self.reconstruction is not None
+
+    @property
     def statistic(self) -> Statistic | None:
         """Statistic of a layer's inputs to gather: the larger of those that the method and the range search need."""
         if self.drift_correction:
@@ -176,7 +194,8 @@ class Recipe(Strict):
             return False
         activations = self.scheme.activations
         observed = activations is not None and activations.observed
-        return self.statistic is not None or observed or self.scheme.kv_cache is not None
+        cached = self.scheme.kv_cache is not None
+        return self.statistic is not None or observed or cached or self.reconstruction is not None
 
     @property
     def learns(self) -> bool:

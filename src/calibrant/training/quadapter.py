@@ -20,6 +20,7 @@ from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.module_call import ModuleCall
 from calibrant.modeling.structure import InputGroup, Linear
 from calibrant.modeling.token_rows import TokenRows
+from calibrant.modeling.trainable_block import TrainableBlock, trainable
 from calibrant.progress import Progress
 from calibrant.quantization.activation_ranges import ACTIVATION_BITS
 from calibrant.quantization.grids import GridSpec
@@ -28,7 +29,6 @@ from calibrant.recipes.plan import Plan
 from calibrant.stopping import check_stop
 from calibrant.training.fake_quantization import fake_quantize_tensor, fake_quantize_tokens, fake_quantize_weight
 from calibrant.training.scaled_model import PlacedPair
-from calibrant.training.trainable_block import TrainableBlock, trainable
 
 # One row in ``_HELD_OUT`` is held out and evaluated every ``_EVAL_STEPS`` steps (ours).
 _HELD_OUT = 8

@@ -20,6 +20,14 @@ class Sparsity:
         """The pattern written ``kept:of``: 2:4 keeps 2 of every 4."""
         return cls((of - kept) / of, of - kept, of)
 
+    @classmethod
+    def of_text(cls, text: str) -> "Sparsity":
+        """The sparsity that recipes write as ``text``: "0.5" or "2:4"."""
+        if ":" in text:
+            kept, of = text.split(":")
+            return cls.n_of_m(int(kept), int(of))
+        return cls(float(text))
+
     @property
     def semi_structured(self) -> bool:
         """Whether the pattern is n:m."""

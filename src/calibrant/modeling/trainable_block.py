@@ -33,12 +33,13 @@ class TrainableBlock:
 
     def calls(self, index: int, batches: list[MicroBatch]) -> list[ModuleCall]:
         """Calls of the unchanged block, number ``index``, one per row of the batches' hidden states."""
-        found = []
-        for batch in batches:
-            args, kwargs = (batch.hidden, *batch.calls.args[index]), batch.calls.kwargs[index]
-            args, kwargs = tree_map(_wide, (args, kwargs))
-            found += ModuleCall(self._run, args, kwargs, _wide(batch.mask)).split()
-        return found
+        return [call for batch in batches for call in self.call(index, batch).split()]
+
+    def call(self, index: int, batch: MicroBatch) -> ModuleCall:
+        """The call of the unchanged block, number ``index``, on the hidden states of ``batch``."""
+        args, kwargs = (batch.hidden, *batch.calls.args[index]), batch.calls.kwargs[index]
+        args, kwargs = tree_map(_wide, (args, kwargs))
+        return ModuleCall(self._run, args, kwargs, _wide(batch.mask))
 
     def changed(self, tensors: dict[str, torch.Tensor], change_input: ChangeInput) -> Callable[..., Any]:
         """The block as a function, with parameters replaced by ``tensors`` and linears' inputs by ``change_input``."""
