@@ -78,6 +78,7 @@ def test_the_page_of_recipes_has_every_key_with_its_default() -> None:
     assert found.pop("scheme.lm_head") == keys(parts.Head)
     assert found.pop("budget") == keys(parts.Budget)
     assert found.pop("experts") == keys(parts.StarvedExperts)
+    assert found.pop("reconstruction") == keys(parts.Reconstruction)
     for name, method in METHODS.items():
         trained = isinstance(method, Trainer)
         own = keys(method.options, TrainingOptions if trained else MethodOptions)
