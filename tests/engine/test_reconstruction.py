@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 import calibrant as cb
 from calibrant.errors import CalibrantError
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.whole_model import load_whole
 from tests.checkpoints import loaded_divergence
-from tests.conftest import random_set
+from tests.conftest import random_set, write_model
 
 PRUNED: dict[str, Any] = {"method": {"name": "sparsegpt"}, "scheme": {"sparsity": "0.6"}}
 QUANTIZED: dict[str, Any] = {
@@ -82,6 +84,43 @@ def test_codes_stay_and_scales_learn_without_a_change_of_sign(llama: Path, tmp_p
     for name in scales:
         assert not torch.equal(plain[name], reconstructed[name]), name
         assert torch.equal(plain[name].sign(), reconstructed[name].sign()), name
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_the_recorded_error_is_that_of_the_stored_block(tmp_path: Path, bits: int) -> None:
+    """At 8 bits the steps of bfloat16 scales are larger than what there is to learn."""
+    model = write_model(tmp_path / "model", "llama", torch.bfloat16)
+    said = {"method": {"name": "gptq"}, "scheme": {"weights": {"bits": bits, "group_size": 32}}}
+    plain, reconstructed = outputs(model, tmp_path, said)
+    held_out = random_set(model, samples=64).tokens[:8].long()
+    target = behind_first_block(model, held_out)
+    first, second = (
+        ((behind_first_block(folder, held_out) - target).square().sum(-1) / target.square().sum(-1)).mean()
+        for folder in (plain, reconstructed)
+    )
+    recorded = layers(reconstructed)[0]["reconstructed"]
+    assert recorded <= 1
+    assert float(second / first) == pytest.approx(recorded, rel=5e-3)
+
+
+def behind_first_block(folder: Path, rows: torch.Tensor) -> torch.Tensor:
+    loaded = load_whole(ModelFolder(folder, allow_quantized=True), "cpu", "float32")
+    with torch.no_grad():
+        found: torch.Tensor = loaded(input_ids=rows, output_hidden_states=True).hidden_states[1]
+    return found
+
+
+@pytest.mark.parametrize("rate", [1, 10])
+def test_scales_stay_scales_at_any_rate(llama: Path, tmp_path: Path, rate: int) -> None:
+    more = {"reconstruction": {"learning_rate": rate}}
+    cb.compress(
+        llama, output=tmp_path / "out", recipe=recipe(QUANTIZED, **more), calibration=random_set(llama, samples=64),
+        dtype="float32",
+    )  # fmt: skip
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        if name.endswith("scale"):
+            assert value.isfinite().all(), name
+            assert (value != 0).all(), name
 
 
 def test_an_ignored_layer_stays(llama: Path, tmp_path: Path) -> None:

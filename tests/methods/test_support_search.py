@@ -62,6 +62,19 @@ def test_a_share_is_exact_in_every_matrix_and_has_less_error(segments: tuple[int
     assert error(weight, solved.weight, hessian) < 0.9 * error(weight, plain.weight, hessian)
 
 
+def test_zeros_are_spread_over_rows_by_effect() -> None:
+    """After few sweeps more weights are zero than the share asks for; which become others must not go by place."""
+    mixing = torch.randn(128, 96, generator=torch.Generator().manual_seed(3))
+    weight, _ = references.problem(64, 96)
+    hessian = mixing.T @ mixing
+    for sweeps in (1, 2, 10):
+        solved = sparsegpt(weight, hessian, Sparsity(0.6), refine_sweeps=sweeps)
+        assert int(solved.kept.sum(1).max()) < 70
+        assert error(weight, solved.weight, hessian) < error(
+            weight, sparsegpt(weight, hessian, Sparsity(0.6)).weight, hessian
+        )
+
+
 def test_kept_weights_are_near_their_optimum() -> None:
     weight, hessian = references.problem(12, 40)
     solved = sparsegpt(weight, hessian, Sparsity(0.5), refine_sweeps=30)

@@ -4,40 +4,97 @@ After the layers of a block are solved, the kept weights of the pruned ones and 
 trained together on the block's output, as blocks are in BRECQ (arXiv 2102.05426); zeros and codes stay. The block reads
 what the compressed blocks before it give, and its target is what the original block gives in the original model. Ours:
 the error of each token is relative to its target, so that a few tokens with very large states do not decide; a step is
-one micro-batch; every eighth micro-batch is held out, and the values with the least error there are kept.
+one micro-batch; of every eight micro-batches one is held out, and the values with the least error there are kept.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 
 from calibrant.engine.block_solver import BlockSolver
+from calibrant.formats.quantized import Codes
 from calibrant.modeling.inputs import MicroBatch
 from calibrant.modeling.module_call import ModuleCall
 from calibrant.modeling.structure import BlockStructure, Linear
 from calibrant.modeling.trainable_block import TrainableBlock, trainable
-from calibrant.quantization.grids import GridSpec, stored_scale
+from calibrant.quantization.grids import GridSpec
 from calibrant.ranks import Ranks
 from calibrant.recipes.parts import Reconstruction
 
-# One micro-batch in ``_HELD_OUT`` is held out.
+# Of so many micro-batches one is held out, that of most counted tokens.
 _HELD_OUT = 8
 # Steps until the full learning rate, and Adam's averages: a block has a few dozen steps in all (ours).
 _WARM_UP, _BETAS = 3, (0.9, 0.95)
+# Gradients of single weights of a wide layer are far below Adam's default.
+_EPSILON = 1e-15
 # Factors of scales learn at this share of the rate that weights have relative to their size (ours).
 _SCALE_RATE = 0.1
 
 
-@dataclass(frozen=True)
-class _Learned:
-    """One trained tensor of a linear; ``weight`` gives the linear's parameter as it is now."""
+class _Learned(Protocol):
+    """What is trained of a linear: ``tensor``, at ``rate`` times the schedule."""
 
     linear: Linear
     tensor: torch.Tensor
     rate: float
-    weight: Callable[[], torch.Tensor]
+
+    def weight(self) -> torch.Tensor:
+        """The linear's parameter as it would be stored now; gradients go straight through the rounding."""
+
+    def keep(self, solver: BlockSolver) -> None:
+        """Put what was learned where the solver has put its result."""
+
+
+class _Scales:
+    """Scales of a quantized linear, as factors ``1 + tensor`` of those that it was solved with."""
+
+    def __init__(self, linear: Linear, codes: Codes, spec: GridSpec, like: torch.Tensor, rate: float) -> None:
+        self.linear, self.rate, self._codes, self._spec = linear, rate * _SCALE_RATE, codes, spec
+        self._numbers, self._scale = (one.to(like.device) for one in _numbers_and_scale(codes))
+        self._dtype = like.dtype
+        self.tensor = torch.zeros_like(self._scale, dtype=torch.float32).requires_grad_(True)
+
+    def weight(self) -> torch.Tensor:
+        changed = self._scale * (1 + self.tensor)
+        changed = changed + (self._stored() - changed).detach()
+        found = (self._numbers * changed[..., None]).flatten(1)
+        found = found + (found.to(self._dtype).float() - found).detach()
+        return found.T if self.linear.transposed else found
+
+    def keep(self, solver: BlockSolver) -> None:
+        scale = self._stored()
+        name, stored = self.linear.name, self._codes.scale
+        solver.codes[name] = replace(self._codes, scale=scale.to(stored.device, stored.dtype))
+        _put(solver, self.linear, (self._numbers * scale[..., None]).flatten(1))
+
+    @torch.no_grad()
+    def _stored(self) -> torch.Tensor:
+        """Scales as they are stored, float32 ``[rows, groups]``; one that would not stay a scale is not changed."""
+        changed = self._scale * (1 + self.tensor)
+        rounded = changed.to(self._spec.scale_dtype).float()
+        usable = rounded.isfinite() & (rounded.sign() == self._scale.sign())
+        return torch.where(usable, rounded, self._scale)
+
+
+class _KeptWeights:
+    """The weights of a pruned linear that are not zero."""
+
+    def __init__(self, linear: Linear, like: torch.Tensor, rate: float) -> None:
+        self.linear, self._dtype = linear, like.dtype
+        weight = like.detach().clone().float()
+        self.rate = rate * float(weight.square().mean().sqrt())
+        self._kept = weight != 0
+        self.tensor = weight.requires_grad_(True)
+
+    def weight(self) -> torch.Tensor:
+        found = self.tensor * self._kept
+        return found + (found.to(self._dtype).float() - found).detach()
+
+    def keep(self, solver: BlockSolver) -> None:
+        _put(solver, self.linear, self.linear.view(self.weight().detach()))
 
 
 def reconstruct(
@@ -52,46 +109,41 @@ def reconstruct(
     linears = list(structure.linears())
     dtype = block.probe.hidden.dtype
     with trainable(block.module, linears, block.state) as student:
-        learned = list(_learned(solver, student, options.learning_rate))
+        learned = list(_learned(solver, linears, options.learning_rate))
         if not learned:
             return 1.0
         fit = _Fit(student, block.index, block.batches, originals, learned, dtype, solver.ranks)
         share = fit.learn(options.epochs)
     if share < 1:
-        for one in learned:
-            _put_back(solver, one)
+        with torch.no_grad():
+            for one in learned:
+                one.keep(solver)
     return share
 
 
-def _learned(solver: BlockSolver, student: TrainableBlock, rate: float) -> Iterator[_Learned]:
+def _learned(solver: BlockSolver, linears: list[Linear], rate: float) -> Iterator[_Learned]:
     """What is trained of each linear."""
-    for linear in student.linears:
+    for linear in linears:
         target = solver.plan.target_of(f"{solver.block.name}.{linear.name}")
-        weight = student.tensors[linear.parameter]
+        stored = solver.block.state[linear.parameter]
         if linear.name in solver.codes:
-            shape = solver.codes[linear.name].scale.shape
-            factors = weight.new_zeros(*shape, 1).requires_grad_(True)
-            yield _Learned(linear, factors, rate * _SCALE_RATE, _scaled(linear, weight, factors))
-        elif target.sparsity is not None:
-            size = float(weight.square().mean().sqrt())
-            values = weight.clone().requires_grad_(True)
-            yield _Learned(linear, values, rate * size, _masked(values, weight != 0))
+            assert target.spec is not None
+            yield _Scales(linear, solver.codes[linear.name], target.spec, stored, rate)
+        elif target.sparsity is not None and target.sparsity.share > 0:
+            yield _KeptWeights(linear, stored, rate)
 
 
-def _scaled(linear: Linear, weight: torch.Tensor, factors: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The weight with its scales times ``1 + factors`` ``[rows, groups, 1]``."""
-    rows = linear.view(weight)
-    groups = rows.reshape(*factors.shape[:2], -1)
-
-    def scaled() -> torch.Tensor:
-        found = (groups * (1 + factors)).reshape(rows.shape)
-        return found.T if linear.transposed else found
-
-    return scaled
+def _numbers_and_scale(codes: Codes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes less their zero points, float32 ``[rows, groups, columns]``, and scales, float32 ``[rows, groups]``."""
+    grouped = codes.codes.reshape(*codes.scale.shape, -1).float()
+    return grouped - codes.zero_point[..., None].float(), codes.scale.clone().float()
 
 
-def _masked(values: torch.Tensor, kept: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: values * kept
+def _put(solver: BlockSolver, linear: Linear, weight: torch.Tensor) -> None:
+    """Store ``weight`` ``[out, in]`` in the block's state and module."""
+    stored = linear.view(solver.block.state[linear.parameter])
+    stored.copy_(weight)
+    linear.view(solver.block.module.get_parameter(linear.parameter).data).copy_(stored)
 
 
 class _Fit:
@@ -109,18 +161,21 @@ class _Fit:
     ) -> None:
         self._student, self._index, self._batches, self._originals = student, index, batches, originals
         self._learned, self._dtype, self._ranks = learned, dtype, ranks
+        self._tokens = [int(batch.mask.sum()) for batch in batches]
         numbers = list(range(len(batches)))
-        self._held = numbers[::_HELD_OUT]
-        self._rest = [number for number in numbers if number % _HELD_OUT] or numbers
+        runs = (numbers[begin : begin + _HELD_OUT] for begin in range(0, len(numbers), _HELD_OUT))
+        self._held = [max(run, key=lambda number: self._tokens[number]) for run in runs]
+        self._rest = [number for number in numbers if number not in self._held] or numbers
 
     def learn(self, epochs: int) -> float:
         """Train, and leave the best values in the trained tensors; returns their held-out error over the first."""
         groups = [{"params": [one.tensor], "lr": one.rate, "rate": one.rate} for one in self._learned]
-        optimizer = torch.optim.Adam(groups, betas=_BETAS)
+        optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
         generator = torch.Generator().manual_seed(self._index)
         first = best = self._held_out_error()
         kept = self._values()
         each = max(self._ranks.collect(len(self._rest)))  # a rank of fewer batches runs some twice
+        typical = max(self._ranks.collect(max(self._tokens)))
         step, steps = 0, epochs * each
         for _ in range(epochs):
             order = torch.randperm(len(self._rest), generator=generator).tolist()
@@ -129,7 +184,8 @@ class _Fit:
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * factor
                 optimizer.zero_grad()
-                self._error(self._rest[order[place % len(order)]]).backward()
+                number = self._rest[order[place % len(order)]]
+                (self._error(number) * self._tokens[number] / typical).backward()
                 self._share_gradients()
                 optimizer.step()
                 step += 1
@@ -153,9 +209,9 @@ class _Fit:
 
     @torch.no_grad()
     def _held_out_error(self) -> float:
-        own = sum(float(self._error(number)) for number in self._held) / len(self._held)
-        found = self._ranks.collect(own)
-        return sum(found) / len(found)
+        own = sum(float(self._error(number)) * self._tokens[number] for number in self._held)
+        found = self._ranks.collect((own, sum(self._tokens[number] for number in self._held)))
+        return sum(error for error, _ in found) / sum(tokens for _, tokens in found)
 
     def _error(self, number: int) -> torch.Tensor:
         """Mean over a micro-batch's counted tokens of the squared error relative to the squared target."""
@@ -169,28 +225,3 @@ class _Fit:
             output = ModuleCall(run, call.args, call.kwargs, call.mask).output()
         each = (output - target).square().sum(-1) / target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         return each.mean()
-
-
-@torch.no_grad()
-def _put_back(solver: BlockSolver, one: _Learned) -> None:
-    """Store what was learned, in the block's state, its module and its codes."""
-    linear, block = one.linear, solver.block
-    stored = linear.view(block.state[linear.parameter])
-    if linear.name in solver.codes:
-        codes = solver.codes[linear.name]
-        spec = solver.plan.target_of(f"{block.name}.{linear.name}").spec
-        assert spec is not None
-        scale = _learned_scale(codes.scale, one.tensor, spec)
-        solver.codes[linear.name] = replace(codes, scale=scale.to(codes.scale.dtype))
-        groups = codes.codes.reshape(*scale.shape, -1).float() - codes.zero_point[..., None].float()
-        stored.copy_((groups * scale[..., None]).reshape(codes.codes.shape))
-    else:
-        stored.copy_(linear.view(one.weight()))
-    linear.view(block.module.get_parameter(linear.parameter).data).copy_(stored)
-
-
-def _learned_scale(scale: torch.Tensor, factors: torch.Tensor, spec: GridSpec) -> torch.Tensor:
-    """Scales as they are stored, float32 ``[rows, groups]``; a sign never changes."""
-    before = scale.float()
-    changed = before * (1 + factors[..., 0].cpu()).clamp(min=0.1)
-    return stored_scale(changed, spec)

@@ -233,13 +233,13 @@ class _Size:
         return resident_memory() + _KERNEL_BYTES + hidden + phase
 
     def _reconstruction_bytes(self, together: int) -> int:
-        """What reconstructing a block takes: its weights six times, and what a micro-batch keeps for gradients."""
+        """What reconstructing a block takes: its weights eleven times, and what a micro-batch keeps for gradients."""
         if self._plan.recipe.reconstruction is None:
             return 0
         batch = min(self._tokens, max(MICRO_BATCH_TOKENS, self._length))
         element, widest = torch.empty(0, dtype=self._dtype).element_size(), max(self._widths, default=self._hidden)
         kept = batch * (4 * 4 * self._hidden + element * (12 * self._hidden + 8 * widest))
-        return 6 * 4 * self._block + kept + 2 * together * element * self._hidden
+        return 11 * 4 * self._block + kept + 2 * together * element * self._hidden
 
     def _solve_bytes(self, layer: LayerPlan) -> int:
         """What solving a layer takes, with another one of its size that shares its input."""

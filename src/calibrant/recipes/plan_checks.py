@@ -70,7 +70,8 @@ def check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
     elif recipe.training is not None:
         refusal = f"which {recipe.method.name} cannot train; ignore them"
     elif recipe.beside_original:
-        refusal = "beside which the original model cannot run; take a recipe without that"
+        what = "drift_correction" if recipe.drift_correction else "reconstruction"
+        refusal = f"beside which the original model cannot run; take a recipe without {what}"
     elif recipe.budget is not None:
         refusal = "which a budget cannot measure; take a recipe without that"
     elif recipe.scheme.activations is not None:

@@ -58,8 +58,10 @@ def sparsegpt(
     found = Solution(solved.weight, kept=solved.kept, record=record)
     if not refine_sweeps:
         return found
+    # As the factor's: columns without input count as 1 before damping.
     damped = hessian.clone()
-    damped.diagonal().add_(prepared.damping * hessian.diagonal().mean())
+    damped.diagonal()[prepared.dead] = 1.0
+    damped.diagonal().add_(prepared.damping * damped.diagonal().mean())
     return search_support(alive, found, damped, sparsity, refine_sweeps, segments)
 
 

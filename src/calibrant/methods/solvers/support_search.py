@@ -1,5 +1,6 @@
 """Which weights of a pruned layer are zero, and the values of the others, by coordinate descent after SparseGPT."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from calibrant.kernels.masks import keep_largest, pruned_count
 from calibrant.kernels.row_tiles import PANEL, row_chunks
 from calibrant.kernels.support_descent import pattern_sweep, threshold_sweep
-from calibrant.methods.solvers.result import Solution
+from calibrant.methods.solvers.result import Solution, layer_errors
 from calibrant.methods.solvers.sparsity import Sparsity
 
 # Sweeps over the kept weights alone, after the last choice of them (ours).
@@ -32,18 +33,17 @@ def search_support(
     A sweep visits every weight, or every group of a pattern, and gives it its optimum given all others. Of a pattern
     n:m each group keeps the n weights that lower the error most, which no sweep can raise. Without a pattern a weight
     is kept if it lowers the error by more than a threshold, which is chosen before each sweep such that the share fits;
-    afterwards exactly ``floor(p n)`` of the n weights of every matrix are zero, and the kept ones are swept alone.
+    afterwards exactly ``floor(p n)`` of the n weights of every matrix are zero, and the kept ones are swept alone. A
+    matrix whose error is not lower then keeps its start.
 
     Args:
         weight: target W, float32 ``[rows, in]``.
         start: a solution with the pattern or share.
-        hessian: H, float32 ``[in, in]``, damped; overwritten where a column has no input.
+        hessian: H, float32 ``[in, in]``, damped, with a positive diagonal.
         sparsity: the pattern or share.
         sweeps: how often the zeros are chosen anew.
         segments: row counts of the matrices stacked by rows (empty: one matrix).
     """
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1.0
     values = start.weight.clone()
     if sparsity.semi_structured:
         count = sparsity.of - sparsity.pruned
@@ -62,7 +62,19 @@ def search_support(
         least = torch.where(kept[rows], -1.0, torch.inf)
         for _ in range(_VALUE_SWEEPS):
             values[rows] = threshold_sweep(weight[rows], values[rows], hessian, least)
+    for matrix in _slices(matrices):
+        before, after = (layer_errors(weight[matrix], one[matrix], hessian) for one in (start.weight, values))
+        if not bool(after.sum() < before.sum()):
+            assert start.kept is not None
+            values[matrix], kept[matrix] = start.weight[matrix], start.kept[matrix]
     return replace(start, weight=values, kept=kept)
+
+
+def _slices(matrices: list[int]) -> Iterator[slice]:
+    begin = 0
+    for rows in matrices:
+        yield slice(begin, begin + rows)
+        begin += rows
 
 
 def _choose(
@@ -75,7 +87,9 @@ def _choose(
         for rows in row_chunks(weight):
             least = threshold.expand(len(weight[rows]), 1)
             values[rows] = threshold_sweep(weight[rows], values[rows], hessian, least)
-    return keep_largest(values.square() * hessian.diagonal(), share)
+    # Of weights that are zero already, those go on being zero that would gain least.
+    zeros = -1 / (1 + _gains(weight, values, hessian))
+    return keep_largest(torch.where(values == 0, zeros, values.square() * hessian.diagonal()), share)
 
 
 def _gains(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
