@@ -12,6 +12,7 @@ import calibrant as cb
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.whole_model import load_whole
+from calibrant.quantization.grids import GridSpec, trained_scale
 from tests.checkpoints import loaded_divergence
 from tests.conftest import random_set, write_model
 
@@ -110,17 +111,12 @@ def behind_first_block(folder: Path, rows: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("rate", [1, 10])
-def test_scales_stay_scales_at_any_rate(llama: Path, tmp_path: Path, rate: int) -> None:
-    more = {"reconstruction": {"learning_rate": rate}}
-    cb.compress(
-        llama, output=tmp_path / "out", recipe=recipe(QUANTIZED, **more), calibration=random_set(llama, samples=64),
-        dtype="float32",
-    )  # fmt: skip
-    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
-        if name.endswith("scale"):
-            assert value.isfinite().all(), name
-            assert (value != 0).all(), name
+def test_a_scale_that_would_not_stay_one_keeps_its_value() -> None:
+    spec = GridSpec(4, True, 32, torch.float16, signed_scales=True)
+    before = torch.tensor([[2.0**-24, 3e4, 1.0, -1.0, 1.0, 1.0]])
+    learned = torch.tensor([[0.4 * 2.0**-24, 7e4, -0.1, 0.2, torch.nan, 1.2501]])
+    expected = torch.tensor([[2.0**-24, 3e4, 1.0, -1.0, 1.0, 1.25]])
+    assert torch.equal(trained_scale(learned, before, spec), expected)
 
 
 def test_an_ignored_layer_stays(llama: Path, tmp_path: Path) -> None:

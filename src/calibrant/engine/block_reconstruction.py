@@ -20,7 +20,7 @@ from calibrant.modeling.inputs import MicroBatch
 from calibrant.modeling.module_call import ModuleCall
 from calibrant.modeling.structure import BlockStructure, Linear
 from calibrant.modeling.trainable_block import TrainableBlock, trainable
-from calibrant.quantization.grids import GridSpec
+from calibrant.quantization.grids import GridSpec, trained_scale
 from calibrant.ranks import Ranks
 from calibrant.recipes.parts import Reconstruction
 
@@ -72,11 +72,8 @@ class _Scales:
 
     @torch.no_grad()
     def _stored(self) -> torch.Tensor:
-        """Scales as they are stored, float32 ``[rows, groups]``; one that would not stay a scale is not changed."""
-        changed = self._scale * (1 + self.tensor)
-        rounded = changed.to(self._spec.scale_dtype).float()
-        usable = rounded.isfinite() & (rounded.sign() == self._scale.sign())
-        return torch.where(usable, rounded, self._scale)
+        """Scales as they are stored, float32 ``[rows, groups]``."""
+        return trained_scale(self._scale * (1 + self.tensor), self._scale, self._spec)
 
 
 class _KeptWeights:

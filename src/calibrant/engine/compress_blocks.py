@@ -90,6 +90,10 @@ def compress_blocks(
             if any(ranks.collect(stop_requested())) and index + 1 < count:
                 checkpoints.save()
                 raise stopped(f"block {index + 1} of {count}")
+    shares = [layer.reconstructed for layer in checkpoints.layers if layer.reconstructed is not None]
+    if shares:
+        fallen = 1 - sum(shares) / len(shares)
+        compression.note(f"reconstruction lowered the blocks' error on held-out rows by {fallen:.1%} on average")
     return checkpoints.layers, compression.notes
 
 
@@ -135,9 +139,9 @@ class _Compression:
                         f"{block.name}: of {unseen} no product with one expert was seen, and no loader takes dense "
                         "experts beside packed ones; ignore them, then the model is stored dense"
                     )
-                self._note(f"{block.name}: {unseen} left as they are, no product with one expert was seen")
+                self.note(f"{block.name}: {unseen} left as they are, no product with one expert was seen")
             for text in block.structure.partly(lambda name: plan.recipe.ignores(f"{plan.blocks[index]}.{name}")):
-                self._note(text)
+                self.note(text)
             solver = BlockSolver(block, plan, self._clock, self._ranks)
             outputs: Sequence[torch.Tensor] = ()
             if plan.recipe.transforms and (block.batches or plan.learned.scales is not None):
@@ -146,10 +150,11 @@ class _Compression:
                 solver.solved_parameters |= done.changed
                 outputs = done.outputs
                 for text in done.notes:
-                    self._note(text)
+                    self.note(text)
             yield solver, block.structure.without(ignored), outputs
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Add a note, once."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -169,7 +174,7 @@ class _Compression:
             self._solve_beside_original(solver, structure)
         elif self._order == "sequential" and structure.recurring:
             name = min(structure.recurring)
-            self._note(f"{name} runs several times in a pass: blocks with such a layer are solved in two passes")
+            self.note(f"{name} runs several times in a pass: blocks with such a layer are solved in two passes")
             self._solve_in_two_passes(solver, structure, propagate=True)
         elif self._order == "sequential":
             with solver.observing_caches():

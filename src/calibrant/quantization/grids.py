@@ -138,6 +138,12 @@ def stored_scale(scale: torch.Tensor, spec: GridSpec) -> torch.Tensor:
     return torch.where((stored != 0) if spec.signed_scales else (stored > 0), stored, 1.0)
 
 
+def trained_scale(scale: torch.Tensor, before: torch.Tensor, spec: GridSpec) -> torch.Tensor:
+    """``scale`` rounded to its storage dtype, float32; ``before`` where that is not finite or has another sign."""
+    stored = scale.to(spec.scale_dtype).float()
+    return torch.where(stored.isfinite() & (stored.sign() == before.sign()), stored, before)
+
+
 def encode_groups(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: GridSpec) -> torch.Tensor:
     """The grid's numbers (float32) nearest to ``groups``; ``scale`` and ``zero_point`` broadcast to them."""
     return spec.numbers.nearest(groups / scale + zero_point)

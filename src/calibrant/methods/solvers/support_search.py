@@ -1,6 +1,5 @@
 """Which weights of a pruned layer are zero, and the values of the others, by coordinate descent after SparseGPT."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -62,19 +61,13 @@ def search_support(
         least = torch.where(kept[rows], -1.0, torch.inf)
         for _ in range(_VALUE_SWEEPS):
             values[rows] = threshold_sweep(weight[rows], values[rows], hessian, least)
-    for matrix in _slices(matrices):
-        before, after = (layer_errors(weight[matrix], one[matrix], hessian) for one in (start.weight, values))
-        if not bool(after.sum() < before.sum()):
-            assert start.kept is not None
-            values[matrix], kept[matrix] = start.weight[matrix], start.kept[matrix]
+    assert start.kept is not None
+    parts = (one.split(matrices) for one in (weight, values, kept, start.weight, start.kept))
+    for own, found, mask, before, before_mask in zip(*parts, strict=True):
+        if not bool(layer_errors(own, found, hessian).sum() < layer_errors(own, before, hessian).sum()):
+            found.copy_(before)
+            mask.copy_(before_mask)
     return replace(start, weight=values, kept=kept)
-
-
-def _slices(matrices: list[int]) -> Iterator[slice]:
-    begin = 0
-    for rows in matrices:
-        yield slice(begin, begin + rows)
-        begin += rows
 
 
 def _choose(
