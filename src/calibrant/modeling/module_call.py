@@ -28,7 +28,7 @@ class ModuleCall:
         """The call on the first ``rows`` rows, or this call if cutting the arguments changes their output."""
         if rows >= len(self.mask):
             return self
-        part = self._part(slice(0, rows))
+        part = self.part(slice(0, rows))
         wanted = self._hidden()[:rows]
         try:
             found = part._hidden()
@@ -42,9 +42,11 @@ class ModuleCall:
         count = len(self.mask)
         if count == 1 or len(self.shortened(1).mask) == count:
             return [self]
-        return [self._part(slice(row, row + 1)) for row in range(count)]
+        return [self.part(slice(row, row + 1)) for row in range(count)]
 
-    def _part(self, rows: slice) -> "ModuleCall":
+    def part(self, rows: slice) -> "ModuleCall":
+        """The call on ``rows`` alone, whether or not that gives what they give together."""
+
         def cut(value: Any) -> Any:
             whole = isinstance(value, torch.Tensor) and value.shape[:1] == self.mask.shape[:1]
             return value[rows] if whole else value

@@ -298,7 +298,7 @@ class Reconstruction(Strict):
     square of a layer's weights; scales learn at a tenth of it.
     """
 
-    epochs: int = Field(default=4, ge=1, le=1000)
+    epochs: int = Field(default=1, ge=1, le=1000)
     learning_rate: float = Field(default=0.03, gt=0, le=10)
 
 
