@@ -59,6 +59,7 @@ from .recipes.parts import Budget as Budget
 from .recipes.parts import Head as Head
 from .recipes.parts import KvCache as KvCache
 from .recipes.parts import Quadapter as Quadapter
+from .recipes.parts import Reconstruction as Reconstruction
 from .recipes.parts import Scheme as Scheme
 from .recipes.parts import SmoothQuant as SmoothQuant
 from .recipes.parts import StarvedExperts as StarvedExperts

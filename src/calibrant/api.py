@@ -364,11 +364,11 @@ def compare(
     """Compare compressed models by what their folders record; evaluations that were saved there are shown.
 
     With ``against``, ``text``, ``wikitext`` or ``tasks`` every model is evaluated now, as ``evaluate`` does with the
-    same arguments (``against`` alone takes its text), and saved evaluations are not looked at.
+    same arguments (``against`` alone takes its text), and saved evaluations are not looked at. All arguments but
+    ``folders`` are those of ``evaluate``.
 
     Args:
         folders: outputs of ``compress``.
-        against, text, length, wikitext, tasks, data, limit, task_limit, device, dtype: as in ``evaluate``.
         progress: receives progress and notes; None for silence.
 
     Raises:

@@ -66,7 +66,7 @@ FieldOption = Annotated[
     str,
     typer.Option(
         "--field",
-        help="Field or column of the text (JSON Lines, Parquet); several, with commas, are joined",
+        help="Field or column of the text (JSON Lines, Parquet); several, separated by commas, are joined.",
     ),
 ]
 

@@ -31,7 +31,6 @@ app = typer.Typer(
     name="calibrant",
     help="Calibration data and post-training compression for language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

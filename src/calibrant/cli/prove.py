@@ -30,7 +30,7 @@ def prove(
     against: AgainstOption = None,
     text: Annotated[str, typer.Option("--text", help="Text to compare on: a file, a folder, or builtin.")] = "builtin",
     field: FieldOption = "text",
-    length: Annotated[int, typer.Option("--length", help="Tokens of a window.")] = 64,
+    length: Annotated[int, typer.Option("--length", "-l", help="Tokens of a window.")] = 64,
     windows: Annotated[int, typer.Option("--windows", help="Windows of the text.")] = 2,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens that the engine writes.")] = 24,
     gguf: Annotated[

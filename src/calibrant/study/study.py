@@ -77,7 +77,7 @@ def recommend_source(
     progress: Progress | None = None,
 ) -> Recommendation:
     """Say which of a plan's sources to take, after as few cells as that needs
-    (docs/studies.md "Which source to take").
+    (docs/studies.md "Which source to take"). Arguments that are not explained here are those of ``run_study``.
 
     Args:
         plan: a plan of one model, recipe and size, or its YAML file. Its draws and repeats do not count: sources get
@@ -87,7 +87,6 @@ def recommend_source(
         budget: most cells to run.
         smallest_difference: differences up to this do not matter.
         output: folder of the cells' results; by default one with the plan's name and ".recommend" beside the YAML file.
-        cache, executor, workers, processors, devices, progress: see ``run_study``.
 
     Raises:
         CalibrantError: see ``run_study``; or the plan has several models, recipes or sizes.
