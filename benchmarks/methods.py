@@ -88,7 +88,10 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "sparsegpt, asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 1.0},
     "sparsegpt, a quarter asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 0.25},
     "sparsegpt, refined, half asymmetric": SEARCHED,
-    "sparsegpt, refined, half asymmetric, reconstructed": {**SEARCHED, "reconstruction": {}},
+    "sparsegpt, refined, half asymmetric, reconstructed": {
+        **SEARCHED,
+        "reconstruction": {"epochs": 3, "learning_rate": 0.015},
+    },
 }
 DYNAMIC, MINMAX = {"dynamic": True}, {"dynamic": False}
 # By label: what the recipe says beyond the scheme, and its activations.

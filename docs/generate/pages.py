@@ -158,22 +158,22 @@ def notebook(path: Path) -> str:
 write(
     "command-line.md",
     "# Command line",
-    "Every command prints this with `--help`. `calibrant --install-completion` installs completion for your shell. A usage "
-    "error, or input that cannot be read, ends with status 2 and one sentence; Ctrl-C with status 130.",
+    "Every command prints this with `--help`. `calibrant --install-completion` installs completion for your shell. "
+    "A usage error, or input that cannot be read, ends with status 2 and one sentence; Ctrl-C ends with status 130.",
     *commands(typer.main.get_command(app), "calibrant"),
 )
 write(
     "api.md",
     "# Python API",
-    "`import calibrant as cb`, and `dir(cb)` lists every name below. The command line calls these functions; its options "
-    "are their parameters. Errors in what you give are `CalibrantError`, with one sentence.",
+    "`import calibrant as cb`, and `dir(cb)` lists every name below. The command line calls these functions; its "
+    "options are their parameters. Input that cannot be used raises `CalibrantError`, with one sentence.",
     *sections(public_names()),
 )
 write(
     "builtin-recipes.md",
     "# Built-in recipes",
-    "`calibrant recipes NAME > mine.yaml` writes a recipe to change; [recipes](recipes.md) explains the keys. Most of them "
-    "are measured in [measurements](measurements.md#every-method).",
+    "`calibrant recipes NAME > mine.yaml` writes a recipe to change; [recipes](recipes.md) explains the keys. Most of "
+    "them are measured in [measurements](measurements.md#every-method).",
     table(
         ["recipe", "needs data", "what it does"],
         [
@@ -185,8 +185,8 @@ write(
 write(
     "schemas.md",
     "# File schemas",
-    "Files that Calibrant writes are read back through these models, so a file with an unknown field or another type is "
-    "refused with a sentence. `cb.Manifest.model_json_schema()` gives the first as JSON schema.",
+    "Files that Calibrant writes are read back through these models, so a file with an unknown field or another type "
+    "is refused with a sentence. `cb.Manifest.model_json_schema()` gives the first as JSON schema.",
     *(part for heading, (where, model) in SCHEMAS.items() for part in (f"## {heading}", where, *schema(model))),
 )
 for path in sorted((ROOT / "examples").glob("*.ipynb")):

@@ -34,7 +34,7 @@ _WARM_UP, _BETAS = 3, (0.9, 0.95)
 # Gradients of single weights of a wide layer are far below Adam's default.
 _EPSILON = 1e-15
 # Factors of scales learn at this share of the rate that weights have relative to their size (ours).
-_SCALE_RATE = 0.1
+_SCALE_RATE = 0.3
 
 
 class _Learned(Protocol):

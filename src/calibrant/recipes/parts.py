@@ -295,11 +295,11 @@ class Reconstruction(Strict):
     """Training of each solved block on the original block's outputs, in ``epochs`` passes over the calibration set.
 
     Kept weights of pruned layers and scales of quantized ones learn. ``learning_rate`` is relative to the root mean
-    square of a layer's weights; scales learn at a tenth of it.
+    square of a layer's weights; scales learn at 0.3 of it.
     """
 
     epochs: int = Field(default=1, ge=1, le=1000)
-    learning_rate: float = Field(default=0.03, gt=0, le=10)
+    learning_rate: float = Field(default=0.01, gt=0, le=10)
 
 
 class SmoothQuant(Strict):
