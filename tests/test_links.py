@@ -1,0 +1,32 @@
+"""Links of the pages that the site's own check does not see: the file is there, and so is the heading."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), ROOT / "benchmarks/README.md", ROOT / "studies/README.md", *(ROOT / "docs").glob("*.md")]
+)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+# Pages that are made when the site is built.
+GENERATED = {"command-line.md", "api.md", "builtin-recipes.md", "schemas.md"}
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as GitHub and the site name them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    missing = []
+    for file, anchor in LINK.findall(re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.S)):
+        target = page.parent / file if file else page
+        if target.name in GENERATED:
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(f"{file}#{anchor}")
+    assert missing == []

@@ -1,0 +1,125 @@
+"""Every number of the README is a measurement in a committed file, or the name of something."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PEER = {
+    "gptq": "GPTQ, 4 bits",
+    "sparsegpt": "SparseGPT, 2:4",
+    "smoothquant": "SmoothQuant, W8A8",
+    "wanda": "Wanda, 2:4",
+}
+TRAINED = "gptq, signed clip, scales refitted, damped, half asymmetric, reconstructed"
+BEST = {
+    "4 bit": ("4 bits", "best-w4a16", "gptq", "rtn", TRAINED),
+    "3 bit": ("3 bits", "best-w3a16", "gptq", "rtn", TRAINED),
+    "2:4": ("2:4 zeros", "best-2:4", "sparsegpt", "magnitude", "sparsegpt, refined, half asymmetric, reconstructed"),
+}
+# Numbers that name a thing: versions, targets, sizes of models, sections and the like.
+NAMES = [
+    r"SmolLM2-135M(-Instruct)?", r"Gemma-3-270M", r"WikiText-2", r"\bC4\b", r"W8A8", r"2:4", r"n:m", r"Q\d_[K\d]",
+    r"FP8", r"MXFP4", r"NVFP4", r"int8", r"[2-8] to 8-bit", r"[2-4] bits", r"95 % intervals", r"llm-compressor 0\.14",
+    r"AVX512-BF16", r"Apache-2\.0", r"2SSP", r"Python 3\.11", r"bfloat16", r"ten minutes", r"below 300 million",
+]  # fmt: skip
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+
+
+def seconds(runs: list[dict[str, Any]], tool: str, method: str) -> float:
+    (found,) = (run["wall_seconds"] for run in runs if (run["tool"], run["method"], run["round"]) == (tool, method, 0))
+    return float(found)
+
+
+def kl(quality: dict[str, Any], digits: int) -> str:
+    found = quality["divergence"]
+    return f"{found['kl_mean']:.{digits}f} ± {found['kl_standard_error']:.{digits}f}"
+
+
+def study() -> list[str]:
+    with (ROOT / "studies/impact/tables/components.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if (row["measure"], row["on"]) == ("KL", "wikitext")]
+    shares = [float(row["source share %"]) for row in rows]
+    low = min(float(row["source share % low"]) for row in rows)
+    high = max(float(row["source share % high"]) for row in rows)
+    plan = (ROOT / "studies/impact.yaml").read_text(encoding="utf-8")
+    draws, rows_of_a_set, length = (
+        re.search(rf"^{key}: (\d+)", plan, re.M)[1] for key in ("draws", "samples", "length")
+    )  # type: ignore[index]
+    assert len(rows) == 4
+    assert draws == "5"
+    return [
+        f"five draws of {rows_of_a_set} × {length} tokens each",
+        f"explains {min(shares):.0f} to {max(shares):.0f} % of the variance",
+        f"(95 % intervals from {low:.0f} to\n{high:.0f} %)",
+    ]
+
+
+def data() -> list[str]:
+    choice = result("selection")["selection of 100000"]
+    return [
+        f"ZipCal's choice among {choice['documents']:,} documents takes\n{choice['loop_seconds']:.2f} s where the released "
+        f"loop takes {choice['reference_loop_seconds']:.1f} s",
+        f"a model writes its set {result('generation')['ratio']:.1f} times as fast as",
+    ]
+
+
+def methods() -> list[str]:
+    known = result("methods_gemma-3-270m")
+    runs, settings = known["runs"], known["settings"]
+    found = [f"{settings['samples']} × {settings['length']} tokens of C4,\none draw"]
+    for target, (shown, name, plain, plainest, label) in BEST.items():
+        cells = [runs[f"{target}: {one}"] for one in (label, plain, plainest)]
+        ours, other, rounding = (f"{one['kl_mean']:.3f} ± {one['kl_standard_error']:.3f}" for one in cells)
+        found.append(f"| {shown} | `{name}` | **{ours}** | {other} | {rounding} |")
+    return found
+
+
+def speed() -> list[str]:
+    known = result("compress_smollm2-135m-instruct")
+    runs, settings = known["runs"], known["settings"]
+    found = [f"{settings['samples']} × {settings['length']} tokens of C4, bfloat16"]
+    for method, shown in PEER.items():
+        ours, theirs = (seconds(runs, tool, method) for tool in ("calibrant", "llm-compressor"))
+        digits = 4 if method == "smoothquant" else 3
+        qualities = (kl(known["quality"][f"{tool} {method}"], digits) for tool in ("calibrant", "llm-compressor"))
+        found.append(f"| {shown} | {ours:.0f} s | {theirs:.0f} s | {theirs / ours:.1f} | {' | '.join(qualities)} |")
+    runs = result("compress_gemma-3-270m_second")["runs"]
+    ratios = [
+        seconds(runs, "llm-compressor", method) / seconds(runs, "calibrant", method)
+        for method in ("gptq", "wanda", "smoothquant")
+    ]
+    return [*found, f"the ratios are {min(ratios):.1f} to {max(ratios):.1f}"]
+
+
+def memory() -> list[str]:
+    largest = max(result("larger_than_memory")["runs"], key=lambda run: run["model_bytes"])
+    # The peak of the process: what the text calls memory leaves the page cache out.
+    model, peak = largest["model_bytes"] / 1e9, largest["resident_peak_bytes"] / 1e9
+    return [f"a Llama of {model:.1f} GB was compressed in {peak:.1f} GB"]
+
+
+CLAIMS = [*study(), *data(), *methods(), *speed(), *memory()]
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_claim_is_what_was_measured(claim: str) -> None:
+    assert claim in README
+
+
+def test_every_number_is_traced() -> None:
+    left = README
+    for claim in CLAIMS:
+        left = left.replace(claim, "")
+    left = re.sub(r"```.*?```", "", left, flags=re.S)
+    left = re.sub(r"^    .*$|`[^`\n]*`|\]\([^)\n]*\)", "", left, flags=re.M)
+    left = re.sub("|".join(NAMES), "", left)
+    assert re.findall(r"[^\n]*\d[^\n]*", left) == []
