@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def keep(options: argparse.Namespace, settings: dict[str, object], runs: dict[str, dict[str, float]]) -> None:
-    """Write what is known so far; a stopped benchmark goes on from there."""
+    """Write what is known so far; a stopped benchmark continues from there."""
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "system": platform.platform(),

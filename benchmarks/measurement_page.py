@@ -77,10 +77,10 @@ def with_tables(page: str) -> str:
     """The page with the tables of today's results."""
     for model in MODELS:
         before, mark, rest = page.partition(f"<!-- methods_{model}.json -->\n")
-        _, end, after = rest.partition("\n<!-- end -->")
+        _, end, after = rest.partition("<!-- end -->")
         assert mark, f"no place for the tables of {model}"
         assert end, f"no end of the tables of {model}"
-        page = f"{before}{mark}\n{tables(model)}\n{end}{after}"
+        page = f"{before}{mark}\n{tables(model)}\n\n{end}{after}"
     return page
 
 

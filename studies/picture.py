@@ -11,7 +11,7 @@ from pathlib import Path
 import altair as alt
 
 import calibrant as cb
-from calibrant.report.study_charts import COLOURS
+from calibrant.report.page import COLOURS
 from calibrant.study.measures import measure_name
 
 

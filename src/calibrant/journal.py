@@ -1,4 +1,4 @@
-"""The journal of a run: saved state beside the output, from which the same run goes on after it was interrupted.
+"""The journal of a run: saved state beside the output, from which the same run continues after it was interrupted.
 
 A run holds the journal's lock, so that no two runs write to one output. States are replaced as whole files, and are on
 the disk before anything counts on them. The journal is removed when the output is there.

@@ -1,4 +1,4 @@
-"""Signals that ask a long run to stop where it can go on later."""
+"""Signals that ask a long run to stop where it can continue later."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ _REQUESTED = threading.Event()
 
 
 class StoppedError(Exception):
-    """A run stopped because it was asked to; the message says how it goes on."""
+    """A run stopped because it was asked to; the message says how it continues."""
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def stopping_gently(tell: Callable[[str], None]) -> Iterator[None]:
         _REQUESTED.set()
         for one, handler in before.items():
             signal.signal(one, handler)
-        tell("stopping where the run can go on later; the same signal again stops at once")
+        tell("stopping where the run can continue later; the same signal again stops at once")
 
     before = {one: signal.signal(one, requested) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -36,7 +36,7 @@ def stopping_gently(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def check_stop(saved: str) -> None:
-    """Stop where a run can go on later, if a signal has asked for it; ``saved`` says after what.
+    """Stop where a run can continue later, if a signal has asked for it; ``saved`` says after what.
 
     Raises:
         StoppedError: a signal has asked to stop.
@@ -47,7 +47,7 @@ def check_stop(saved: str) -> None:
 
 def stopped(saved: str) -> StoppedError:
     """The error of a run that stops after ``saved``."""
-    return StoppedError(f"stopped after {saved}: the same command goes on from there")
+    return StoppedError(f"stopped after {saved}: the same command continues from there")
 
 
 def stop_requested() -> bool:

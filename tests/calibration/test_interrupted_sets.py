@@ -1,4 +1,4 @@
-"""Sets whose making is interrupted: the same call goes on, and ends with the bytes of one that nothing disturbed."""
+"""Sets whose making is interrupted: the same call continues, and ends with the bytes of one that nothing disturbed."""
 
 import json
 import os

@@ -154,7 +154,7 @@ def test_a_broken_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path, nam
         assert not (tmp_path / "parts").exists()
     last = _KillsAfter(99)
     compressed(model, tmp_path / "parts", name, last)
-    assert any(note.startswith(f"goes on after block 5 of {BLOCKS}") for note in last.notes)
+    assert any(note.startswith(f"continues after block 5 of {BLOCKS}") for note in last.notes)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
@@ -216,7 +216,7 @@ def test_the_status_says_where_a_run_is(model: Path, tmp_path: Path) -> None:
     assert (found.state, found.recipe, found.done) == ("interrupted", "gptq", f"block 4 of {BLOCKS}")
     shown = CliRunner().invoke(app, ["status", str(output)]).stdout
     assert f"interrupted, gptq; saved: block 4 of {BLOCKS}" in shown
-    assert "the same command goes on from there" in shown
+    assert "the same command continues from there" in shown
     compressed(model, output, "gptq", NoProgress())
     assert json.loads(CliRunner().invoke(app, ["status", str(output), "--json"]).stdout)["state"] == "finished"
 
@@ -382,8 +382,8 @@ def test_a_signal_stops_after_the_block(model: Path, tmp_path: Path, calibration
     process.send_signal(number)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert "stopping where the run can go on later" in said
-    assert "the same command goes on from there" in said
+    assert "stopping where the run can continue later" in said
+    assert "the same command continues from there" in said
     assert cb.status(tmp_path / "out").state == "interrupted"
     assert started(model, tmp_path / "out", calibration).wait() == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
@@ -519,5 +519,5 @@ def test_work_is_kept_if_the_output_is_taken_during_the_run(model: Path, tmp_pat
     shutil.rmtree(output)
     last = _KillsAfter(99)
     compressed(model, output, "gptq", last)
-    assert any("goes on after block" in note for note in last.notes)
+    assert any("continues after block" in note for note in last.notes)
     assert files(output) == files(tmp_path / "whole")

@@ -70,7 +70,7 @@ def test_a_broken_run_goes_on_where_its_states_are(model: Path, tmp_path: Path, 
     assert (tmp_path / "parts.journal" / "blocks.safetensors").stat().st_size < 8 * 32 * 64 * 4
     last = _KillsAfter(99)
     compressed(model, tmp_path / "parts", name, last, memory=later)
-    assert any(note.startswith(f"goes on after block 3 of {BLOCKS}") for note in last.notes)
+    assert any(note.startswith(f"continues after block 3 of {BLOCKS}") for note in last.notes)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 

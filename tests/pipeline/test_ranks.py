@@ -184,7 +184,7 @@ def test_a_stopped_run_of_two_goes_on(model: Path, tmp_path: Path, outputs: tupl
     last = [*start, *command, "-o", str(tmp_path / "parts"), "0"]
     again = subprocess.run(last, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0
-    assert "goes on after block" in again.stderr
+    assert "continues after block" in again.stderr
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 

@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -27,3 +28,17 @@ def test_ids_beyond_the_vocabulary_are_refused_before_the_model_runs(llama: Path
     assert cb.inspect_sets([tmp_path / "set"], model=llama).sets
     with pytest.raises(cb.CalibrantError, match=r"set: has token ids outside .* vocabulary of 128"):
         cb.inspect_sets([tmp_path / "set"], model=llama, perplexity=True)
+
+
+def test_the_page_begins_with_what_the_numbers_say(llama: Path, tmp_path: Path) -> None:
+    sets = {"few": [[5, 6, 7, 8]] * 2, "many": [[9, 10, 11, 12], [13, 14, 15, 5]]}
+    for name, ids in sets.items():
+        cb.CalibrationSet.from_tokens(ids).save(tmp_path / name)
+    page = cb.inspect_sets([tmp_path / name for name in sets], model=llama).page()
+    answer = page[page.index('class="answer"') : page.index("<nav")]
+    assert "many covers the most of the vocabulary" in answer
+    assert "few the least" in answer
+    assert "No two sets share a row." in answer
+    alone = cb.inspect_sets([tmp_path / "few"], model=llama).page()
+    assert "2 rows with 8 counted tokens cover" in alone
+    assert not re.search(r">\s*(div|zipf|distinct)_\w+", page), "names of fields are no labels"

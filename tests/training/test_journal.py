@@ -65,7 +65,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
         assert not (tmp_path / "parts").exists()
     ends = _StopsAfter(99)
     cb.compress(llama, output=tmp_path / "parts", recipe=chosen, calibration=data, progress=ends)
-    assert any("goes on after step 4" in note for note in ends.notes)
+    assert any("continues after step 4" in note for note in ends.notes)
     for name in ("model.safetensors", "calibrant.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
@@ -95,7 +95,7 @@ def test_another_training_begins_anew_and_a_damaged_journal_says_what_to_do(
     prepare(llama, output=tmp_path / "out", recipe=same, calibration=data)
     with pytest.raises(CalibrantError, match="model or data: calibration"):
         prepare(llama, output=tmp_path / "out", recipe=same)
-    assert not any("goes on" in note for note in run(5, 99).notes)
+    assert not any("continues" in note for note in run(5, 99).notes)
     with pytest.raises(_StoppedError):
         run(8, 3)
     state = tmp_path / "out.journal" / "steps.safetensors"

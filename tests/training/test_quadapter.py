@@ -354,7 +354,7 @@ def test_a_killed_first_phase_goes_on_after_the_block(planted: Path, tmp_path: P
         cb.compress(planted, output=tmp_path / "parts", recipe=chosen, calibration=data, progress=Stops())
     listener = Listens()
     cb.compress(planted, output=tmp_path / "parts", recipe=chosen, calibration=data, progress=listener)
-    assert any("goes on after block 1" in note for note in listener.notes)
+    assert any("continues after block 1" in note for note in listener.notes)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert first == second
     assert not (tmp_path / "parts.journal").exists()

@@ -299,7 +299,9 @@ class CalibrationSet:
         folder = Path(folder)
         for name in (TENSORS_NAME, MANIFEST_NAME):
             if not (folder / name).is_file():
-                raise CalibrantError(f"{folder}: not a calibration set, {name} is missing")
+                raise CalibrantError(
+                    f"{folder}: not a calibration set, {name} is missing; calibrant data select and generate make sets"
+                )
         manifest = read_manifest(folder)
         try:
             tensors = load_file(folder / TENSORS_NAME)

@@ -79,7 +79,7 @@ def generate(
         dtype: dtype of the computation: "float32", "bfloat16" or "auto".
         dequantize: take a quantized model for the dense one that it stands for.
         output: a folder to save the set in. Then written batches outlive an interruption, in a journal beside the
-            folder, and the same call goes on from there.
+            folder, and the same call continues from there.
         overwrite: replace an earlier output.
         progress: receives the progress.
 

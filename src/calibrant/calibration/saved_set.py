@@ -1,4 +1,4 @@
-"""A calibration set that is saved where it is made, so that making it goes on after an interruption."""
+"""A calibration set that is saved where it is made, so that making it continues after an interruption."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ def saved_set(
     """The set that ``make`` makes, saved in the folder ``target``, which ``check_output`` has checked.
 
     ``make`` keeps what a model has computed in the journal beside ``target``, which is of the set with ``identity``,
-    and goes on from there.
+    and continues from there.
 
     Raises:
         CalibrantError: the set cannot be saved, another run writes there, or an unfinished set there is another one.

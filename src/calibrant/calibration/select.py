@@ -81,7 +81,7 @@ def select(
     random parts of the corpus, which ``executor`` "ray" runs on a cluster; by default ``parts`` is 1, or with Ray the
     cluster's number of processors. ``output`` is a folder to save the set in, which must not exist unless
     ``overwrite``; then the scores of "perplexity", "cola" and "acdm" outlive an interruption, in a journal beside it,
-    and the same call goes on from there. Other strategies read the corpus again.
+    and the same call continues from there. Other strategies read the corpus again.
 
     Raises:
         CalibrantError: a corpus cannot be read, is empty or too small, or the options do not fit together.

@@ -12,6 +12,23 @@ import numpy as np
 from calibrant.calibration.calibration_set import CalibrationSet
 
 _LONGEST_NGRAM = 4
+# What the names of a set's numbers mean, for readers.
+NUMBER_LABELS = {
+    "rows": "rows",
+    "tokens": "counted tokens",
+    "perplexity": "perplexity under the model, mean of the rows",
+    "repetition": "tokens that occur earlier in their row, share",
+    "distinct_tokens": "distinct tokens",
+    "coverage": "vocabulary covered, share",
+    "div_token": "diversity of token n-grams (1: none repeats)",
+    "zipf_token": "Zipf slope of tokens, least squares",
+    "zipf_token_ml": "Zipf slope of tokens, maximum likelihood",
+    "distinct_words": "distinct words",
+    "div_word": "diversity of word n-grams (1: none repeats)",
+    "zipf_word": "Zipf slope of words, least squares",
+    "zipf_word_ml": "Zipf slope of words, maximum likelihood",
+    "letters": "letters among characters, share",
+}
 # A row is odd if one of its numbers is this many robust standard deviations from the set's median (Iglewicz and Hoaglin
 # 1993 recommend 3.5).
 _ODD_SCORE = 3.5

@@ -73,9 +73,9 @@ def compress(
         str | None,
         typer.Option(
             "--memory",
-            help="Memory that the run may use, as in 6GB; by default what is free. Where hidden states need more, "
-            "files hold them and what waits for a solve, with the same result. A model that does not fit writes "
-            "no calibration set: without -c the built-in corpus takes its place.",
+            help="Memory that the run may use, such as 6GB; by default all that is free. Hidden states that do not fit "
+            "are kept in files, with the same result. A model that does not fit cannot write its calibration set: "
+            "without -c, the built-in corpus takes its place.",
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -90,8 +90,8 @@ def compress(
     Without -c the model generates the calibration set; --samples, --length, --seed and --draw describe it. --seed is
     also the seed of training if the recipe has none.
 
-    Ctrl-C stops after the current block. The same command goes on from there, also after a crash; `calibrant status`
-    says where a run is.
+    Ctrl-C stops after the current block. The same command continues from there, also after a crash; `calibrant status`
+    shows where a run is.
 
     Several processes share the rows of the set: torchrun --nproc-per-node 2 -m calibrant compress ...
 

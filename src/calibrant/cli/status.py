@@ -14,7 +14,7 @@ def status(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Say where the run is that writes to a folder: running, interrupted after which block, or finished.
+    """Show the state of the run that writes to a folder: running, interrupted (after which block), or finished.
 
     Example: calibrant status ./SmolLM2-w4
     """

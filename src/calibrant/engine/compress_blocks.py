@@ -56,7 +56,7 @@ def compress_blocks(
 
     ``rows`` are used only if the recipe gathers statistics; blocks compute in ``dtype``. Goes on from the state in
     ``journal``, if there is one, and saves it there between blocks. With ``on_disk`` hidden states are kept in the
-    journal's folder, and one micro-batch is in memory at a time; the result is the same. A run that goes on keeps them
+    journal's folder, and one micro-batch is in memory at a time; the result is the same. A continued run keeps them
     where they are. Each of ``ranks`` runs some of the rows, all solve, and the first one has the ``writer``.
 
     Raises:
@@ -73,7 +73,7 @@ def compress_blocks(
     checkpoints.restore()
     count, done = len(plan.blocks), checkpoints.done
     if done:
-        progress.note(f"goes on after block {done} of {count}, from {journal.folder}")
+        progress.note(f"continues after block {done} of {count}, from {journal.folder}")
     compression = _Compression(walk, plan, order, clock, checkpoints.notes, ranks)
     with progress.task("compressing", count) as task:
         if done:

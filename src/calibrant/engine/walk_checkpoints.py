@@ -14,7 +14,7 @@ from calibrant.stopping import stop_requested, stopped
 class WalkCheckpoints:
     """Visits the blocks of a walk, and saves between them where the walk is and what was found, as state ``name``.
 
-    ``found`` is what an interrupted walk had found, or None; the visit goes on behind its last block then. It has the
+    ``found`` is what an interrupted walk had found, or None; the visit continues behind its last block then. It has the
     types that a journal keeps (``Journal.write``).
 
     Raises:
@@ -47,7 +47,7 @@ class WalkCheckpoints:
         with progress.task(label, count) as task:
             if self._done:
                 task.advance(self._done)
-                progress.note(f"{label}: goes on after block {self._done} of {count}, from {self._journal.folder}")
+                progress.note(f"{label}: continues after block {self._done} of {count}, from {self._journal.folder}")
             for index in range(self._done, count):
                 with walk.opened(index) as block:
                     yield block

@@ -117,7 +117,7 @@ class Zsaq(TrainingOptions):
 class Trainer(MethodBase):
     """A method that trains rounded weights; the result is rounded to nearest on the learned grids.
 
-    ``needs_data``: whether it trains on the calibration set. ``continues_quadapter``: whether it goes on from the
+    ``needs_data``: whether it trains on the calibration set. ``continues_quadapter``: whether it continues from the
     scales that the transform quadapter learned.
     """
 

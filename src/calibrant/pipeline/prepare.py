@@ -87,7 +87,7 @@ class PreparedRun:
     def run(self, progress: Progress | None = None) -> RunReport:
         """Compress; generate the calibration set first if the recipe needs one and none is given.
 
-        An interrupted run goes on from its journal, a folder beside the output, when it is run again.
+        An interrupted run continues from its journal, a folder beside the output, when it is run again.
 
         Raises:
             CalibrantError: values are not finite, the output cannot be written, the disk has no room for it, or another

@@ -67,7 +67,7 @@ def run_compression(
     """Compress ``model`` by ``plan`` into ``output``, which appears only if the whole run succeeds.
 
     ZSAQ does not train on ``calibration`` but computes its held-out loss on it. An interrupted run leaves its state in
-    ``journal``, which is held; running the same compression again goes on from there. ``on_disk`` is that of
+    ``journal``, which is held; running the same compression again continues from there. ``on_disk`` is that of
     ``compress_blocks``. Of several ``ranks`` the first one writes; the others return its report.
 
     Raises:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from calibrant.calibration.text_statistics import NUMBER_LABELS
 from calibrant.engine.block_solver import LayerReport
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.samples import PROMPTS, continuations
@@ -155,12 +156,15 @@ def _calibration(found: Output) -> ShownSet | None:
         (shown,) = inspect_sets([found.folder / "calibration"], model=found.folder).sets
     except CalibrantError as error:
         return ShownSet(facts, {}, [], f"Rows are not shown: {error}")
-    numbers: dict[str, Value] = {
-        name: Undefined("no value") if value is None else int(value) if value == int(value) else value
-        for name, value in shown.statistics.numbers.items()
-    }
+    numbers = shown.statistics.numbers
     rows = [text[:_CHARACTERS] for text in shown.texts[:_ROWS]]
-    return ShownSet(facts, {name: value_text(value) for name, value in numbers.items()}, rows)
+    return ShownSet(facts, {label: _number_text(numbers[name]) for name, label in NUMBER_LABELS.items()}, rows)
+
+
+def _number_text(number: float | None) -> str:
+    if number is None:
+        return value_text(Undefined("no value"))
+    return value_text(int(number) if number == int(number) else number)
 
 
 def _layers(layers: Sequence[LayerReport]) -> Table:

@@ -37,7 +37,7 @@ class RunStatus:
 
     Attributes:
         output: the output folder.
-        state: "finished" (the output is there), "running", "interrupted" (the same command goes on), or "nothing".
+        state: "finished" (the output is there), "running", "interrupted" (the same command continues), or "nothing".
         recipe: the recipe of a compression; None if there is none.
         strategy: the strategy of a calibration set that is or was made there alone; None if there is none.
         done: what is saved, as in "block 12 of 30"; empty if nothing is.
@@ -63,7 +63,7 @@ class RunStatus:
         if self.state == "finished":
             return f"{self.output}: finished, {what}"
         saved = f"saved: {self.done} ({self.saved})" if self.done else "nothing is saved yet"
-        way = "" if self.state == "running" else "; the same command goes on from there" * bool(self.done)
+        way = "" if self.state == "running" else "; the same command continues from there" * bool(self.done)
         return f"{self.output}: {self.state}, {what}; {saved}{way}"
 
 

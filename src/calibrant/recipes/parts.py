@@ -154,7 +154,7 @@ class Head(Strict):
 class StarvedExperts(Strict):
     """What is done for experts of a mixture that fewer than ``least_tokens`` calibration tokens reach.
 
-    "all-tokens": all tokens go to them for their statistics, while the routed output goes on. "more-rows": before the
+    "all-tokens": all tokens go to them for their statistics, while the routed output continues. "more-rows": before the
     run, rows that the model writes and that reach them are added to the calibration set, at most as many as it has.
     """
 

@@ -143,7 +143,7 @@ class Recipe(Strict):
             return "quadapter learns for integers: leave the type of weights out"
         if isinstance(kind, Trainer):
             if kind.continues_quadapter and self.quadapter is None:
-                return "the method quadapter goes on from the transform quadapter: add it to transforms"
+                return "the method quadapter continues from the transform quadapter: add it to transforms"
             if (self.transforms and not kind.continues_quadapter) or self.budget is not None:
                 return f"{name} trains the model as it is: leave transforms and budget out"
         return None

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from calibrant.calibration.text_statistics import RowNumbers, SetStatistics
-from calibrant.report.page import check_chart_libraries, render
+from calibrant.calibration.text_statistics import NUMBER_LABELS, RowNumbers, SetStatistics
+from calibrant.report.page import COLOURS, check_chart_libraries, render
 
 _SAMPLES = 5
 _SAMPLE_CHARACTERS = 1500
@@ -41,11 +41,12 @@ def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) ->
         CalibrantError: the extra ``report`` is not installed.
     """
     check_chart_libraries()
-    names = list(dict.fromkeys(name for one in sets for name in one.statistics.numbers))
     return render(
         "inspection.html",
         sets=sets,
-        names=names,
+        findings=findings(sets, overlaps),
+        labels=NUMBER_LABELS,
+        colours=[COLOURS[number % len(COLOURS)] for number in range(len(sets))],
         overlaps=overlaps,
         samples=_SAMPLES,
         characters=_SAMPLE_CHARACTERS,
@@ -54,10 +55,43 @@ def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) ->
     )
 
 
+def findings(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) -> list[str]:
+    """What the numbers say, as sentences."""
+    found = []
+    covered = {one.name: one.statistics.numbers["coverage"] or 0.0 for one in sets}
+    for one in sets if len(sets) == 1 else ():
+        rows, tokens = len(one.statistics.rows), int(one.statistics.numbers["tokens"] or 0)
+        found.append(f"{rows:,} rows with {tokens:,} counted tokens cover {covered[one.name]:.1%} of the vocabulary.")
+    if len(sets) > 1:
+        most, least = max(covered, key=lambda name: covered[name]), min(covered, key=lambda name: covered[name])
+        found.append(
+            f"{most} covers the most of the vocabulary ({covered[most]:.1%}), {least} the least ({covered[least]:.1%})."
+            if covered[most] > covered[least]
+            else f"All cover {covered[most]:.1%} of the vocabulary."
+        )
+        likely = {one.name: one.statistics.numbers["perplexity"] for one in sets}
+        known = {name: value for name, value in likely.items() if value is not None}
+        if len(known) == len(sets):
+            nearest = min(known, key=lambda name: known[name])
+            found.append(f"The model finds {nearest} the most likely (perplexity {known[nearest]:.3g}).")
+        equal = sum(int(pair["equal_rows"]) for pair in overlaps)
+        found.append(f"Pairs of sets share {_counted(equal, 'equal row')}." if equal else "No two sets share a row.")
+    odd = sum(len(one.statistics.odd) for one in sets)
+    lie = "lies" if odd == 1 else "lie"
+    found.append(f"{_counted(odd, 'row')} {lie} far from the others; read them first." if odd else "No row is unusual.")
+    return found
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def _charts(sets: list[InspectedSet]) -> dict[str, str]:
     """Charts as SVG, by name."""
     import altair as alt  # slow to import, and only pages need it
 
+    names = [one.name for one in sets]
+    colour = alt.Color("set:N", title=None, scale=alt.Scale(domain=names, range=[*COLOURS[: len(names)]]))
     curves = {
         "rank": (_rank_rows(sets), "rank", "frequency", alt.Scale(type="log")),
         "growth": (_growth_rows(sets), "row", "distinct tokens", alt.Scale()),
@@ -69,26 +103,26 @@ def _charts(sets: list[InspectedSet]) -> dict[str, str]:
             .encode(
                 x=alt.X(f"{x}:Q", scale=scale, axis=alt.Axis(tickMinStep=1, format=",")),  # ranks and rows are integers
                 y=alt.Y(f"{y}:Q", scale=scale),
-                color=alt.Color("set:N", title=None),
+                color=colour,
             )
         )
         for name, (rows, x, y, scale) in curves.items()
     }
     lengths = _histogram_rows(sets, lambda row: float(row.tokens), "tokens", logarithmic=False)
-    charts["lengths"] = _histogram(lengths, alt.X("tokens:Q"))
+    charts["lengths"] = _histogram(lengths, alt.X("tokens:Q"), colour)
     perplexities = _histogram_rows(sets, lambda row: row.perplexity, "perplexity", logarithmic=True)
     if perplexities:
-        charts["perplexities"] = _histogram(perplexities, alt.X("perplexity:Q", scale=alt.Scale(type="log")))
+        charts["perplexities"] = _histogram(perplexities, alt.X("perplexity:Q", scale=alt.Scale(type="log")), colour)
     return charts
 
 
-def _histogram(rows: list[dict[str, Any]], axis: Any) -> str:
+def _histogram(rows: list[dict[str, Any]], axis: Any, colour: Any) -> str:
     import altair as alt
 
     return _svg(
         alt.Chart(alt.InlineData(values=rows))
         .mark_area(interpolate="step-after", opacity=0.4, line=True)
-        .encode(x=axis, y=alt.Y("rows:Q", stack=None), color=alt.Color("set:N", title=None))
+        .encode(x=axis, y=alt.Y("rows:Q", stack=None), color=colour)
     )
 
 

@@ -8,29 +8,8 @@ from typing import Any
 
 import altair as alt
 
-# Readable on white and on black, also for most who see fewer colours; sources beyond these begin again.
-COLOURS = (
-    "#3b82c4",
-    "#e07b1a",
-    "#2f9e6e",
-    "#c9489b",
-    "#8a6fd1",
-    "#b8860b",
-    "#d1495b",
-    "#17a2b8",
-    "#7a8b99",
-    "#6b8e23",
-    "#1f5f99",
-    "#f5b041",
-    "#76c7a3",
-    "#e39ac8",
-    "#5b3fa8",
-    "#8c6d5a",
-    "#f08a8a",
-    "#0e7c86",
-    "#a9b4bf",
-    "#a3c644",
-)
+from calibrant.report.page import COLOURS
+
 # The script puts the name of the picked measure there, with its text or task and without.
 _MEASURE, _KIND = "{measure}", "{kind}"
 _NUMBER = ".6~g"

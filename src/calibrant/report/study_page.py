@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from calibrant.report.page import check_chart_libraries, render
+from calibrant.report.page import COLOURS, check_chart_libraries, render
 from calibrant.report.shown_table import shown_table
 from calibrant.report.tables import Table
 
@@ -112,7 +112,7 @@ def study_page(page: StudyPage) -> str:
         CalibrantError: the extra ``report`` is not installed.
     """
     check_chart_libraries()
-    from calibrant.report.study_charts import COLOURS, chart_specs  # needs the extra
+    from calibrant.report.study_charts import chart_specs  # needs the extra
 
     colours = {source: COLOURS[number % len(COLOURS)] for number, source in enumerate(page.sources)}
     data = {

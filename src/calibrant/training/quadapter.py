@@ -57,7 +57,7 @@ def learn_scales(
     known = journal.read(_NAME) or {"blocks": 0, "scales": {}}
     scales: dict[str, torch.Tensor] = {name: scale.to(model.device) for name, scale in known["scales"].items()}
     if known["blocks"]:
-        progress.note(f"learning goes on after block {known['blocks']}, from {journal.folder}")
+        progress.note(f"learning continues after block {known['blocks']}, from {journal.folder}")
     places: list[PlacedPair] = []
     for block in walk.visit("learning scales", progress):
         pairs = [pair for pair in find_foldable(block) if pair.producer.norm is not None]

@@ -93,7 +93,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
     else:
         train_step.load(found.pop("train_step"))
         now = _TrainingState(**found)
-        progress.note(f"training goes on after step {now.done}, from {journal.folder}")
+        progress.note(f"training continues after step {now.done}, from {journal.folder}")
     written, wait = time.monotonic(), JOURNAL_SECONDS
     with (
         _curves(journal.folder / CURVES, now.done, progress) as write_scalar,

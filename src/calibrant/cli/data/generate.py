@@ -94,7 +94,7 @@ def generate(
 ) -> None:
     """Generate a calibration set with the model, or from random tokens.
 
-    If it is interrupted, the same command goes on with the rows that are missing.
+    If it is interrupted, the same command continues with the missing rows.
 
     Example: calibrant data generate ./SmolLM2-135M -o ./set --samples 128 --length 512
     """

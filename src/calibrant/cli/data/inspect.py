@@ -42,6 +42,7 @@ def inspect(
         from rich.text import Text
 
         import calibrant as cb
+        from calibrant.calibration.text_statistics import NUMBER_LABELS
         from calibrant.output_folder import whole_file
         from calibrant.report.inspection import check_page
 
@@ -53,9 +54,9 @@ def inspect(
         with whole_file(html) as beside:
             beside.write_text(page, encoding="utf-8")
         table = Table("", *(escape(one.name) for one in found.sets))
-        for name in found.sets[0].statistics.numbers:
+        for name, label in NUMBER_LABELS.items():
             values = [one.statistics.numbers[name] for one in found.sets]
-            table.add_row(Text(name, style="bold"), *map(_number_text, values))
+            table.add_row(Text(label, style="bold"), *map(_number_text, values))
         odd = [
             Text(f"{one.name}, row {row.row}: {'; '.join(row.reasons)}")
             for one in found.sets
@@ -72,4 +73,4 @@ def inspect(
 def _number_text(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    return f"{value:,.0f}" if value == int(value) or value >= 10_000 else f"{value:.4g}"

@@ -28,7 +28,7 @@ def mix(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Mix the rows of calibration sets, whatever made them; they take turns by their shares.
+    """Mix the rows of calibration sets: they take turns in proportion to their shares.
 
     Example: calibrant data mix ./self ./c4 -o ./mixed --weights 3,1 --samples 128
     """

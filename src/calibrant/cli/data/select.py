@@ -161,7 +161,7 @@ def select(
 ) -> None:
     """Select a calibration set from corpora.
 
-    If a selection that runs the model is interrupted, the same command goes on with the scores that are missing.
+    If a selection that runs the model is interrupted, the same command continues with the missing scores.
 
     Example: calibrant data select c4.jsonl.gz -m ./SmolLM2-135M -o ./set --strategy zipcal --duplicates near
     """

@@ -10,7 +10,7 @@ from calibrant.cli.study.run import run
 from calibrant.cli.study.show import show
 
 app = typer.Typer(
-    help="Studies: what did the calibration data do, over sources, draws, sizes and recipes.",
+    help="Measure what the calibration data does, over sources, draws, sizes and recipes.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )

@@ -36,7 +36,7 @@ def recommend(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which source to take, after just enough cells: sources that are worse get no more draws.
+    """Find the best source with few cells: sources that are clearly worse get no more draws.
 
     Example: calibrant study recommend studies/which.yaml --budget 30
     """

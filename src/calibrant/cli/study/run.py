@@ -28,7 +28,9 @@ def run(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the cells of a study that have no results yet, then write its report. Stopped, the same command goes on.
+    """Run the cells of a study that have no results yet, then write its report.
+
+    If it is stopped, the same command continues.
 
     Example: calibrant study run studies/tiny.yaml
     """
@@ -49,7 +51,7 @@ def run(
                 progress=screen.progress,
             )
         except KeyboardInterrupt:
-            screen.note("finished cells are kept: the same command goes on")
+            screen.note("finished cells are kept: the same command continues")
             raise
         failures = [{**asdict(one.cell), "error": one.error} for one in ran.failures]
         try:

@@ -197,7 +197,7 @@ class _Prefix:
     owners: dict[int, int] = field(default_factory=dict)
 
     def of(self, rows: list[int]) -> dict[str, Any]:
-        """Arguments of a forward pass that goes on from a copy of the states of ``rows``."""
+        """Arguments of a forward pass that continues from a copy of the states of ``rows``."""
         if self.cache is None:
             return {"use_cache": False}
         copied = copy.copy(self.cache)
