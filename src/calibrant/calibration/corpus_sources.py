@@ -175,6 +175,15 @@ class FileSource:
         return path.name if self._root.is_file() else path.relative_to(self._root).as_posix()
 
 
+def _datasets() -> Any:
+    """The library that reads the hub's data sets; said to be missing before the network is asked for anything."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrantError("hub data sets need the extra: pip install 'calibrant[hub]'") from error
+    return datasets
+
+
 class HubSource:
     """A data set on the hub, read at the revision that it had when the corpus was opened."""
 
@@ -190,6 +199,7 @@ class HubSource:
             raise CalibrantError(f"{location}: expected hub:owner/name with ?config=, split= or revision= only")
         self.name, self.config = parts.path, options.get("config")
         self.split = options.get("split", "train")
+        self._datasets = _datasets()
         self.revision = self._resolve(options.get("revision"))
         self._field = field
 
@@ -204,13 +214,9 @@ class HubSource:
     def rows(self) -> Iterator[Row]:
         """See ``CorpusSource``."""
         try:
-            import datasets
-
-            rows = datasets.load_dataset(
+            rows = self._datasets.load_dataset(
                 self.name, self.config, split=self.split, revision=self.revision, streaming=True
             )
-        except ImportError as error:
-            raise CalibrantError("hub data sets need the extra: pip install 'calibrant[hub]'") from error
         except Exception as error:  # many unrelated classes for a wrong name of a configuration or split
             raise CalibrantError(f"hub:{self.name}: cannot be opened ({first_line(error)})") from error
         yield from _some_usable(
