@@ -26,7 +26,7 @@ BEST = {
 NAMES = [
     r"SmolLM2-135M(-Instruct)?", r"Gemma-3-270M", r"WikiText-2", r"\bC4\b", r"W8A8", r"2:4", r"n:m", r"Q\d_[K\d]",
     r"FP8", r"MXFP4", r"NVFP4", r"int8", r"[2-8] to 8-bit", r"[2-4] bits", r"95 % intervals", r"llm-compressor 0\.14",
-    r"AVX512-BF16", r"Apache-2\.0", r"2SSP", r"Python 3\.11", r"bfloat16", r"ten minutes", r"below 300 million",
+    r"AVX512-BF16", r"Apache-2\.0", r"2SSP", r"Python 3\.11", r"bfloat16", r"ten minutes", r"below 300\nmillion",
 ]  # fmt: skip
 
 
@@ -65,10 +65,8 @@ def study() -> list[str]:
 
 def data() -> list[str]:
     choice = result("selection")["selection of 100000"]
-    ours, theirs = choice["loop_seconds"], choice["reference_loop_seconds"]
     return [
-        f"ZipCal's choice among {choice['documents']:,} documents takes\n{ours:.2f} s where",
-        f"the released loop takes {theirs:.1f} s",
+        f"among {choice['documents']:,} documents with ZipCal is {choice['whole_ratio']:.0f} times as fast",
         f"a model writes its set {result('generation')['ratio']:.1f} times as fast as",
     ]
 
