@@ -1,13 +1,8 @@
 """Tiny random models of every architecture, tiny calibration sets, and the real model if it is installed."""
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
-
-# Tests run in two processes: threads that wait for others busily would take the other process's core. Read by OpenMP
-# when torch loads it.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -15,6 +10,8 @@ import transformers as hf
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+# First, since it tells threads to wait without taking a core, before torch loads OpenMP.
+import calibrant  # noqa: F401
 from calibrant.calibration.calibration_set import CalibrationSet, Manifest
 from calibrant.modeling.tokenizer import Tokenizer
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from calibrant.engine.block_reconstruction import STEP_TOKENS
 from calibrant.engine.block_solver import relative_error
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.safetensors_file import element_bytes
@@ -233,10 +234,10 @@ class _Size:
         return resident_memory() + _KERNEL_BYTES + hidden + phase
 
     def _reconstruction_bytes(self, together: int) -> int:
-        """What reconstructing a block takes: its weights eleven times, and what a micro-batch keeps for gradients."""
+        """What reconstructing a block takes: its weights eleven times, and what a step keeps for gradients."""
         if self._plan.recipe.reconstruction is None:
             return 0
-        batch = min(self._tokens, max(MICRO_BATCH_TOKENS, self._length))
+        batch = min(self._tokens, max(STEP_TOKENS, self._length))
         element, widest = torch.empty(0, dtype=self._dtype).element_size(), max(self._widths, default=self._hidden)
         kept = batch * (4 * 4 * self._hidden + element * (12 * self._hidden + 8 * widest))
         return 11 * 4 * self._block + kept + 2 * together * element * self._hidden
