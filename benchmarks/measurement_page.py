@@ -34,6 +34,8 @@ COMPARED = {
     "2:4": ("magnitude", "sparsegpt", SEARCHED),
     "W8A8": ("rtn", "smoothquant, rtn", "smoothquant, gptq"),
 }
+# Words of the labels of what came with the reconstructed recipes.
+NEWER = ("signed", "refitted", "half asymmetric", "reconstructed")
 KINDS = ("rounding or magnitude", "GPTQ, SparseGPT or SmoothQuant", "best-*")
 COLOURS, SHAPES = ("#9aa3af", "#e07b1a", "#0b5cad"), ("triangle-up", "circle", "square")
 
@@ -73,14 +75,41 @@ def row(label: str, run: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def gains() -> str:
+    """The recipes with reconstruction beside the best plain composition of as many bits, on every model."""
+    rows = [f"| target | {' | '.join(f'{name}: plain | `best-*` | change | seconds' for name in MODELS.values())} |"]
+    rows.append("| --- " * (1 + 4 * len(MODELS)) + "|")
+    for target, (_, plain, label) in COMPARED.items():
+        if not label.endswith("reconstructed"):
+            continue
+        cells = [target]
+        for model in MODELS:
+            runs = results(f"methods_{model}")["runs"]
+            best = runs[f"{target}: {label}"]
+            others = [
+                run
+                for name, run in runs.items()
+                if name.startswith(f"{target}: ")
+                and not any(word in name for word in NEWER)
+                and run["bits_per_weight"] <= best["bits_per_weight"] + 0.01
+            ]
+            before = min(others, key=lambda run: run["kl_mean"])
+            change = best["kl_mean"] / before["kl_mean"] - 1
+            cells += [f"{before['kl_mean']:.3f}", f"{best['kl_mean']:.3f}", f"{change:+.0%}"]
+            cells += [f"{runs[f'{target}: {plain}']['seconds']:.0f} to {best['seconds']:.0f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def with_tables(page: str) -> str:
     """The page with the tables of today's results."""
-    for model in MODELS:
-        before, mark, rest = page.partition(f"<!-- methods_{model}.json -->\n")
+    parts = {f"<!-- methods_{model}.json -->": tables(model) for model in MODELS} | {"<!-- best-* -->": gains()}
+    for mark, table in parts.items():
+        before, found, rest = page.partition(f"{mark}\n")
         _, end, after = rest.partition("<!-- end -->")
-        assert mark, f"no place for the tables of {model}"
-        assert end, f"no end of the tables of {model}"
-        page = f"{before}{mark}\n{tables(model)}\n\n{end}{after}"
+        assert found, f"no place for {mark}"
+        assert end, f"no end of {mark}"
+        page = f"{before}{found}\n{table}\n\n{end}{after}"
     return page
 
 

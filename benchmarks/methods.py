@@ -90,7 +90,7 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "sparsegpt, refined, half asymmetric": SEARCHED,
     "sparsegpt, refined, half asymmetric, reconstructed": {
         **SEARCHED,
-        "reconstruction": {"epochs": 3, "learning_rate": 0.015},
+        "reconstruction": {"epochs": 4, "step_tokens": 2048, "learning_rate": 0.03},
     },
 }
 DYNAMIC, MINMAX = {"dynamic": True}, {"dynamic": False}

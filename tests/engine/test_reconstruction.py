@@ -176,3 +176,16 @@ def test_it_needs_the_sequential_order(llama: Path, tmp_path: Path) -> None:
             llama, output=tmp_path / "out", recipe=recipe(PRUNED, reconstruction={}), calibration=random_set(llama),
             order="two-pass",
         )  # fmt: skip
+
+
+def test_a_step_takes_as_many_rows_as_its_tokens_hold(llama: Path, tmp_path: Path) -> None:
+    """Steps beyond a micro-batch are micro-batches; smaller ones are other steps, which learn too."""
+    found = {}
+    for tokens in (32, 256, 4096):
+        said = recipe(PRUNED, reconstruction={"epochs": 2, "step_tokens": tokens})
+        folder = tmp_path / str(tokens)
+        cb.compress(llama, output=folder, recipe=said, calibration=random_set(llama, samples=64), dtype="float32")
+        found[tokens] = (folder / "model.safetensors").read_bytes()
+        assert min(layer["reconstructed"] for layer in layers(folder)) < 1
+    assert found[256] == found[4096]
+    assert found[32] != found[256]

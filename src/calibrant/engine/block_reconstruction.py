@@ -4,7 +4,7 @@ After the layers of a block are solved, the kept weights of the pruned ones and 
 trained together on the block's output, as blocks are in BRECQ (arXiv 2102.05426); zeros and codes stay. The block reads
 what the compressed blocks before it give, and its target is what the original block gives in the original model. Ours:
 the error of each token is relative to its target, so that a few tokens with very large states do not decide; a step
-takes a few rows, about 512 tokens; of every eight steps' rows those of one are held out, and the values with the least
+takes a few rows; of every eight steps' rows those of one are held out, and the values with the least
 error there are kept.
 """
 
@@ -25,8 +25,6 @@ from calibrant.quantization.grids import GridSpec, trained_scale
 from calibrant.ranks import Ranks
 from calibrant.recipes.parts import Reconstruction
 
-# Tokens of a step, or one row. Four times as many lead to the same error in four epochs instead of one (ours).
-STEP_TOKENS = 512
 # Of so many parts one is held out, that of most counted tokens.
 _HELD_OUT = 8
 # Steps until the full learning rate, and Adam's averages: a block has a few dozen steps in all (ours).
@@ -112,7 +110,8 @@ def reconstruct(
         learned = list(_learned(solver, linears, options.learning_rate))
         if not learned:
             return 1.0
-        fit = _Fit(student, block.index, block.batches, originals, learned, dtype, solver.ranks)
+        parts = _parts(student, block.index, block.batches, options.step_tokens, dtype)
+        fit = _Fit(student, block.index, block.batches, originals, parts, learned, dtype, solver.ranks)
         share = fit.learn(options.epochs)
     if share < 1:
         with torch.no_grad():
@@ -160,12 +159,14 @@ def _computing(like: torch.Tensor, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(like.device.type, dtype, enabled=dtype is not torch.float32)
 
 
-def _parts(student: TrainableBlock, index: int, batches: Sequence[MicroBatch], dtype: torch.dtype) -> list[_Part]:
+def _parts(
+    student: TrainableBlock, index: int, batches: Sequence[MicroBatch], tokens: int, dtype: torch.dtype
+) -> list[_Part]:
     """The rows of each step; whole micro-batches if the block gives other outputs for fewer rows."""
     found, separable = [], True
     for number, batch in enumerate(batches):
         rows, length = batch.mask.shape
-        together = max(1, STEP_TOKENS // length)
+        together = max(1, tokens // length)
         if number == 0 and together < rows:
             with torch.no_grad(), _computing(batch.hidden, dtype):
                 separable = len(student.call(index, batch).shortened(together).mask) < rows
@@ -185,13 +186,13 @@ class _Fit:
         index: int,
         batches: Sequence[MicroBatch],
         originals: Sequence[torch.Tensor],
+        parts: list[_Part],
         learned: list[_Learned],
         dtype: torch.dtype,
         ranks: Ranks,
     ) -> None:
         self._student, self._index, self._batches, self._originals = student, index, batches, originals
         self._learned, self._dtype, self._ranks = learned, dtype, ranks
-        parts = _parts(student, index, batches, dtype)
         runs = (parts[begin : begin + _HELD_OUT] for begin in range(0, len(parts), _HELD_OUT))
         self._held = [max(run, key=lambda part: part.tokens) for run in runs]
         self._rest = [part for part in parts if part not in self._held] or parts

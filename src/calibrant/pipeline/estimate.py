@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from calibrant.engine.block_reconstruction import STEP_TOKENS
 from calibrant.engine.block_solver import relative_error
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.safetensors_file import element_bytes
@@ -235,9 +234,10 @@ class _Size:
 
     def _reconstruction_bytes(self, together: int) -> int:
         """What reconstructing a block takes: its weights eleven times, and what a step keeps for gradients."""
-        if self._plan.recipe.reconstruction is None:
+        options = self._plan.recipe.reconstruction
+        if options is None:
             return 0
-        batch = min(self._tokens, max(STEP_TOKENS, self._length))
+        batch = min(self._tokens, max(min(options.step_tokens, MICRO_BATCH_TOKENS), self._length))
         element, widest = torch.empty(0, dtype=self._dtype).element_size(), max(self._widths, default=self._hidden)
         kept = batch * (4 * 4 * self._hidden + element * (12 * self._hidden + 8 * widest))
         return 11 * 4 * self._block + kept + 2 * together * element * self._hidden

@@ -294,11 +294,13 @@ class Budget(Strict):
 class Reconstruction(Strict):
     """Training of each solved block on the original block's outputs, in ``epochs`` passes over the calibration set.
 
-    Kept weights of pruned layers and scales of quantized ones learn. ``learning_rate`` is relative to the root mean
-    square of a layer's weights; scales learn at 0.3 of it.
+    Kept weights of pruned layers and scales of quantized ones learn. A step takes rows of ``step_tokens`` tokens, at
+    least one row and at most a micro-batch. ``learning_rate`` is relative to the root mean square of a layer's weights;
+    scales learn at 0.3 of it.
     """
 
     epochs: int = Field(default=1, ge=1, le=1000)
+    step_tokens: int = Field(default=512, ge=1, le=2**20)
     learning_rate: float = Field(default=0.01, gt=0, le=10)
 
 
