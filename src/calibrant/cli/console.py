@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="Model folder with safetensors files, or hub:owner/name.", show_default=False)
+    str, typer.Argument(help="Model folder with safetensors files, hub:owner/name, or demo.", show_default=False)
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
 SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="Number of rows in the calibration set.")]

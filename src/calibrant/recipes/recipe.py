@@ -316,8 +316,8 @@ def load_recipe(name: str | Path) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         raise CalibrantError(f"{name}: no such file; built-in recipes have no suffix (`calibrant recipes` lists them)")
     near = get_close_matches(str(name), recipes, n=3)
-    hint = f"near it are {', '.join(near)}; all" if near else "there"
-    raise CalibrantError(f"{name}: no recipe of that name and no such file; {hint} are {', '.join(recipes)}")
+    hint = f"near it are {', '.join(near)}; " if near else ""
+    raise CalibrantError(f"{name}: no recipe of that name and no such file; {hint}`calibrant recipes` lists all")
 
 
 def _parse(text: str, origin: str) -> Recipe:

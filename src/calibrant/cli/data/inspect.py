@@ -56,7 +56,8 @@ def inspect(
         table = Table("", *(escape(one.name) for one in found.sets))
         for name, label in NUMBER_LABELS.items():
             values = [one.statistics.numbers[name] for one in found.sets]
-            table.add_row(Text(label, style="bold"), *map(_number_text, values))
+            shown = "not asked for (--perplexity)" if name == "perplexity" and not perplexity else "-"
+            table.add_row(Text(label, style="bold"), *(_number_text(value, shown) for value in values))
         odd = [
             Text(f"{one.name}, row {row.row}: {'; '.join(row.reasons)}")
             for one in found.sets
@@ -70,7 +71,7 @@ def inspect(
         screen.result(found.as_json(), table, *odd, *panels, Text(f"page: {html}"))
 
 
-def _number_text(value: float | None) -> str:
+def _number_text(value: float | None, missing: str) -> str:
     if value is None:
-        return "-"
+        return missing
     return f"{value:,.0f}" if value == int(value) or value >= 10_000 else f"{value:.4g}"
