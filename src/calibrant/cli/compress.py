@@ -1,5 +1,6 @@
 """``calibrant compress``."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,7 +142,8 @@ def compress(
             report = prepared.run(screen.progress)
         _tell(screen, [text for text in report.notes if text not in prepared.plan.notes])
         screen.result(report.as_dict(), *summary(report))
-        screen.note(f"next: calibrant evaluate {report.output} --against {model}")
+        if not encoder and not dequantize:
+            screen.note(f"next: calibrant evaluate {shlex.quote(str(report.output))} --against {shlex.quote(model)}")
 
 
 def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> None:

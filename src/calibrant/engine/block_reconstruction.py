@@ -4,8 +4,7 @@ After the layers of a block are solved, the kept weights of the pruned ones and 
 trained together on the block's output, as blocks are in BRECQ (arXiv 2102.05426); zeros and codes stay. The block reads
 what the compressed blocks before it give, and its target is what the original block gives in the original model. Ours:
 the error of each token is relative to its target, so that a few tokens with very large states do not decide; a step
-takes a few rows; of every eight steps' rows those of one are held out, and the values with the least
-error there are kept.
+takes a few rows. One step in eight is held out, and the values with the least error there are kept.
 """
 
 import math
@@ -27,7 +26,7 @@ from calibrant.recipes.parts import Reconstruction
 
 # Of so many parts one is held out, that of most counted tokens.
 _HELD_OUT = 8
-# Steps until the full learning rate, and Adam's averages: a block has a few dozen steps in all (ours).
+# Steps until the full learning rate, and Adam's averages, short since a block may have a few dozen steps in all (ours).
 _WARM_UP, _BETAS = 3, (0.9, 0.95)
 # Gradients of single weights of a wide layer are far below Adam's default.
 _EPSILON = 1e-15
@@ -101,7 +100,8 @@ def reconstruct(
     """Train the solved block and put the result where the solver has put its own.
 
     ``originals`` are the original model's hidden states behind the block, per batch. Returns the error on held-out
-    rows (of a set of one step, on these) relative to the error before; 1 if training did not lower it.
+    rows relative to the error before, 1 if training did not lower it. A set of a single step is both trained and
+    measured on.
     """
     block = solver.block
     linears = list(structure.linears())
@@ -163,14 +163,15 @@ def _parts(
     student: TrainableBlock, index: int, batches: Sequence[MicroBatch], tokens: int, dtype: torch.dtype
 ) -> list[_Part]:
     """The rows of each step; whole micro-batches if the block gives other outputs for fewer rows."""
-    found, separable = [], True
+    found: list[_Part] = []
+    separable: bool | None = None
     for number, batch in enumerate(batches):
         rows, length = batch.mask.shape
         together = max(1, tokens // length)
-        if number == 0 and together < rows:
+        if separable is None and together < rows:
             with torch.no_grad(), _computing(batch.hidden, dtype):
                 separable = len(student.call(index, batch).shortened(together).mask) < rows
-        together = together if separable else rows
+        together = rows if separable is False else together
         for begin in range(0, rows, together):
             chosen = slice(begin, begin + together)
             found.append(_Part(number, chosen, int(batch.mask[chosen].sum())))

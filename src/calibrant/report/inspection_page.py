@@ -58,10 +58,11 @@ def inspection_page(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) ->
 def findings(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) -> list[str]:
     """What the numbers say, as sentences."""
     found = []
-    covered = {one.name: one.statistics.numbers["coverage"] or 0.0 for one in sets}
-    for one in sets if len(sets) == 1 else ():
-        rows, tokens = len(one.statistics.rows), int(one.statistics.numbers["tokens"] or 0)
-        found.append(f"{rows:,} rows with {tokens:,} counted tokens cover {covered[one.name]:.1%} of the vocabulary.")
+    covered = {one.name: value for one in sets if (value := one.statistics.numbers["coverage"]) is not None}
+    if len(sets) == 1:
+        rows, tokens = len(sets[0].statistics.rows), int(sets[0].statistics.numbers["tokens"] or 0)
+        share = covered[sets[0].name]
+        found.append(f"{rows:,} rows with {tokens:,} counted tokens cover {share:.1%} of the vocabulary.")
     if len(sets) > 1:
         most, least = max(covered, key=lambda name: covered[name]), min(covered, key=lambda name: covered[name])
         found.append(
@@ -73,17 +74,13 @@ def findings(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) -> list[s
         known = {name: value for name, value in likely.items() if value is not None}
         if len(known) == len(sets):
             nearest = min(known, key=lambda name: known[name])
-            found.append(f"The model finds {nearest} the most likely (perplexity {known[nearest]:.3g}).")
-        equal = sum(int(pair["equal_rows"]) for pair in overlaps)
-        found.append(f"Pairs of sets share {_counted(equal, 'equal row')}." if equal else "No two sets share a row.")
+            found.append(f"{nearest} has the lowest perplexity under the model ({known[nearest]:.3g}).")
+        pairs = sum(pair["equal_rows"] > 0 for pair in overlaps)
+        found.append(f"{pairs} of {len(overlaps)} pairs of sets share rows." if pairs else "No two sets share a row.")
     odd = sum(len(one.statistics.odd) for one in sets)
-    lie = "lies" if odd == 1 else "lie"
-    found.append(f"{_counted(odd, 'row')} {lie} far from the others; read them first." if odd else "No row is unusual.")
+    many = "1 row lies far from the others; read it" if odd == 1 else f"{odd:,} rows lie far from the others; read them"
+    found.append(f"{many} first." if odd else "No row is unusual.")
     return found
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def _charts(sets: list[InspectedSet]) -> dict[str, str]:

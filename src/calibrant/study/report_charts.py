@@ -16,7 +16,7 @@ from calibrant.study.scores import Score
 from calibrant.study.statistics.describe import Interval, describe
 
 _Rows = list[dict[str, Any]]
-_CUT = "An arrow marks an interval that continues beyond the plot; the table has all of it."
+_CUT = "An arrow marks an interval that reaches beyond the plot; the table has all of it."
 _READS_NOTHING = "The recipe reads no data; see the controls."
 _EMPTY = "No usable scores of this recipe, size and measure."
 
