@@ -1,4 +1,4 @@
-# docker build -t calibrant . && docker run --rm -v "$PWD:/work" calibrant compress /work/MODEL -o /work/OUT
+# docker build -t calibrant . && docker run --rm -v "$PWD:/data" calibrant compress MODEL -o OUT
 FROM python:3.11-slim
 
 COPY pyproject.toml constraints.txt README.md LICENSE /source/
@@ -12,5 +12,5 @@ RUN pip install --no-cache-dir --constraint /source/constraints.txt '/source[eva
 # Compiled kernels and the demo's model are kept here; mount a volume to keep them between containers.
 ENV HOME=/cache NUMBA_CACHE_DIR=/cache/numba
 RUN mkdir -p /cache && chmod 777 /cache
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["calibrant"]
