@@ -8,8 +8,8 @@ import os
 
 import lazy_loader
 
-# Threads that wait for each other busily multiply a run's time once another program needs a core. OpenMP reads this
-# when torch loads it; a user's own setting stays.
+# Threads that spin while they wait multiply a run's time once another program, or another team of threads (Numba's
+# beside torch's), needs a core. OpenMP reads this when torch loads it; a user's own setting stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

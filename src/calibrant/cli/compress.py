@@ -103,7 +103,8 @@ def compress(
     from calibrant.ranks import Ranks
 
     for name in ("samples", "length", "draw") if calibration is not None else ():
-        if context.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]  # known by then
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
             raise cb.CalibrantError(
                 f"`{name}` describes the set that the model generates, and {calibration} is a set already; leave it out"
             )

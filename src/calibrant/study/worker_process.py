@@ -1,30 +1,10 @@
-"""What runs in a worker's process, and the environment that it starts with."""
+"""What runs in a worker's process."""
 
 import contextlib
-import os
 import signal
 import threading
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-# Numba and torch have a team of threads each. Threads that wait by spinning take the processors from the other team:
-# a cell of a small model then takes five times as long.
-WAIT_POLICY, PASSIVE = "OMP_WAIT_POLICY", "passive"
-
-
-@contextlib.contextmanager
-def passive_threads() -> Iterator[None]:
-    """Processes that start within the context have threads that wait passively."""
-    before = os.environ.get(WAIT_POLICY)
-    os.environ[WAIT_POLICY] = PASSIVE
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[WAIT_POLICY]
-        else:
-            os.environ[WAIT_POLICY] = before
 
 
 def work(connection: Connection, cache: Path, threads: int) -> None:

@@ -17,7 +17,7 @@ from calibrant.errors import CalibrantError, first_line
 from calibrant.executors import start_ray
 from calibrant.study.cache import Cache
 from calibrant.study.steps import Step
-from calibrant.study.worker_process import PASSIVE, WAIT_POLICY, passive_threads, prepare_process, work
+from calibrant.study.worker_process import prepare_process, work
 
 _PATIENCE_SECONDS = 10
 _DIED = "the process that ran it died {times} times ({said})"
@@ -105,8 +105,7 @@ class _Process:
         self.connection, theirs = context.Pipe()
         self.number: int | None = None
         self._process: BaseProcess = context.Process(target=work, args=(theirs, cache, threads), daemon=True)
-        with passive_threads():
-            self._process.start()
+        self._process.start()
         theirs.close()
 
     @property
@@ -173,8 +172,7 @@ class RayWorkers:
     def __init__(self, cache: Cache, processors: int, devices: int, retries: int = 3) -> None:
         self._ray: Any = start_ray()
         self._cache, self._processors = cache, processors
-        environment = {"env_vars": {WAIT_POLICY: PASSIVE}}
-        options = {"num_cpus": processors, "num_gpus": devices, "max_retries": retries, "runtime_env": environment}
+        options = {"num_cpus": processors, "num_gpus": devices, "max_retries": retries}
         self._remote = self._ray.remote(**options)(_run_on_ray)
 
     def run(self, steps: Sequence[Step]) -> Generator[Finished]:
