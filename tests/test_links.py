@@ -1,6 +1,7 @@
 """Links of the pages that the site's own check does not see: the file is there, and so is the heading."""
 
 import re
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,10 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             missing.append(f"{file}#{anchor}")
     assert missing == []
+
+
+def test_the_package_page_has_no_links_into_the_repository() -> None:
+    """Package indexes show the README alone."""
+    page = str(metadata("calibrant").get_payload())
+    assert "# Calibrant" in page
+    assert [file for file, _ in LINK.findall(page) if file] == []

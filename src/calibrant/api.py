@@ -6,7 +6,7 @@ from pathlib import Path
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
-from calibrant.calibration.generate import DEFAULT_LENGTH, DEFAULT_SAMPLES, check_length
+from calibrant.calibration.generate import DEFAULT_LENGTH, check_length
 from calibrant.engine.compress_blocks import Order
 from calibrant.engine.importance import input_squares, stored_names
 from calibrant.errors import CalibrantError
@@ -47,10 +47,10 @@ def compress(
     bits: int | None = None,
     group_size: int | None = None,
     calibration: CalibrationSet | str | Path | None = None,
-    samples: int = DEFAULT_SAMPLES,
+    samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
-    draw: int = 0,
+    draw: int | None = None,
     device: str = "cpu",
     dtype: str = "auto",
     order: Order = "sequential",
@@ -69,8 +69,8 @@ def compress(
         recipe: a built-in name, a YAML file or a ``Recipe``; ``bits`` and ``group_size`` (0: one scale per channel)
             replace those of its weights.
         calibration: a set or its folder. Without one, a method that needs data gets a set the model writes itself.
-        samples: rows of that set; ``length`` their tokens (None: 512, or the model's context if that is shorter);
-            ``draw`` numbers independent sets of one seed.
+        samples: rows of that set (None: 128); ``length`` their tokens (None: 512, or the model's context if that is
+            shorter); ``draw`` numbers independent sets of one seed (None: 0). Refused beside a given set.
         seed: of that set, and of a training whose recipe has none.
         device: "cpu" or "cuda".
         dtype: what forward passes compute in: "bfloat16", "float32", or "auto" (bfloat16 where the processor

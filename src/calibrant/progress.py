@@ -15,8 +15,8 @@ class Task(Protocol):
 class Progress(Protocol):
     """Receiver of progress reports; the command line draws bars."""
 
-    def task(self, label: str, total: int | None) -> AbstractContextManager[Task]:
-        """Context manager around a task of ``total`` steps, None if the number is unknown."""
+    def task(self, label: str, total: int | None, unit: str = "") -> AbstractContextManager[Task]:
+        """Context manager around a task of ``total`` steps, None if the number is unknown; ``unit`` names the steps."""
 
     def note(self, text: str) -> None:
         """Show one line to the user."""
@@ -31,7 +31,7 @@ class NoProgress:
     """Discards all progress reports."""
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Task]:
+    def task(self, label: str, total: int | None, unit: str = "") -> Iterator[Task]:
         yield _NoTask()
 
     def note(self, text: str) -> None:

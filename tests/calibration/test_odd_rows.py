@@ -114,7 +114,7 @@ def test_the_set_says_what_was_left_out(llama: Path, tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.seen: list[str] = []
 
-        def task(self, label: str, total: int | None) -> Any:
+        def task(self, label: str, total: int | None, unit: str = "") -> Any:
             from calibrant.progress import NoProgress
 
             return NoProgress().task(label, total)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import calibrant as cb
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.cli.main import main
 from tests.cli.damage import (
@@ -109,3 +110,9 @@ def test_what_describes_a_set_is_refused_beside_one(
         main()
     assert stop.value.code == 2
     assert f"{option} describes the set that the model generates" in capsys.readouterr().err
+
+
+def test_the_default_size_of_a_set_is_refused_beside_one_too(llama: Path, tmp_path: Path) -> None:
+    """The default value, given by the caller, is no less given."""
+    with pytest.raises(cb.CalibrantError, match="`samples` describes the set"):
+        cb.prepare(llama, output=tmp_path / "out", calibration=random_set(llama), samples=128)

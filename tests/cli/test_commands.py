@@ -89,6 +89,13 @@ def test_quiet_is_quiet_and_a_dry_run_writes_nothing(run, llama: Path, tmp_path:
     assert not (tmp_path / "dry").exists()
 
 
+def test_what_a_recipe_without_data_ignores_is_said(run, llama: Path, tmp_path: Path) -> None:
+    _, _, said = run("compress", llama, "-r", "rtn-w8a8", "-o", tmp_path / "out", "-n", 4, "-l", 16, "--dry-run")
+    assert "rtn-w8a8 uses no data; ignored: --samples, --length" in said
+    _, _, said = run("compress", llama, "-r", "rtn-w8a8", "-o", tmp_path / "out", "--dry-run")
+    assert "ignored" not in said
+
+
 def test_a_recipe_from_a_file(run, llama: Path, tmp_path: Path) -> None:
     _, shown, _ = run("recipes", "wanda-2:4")
     (tmp_path / "mine.yaml").write_text(shown)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from calibrant.errors import CalibrantError
 from calibrant.formats.quantized import FormatName
 from calibrant.hashing import sha256_file
 from calibrant.methods.solvers.rtn import rtn
-from calibrant.pipeline import estimate
+from calibrant.pipeline import estimate, own_set
 from calibrant.pipeline.record import RunReport
 from calibrant.quantization.grids import GridSpec
 from calibrant.recipes.recipe import Recipe, builtin_recipes, load_recipe
@@ -277,9 +278,10 @@ def test_weights_kept_exactly_are_listed_beside_the_model(tmp_path: Path, recipe
 @pytest.fixture
 def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimates from fixed rates, of a process of a fixed size."""
-    monkeypatch.setattr(estimate, "measured_rate", lambda dtype, device: 1e6)
+    for module in (estimate, own_set):
+        monkeypatch.setattr(module, "measured_rate", lambda dtype, device: 1e6)
+        monkeypatch.setattr(module, "resident_memory", lambda: 1 << 20)
     monkeypatch.setattr(estimate, "best_seconds", lambda work: 1e-3)
-    monkeypatch.setattr(estimate, "resident_memory", lambda: 1 << 20)
 
 
 def _estimate(llama: Path, tmp_path: Path, recipe: str | Recipe, samples: int = 8) -> estimate.Estimate:
@@ -297,6 +299,27 @@ def test_the_estimate_counts_what_a_run_does(llama: Path, tmp_path: Path) -> Non
     assert seconds("rtn-w8a16") < seconds("gptq-w4a16-g32") < seconds(scaled) < seconds(scaled, samples=80)
     least, most = _estimate(llama, tmp_path, scaled).seconds_range
     assert least < seconds(scaled) < most
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_the_estimate_counts_the_writing_of_the_set(llama: Path, tmp_path: Path) -> None:
+    def found(recipe: str, length: int, calibration: CalibrationSet | None = None) -> estimate.Estimate:
+        size = {} if calibration else {"samples": 8, "length": length}
+        return prepare(llama, output=tmp_path / "out", recipe=recipe, calibration=calibration, **size).estimate()
+
+    short, long = (found("gptq-w4a16", length) for length in (16, 32))
+    assert long.writing_seconds == pytest.approx(2 * short.writing_seconds)
+    assert short.seconds_range[0] < short.seconds + short.writing_seconds < short.seconds_range[1]
+    given = found("gptq-w4a16", 16, random_set(llama, samples=8, length=16))
+    assert given == replace(short, writing_seconds=0, memory_bytes=given.memory_bytes)
+    assert found("rtn-w8a16", 16).writing_seconds == 0 < found("zsaq-w4a8", 16).writing_seconds
+
+
+def test_the_report_times_the_writing_of_the_set(llama: Path, tmp_path: Path) -> None:
+    own = cb.compress(llama, output=tmp_path / "own", recipe="wanda-50", samples=4, length=16)
+    given = run(llama, tmp_path / "given", "wanda-50")
+    assert own.seconds["generate"] > 0
+    assert "generate" not in given.seconds
 
 
 @pytest.mark.usefixtures("nothing_measured")

@@ -99,7 +99,7 @@ class _KillsAfter(NoProgress):
         self.left, self.label, self.notes = count, label, list[str]()
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Any]:
+    def task(self, label: str, total: int | None, unit: str = "") -> Iterator[Any]:
         outer = self
 
         class Handle:
@@ -122,7 +122,7 @@ class _Steps(NoProgress):
         self.label, self.alone = label, 0
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Any]:
+    def task(self, label: str, total: int | None, unit: str = "") -> Iterator[Any]:
         outer = self
 
         class Handle:
@@ -507,7 +507,7 @@ def test_work_is_kept_if_the_output_is_taken_during_the_run(model: Path, tmp_pat
 
     class _Takes(NoProgress):
         @contextmanager
-        def task(self, label: str, total: int | None) -> Iterator[Any]:
+        def task(self, label: str, total: int | None, unit: str = "") -> Iterator[Any]:
             output.mkdir(exist_ok=True)
             (output / "notes.txt").write_text("mine")
             with super().task(label, total) as task:

@@ -39,7 +39,7 @@ class _Notes:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def task(self, label: str, total: int | None) -> AbstractContextManager[Task]:
+    def task(self, label: str, total: int | None, unit: str = "") -> AbstractContextManager[Task]:
         return NoProgress().task(label, total)
 
     def note(self, text: str) -> None:

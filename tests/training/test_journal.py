@@ -35,7 +35,7 @@ class _StopsAfter(NoProgress):
         self.left, self.notes = steps, list[str]()
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Any]:
+    def task(self, label: str, total: int | None, unit: str = "") -> Iterator[Any]:
         outer = self
 
         class Handle:

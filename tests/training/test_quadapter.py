@@ -334,7 +334,7 @@ def test_a_killed_first_phase_goes_on_after_the_block(planted: Path, tmp_path: P
             self.notes: list[str] = []
 
         @contextmanager
-        def task(self, label: str, total: int | None) -> Iterator[Any]:
+        def task(self, label: str, total: int | None, unit: str = "") -> Iterator[Any]:
             class Handle:
                 def advance(self, steps: int = 1) -> None:
                     if label == "learning scales":

@@ -69,7 +69,7 @@ class DocumentStream:
         """
         self.counts |= {filter_.count_name: 0 for filter_ in self._filters}
         kept, read = 0, 0
-        with progress.task("reading corpus", self.corpus.size) as task:
+        with progress.task("reading corpus", self.corpus.size, "bytes") as task:
             for ordinal, document in enumerate(self.corpus):
                 task.advance(self.corpus.position - read)
                 read = self.corpus.position

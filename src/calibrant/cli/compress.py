@@ -9,7 +9,6 @@ import typer
 from calibrant.cli.console import (
     DequantizeOption,
     DeviceOption,
-    DrawOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
@@ -17,8 +16,6 @@ from calibrant.cli.console import (
     OutputOption,
     OverwriteOption,
     QuietOption,
-    SamplesOption,
-    SeedOption,
     terminal,
 )
 from calibrant.report.tables import size_text
@@ -32,10 +29,10 @@ if TYPE_CHECKING:
 
 _WORST_LAYERS = 5
 _MOST_NOTES = 10
+_SHOWN_SECONDS = 0.05
 
 
 def compress(
-    context: typer.Context,
     model: ModelArgument,
     output: OutputOption,
     recipe: Annotated[
@@ -45,10 +42,15 @@ def compress(
         Path | None,
         typer.Option("--calibration", "-c", help="Calibration set folder; by default the model generates a set."),
     ] = None,
-    samples: SamplesOption = 128,
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", help="Rows of the set that the model generates; by default 128.")
+    ] = None,
     length: ModelLengthOption = None,
-    seed: SeedOption = 0,
-    draw: DrawOption = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the set that the model generates, and of training.")] = 0,
+    draw: Annotated[
+        int | None,
+        typer.Option("--draw", help="Number of that set among the independent sets of one seed; by default 0."),
+    ] = None,
     bits: Annotated[int | None, typer.Option("--bits", help="Bits per weight; overrides the recipe.")] = None,
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="Group size; overrides the recipe. 0: one scale per channel.")
@@ -89,8 +91,7 @@ def compress(
 ) -> None:
     """Compress a model: generate or read calibration data, solve block by block, write, verify and report.
 
-    Without -c the model generates the calibration set; --samples, --length, --seed and --draw describe it. --seed is
-    also the seed of training if the recipe has none.
+    Without -c the model generates the calibration set; --samples, --length, --seed and --draw describe it.
 
     Ctrl-C stops after the current block. The same command continues from there, also after a crash; `calibrant status`
     shows where a run is.
@@ -102,12 +103,6 @@ def compress(
     import calibrant as cb
     from calibrant.ranks import Ranks
 
-    for name in ("samples", "length", "draw") if calibration is not None else ():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise cb.CalibrantError(
-                f"`{name}` describes the set that the model generates, and {calibration} is a set already; leave it out"
-            )
     first = Ranks.joined().first
     with terminal(quiet or not first, as_json and first) as screen:
         prepared = cb.prepare(
@@ -132,8 +127,11 @@ def compress(
         )
         for note in prepared.plan.notes:
             screen.note(f"note: {note}")
-        if calibration is not None and prepared.calibration is None:
-            screen.note(f"note: {prepared.recipe.name} uses no data, so the calibration set is ignored")
+        if not prepared.recipe.needs_data:
+            given = {"calibration": calibration, "samples": samples, "length": length, "draw": draw}
+            ignored = ", ".join(f"--{name}" for name, value in given.items() if value is not None)
+            if ignored:
+                screen.note(f"note: {prepared.recipe.name} uses no data; ignored: {ignored}")
         if dry_run:
             for note in prepared.memory_notes():
                 screen.note(f"note: {note}")
@@ -164,7 +162,7 @@ def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> N
         lines,
         f"{lines['layers']} layers of {model} by {lines['recipe']}, {prepared.plan.share:.1%} of the blocks' weights: "
         f"about {time_text(*found.seconds_range)}"
-        + (" and the time to generate the calibration set" if prepared.writes_set else "")
+        + (", most of them to generate the calibration set" if found.writing_seconds > found.seconds else "")
         + f", {size_text(found.memory_bytes)} of memory, an output of {size_text(found.output_bytes)}"
         f" ({size_text(found.disk_bytes)} of disk while it runs"
         + (", where the hidden states are kept)" if found.on_disk else ")"),
@@ -198,7 +196,9 @@ def summary(report: "RunReport") -> "list[Table | str]":
     table.add_column()
     table.add_row("compressed", f"{report.share:.1%} of the blocks' weights")
     table.add_row("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after")
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    stages = ", ".join(
+        f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items() if seconds >= _SHOWN_SECONDS
+    )
     table.add_row("time", f"{sum(report.seconds.values()):.1f} s: {stages}")
     table.add_row("peak memory", f"{size_text(report.peak_memory_bytes)} (of the whole process)")
     if report.layers:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calibrant.progress import NoProgress, Progress, Task
+from calibrant.report.tables import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,14 +117,19 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+# Tasks that end sooner leave no trace on the screen.
+_SHORT_SECONDS = 1.0
+
+
 class _Bars:
     def __init__(self, console: "Console") -> None:
         self._console = console
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Task]:
+    def task(self, label: str, total: int | None, unit: str = "") -> Iterator[Task]:
         from rich.progress import (
             BarColumn,
+            DownloadColumn,
             MofNCompleteColumn,
             Progress,
             TextColumn,
@@ -131,7 +137,8 @@ class _Bars:
             TimeRemainingColumn,
         )
 
-        columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        done = [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+        columns = [TextColumn("{task.description:<20}"), BarColumn(), *done, TimeElapsedColumn()]
         with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self._console) as bars:
             bar = bars.add_task(label, total=total)
 
@@ -140,16 +147,17 @@ class _Bars:
                     bars.advance(bar, steps)
 
             yield Handle()
+            bars.update(bar, visible=(bars.tasks[0].elapsed or 0.0) >= _SHORT_SECONDS)
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
 
 class _Lines:
-    """Progress for logs: one line per tenth of a task, none if the number of steps is unknown."""
+    """Progress for logs: a line per tenth of a task, none for short ones or if the number of steps is unknown."""
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Task]:
+    def task(self, label: str, total: int | None, unit: str = "") -> Iterator[Task]:
         import time
 
         begin = time.perf_counter()
@@ -159,17 +167,21 @@ class _Lines:
 
             def advance(self, steps: int = 1) -> None:
                 before, self.done = self.done, self.done + steps
-                if total and before * 10 // total != self.done * 10 // total:
-                    print(
-                        f"{label}: {self.done}/{total}, {time.perf_counter() - begin:.0f} s",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                seconds = time.perf_counter() - begin
+                if total and before * 10 // total != self.done * 10 // total and seconds >= _SHORT_SECONDS:
+                    done = _done_text(self.done, total, unit)
+                    print(f"{label}: {done}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
         yield Handle()
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+def _done_text(done: int, total: int, unit: str) -> str:
+    if unit == "bytes":
+        return f"{size_text(done)} of {size_text(total)}"
+    return f"{done:,} of {total:,} {unit}".rstrip()
 
 
 def task_names(tasks: str | None) -> list[str]:

@@ -90,7 +90,8 @@ def evaluation_table(found: "dict[str, Evaluation]", title: str = "") -> "Table"
     from rich.text import Text
 
     first = next(iter(found.values()))
-    table = Table(title=f"{title}{first.windows} windows of {first.length} tokens")
+    spread = "brackets: 95 % intervals over windows; ±: standard errors" if first.windows > 1 else None
+    table = Table(title=f"{title}{first.windows:,} windows of {first.length} tokens", caption=spread)
     table.add_column("")
     rows: dict[str, list[str]] = {}
     for name, evaluation in found.items():
@@ -120,7 +121,7 @@ def task_tables(found: "Evaluation") -> "list[Table]":
     """The scores of every metric; with an original, the comparisons item by item as well."""
     from rich.table import Table
 
-    scores = Table(title="tasks")
+    scores = Table(title="tasks", caption="±: standard errors")
     for name in ("task", "items", "metric", "score", *(["original"] if found.original_tasks else [])):
         scores.add_column(name, justify="left" if name in ("task", "metric") else "right")
     originals = {result.name: result.metrics for result in found.original_tasks}

@@ -75,7 +75,7 @@ def compress_blocks(
     if done:
         progress.note(f"continues after block {done} of {count}, from {journal.folder}")
     compression = _Compression(walk, plan, order, clock, checkpoints.notes, ranks)
-    with progress.task("compressing", count) as task:
+    with progress.task("compressing", count, "blocks") as task:
         if done:
             task.advance(done)
         for index in range(done, count):

@@ -22,7 +22,7 @@ def round_head(model: LazyModel, head: HeadPlan, progress: Progress) -> tuple[Co
     weight = model.folder.read(model.stored_name(f"{head.name}.weight"))
     parts: list[Codes] = []
     error = total = 0.0
-    with progress.task("rounding the output matrix", len(weight)) as task:
+    with progress.task("rounding the output matrix", len(weight), "rows") as task:
         for stored in weight.split(_ROWS):
             rows = stored.to(model.device).float()
             grid = fit_grid(rows, spec)

@@ -155,7 +155,7 @@ def _divergences(walk: BlockWalk, trunk: MicroBatch, variants: list[torch.Tensor
         return finish(walk.model.module, walk.blocks, hidden[:, positions])[0].double()
 
     found = []
-    with walk.outside_loaded(), progress.task("comparing", len(variants)) as task:
+    with walk.outside_loaded(), progress.task("comparing", len(variants), "candidates") as task:
         expected = logits(trunk.hidden)
         for hidden in variants:
             found.append(float(divergences(expected, logits(hidden)).mean().clamp(min=0)))

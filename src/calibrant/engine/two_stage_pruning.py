@@ -283,7 +283,7 @@ class _AttentionRemoval:
         removed, losses = self._search.removed, self._search.losses
         if not count:
             return removed, losses
-        with self._progress.task("removing attention", count * len(self._parts)) as task:
+        with self._progress.task("removing attention", count * len(self._parts), "passes") as task:
             if removed:
                 task.advance(len(removed) * len(self._parts))
             while len(removed) < count:

@@ -44,7 +44,7 @@ class WalkCheckpoints:
             StoppedError: a signal asked to stop; the state is saved.
         """
         walk, count = self._walk, len(self._walk.blocks)
-        with progress.task(label, count) as task:
+        with progress.task(label, count, "blocks") as task:
             if self._done:
                 task.advance(self._done)
                 progress.note(f"{label}: continues after block {self._done} of {count}, from {self._journal.folder}")

@@ -95,7 +95,7 @@ def evaluate_models(
     """
     windows = text.windows
     losses, original_losses, kl, same_top = [], [], [], []
-    with progress.task("evaluating", len(windows)) as task, torch.inference_mode():
+    with progress.task("evaluating", len(windows), "windows") as task, torch.inference_mode():
         for index, window in enumerate(windows):
             logits, targets = window_logits(model, window), window[1:].to(model.device)
             losses.append(_mean(_finite(negative_log_likelihoods(logits, targets), "the model")))

@@ -120,7 +120,7 @@ def store_states(
         lambda _, __, output: states.append(output[0][0, :-1].cpu())
     )
     try:
-        with progress.task("original", len(windows)) as task:
+        with progress.task("original", len(windows), "windows") as task:
             for window in windows:
                 logits = window_logits(model, window)
                 if len(states) == 1:

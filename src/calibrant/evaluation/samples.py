@@ -43,7 +43,7 @@ def continuations(
             raise CalibrantError(f"prompt {prompt[:40]!r}: has {len(own)} tokens, which {folder.path} cannot continue")
     model: Any = load_whole(folder, device, dtype)
     written = []
-    with progress.task("continuing prompts", len(ids)) as task, quietly(), torch.inference_mode():
+    with progress.task("continuing prompts", len(ids), "prompts") as task, quietly(), torch.inference_mode():
         for own in ids:
             settings = transformers.GenerationConfig(
                 do_sample=False,

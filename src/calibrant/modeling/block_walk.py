@@ -156,7 +156,7 @@ class BlockWalk:
 
     def visit(self, label: str, progress: Progress) -> Iterator[OpenedBlock]:
         """Every block in order, each opened in turn; the caller advances the batches."""
-        with progress.task(label, len(self.blocks)) as task:
+        with progress.task(label, len(self.blocks), "blocks") as task:
             for index in range(len(self.blocks)):
                 with self.opened(index) as block:
                     yield block

@@ -28,6 +28,7 @@ from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.entry import MICRO_BATCH_TOKENS
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
+from calibrant.pipeline import writing_cost
 from calibrant.pipeline.memory import resident_memory
 from calibrant.quantization.statistics import Hessian, HessianDiagonal
 from calibrant.recipes.parts import Awq, Quadapter
@@ -49,6 +50,7 @@ _SPREAD = 1.35
 class Estimate:
     """Estimated cost of a run: seconds, peak memory, the output's size, and peak disk space while it runs, in bytes.
 
+    ``writing_seconds``: what the model takes to write a calibration set first, which ``seconds`` leaves out.
     ``on_disk``: memory is too small for the hidden states of all rows, so they are kept in files.
     """
 
@@ -57,11 +59,13 @@ class Estimate:
     output_bytes: int
     disk_bytes: int
     on_disk: bool = False
+    writing_seconds: float = 0.0
 
     @property
     def seconds_range(self) -> tuple[float, float]:
-        """The least and the most seconds to expect."""
-        return self.seconds / _SPREAD, self.seconds * _SPREAD
+        """The least and the most seconds to expect, the writing of a calibration set included."""
+        least = self.seconds / _SPREAD + self.writing_seconds / writing_cost.SPREAD
+        return least, self.seconds * _SPREAD + self.writing_seconds * writing_cost.SPREAD
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from calibrant.journal import Journal
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
+from calibrant.pipeline.estimate import measured_rate
 from calibrant.pipeline.memory import resident_memory
+from calibrant.pipeline.writing_cost import BATCH_SIZE, cache_bytes, writing_seconds
 from calibrant.progress import Progress
-
-# Rows that are written at a time where memory allows it.
-_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def own_set(
     Raises:
         StoppedError: a signal asked to stop; the rows so far are kept.
     """
-    batch_size = _fitting_rows(folder, size, dtype, memory) if device.type == "cpu" else _BATCH_SIZE
+    batch_size = _fitting_rows(folder, size, dtype, memory) if device.type == "cpu" else BATCH_SIZE
     if batch_size == 0:
         return select(
             BUILTIN, tokenizer=folder.path, samples=size.samples, length=size.length, seed=size.seed, draw=size.draw,
@@ -83,6 +82,21 @@ def corpus_note(
     )
 
 
+def own_set_cost(
+    folder: ModelFolder, blocks: int, size: SetSize, dtype: torch.dtype, device: torch.device, memory: int
+) -> tuple[float, int]:
+    """Seconds and peak bytes of ``own_set``; those of a set from the built-in corpus are not counted."""
+    batch_size = _fitting_rows(folder, size, dtype, memory) if device.type == "cpu" else BATCH_SIZE
+    if batch_size == 0:
+        return 0.0, 0
+    weights, element = _numbers(folder), torch.empty(0, dtype=dtype).element_size()
+    rate = measured_rate(dtype, device)
+    seconds = writing_seconds(weights, blocks, size.samples, size.length, rate)
+    rows = min(batch_size, size.samples)
+    kept = rows * size.length * cache_bytes(folder, element)
+    return seconds, resident_memory() + _model_bytes(folder, dtype) + kept + 4 * rows * folder.vocabulary
+
+
 def forget_rows(journal: Journal) -> None:
     """Remove the rows that ``own_set`` kept, once the set is saved."""
     journal.drop(f"{ROWS}-*")
@@ -90,19 +104,17 @@ def forget_rows(journal: Journal) -> None:
 
 def _fitting_rows(folder: ModelFolder, size: SetSize, dtype: torch.dtype, memory: int) -> int:
     """How many rows can be written at a time, a power of two; 0 if the model does not fit."""
-    text = folder.config.get_text_config()  # whose attributes know other spellings, such as GPT-2's
-    heads = getattr(text, "num_attention_heads", None) or 1
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    keys = getattr(text, "num_key_value_heads", None) or heads
-    layers = getattr(text, "num_hidden_layers", 1)
-    per_token = 2 * keys * width * layers * torch.empty(0, dtype=dtype).element_size()
+    per_token = cache_bytes(folder, torch.empty(0, dtype=dtype).element_size())
     free = memory - resident_memory() - _model_bytes(folder, dtype)
-    rows = _BATCH_SIZE
+    rows = BATCH_SIZE
     while rows and rows * size.length * per_token > free:
         rows //= 2
     return rows
 
 
 def _model_bytes(folder: ModelFolder, dtype: torch.dtype) -> int:
-    numbers = sum(torch.Size(info.shape).numel() for info in folder.tensors.values())
-    return numbers * torch.empty(0, dtype=dtype).element_size()
+    return _numbers(folder) * torch.empty(0, dtype=dtype).element_size()
+
+
+def _numbers(folder: ModelFolder) -> int:
+    return sum(torch.Size(info.shape).numel() for info in folder.tensors.values())

@@ -7,6 +7,7 @@ from typing import Any
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.generate import DEFAULT_SAMPLES, check_length, check_size, default_length
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
+from calibrant.clock import Clock
 from calibrant.engine.compress_blocks import Order
 from calibrant.engine.two_stage_pruning import check_structure
 from calibrant.errors import CalibrantError
@@ -23,7 +24,7 @@ from calibrant.modeling.whole_model import torch_device, torch_dtype
 from calibrant.output_folder import check_disk, check_output
 from calibrant.pipeline.estimate import Estimate, MemoryNeed, disk_bytes, estimate, memory_needed
 from calibrant.pipeline.memory import memory_size, usable_memory
-from calibrant.pipeline.own_set import SetSize, corpus_note, forget_rows, own_set
+from calibrant.pipeline.own_set import SetSize, corpus_note, forget_rows, own_set, own_set_cost
 from calibrant.pipeline.record import RunReport, Settings, made_by, run_identity
 from calibrant.pipeline.run import run_compression
 from calibrant.pipeline.starved_experts import with_rows_for_experts
@@ -70,8 +71,30 @@ class PreparedRun:
         return self.calibration is None and self.recipe.needs_data
 
     def estimate(self) -> Estimate:
-        """Rough time, memory and disk space of the run, without the time to generate a calibration set."""
+        """Rough time, memory and disk space of the run, and of generating its calibration set."""
+        found = self.compression_estimate()
+        settings, folder, blocks = self.settings, self.model.folder, len(self.plan.blocks)
+        for size in self._written_sets():
+            seconds, memory = own_set_cost(folder, blocks, size, settings.dtype, settings.device, self._usable)
+            found = replace(
+                found,
+                writing_seconds=found.writing_seconds + seconds,
+                memory_bytes=max(found.memory_bytes, memory),
+            )
+        return found
+
+    def compression_estimate(self) -> Estimate:
+        """Rough time, memory and disk space of the run once it has a calibration set."""
         return estimate(self.model, self.plan, *self._set_shape, self.settings.dtype, self._usable)
+
+    def _written_sets(self) -> list[SetSize]:
+        """The sets that the model writes before it is compressed; rows for experts are not counted."""
+        training = self.recipe.training
+        if self.writes_set:
+            return [self.own_set]
+        if training is not None and not self.recipe.needs_data and self.model.folder.causal:
+            return [SetSize(_HELD_OUT_ROWS, training.length, training.seed, 0)]
+        return []
 
     def disk_bytes(self) -> tuple[int, int]:
         """Bytes of the output, and peak disk space of the run."""
@@ -94,16 +117,19 @@ class PreparedRun:
                 run writes it; no output is left behind.
         """
         listener: Progress = progress or NoProgress()
-        ranks = Ranks.joined()
+        ranks, clock = Ranks.joined(), Clock()
         self._check_ranks(ranks)
         journal = Journal(self.output, self.identity(ranks), self.overwrite)
         if not ranks.first:
-            return self._run(journal, ranks.share(None), NoProgress(), ranks)
+            return self._run(journal, ranks.share(None), clock, NoProgress(), ranks)
         check_disk(self.output, self.disk_bytes()[1])
         with journal.held():
-            return self._run(journal, ranks.share(self._calibration(journal, listener)), listener, ranks)
+            calibration = ranks.share(self._calibration(journal, clock, listener))
+            return self._run(journal, calibration, clock, listener, ranks)
 
-    def _run(self, journal: Journal, calibration: CalibrationSet | None, progress: Progress, ranks: Ranks) -> RunReport:
+    def _run(
+        self, journal: Journal, calibration: CalibrationSet | None, clock: Clock, progress: Progress, ranks: Ranks
+    ) -> RunReport:
         """Compress with ``calibration``."""
         needed, note = self._memory(ranks)
         if note:
@@ -115,6 +141,7 @@ class PreparedRun:
             self.output,
             self.settings,
             journal,
+            clock,
             progress,
             self.overwrite,
             ranks.share(needed.on_disk),
@@ -169,7 +196,7 @@ class PreparedRun:
         found = run_identity(self.model, self.plan, calibration, self.settings)
         return found if ranks.alone else {**found, "ranks": ranks.size}
 
-    def _calibration(self, journal: Journal, progress: Progress) -> CalibrationSet | None:
+    def _calibration(self, journal: Journal, clock: Clock, progress: Progress) -> CalibrationSet | None:
         """The given set, or one that the model writes or adds rows to, which the journal keeps."""
         training, experts = self.recipe.training, self.recipe.experts
         held_out = training is not None and not self.recipe.needs_data
@@ -178,16 +205,17 @@ class PreparedRun:
         kept = journal.folder / SET
         if kept.is_dir():
             return CalibrationSet.load(kept)
-        if training is not None and held_out:
-            made = self._held_out(training.length, training.seed, journal, progress)
-        else:
-            settings = self.settings
-            note = corpus_note(self.model.folder, self.own_set, settings.dtype, settings.device, self._usable)
-            if note and self.calibration is None:
-                progress.note(note)
-            made = self.calibration or self._generate(self.own_set, journal, progress)
-        if experts is not None and self._extends:
-            made = self._with_rows_for_experts(made, experts, journal, progress)
+        with clock.stage("generate"):
+            if training is not None and held_out:
+                made = self._held_out(training.length, training.seed, journal, progress)
+            else:
+                settings = self.settings
+                note = corpus_note(self.model.folder, self.own_set, settings.dtype, settings.device, self._usable)
+                if note and self.calibration is None:
+                    progress.note(note)
+                made = self.calibration or self._generate(self.own_set, journal, progress)
+            if experts is not None and self._extends:
+                made = self._with_rows_for_experts(made, experts, journal, progress)
         made.save(kept)
         forget_rows(journal)
         check_stop("the calibration set")
@@ -232,10 +260,10 @@ def prepare(
     bits: int | None = None,
     group_size: int | None = None,
     calibration: CalibrationSet | str | Path | None = None,
-    samples: int = DEFAULT_SAMPLES,
+    samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
-    draw: int = 0,
+    draw: int | None = None,
     device: str = "cpu",
     dtype: str = "auto",
     order: Order = "sequential",
@@ -260,7 +288,17 @@ def prepare(
     )
     folder = ModelFolder(model_path(model), allow_encoder, dequantize=dequantize)
     _check_model(folder, chosen, given)
-    own = SetSize(samples, length if length is not None else default_length(folder), seed, draw)
+    own = SetSize(
+        samples if samples is not None else DEFAULT_SAMPLES,
+        length if length is not None else default_length(folder),
+        seed,
+        draw if draw is not None else 0,
+    )
+    for name, value in {"samples": samples, "length": length, "draw": draw}.items():
+        if given is not None and value is not None:
+            raise CalibrantError(
+                f"`{name}` describes the set that the model generates, and `calibration` is a set already; leave it out"
+            )
     if given is None:
         check_size(own.samples, own.length, own.seed, own.draw)
         check_length(folder, own.length)

@@ -59,6 +59,7 @@ def run_compression(
     output: Path,
     settings: Settings,
     journal: Journal,
+    clock: Clock,
     progress: Progress,
     overwrite: bool = False,
     on_disk: bool = False,
@@ -67,7 +68,8 @@ def run_compression(
     """Compress ``model`` by ``plan`` into ``output``, which appears only if the whole run succeeds.
 
     ZSAQ does not train on ``calibration`` but computes its held-out loss on it. An interrupted run leaves its state in
-    ``journal``, which is held; running the same compression again continues from there. ``on_disk`` is that of
+    ``journal``, which is held; running the same compression again continues from there. ``clock`` has the seconds of
+    what came before. ``on_disk`` is that of
     ``compress_blocks``. Of several ``ranks`` the first one writes; the others return its report.
 
     Raises:
@@ -75,9 +77,9 @@ def run_compression(
         StoppedError: a signal asked to stop; the journal has the state.
     """
     if not ranks.first:
-        return _follow(_Run(model, plan, calibration, settings, journal, progress, output, on_disk, ranks))
+        return _follow(_Run(model, plan, calibration, settings, journal, clock, progress, output, on_disk, ranks))
     with staged(output, overwrite) as folder, torch.inference_mode():
-        run = _Run(model, plan, calibration, settings, journal, progress, folder, on_disk, ranks)
+        run = _Run(model, plan, calibration, settings, journal, clock, progress, folder, on_disk, ranks)
         run.check_finite()
         run.spend_budget()
         run.learn()
@@ -111,11 +113,11 @@ class _Run:
     given: CalibrationSet | None
     settings: Settings
     journal: Journal
+    clock: Clock
     progress: Progress
     folder: Path
     on_disk: bool
     ranks: Ranks
-    clock: Clock = field(default_factory=Clock)
     spent: SpentBudget | None = None
     pruned: Pruned | None = None
     trained: Trained | None = None

@@ -125,7 +125,7 @@ class GgufExport:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         hashes = {}
-        with self._progress.task("writing", len(self._tensors)) as task:
+        with self._progress.task("writing", len(self._tensors), "tensors") as task:
             for tensor in self._tensors:
                 data = tensor.make()
                 hashes[tensor.name] = sha256_bytes(data.tobytes())
@@ -152,7 +152,7 @@ class GgufExport:
             base, _, suffix = name.rpartition(".")
             (tensor,) = named.tensors[base]
             found.append(self._dense(f"{tensor.name.removesuffix('.weight')}.{suffix}", name, base))
-        with self._progress.task("checking", len(linears)) as task:
+        with self._progress.task("checking", len(linears), "layers") as task:
             for base, stored in linears.items():
                 (tensor,) = named.tensors[base]
                 found.append(self._quantized(tensor.name, base, stored, settings or {}))

@@ -41,8 +41,8 @@ def group_notes(chosen: Recipe, spec: GridSpec) -> list[str]:
     if chosen.scheme.weights is None or chosen.scheme.weights.group_size != "auto":
         return []
     if spec.group_size:
-        return [f"groups of {spec.group_size}"]
-    return ["no group size fits every layer: one scale a channel"]
+        return [f"weights share a scale in groups of {spec.group_size}, the largest size that fits every layer"]
+    return ["weights share a scale in each channel, since no group size fits every layer"]
 
 
 def head_notes(head: HeadPlan | None) -> list[str]:

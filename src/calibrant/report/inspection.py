@@ -144,7 +144,7 @@ def _losses(
         )
     model = load_whole(model_folder, device, dtype)
     losses = []
-    with progress.task("running the model", len(calibration.tokens)) as task:
+    with progress.task("running the model", len(calibration.tokens), "rows") as task:
         for row, kept in zip(calibration.tokens, calibration.mask, strict=True):
             # The model expects texts to begin with its prefix (BOS): rows without it get it as uncounted context.
             begin = row.new_tensor([] if row[: len(prefix)].tolist() == prefix else prefix)
@@ -164,7 +164,7 @@ def set_facts(manifest: Manifest) -> dict[str, str]:
         + (f", the first of {manifest.head_of}" if manifest.head_of is not None else ""),
         "seed and draw": f"{manifest.seed}, {manifest.draw}",
         "parameters": _changed_parameters(manifest.parameters, SelectionRequest().recorded()),
-        "counts": ", ".join(f"{name} {value:,}" for name, value in manifest.counts.items()),
+        "counts": ", ".join(f"{_words(name)} {value:,}" for name, value in manifest.counts.items() if value),
         "SHA-256": manifest.set_sha256,
     }
     return {name: value for name, value in facts.items() if value}
@@ -183,7 +183,12 @@ def _changed_parameters(parameters: Mapping[str, Any], usual: Mapping[str, Any])
     for name, value in parameters.items():
         if isinstance(value, Mapping):
             inner = _changed_parameters(value, usual.get(name, {}))
-            said += [f"{name}: {inner}"] if inner else []
+            said += [f"{_words(name)}: {inner}"] if inner else []
         elif name not in usual or value != usual[name]:
-            said.append(f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            said.append(f"{_words(name)} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     return "; ".join(said)
+
+
+def _words(name: str) -> str:
+    """A name of a manifest as readers write it."""
+    return name.replace("_", " ")

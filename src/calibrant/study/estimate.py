@@ -12,6 +12,7 @@ from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.pipeline.estimate import measured_rate
 from calibrant.pipeline.own_set import SetSize
 from calibrant.pipeline.prepare import PreparedRun
+from calibrant.pipeline.writing_cost import SPREAD
 from calibrant.progress import Progress
 from calibrant.study.cache import Cache
 from calibrant.study.cells import Cell
@@ -23,8 +24,6 @@ from calibrant.study.steps import OriginalStep, Yardstick
 _SET_BYTES = 5
 # Opening a model to measure it, and what attention and norms take beside products of matrices.
 _OPENING_SECONDS, _BESIDE_PRODUCTS = 1.0, 1.5
-# How far the making of a set may be from its estimate, either way.
-_SET_SPREAD = 2.0
 # Tokens of an item with its choices, and items of a task, roughly (ours): they differ tenfold between tasks.
 _TASK_TOKENS, _TASK_ITEMS = 100, 2000
 # A whole model in float32, and the copy that its loading makes of the largest part.
@@ -64,10 +63,12 @@ def estimate_study(
     rate = measured_rate(torch.float32, torch.device(resolved.plan.device))
     least = most = 0.0
     memory = 0
-    with progress.task("estimating", len(kinds)) as task:
+    with progress.task("estimating", len(kinds), "compressions") as task:
         for (model, recipe, samples, length), count in kinds.items():
             prepared = resolved.prepared[model, recipe]
-            found = replace(prepared, own_set=SetSize(samples, length, resolved.plan.seeds[0], 0)).estimate()
+            found = replace(
+                prepared, own_set=SetSize(samples, length, resolved.plan.seeds[0], 0)
+            ).compression_estimate()
             weights = _parameters(prepared.model.folder)
             measuring = sum(_measuring_seconds(one, weights, rate) for one in resolved.yardsticks(model).values())
             least += count * (found.seconds_range[0] + measuring)
@@ -78,7 +79,7 @@ def estimate_study(
     for work in unmade.values():
         prepared = resolved.prepared[work.cell.model, work.cell.recipe]
         making = set_seconds(work.set_step, prepared, _parameters(prepared.model.folder), rate)
-        least, most = least + making / _SET_SPREAD, most + making * _SET_SPREAD
+        least, most = least + making / SPREAD, most + making * SPREAD
     return StudyEstimate(
         models=len(resolved.models),
         recipes=len(resolved.recipes),

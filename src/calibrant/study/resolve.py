@@ -113,7 +113,7 @@ def resolve(plan: StudyPlan, cache: Cache, progress: Progress) -> Resolved:
         with _named("the rows of sets"):
             check_length(ModelFolder(model.path), max(plan.length))
     prepared = {}
-    with progress.task("checking", len(models) * len(recipes)) as task:
+    with progress.task("checking", len(models) * len(recipes), "compressions") as task:
         for model in models.values():
             for name, recipe in recipes.items():
                 prepared[model.label, name] = _prepared(model, recipe, plan, cache)

@@ -1,10 +1,9 @@
 """What making a calibration set takes, before it is made. The constants are rough and ours."""
 
-import math
-
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.selection.selecting import WITH_MODEL
 from calibrant.pipeline.prepare import PreparedRun
+from calibrant.pipeline.writing_cost import writing_seconds
 from calibrant.study.plan import GeneratedSource, GivenSource, SelectedSource
 from calibrant.study.steps import SetStep
 
@@ -13,9 +12,6 @@ _STARTING_SECONDS, _SECONDS_PER_BYTE = 1.0, 0.25e-6
 # What compressed text unpacks to, and bytes of text in a token.
 _UNPACKED, _BYTES_PER_TOKEN = 3.0, 4.0
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".parquet")
-# Rows that a model writes at a time (``generate``). A token of each costs a pass over all weights, however few the rows
-# are: about as long as the products of 48 further rows. Beside it a block costs its calls.
-_ROWS, _FURTHER_ROWS, _SECONDS_PER_BLOCK = 64, 48, 0.4e-3
 # Attention and norms beside products of matrices.
 _BESIDE_PRODUCTS = 1.5
 
@@ -34,10 +30,7 @@ def set_seconds(step: SetStep, prepared: PreparedRun, weights: int, rate: float)
         tokens = text / _BYTES_PER_TOKEN / step.shards
         seconds += _BESIDE_PRODUCTS * 2.0 * weights * tokens / rate
     if isinstance(source, GeneratedSource) and source.strategy != "vocabulary":
-        passes = math.ceil(step.samples / _ROWS) * step.length
-        rows = min(step.samples, _ROWS) + _FURTHER_ROWS
-        blocks = len(prepared.plan.blocks)
-        seconds += passes * (_BESIDE_PRODUCTS * 2.0 * weights * rows / rate + _SECONDS_PER_BLOCK * blocks)
+        seconds += writing_seconds(weights, len(prepared.plan.blocks), step.samples, step.length, rate)
     return seconds
 
 

@@ -97,7 +97,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
     written, wait = time.monotonic(), JOURNAL_SECONDS
     with (
         _curves(journal.folder / CURVES, now.done, progress) as write_scalar,
-        progress.task("training", options.steps) as task,
+        progress.task("training", options.steps, "steps") as task,
     ):
         if now.done:
             task.advance(now.done)

@@ -53,9 +53,8 @@ def zipcal_in_parts(
         CalibrantError: the parts together have too few candidates.
     """
     tasks = [PartTask(corpus, model, request, part) for part in range(request.parts)]
-    with progress.task(f"selecting in {len(tasks)} parts", 1) as task:
+    with progress.task(f"selecting in {len(tasks)} parts", None):
         results = executor.map(select_part, tasks)
-        task.advance()
     names = dict.fromkeys(name for result in results for name in result.counts)
     counts = {name: sum(result.counts.get(name, 0) for result in results) for name in names}
     # Every part reads the whole corpus, so these counts do not add up.

@@ -39,7 +39,7 @@ def uniform_windows(
     documents = stream.tokenized(_shuffled(stream, order, 2 * wanted), tokenizer)
     chosen: list[Window] = []
     found = 0
-    with progress.task("selecting windows", wanted) as task:
+    with progress.task("selecting windows", wanted, "windows") as task:
         for found, window in enumerate(cutting.windows(documents, offsets, stream.counts), start=1):
             if found > begin:
                 chosen.append(window)

@@ -98,7 +98,7 @@ def write_rows(
     rows, length = uniforms.shape
     ends = torch.tensor(sorted(end_ids(model, tokenizer)), device=model.device)
     parts: list[Written] = []
-    with progress.task("generating", rows * length) as task, torch.inference_mode():
+    with progress.task("generating", rows * length, "tokens") as task, torch.inference_mode():
         make_decoder = prepare_decoding(model)
         for first in range(0, rows, batch_size):
             drawn = torch.from_numpy(uniforms[first : first + batch_size])

@@ -40,6 +40,8 @@ def show(made: "CalibrationSet", screen: Terminal, output: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from calibrant.report.inspection import set_facts
+
     manifest = made.manifest
     facts: dict[str, Any] = {
         "strategy": manifest.strategy,
@@ -54,6 +56,6 @@ def show(made: "CalibrationSet", screen: Terminal, output: Path) -> None:
     table = Table(title=Text(str(output)), show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, Text(str(value)))
+    for name, value in set_facts(manifest).items():
+        table.add_row(name, Text(value))
     screen.result({**facts, "corpora": manifest.corpora}, table)

@@ -58,7 +58,7 @@ def _score(
 ) -> TaskResult:
     members = load_tasks(name, data, limit)
     requests = build_requests(members, limit)
-    with progress.task(name, len(requests)) as task:
+    with progress.task(name, len(requests), "requests") as task:
         scorer = SharingModel(model, tokenizer, task.advance)
         try:
             answers = getattr(scorer, requests[0].request_type)(requests, disable_tqdm=True)
