@@ -77,8 +77,16 @@ def commands(command: TyperCommand | TyperGroup, name: str) -> Iterator[str]:
     arguments = [one for one in command.params if isinstance(one, TyperArgument)]
     options = [one for one in command.params if isinstance(one, TyperOption) and not one.hidden and one.name != "help"]
     rows = [[f"`{one.name}`", cell(one.help or ""), "" if one.required else "optional"] for one in arguments]
-    rows += [["`" + "`, `".join(one.opts) + "`", cell(one.help or ""), default(one)] for one in options]
-    yield table(["argument or option", "what it says", "default"], rows)
+    for panel in dict.fromkeys([None, *(one.rich_help_panel for one in options)]):
+        rows += [
+            ["`" + "`, `".join(one.opts) + "`", cell(one.help or ""), default(one)]
+            for one in options
+            if one.rich_help_panel == panel
+        ]
+        if panel:
+            yield f"**{panel}**"
+        yield table(["option" if panel else "argument or option", "what it says", "default"], rows)
+        rows = []
 
 
 def default(option: TyperOption) -> str:

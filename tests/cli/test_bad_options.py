@@ -55,7 +55,7 @@ def test_bad_options(run, llama: Path, tmp_path: Path, monkeypatch, options: lis
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("nowhere.txt", None, "no such corpus"),
+    ("nowhere.txt", None, "no such text file"),
     ("empty.txt", b"", "is empty"),
     ("broken.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9], "is it complete"),
     ("short.txt", b"few words", "only 0 windows"),

@@ -111,7 +111,7 @@ def test_corpora_are_scored(run, llama: Path, tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert [one["corpus"] for one in json.loads(out)["scores"]] == [str(files[1]), str(files[0])]
     status, _, err = run("data", "score", *files, "-m", llama, "--target", tmp_path / "no.txt", "-q")
-    assert (status, "no such corpus" in err) == (2, True)
+    assert (status, "no such text file" in err) == (2, True)
 
 
 def test_asymmetric_models_are_evaluated(run, llama: Path, tmp_path: Path) -> None:

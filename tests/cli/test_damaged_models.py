@@ -97,7 +97,7 @@ def test_configs_that_make_no_model(run, llama: Path, tmp_path: Path, setting: s
     (edited_config(architectures=5), [], "not a causal language model"),
     (edited_config(), ["--length", 65], "context of 64"),
     (edited_config(), ["--length", 1], "at least 2"),
-    (edited_config(), ["--text", "nowhere.txt"], "no such corpus"),
+    (edited_config(), ["--text", "nowhere.txt"], "no such text file"),
 ])  # fmt: skip
 def test_evaluate_refuses_bad_input(run, llama: Path, tmp_path: Path, damage, options: list[str], said: str) -> None:
     model = shutil.copytree(llama, tmp_path / "model")

@@ -326,10 +326,10 @@ _BAD = {
     "no such recipe": ({"recipes": "wanda-24"}, "wanda-24: no recipe of that name .* near it are wanda-2:4"),
     "no such recipe file": ({"recipes": "mine.yaml"}, "mine.yaml: no such file"),
     "a label with a space": ({"sources": {"a b": {"corpus": "text.txt"}}}, "sources.a b: use letters, digits"),
-    "no such file": ({"sources": {"a": {"corpus": "nowhere.txt"}}}, "source a: .*nowhere.txt: no such corpus"),
+    "no such file": ({"sources": {"a": {"corpus": "nowhere.txt"}}}, "source a: .*nowhere.txt: no such text file"),
     "no such text": (
         {"texts": {"a": {"corpus": "nowhere.txt", "length": 16}}},
-        "text a: .*no such corpus",
+        "text a: .*no such text file",
     ),
     "no such strategy": (
         {"sources": {"a": {"corpus": "text.txt", "strategy": "best"}}},
@@ -338,7 +338,7 @@ _BAD = {
     "no such model": ({"models": "nowhere"}, "model .*nowhere: .*no such model folder"),
     "no such text to filter by": (
         {"sources": {"a": {"corpus": "text.txt", "filters": {"leakage": ["nowhere.txt"]}}}},
-        "source a: filters.leakage: .*nowhere.txt: no such corpus",
+        "source a: filters.leakage: .*nowhere.txt: no such text file",
     ),
     "a recipe that does not fit": ({"recipes": "rtn-w4a16-g128"}, "recipe rtn-w4a16-g128 on llama.*group size"),
     "too long": ({"length": 4096}, "the rows of sets: .*context of 64"),
@@ -394,7 +394,7 @@ _BAD = {
     ),
     "no such target": (
         {"sources": {"a": {"corpus": "text.txt", "strategy": "acdm", "targets": ["nowhere.txt"]}}},
-        "source a: .*nowhere.txt: no such corpus",
+        "source a: .*nowhere.txt: no such text file",
     ),
     "an option of another": ({"sources": {"a": {"corpus": "text.txt", "pool": 5}}}, "source a: .*pool is for"),
 }

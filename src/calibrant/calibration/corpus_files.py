@@ -32,11 +32,11 @@ def readable_files(root: Path) -> tuple[list[Path], list[Path]]:
     if root.is_file():
         if suffix_of(root) not in _SUFFIXES:
             raise CalibrantError(
-                f"{root}: unknown kind of corpus file, expected .txt, .jsonl or .parquet (or .gz of these)"
+                f"{root}: unknown kind of text file, expected .txt, .jsonl or .parquet (or .gz of these)"
             )
         return [root], []
     if not root.is_dir():
-        raise CalibrantError(f"{root}: no such corpus file or folder (a hub data set is written hub:owner/name)")
+        raise CalibrantError(f"{root}: no such text file or folder (a hub data set is written hub:owner/name)")
     files = sorted(p for p in root.rglob("*") if p.is_file() and suffix_of(p) in _SUFFIXES and not _is_hidden(p, root))
     cards = [path for path in files if _is_card(path)]
     data = [path for path in files if not _is_card(path)]

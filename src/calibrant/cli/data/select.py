@@ -21,6 +21,11 @@ from calibrant.cli.console import (
 from calibrant.cli.data.shared import EmbeddingOption, numbers, show
 from calibrant.stopping import stopping_gently
 
+# Panels of --help.
+_STRATEGY = "Options of single strategies"
+_MIXING = "Several corpora, and mixes"
+_FILTERS = "Filters of documents"
+
 
 def select(
     corpora: Annotated[
@@ -70,38 +75,57 @@ def select(
             "--stride",
             help="uniform, unigram and words_dataset: rows between the beginnings of draws; 128 by default, or the "
             "number of samples if that is more. Sets of one draw and stride are nested.",
+            rich_help_panel=_STRATEGY,
         ),
     ] = None,
     shards: Annotated[
-        int, typer.Option("--shards", help="Number of disjoint random parts of the corpus; draw k sees part k.")
+        int,
+        typer.Option("--shards", help="Number of disjoint random parts of the corpus; draw k sees part k."),
     ] = 1,
     parts: Annotated[
         int | None,
         typer.Option(
-            "--parts", help="zipcal: select in this many random parts of the corpus, then among their choices."
+            "--parts",
+            help="zipcal: select in this many random parts of the corpus, then among their choices.",
+            rich_help_panel=_STRATEGY,
         ),
     ] = None,
     executor: Annotated[
         str,
-        typer.Option("--executor", help="Where parts run: local, or ray (one part per processor)."),
+        typer.Option(
+            "--executor", help="Where parts run: local, or ray (one part per processor).", rich_help_panel=_STRATEGY
+        ),
     ] = "local",
     pool: Annotated[
         int | None,
         typer.Option(
             "--pool",
             help="zipcal: consider this many random candidates per pick (the paper's code: 2000); all by default.",
+            rich_help_panel=_STRATEGY,
         ),
     ] = None,
-    keep: Annotated[str, typer.Option("--keep", help="perplexity: lowest, middle, or below (a percentile).")] = "below",
+    keep: Annotated[
+        str,
+        typer.Option("--keep", help="perplexity: lowest, middle, or below (a percentile).", rich_help_panel=_STRATEGY),
+    ] = "below",
     percentile: Annotated[
-        float, typer.Option("--percentile", help="perplexity with --keep below: the percentile, in (0, 100].")
+        float,
+        typer.Option(
+            "--percentile",
+            help="perplexity with --keep below: the percentile, in (0, 100].",
+            rich_help_panel=_STRATEGY,
+        ),
     ] = 80.0,
     embedding: EmbeddingOption = "lexical",
     targets: Annotated[
         list[str] | None,
-        typer.Option("--target", help="acdm: text typical of the model's purpose; may be repeated."),
+        typer.Option(
+            "--target", help="acdm: text typical of the model's purpose; may be repeated.", rich_help_panel=_STRATEGY
+        ),
     ] = None,
-    target_field: Annotated[str, typer.Option("--target-field", help="Field that contains the target texts.")] = "text",
+    target_field: Annotated[
+        str, typer.Option("--target-field", help="Field that contains the target texts.", rich_help_panel=_STRATEGY)
+    ] = "text",
     mask: Annotated[
         str,
         typer.Option(
@@ -109,49 +133,80 @@ def select(
         ),
     ] = "all",
     weights: Annotated[
-        str | None, typer.Option("--weights", help="Shares of several corpora, such as 2,1,1; equal by default.")
+        str | None,
+        typer.Option(
+            "--weights", help="Shares of several corpora, such as 2,1,1; equal by default.", rich_help_panel=_MIXING
+        ),
     ] = None,
     mix_scripts: Annotated[
-        str | None, typer.Option("--mix-scripts", help="Divide the rows among scripts, such as latin,cyrillic,cjk.")
+        str | None,
+        typer.Option(
+            "--mix-scripts", help="Divide the rows among scripts, such as latin,cyrillic,cjk.", rich_help_panel=_MIXING
+        ),
     ] = None,
     mix_lengths: Annotated[
         str | None,
         typer.Option(
             "--mix-lengths",
             help="Divide the rows among lengths of documents, bounds in characters, such as 1000,10000.",
+            rich_help_panel=_MIXING,
         ),
     ] = None,
     mix_weights: Annotated[
-        str | None, typer.Option("--mix-weights", help="Shares of a mix's groups, such as 2,1,1; equal by default.")
+        str | None,
+        typer.Option(
+            "--mix-weights", help="Shares of a mix's groups, such as 2,1,1; equal by default.", rich_help_panel=_MIXING
+        ),
     ] = None,
     duplicates: Annotated[
         str,
         typer.Option(
-            "--duplicates", help="Duplicates: keep all, or drop exact ones or near ones (near includes exact)."
+            "--duplicates",
+            help="Duplicates: keep all, or drop exact ones or near ones (near includes exact).",
+            rich_help_panel=_FILTERS,
         ),
     ] = "keep",
-    min_characters: Annotated[int, typer.Option("--min-characters", help="Drop shorter documents.")] = 0,
-    max_characters: Annotated[int | None, typer.Option("--max-characters", help="Drop longer documents.")] = None,
+    min_characters: Annotated[
+        int, typer.Option("--min-characters", help="Drop shorter documents.", rich_help_panel=_FILTERS)
+    ] = 0,
+    max_characters: Annotated[
+        int | None, typer.Option("--max-characters", help="Drop longer documents.", rich_help_panel=_FILTERS)
+    ] = None,
     max_repetition: Annotated[
         float | None,
-        typer.Option("--max-repetition", help="Drop documents with a larger share of repeated 10-grams of words."),
+        typer.Option(
+            "--max-repetition",
+            help="Drop documents with a larger share of repeated 10-grams of words.",
+            rich_help_panel=_FILTERS,
+        ),
     ] = None,
     script: Annotated[
         str | None,
-        typer.Option("--script", help="Keep only documents in this script: latin, cyrillic, arabic, cjk, ..."),
+        typer.Option(
+            "--script",
+            help="Keep only documents in this script: latin, cyrillic, arabic, cjk, ...",
+            rich_help_panel=_FILTERS,
+        ),
     ] = None,
     leakage: Annotated[
         list[str] | None,
         typer.Option(
-            "--leakage", help="Evaluation text; drop documents that share a run of words with it. May be repeated."
+            "--leakage",
+            help="Evaluation text; drop documents that share a run of words with it. May be repeated.",
+            rich_help_panel=_FILTERS,
         ),
     ] = None,
     leakage_field: Annotated[
-        str, typer.Option("--leakage-field", help="Field that contains the evaluation text.")
+        str, typer.Option("--leakage-field", help="Field that contains the evaluation text.", rich_help_panel=_FILTERS)
     ] = "text",
-    leakage_run: Annotated[int, typer.Option("--leakage-run", help="Length of the shared run in words.")] = 13,
+    leakage_run: Annotated[
+        int, typer.Option("--leakage-run", help="Length of the shared run in words.", rich_help_panel=_FILTERS)
+    ] = 13,
     keep_leaked: Annotated[
-        bool, typer.Option("--keep-leaked", help="Keep documents with leakage and only count them.")
+        bool,
+        typer.Option(
+            "--keep-leaked", help="Keep documents with leakage and only count them.", rich_help_panel=_FILTERS
+        ),
     ] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
