@@ -120,6 +120,16 @@ def test_a_claim_is_what_was_measured(claim: str) -> None:
     assert claim in README
 
 
+def test_the_changelog_says_what_a_busy_neighbour_costs() -> None:
+    wall = result("busy_neighbour")["median_wall_seconds"]
+    ours, without = (wall[f"{threads}, busy"] / wall[f"{threads}, quiet"] for threads in ("passive", "spinning"))
+    changes = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
+    assert (
+        f"takes {ours:.1f} times as long as on a quiet machine instead of {'twice' * (round(without, 1) == 2)}"
+        in changes
+    )
+
+
 def test_every_number_is_traced() -> None:
     left = README
     for claim in CLAIMS:
