@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import calibrant as cb
@@ -27,6 +28,10 @@ def test_nineteen_of_twenty_architectures_that_could_be_made_are_compressed() ->
     assert len(WORKS) >= 0.95 * len(made)
 
 
+@pytest.mark.skipif(
+    transformers.__version__ != FOUND["versions"]["transformers"],
+    reason=f"the table is of transformers {FOUND['versions']['transformers']}, others pack other models",
+)
 @pytest.mark.parametrize("architecture", ROWS)
 def test_the_plan_is_that_of_the_table(architecture: str, tmp_path: Path) -> None:
     row = ROWS[architecture]
