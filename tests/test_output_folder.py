@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import calibrant as cb
 from calibrant import output_folder
 from calibrant.errors import CalibrantError
 from calibrant.output_folder import check_output, companion, staged, whole_file
 from tests.abandoned import abandon
+from tests.conftest import random_set
 
 
 def _as_mount(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,3 +287,25 @@ def test_real_mount_points(tmp_path: Path, mount: str) -> None:
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip("this user cannot mount")
     assert done.returncode == 0, done.stderr
+
+
+def test_an_output_that_holds_other_files_is_not_replaced(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cb.compress(llama, output=out, recipe="rtn-w8a16")
+    (out / "report.html").write_text("ours, made later")
+    cb.compress(llama, output=out, recipe="rtn-w8a16", overwrite=True)
+    (out / "eval").mkdir()
+    (out / "eval" / "result.json").write_text("{}")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(CalibrantError, match=r"did not write \(eval/result.json, notes.txt\).*would remove them"):
+        cb.prepare(llama, output=out, recipe="rtn-w8a16", overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_set_that_lies_beside_other_files_is_not_replaced(llama: Path, tmp_path: Path) -> None:
+    made = random_set(llama)
+    made.save(tmp_path / "set")
+    made.save(tmp_path / "set", overwrite=True)
+    (tmp_path / "set" / "notes.txt").write_text("mine")
+    with pytest.raises(CalibrantError, match=r"did not write \(notes.txt\)"):
+        made.save(tmp_path / "set", overwrite=True)

@@ -8,7 +8,7 @@ from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
 from calibrant.calibration.generate import DEFAULT_LENGTH, check_length
 from calibrant.engine.compress_blocks import Order
-from calibrant.engine.importance import input_squares, stored_names
+from calibrant.engine.importance import input_squares, linear_names, stored_names
 from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation, evaluate_models
 from calibrant.evaluation.engines.ask import ENGINES, EngineName
@@ -148,8 +148,12 @@ def write_importance_matrix(
     lazy = LazyModel(folder, torch_dtype(dtype, place), place)
     blocks = find_blocks(lazy.module)
     progress = progress or NoProgress()
+    text = folder.config.get_text_config()
+    linears = linear_names(lazy, blocks)
+    if linears:  # a model without a name for any of them is refused before its blocks are read
+        gguf_names(text, len(blocks), stored_names(lazy, linears))
     sums = input_squares(lazy, blocks, given.rows, progress)
-    names = gguf_names(folder.config.get_text_config(), len(blocks), stored_names(lazy, sums))
+    names = gguf_names(text, len(blocks), stored_names(lazy, sums))
     named = {one.name: one.rows(*sums[layer]) for layer, tensors in names.tensors.items() for one in tensors}
     rows, length = given.tokens.shape
     with whole_file(target) as beside:

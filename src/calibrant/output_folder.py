@@ -1,6 +1,7 @@
 """Output folders and files that appear complete or not at all."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,12 @@ from calibrant.owned_folder import KEPT, owned_folder, remove_abandoned
 # Every finished output contains one of these files: a compressed model the first, a calibration set the second. Other
 # programs write files of these names too, without these keys.
 _OUTPUT_MARKERS = {"calibrant.json": b'"calibrant_version"', "manifest.json": b'"tokenizer_sha256"'}
+_SET_FILES = {"manifest.json", "tokens.safetensors"}
+# Files of an output that its record does not list: of the end of the run, and of later commands.
+_LATER_FILES = {"report.json", "report.html", "evaluation.json", "model.gguf"}
+# The folder of a training's curves, whose files a record cannot name.
+_CURVES = "training"
+_NAMED_STRANGERS = 5
 # Names in an output folder that are no part of an output: our unfinished work, and what a new ext4 volume contains.
 _OURS, _VOLUME = ".calibrant.", "lost+found"
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -51,7 +58,8 @@ def _check_place(path: Path, inputs: Sequence[str | Path]) -> None:
     if not existing.is_dir():
         raise CalibrantError(f"{existing}: is not a folder, so {path} cannot be made in it")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise CalibrantError(f"{existing}: cannot be written, so {path} cannot be made in it; choose another output")
+        inside = f", so {path} cannot be made in it" if path != existing else ""
+        raise CalibrantError(f"{existing}: cannot be written{inside}; choose another output")
 
 
 def _resolved(path: Path) -> Path:
@@ -75,6 +83,30 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     markers = ((path / name, key) for name, key in _OUTPUT_MARKERS.items())
     if not any(marker.is_file() and key in marker.read_bytes() for marker, key in markers):
         raise CalibrantError(f"{path}: is no earlier output of Calibrant, so it is not replaced; choose another output")
+    strangers = _strangers(path)
+    if strangers:
+        more = f" and {len(strangers) - _NAMED_STRANGERS} more" if len(strangers) > _NAMED_STRANGERS else ""
+        raise CalibrantError(
+            f"{path}: holds files that Calibrant did not write ({', '.join(strangers[:_NAMED_STRANGERS])}{more}); "
+            "`overwrite=True` would remove them, so move them or delete the folder"
+        )
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Files in an earlier output that are not its own; none for models of versions that did not list their files."""
+    known = _SET_FILES
+    if (folder / "calibrant.json").is_file():
+        try:
+            listed = json.loads((folder / "calibrant.json").read_bytes()).get("files")
+        except (ValueError, AttributeError, RecursionError):  # damaged: the output is replaced as a whole
+            listed = None
+        if not isinstance(listed, list):
+            return []
+        known = _LATER_FILES | set(map(str, listed))
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    ours = (_OURS, _VOLUME, _CURVES)
+    named = (one.as_posix() for one in files if not one.parts[0].startswith(ours))
+    return sorted(name for name in named if name not in known)
 
 
 def _content(folder: Path) -> list[Path]:

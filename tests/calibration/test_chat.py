@@ -82,12 +82,27 @@ def test_special_tokens_can_be_left_out(corpus: Path, chat_model: Path) -> None:
     assert (~made.mask).any()
 
 
+@pytest.mark.parametrize("odd", ["hello there", "", None, [], [{"role": "user"}], 7])
+@pytest.mark.parametrize("windows", ["document", "pack"])
+def test_one_odd_row_is_left_out_of_what_the_assistant_wrote(
+    corpus: Path, chat_model: Path, windows: str, odd: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"tokenizer": chat_model, "samples": 6, "length": 60, "windows": windows, "mask": "assistant"}
+    without = cb.select(chat(corpus), **options)
+    lines = corpus.read_text().splitlines(keepends=True)
+    corpus.write_text("".join([*lines[:5], json.dumps({"messages": odd}) + "\n", *lines[5:]]))
+    made = cb.select(chat(corpus), **options)
+    assert made.mask.any()
+    assert made.tokens.shape == without.tokens.shape
+    assert made.manifest.counts.get("documents_without_messages", 0) == (odd == "hello there")
+
+
 def test_what_conversations_need(corpus: Path, llama: Path, chat_model: Path, tmp_path: Path) -> None:
     with pytest.raises(cb.CalibrantError, match="no chat template"):
         cb.select(chat(corpus), tokenizer=llama, samples=2, length=20)
     text = tmp_path / "t.txt"
     text.write_text("just words " * 100)
-    with pytest.raises(cb.CalibrantError, match="not a conversation"):
+    with pytest.raises(cb.CalibrantError, match=r"no document is left .*without messages"):
         cb.select(text, tokenizer=chat_model, samples=2, length=20, mask="assistant")
     (chat_model / "chat_template.jinja").write_text(
         "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -113,7 +113,7 @@ def test_the_page_shows_what_was_asked_for(sets: list[Path], llama: Path, tmp_pa
     cb.select(tmp_path / "c.txt", tokenizer=llama, samples=4, length=48, filters=filters).save(tmp_path / "filtered")
     found = inspect_sets([sets[0], tmp_path / "filtered"]).sets
     assert "parameters" not in found[0].facts
-    assert found[1].facts["parameters"] == "filters: duplicates near; min_characters 3"
+    assert found[1].facts["parameters"] == "filters: duplicates near; min characters 3"
 
 
 def test_the_page_needs_nothing_else(sets: list[Path]) -> None:

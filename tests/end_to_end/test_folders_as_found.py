@@ -1,6 +1,7 @@
 """Model folders as people have them: every tensor is accounted for, and the output loads wherever the source does."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -377,3 +378,47 @@ def test_shapes_that_nothing_can_hold(model: Path, shape: list[object]) -> None:
     (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(CalibrantError, match=r"model\.safetensors: "):
         ModelFolder(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": math.nan},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": math.nan}},
+        {"initializer_range": math.nan},
+    ],
+)
+@pytest.mark.parametrize("recipe", ["rtn-w8a16", "wanda-50"])
+def test_nan_in_the_configuration_is_refused(model: Path, changes: dict[str, object], recipe: str) -> None:
+    edit_config(model, **changes)
+    with pytest.raises(CalibrantError, match=rf"config\.json: .*{next(iter(changes))}"):
+        compress(model, recipe, calibration=random_set())
+
+
+@pytest.mark.parametrize("which", [lambda name: True, lambda name: name == f"{UP}.weight", lambda name: "norm" in name])
+def test_float64_is_compressed_as_the_loader_reads_it(model: Path, which: Callable[[str], bool]) -> None:
+    edit(model, lambda t: t.update({name: tensor.double() for name, tensor in t.items() if which(name)}))
+    edit_config(model, dtype="float64")
+    assert_same_model(compress(model, "gptq-w8a16", calibration=random_set()), model)
+
+
+@pytest.mark.parametrize("keep", ["lowest", "middle", "below"])
+def test_a_damaged_model_selects_nothing(model: Path, keep: str) -> None:
+    edit(model, lambda t: t[f"{LAYER}input_layernorm.weight"].fill_(torch.nan))
+    text = model.parent / "text.txt"
+    text.write_text("a b c " * 800)
+    with pytest.raises(CalibrantError, match="not finite"):
+        cb.select(text, tokenizer=model, strategy="perplexity", keep=keep, samples=2, length=16, dtype="float32")
+
+
+def test_a_damaged_model_has_no_importance(model: Path) -> None:
+    edit(model, lambda t: t[f"{LAYER}input_layernorm.weight"].fill_(torch.nan))
+    with pytest.raises(CalibrantError, match="q_proj: its inputs contain values that are not finite"):
+        cb.write_importance_matrix(model, calibration=random_set(), output=model.parent / "m.gguf")
+
+
+def test_a_set_needs_no_tokenizer(model: Path) -> None:
+    """Token ids are all that a run takes from a set; where there is a tokenizer, it must be the set's."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (model / name).unlink(missing_ok=True)
+    assert_same_model(compress(model, "gptq-w8a16", calibration=random_set()), model)

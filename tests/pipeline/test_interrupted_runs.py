@@ -258,7 +258,7 @@ def test_rows_that_the_model_wrote_are_kept(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_after: int | None
 ) -> None:
     """Killed within the third batch of rows, or asked to stop within the second."""
-    monkeypatch.setattr(own_set, "_BATCH_SIZE", 2)
+    monkeypatch.setattr(own_set, "BATCH_SIZE", 2)
     options: dict[str, Any] = {"recipe": recipe("gptq"), "samples": 8, "length": 16, "dtype": "float32"}
     cb.compress(model, output=tmp_path / "whole", **options)
     write, written = text_generation._Batch.write, list[int]()
@@ -410,9 +410,8 @@ def test_two_runs_do_not_write_to_one_output_and_a_kill_leaves_what_goes_on(
 def test_a_disk_that_is_too_small_is_seen_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    prepared = cb.prepare(model, output=tmp_path / "out", recipe=recipe("gptq"), calibration=random_set(model))
     with pytest.raises(CalibrantError, match=r"needs about 0\.\d MB of disk, 0\.0 MB are free"):
-        prepared.run()
+        cb.prepare(model, output=tmp_path / "out", recipe=recipe("gptq"), calibration=random_set(model))
     assert not list(tmp_path.iterdir())
 
 
@@ -461,9 +460,9 @@ def test_what_comes_before_the_blocks_stops_too(
     chosen = cb.Recipe.model_validate(
         {"name": "r", "description": "d", "method": method, "transforms": transforms, "scheme": scheme}
     )
-    options: dict[str, Any] = {"recipe": chosen, "samples": 8, "length": 16, "dtype": "float32"}
-    if saved != "8 rows of the calibration set":
-        options["calibration"] = random_set(model, length=64)
+    own = saved == "8 rows of the calibration set"
+    made = {"samples": 8, "length": 16} if own else {"calibration": random_set(model, length=64)}
+    options: dict[str, Any] = {"recipe": chosen, "dtype": "float32", **made}
     cb.compress(model, output=tmp_path / "whole", **options)
     told: list[str] = []
 

@@ -1,6 +1,7 @@
 """GGUF files: what llama.cpp reads in them is the model that transformers loads."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from typer.testing import CliRunner
 
 import calibrant as cb
 from calibrant.cli.main import app
+from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.whole_model import load_whole
 
@@ -327,3 +330,13 @@ def test_types_of_embeddings_are_spelled_either_way_and_changed_with_a_note(tmp_
     assert "Q5_0" in ran.stdout
     written = cb.write_gguf(model, output=tmp_path / "b.gguf", embeddings="Q6_K")
     assert "token_embd.weight is Q8_0: blocks of Q6_K do not divide its 64 columns" in written.notes
+
+
+@pytest.mark.parametrize("name", ["mtp_block.0.emb_proj.weight", "speaker.weight", "vision.patch.bias"])
+def test_a_tensor_without_a_name_there_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    source = write(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, name: torch.ones(4, 4)}, source / "model.safetensors", {"format": "pt"})
+    base = re.escape(name.rpartition(".")[0])
+    with pytest.raises(CalibrantError, match=rf"{base}: llama\.cpp's llama has no such tensor"):
+        cb.prepare(source, output=tmp_path / "out", recipe="gptq-q4_0", samples=4, length=16)

@@ -96,7 +96,7 @@ def test_layers_that_no_text_reaches_are_not_planned(name: str, tmp_path: Path) 
     assert any("encoder_attn" in weight for weight in plan.left)
     attention, mlp = 4 * 64 * 64, 2 * 64 * 96
     assert plan.share == pytest.approx((attention + mlp) / (2 * attention + mlp), abs=1e-6)
-    assert any("no text calls them" in note and "encoder_attn" in note for note in plan.notes)
+    assert any("a text does not run through them" in note and "encoder_attn" in note for note in plan.notes)
 
 
 def test_inputs_that_transformers_rounds_by_one_scale_are_said(

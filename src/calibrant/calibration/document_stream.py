@@ -10,6 +10,7 @@ from calibrant.calibration.chat import encode_documents
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.document import Document
 from calibrant.calibration.filters import Filter
+from calibrant.calibration.filters.content import TEXTS_ALONE
 from calibrant.calibration.windows import TokenizedDocument
 from calibrant.errors import CalibrantError
 from calibrant.modeling.chat_template import RefusedError
@@ -117,7 +118,15 @@ class DocumentStream:
     def findings(self) -> Findings:
         """What the passes found until now."""
         refused = f"{self.corpus.location}: left out {self.refusals} that the chat template refuses"
-        notes = (*self.corpus.notes, *([refused] if self.refusals else []))
+        texts = self.counts.get(TEXTS_ALONE, 0)
+        no_talk = (
+            f"{self.corpus.location}: left out {texts:,} texts that are no conversations, so no assistant wrote them"
+        )
+        notes = (
+            *self.corpus.notes,
+            *([refused] if self.refusals else []),
+            *([no_talk] if texts else []),
+        )
         return Findings(self._has_chat, notes, self.corpus.first_unusable)
 
     def _passes(self, document: Document) -> bool:
@@ -128,7 +137,9 @@ class DocumentStream:
         return True
 
     def _dropped(self) -> str:
-        drops = ", ".join(f"{filter_.count_name} {self.counts[filter_.count_name]}" for filter_ in self._filters)
+        drops = ", ".join(
+            f"{filter_.count_name.replace('_', ' ')} {self.counts[filter_.count_name]}" for filter_ in self._filters
+        )
         return f"after the filters ({drops or 'none'}) and shards"
 
     def fetch(self, ordinals: Iterable[int]) -> dict[int, Document]:

@@ -173,10 +173,13 @@ def _generate_again(
 def _changes(wanted: Manifest, made: Manifest) -> list[str]:
     """A phrase for every input and library that differs."""
     changes = []
+    configs = [(one.model or {}).get("config_sha256") for one in (wanted, made)]
     if wanted.tokenizer_sha256 != made.tokenizer_sha256:
         changes.append("the tokenizer")
     elif wanted.tokenizer_files_sha256 != made.tokenizer_files_sha256:
-        changes.append("the files of the tokenizer (its special tokens or other settings)")
+        # config.json is one of these files, since it may name the tokenizer's class.
+        perhaps = "perhaps " if configs[0] != configs[1] else ""
+        changes.append(f"{perhaps}the files of the tokenizer (its special tokens or other settings)")
     if wanted.chat_template_sha256 != made.chat_template_sha256:
         changes.append("the chat template")
     if wanted.chat_template_date != made.chat_template_date:

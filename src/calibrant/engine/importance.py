@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import nn
 
 from calibrant.engine.block_engine import Unit, Visitor, two_passes
+from calibrant.errors import CalibrantError
 from calibrant.modeling.block_walk import BlockWalk
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.structure import BlockStructure, InputGroup
@@ -44,13 +46,27 @@ def input_squares(
     """Sums of squared inputs ``[1, in]`` float32 and numbers of tokens ``[1, 1]`` int64, by name of every linear.
 
     Fused experts are listed under their parameter's name, with one row per expert that counts the tokens routed to it.
+
+    Raises:
+        CalibrantError: inputs are not finite.
     """
     found: dict[str, list[HessianDiagonal]] = {}
     for block in BlockWalk(model, blocks, rows, model.dtype).visit("gathering", progress):
         gathering = _Gathering(block.structure, block.name, model.device)
         block.advance(two_passes(block, block.structure, gathering))
         found |= gathering.found
-    return {name: _as_rows(norms) for name, norms in found.items()}
+    sums = {name: _as_rows(norms) for name, norms in found.items()}
+    damaged = next((name for name, (total, _) in sums.items() if not np.isfinite(total).all()), None)
+    if damaged is not None:
+        raise CalibrantError(f"{damaged}: its inputs contain values that are not finite; check the model's weights")
+    return sums
+
+
+def linear_names(model: LazyModel, blocks: list[str]) -> list[str]:
+    """Names of the linear modules in ``blocks``; fused experts are parameters, and no modules."""
+    inside = tuple(f"{block}." for block in blocks)
+    modules = model.module.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and name.startswith(inside)]
 
 
 def stored_names(model: LazyModel, layers: Iterable[str]) -> dict[str, str]:

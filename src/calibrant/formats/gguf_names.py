@@ -70,7 +70,7 @@ _UNMEASURED = "ATTN_K_B"
 _KEEPS_GATES_AND_UPS_FUSED = ("mistral4",)
 """Architectures that have separate gates and ups of experts too, but whose converter does not split them."""
 
-_FEW = 3
+_FEW = 20
 """Number of left out tensors that a note names."""
 
 _WRAPPERS = ("language_model.", "text_model.")

@@ -157,21 +157,21 @@ class ModelFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most stored numbers, in which scales and dense weights are written.
+        """The dtype of most stored numbers, in which scales and dense weights are written; float32 for float64.
 
         Raises:
-            CalibrantError: that dtype is not float32, bfloat16 or float16.
+            CalibrantError: that dtype is not float64, float32, bfloat16 or float16.
         """
         sizes: dict[str, int] = {}
         for info in self.tensors.values():
             sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
         name = max(sorted(sizes), key=lambda dtype: sizes[dtype])
-        known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        known = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
         if name not in known:
             example = next(tensor for tensor, info in self.tensors.items() if info.dtype == name)
             raise CalibrantError(
                 f"{self.path}: {example} and most weights are stored as {name}; "
-                "only F32, BF16 and F16 can be compressed"
+                "only F64, F32, BF16 and F16 can be compressed"
             )
         return known[name]
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from calibrant.errors import CalibrantError
+
 _POSITIONS = 32
 
 
@@ -26,12 +28,17 @@ def row_losses(model: transformers.PreTrainedModel, tokens: torch.Tensor, mask: 
     ``tokens`` int ``[rows, length]``, ``mask`` bool of that shape; the first token of a row has no predecessor and
     does not count. Rows run one at a time, so a row's loss does not depend on its neighbours. NaN for a row without a
     counted token.
+
+    Raises:
+        CalibrantError: the model gives values that are not numbers.
     """
     losses = []
     for row, counted in zip(tokens.long(), mask.bool(), strict=True):
         ids, wanted = row[None].to(model.device), counted[1:].to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         each = negative_log_likelihoods(logits, ids[0, 1:])
+        if bool(each.isnan().any()):
+            raise CalibrantError("the model gives values that are not finite on the text; its weights may be damaged")
         count = int(wanted.sum())
         losses.append(float(each[wanted].double().sum()) / count if count else float("nan"))
     return losses

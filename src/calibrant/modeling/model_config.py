@@ -1,5 +1,6 @@
 """``config.json`` of a model folder, checked before transformers builds anything from it."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,10 +133,35 @@ def parse_config(folder: Path) -> transformers.PretrainedConfig:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise CalibrantError(f"{path}: {name} of the text model is {size}, not a positive number")
+    for one in (config, text):
+        _check_not_nan(path, one)
     # Other values change what the modules return, which nothing that reads a model's output expects.
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
     return config
+
+
+def _check_not_nan(path: Path, config: transformers.PretrainedConfig) -> None:
+    """Refuse NaN in what the model reads; transformers keeps keys that no model knows, whatever they hold.
+
+    Raises:
+        CalibrantError: a number of the model is NaN.
+    """
+    damaged = [key for key, value in config.to_dict().items() if any(map(math.isnan, _floats(value)))]
+    if damaged:
+        read = next((key for key in damaged if key in type(config)().to_dict()), None)
+        if read is not None:
+            raise CalibrantError(
+                f"{path}: {read} has NaN for a number, with which a model computes NaN; correct the file"
+            )
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _floats(one)
 
 
 def architecture(path: Path, config: dict[str, Any], allow_encoder: bool) -> str:

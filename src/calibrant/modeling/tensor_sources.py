@@ -87,8 +87,8 @@ def _check_dtype(folder: Path, name: str, info: TensorInfo, taken_by: torch.Tens
     """Refuse codes in place of numbers: transformers would convert them as if they were the weights themselves."""
     if taken_by.is_floating_point() and info.dtype not in _PLAIN_DTYPES:
         raise CalibrantError(
-            f"{folder}: tensor {name} is stored as {info.dtype}, which holds codes of a quantized model; "
-            "start from the original weights"
+            f"{folder}: tensor {name} is stored as {info.dtype}, which is no dtype of plain weights (codes of a "
+            "quantized model have such dtypes); start from the original weights"
         )
 
 
@@ -108,8 +108,8 @@ def _check_unused(
         )
     if info.dtype not in _PLAIN_DTYPES and len(info.shape) > 1 and not _is_computed_buffer(name, info):
         raise CalibrantError(
-            f"{folder}: tensor {name} is stored as {info.dtype} and no parameter takes it; it holds codes of a "
-            "quantized model: start from the original weights"
+            f"{folder}: tensor {name} is stored as {info.dtype} and no parameter takes it; codes of quantized "
+            "models have such dtypes: start from the original weights"
         )
 
 

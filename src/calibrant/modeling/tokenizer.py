@@ -19,6 +19,8 @@ from calibrant.modeling.chat_template import ChatTemplate
 # Files of a tokenizer with a ``tokenizer.json``; ``config.json`` can name its class.
 _DEFINITION = "tokenizer.json"
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+# Files that define a tokenizer, or a vocabulary.
+_VOCABULARY = re.compile(r"tokenizer|tekken|vocab|merges|\.(model|spm|tiktoken|bpe)$", re.IGNORECASE)
 # A vocabulary of tiktoken has a token in Base64 and its rank on every line; one of SentencePiece is a protocol buffer.
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
@@ -29,6 +31,12 @@ def tokenizer_files_sha256(folder: str | Path) -> str | None:
     if not files[0].is_file():
         return None
     return sha256_json({file.name: sha256_file(file) for file in files if file.is_file()})
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether ``folder`` has a file besides the model's configuration and weights that may define a tokenizer."""
+    names = {path.name for path in Path(folder).iterdir() if path.is_file()}
+    return any(_VOCABULARY.search(name) for name in names)
 
 
 class Tokenizer:
@@ -59,7 +67,9 @@ class Tokenizer:
         for special in (True, False):
             self.hf("a", add_special_tokens=special, verbose=False)
         self.hf.decode([0])
-        _ = self.special_ids, self.size, self.hf.bos_token_id, self.hf.eos_token_id
+        _ = self.hf.bos_token_id, self.hf.eos_token_id
+        if self.size <= len(self.special_ids):
+            raise ValueError("it has special tokens alone: transformers reads no vocabulary from the folder")
         if not isinstance(self.hf.model_max_length, int | float):
             raise ValueError(f"model_max_length is {self.hf.model_max_length!r}, not a number")
         if not isinstance(self.hf.chat_template, str | dict | None):
@@ -203,7 +213,9 @@ def _missing_libraries(folder: Path) -> str:
     if (folder / _DEFINITION).is_file():
         return ""
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    if any(_is_tiktoken(path) for path in files if path.suffix in (".model", ".tiktoken")):
+    if (folder / "tekken.json").is_file():
+        wanted = {"mistral-common": "mistral_common"}
+    elif any(_is_tiktoken(path) for path in files if path.suffix in (".model", ".tiktoken")):
         wanted = {"tiktoken": "tiktoken"}
     elif any(path.suffix in (".model", ".spm") for path in files):
         wanted = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}

@@ -19,7 +19,7 @@ from calibrant.modeling.entry import check_ranks, micro_batch_rows
 from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
-from calibrant.modeling.tokenizer import Tokenizer, tokenizer_files_sha256
+from calibrant.modeling.tokenizer import Tokenizer, has_tokenizer, tokenizer_files_sha256
 from calibrant.modeling.whole_model import torch_device, torch_dtype
 from calibrant.output_folder import check_disk, check_output
 from calibrant.pipeline.estimate import Estimate, MemoryNeed, disk_bytes, estimate, memory_needed
@@ -122,7 +122,6 @@ class PreparedRun:
         journal = Journal(self.output, self.identity(ranks), self.overwrite)
         if not ranks.first:
             return self._run(journal, ranks.share(None), clock, NoProgress(), ranks)
-        check_disk(self.output, self.disk_bytes()[1])
         with journal.held():
             calibration = ranks.share(self._calibration(journal, clock, listener))
             return self._run(journal, calibration, clock, listener, ranks)
@@ -327,6 +326,8 @@ def prepare(
     prepared = PreparedRun(lazy, plan, settings, target, used, own, overwrite, most)
     if goes_on:
         check_same_run(target, prepared.identity(Ranks.joined()))
+    if Ranks.joined().first:
+        check_disk(target, prepared.disk_bytes()[1])
     return prepared
 
 
@@ -343,7 +344,7 @@ def _check_model(folder: ModelFolder, recipe: Recipe, calibration: CalibrationSe
 
 
 def check_calibration(folder: ModelFolder, calibration: CalibrationSet) -> None:
-    """Check that ``calibration`` fits the model in ``folder``.
+    """Check that ``calibration`` fits the model in ``folder``, as far as the folder says; it may lack a tokenizer.
 
     Raises:
         CalibrantError: the set's tokenizer, length or token ids do not fit the model.
@@ -352,7 +353,7 @@ def check_calibration(folder: ModelFolder, calibration: CalibrationSet) -> None:
     manifest = calibration.manifest
     # Loading a large tokenizer takes seconds, so compare file hashes first.
     known = manifest.tokenizer_files_sha256
-    if known is None or known != tokenizer_files_sha256(folder.path):
+    if (known is None or known != tokenizer_files_sha256(folder.path)) and has_tokenizer(folder.path):
         tokenizer = Tokenizer(folder.path)
         # A set made from given token ids may lack the tokenizer's hash.
         if manifest.tokenizer_sha256 not in ("", tokenizer.sha256):

@@ -71,7 +71,8 @@ class RunRecord(_Recorded):
 
     ``format`` is the checkpoint format's name, or "dense"; ``model`` and ``generator`` contain names and hashes;
     ``calibration`` is the set's manifest, written without its rows; ``share`` is the share of the blocks' weights
-    that was compressed, from 0 to 1. ``proofs`` are of engines that the output was loaded in afterwards.
+    that was compressed, from 0 to 1. ``proofs`` are of engines that the output was loaded in afterwards. ``files`` are
+    those of the output, which ``overwrite`` replaces.
     """
 
     format_version: Literal[2] = 2
@@ -91,6 +92,7 @@ class RunRecord(_Recorded):
     structure: Pruned | None
     training: Trained | None
     proofs: list[Proof] = []
+    files: list[str] = []
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -161,7 +163,7 @@ def make_record(
     structure: Pruned | None,
     training: Trained | None,
 ) -> RunRecord:
-    """Make the record of a run of ``plan`` on ``model``."""
+    """Make the record of a run of ``plan`` on ``model``, before its files are listed."""
     return RunRecord(
         calibrant_version=__version__,
         recipe=plan.recipe,

@@ -34,7 +34,7 @@ from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.weight_files import INDEX_FILE
 from calibrant.output_folder import staged
 from calibrant.pipeline.memory import peak_memory
-from calibrant.pipeline.record import RunReport, Settings, compressed_share, make_record
+from calibrant.pipeline.record import RECORD_NAME, RunReport, Settings, compressed_share, make_record
 from calibrant.pipeline.starved_experts import starved_notes
 from calibrant.pipeline.write_gguf import GGUF_NAME, GgufExport
 from calibrant.progress import Progress
@@ -232,7 +232,7 @@ class _Run:
             read = {info.file.name for info in self.model.folder.tensors.values()}
             left_out = set(copy_side_files(self.model.folder.path, self.folder)) - read - {INDEX_FILE}
             if left_out:
-                named = ", ".join(sorted(left_out)[:5]) + (", ..." if len(left_out) > 5 else "")
+                named = ", ".join(sorted(left_out))
                 self.notes.append(f"not copied, since they look like weights or are over 64 MiB: {named}")
             record = make_record(
                 self.model,
@@ -255,10 +255,12 @@ class _Run:
             self._write_config()
             if self.calibration is not None:
                 self.calibration.save(self.folder / "calibration")
-            if (self.journal.folder / CURVES).is_dir():
-                shutil.copytree(self.journal.folder / CURVES, self.folder / "training")
-            record.write(self.folder)
             (self.folder / "README.md").write_text(model_card(record.as_dict()), encoding="utf-8")
+            written = [path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()]
+            names = sorted([*(path.as_posix() for path in written), RECORD_NAME])
+            record.model_copy(update={"files": names}).write(self.folder)
+            if (self.journal.folder / CURVES).is_dir():  # whose files have the time in their names
+                shutil.copytree(self.journal.folder / CURVES, self.folder / "training")
         return files
 
     def _in_parts(self, names: list[str]) -> Iterator[list[str]]:

@@ -19,7 +19,7 @@ from calibrant.formats.gguf_architectures import (
     row_order,
 )
 from calibrant.formats.gguf_blocks import GgufBlocks, block_type, pack_blocks
-from calibrant.formats.gguf_names import gguf_library, gguf_names
+from calibrant.formats.gguf_names import GgufNames, gguf_library, gguf_names
 from calibrant.formats.gguf_types import GGUF_TYPES
 from calibrant.formats.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
 from calibrant.formats.kv_cache import cache_scales, kv_cache_layout
@@ -74,11 +74,31 @@ def check_gguf(folder: ModelFolder) -> None:
         CalibrantError: the extra ``gguf`` is not installed, or llama.cpp cannot hold the model or its tokenizer.
     """
     gguf_library()
+    config = folder.config.get_text_config()
     try:
-        gguf_metadata(folder.config.get_text_config())
+        gguf_metadata(config)
         gguf_vocabulary(Tokenizer(folder.path).hf, folder.vocabulary)
+        _names(config, {name.rpartition(".")[0] for name in folder.tensors if not _is_left_out(config, name)})
     except CalibrantError as error:
         raise CalibrantError(f"{folder.path}: {error}") from error
+
+
+def _is_left_out(config: Any, name: str) -> bool:
+    """Whether llama.cpp computes the tensor, or takes the embedding for it."""
+    tied = bool(config.tie_word_embeddings) and name == "lm_head.weight"
+    return tied or name.endswith(_COMPUTED)
+
+
+def _names(config: Any, bases: set[str]) -> GgufNames:
+    """llama.cpp's names of the modules ``bases``.
+
+    Raises:
+        CalibrantError: one has none.
+    """
+    named = gguf_names(config, config.num_hidden_layers, {base: f"{base}.weight" for base in sorted(bases)})
+    if named.left_out:
+        raise CalibrantError(f"{named.left_out[0]}: llama.cpp's {named.architecture} has no such tensor")
+    return named
 
 
 class GgufExport:
@@ -142,11 +162,8 @@ class GgufExport:
         folder, settings = self._folder, self._folder.quantization
         linears = quantized_linears(folder.tensors, settings)
         parts = {name for names in linears.values() for name in names} | cache_scales(folder.tensors, settings or {})
-        others = [name for name in folder.tensors if name not in parts and not self._is_left_out(name)]
-        bases = {name.rpartition(".")[0] for name in others} | set(linears)
-        named = gguf_names(self._config, self._config.num_hidden_layers, {base: f"{base}.weight" for base in bases})
-        if named.left_out:
-            raise CalibrantError(f"{named.left_out[0]}: llama.cpp's {self.architecture} has no such tensor")
+        others = [name for name in folder.tensors if name not in parts and not _is_left_out(self._config, name)]
+        named = _names(self._config, {name.rpartition(".")[0] for name in others} | set(linears))
         found = []
         for name in others:
             base, _, suffix = name.rpartition(".")
@@ -161,11 +178,6 @@ class GgufExport:
         if factors is not None:
             found.append(_Tensor("rope_freqs.weight", "F32", tuple(factors.shape), lambda: _as_bytes(factors)))
         return sorted(found, key=lambda one: one.name)
-
-    def _is_left_out(self, name: str) -> bool:
-        """Whether llama.cpp computes the tensor, or takes the embedding for it."""
-        tied = bool(self._config.tie_word_embeddings) and name == "lm_head.weight"
-        return tied or name.endswith(_COMPUTED)
 
     def _quantized(self, name: str, base: str, stored: list[str], settings: dict[str, Any]) -> _Tensor:
         """A linear whose codes are stored; they are read now for their type, and again when they are written."""

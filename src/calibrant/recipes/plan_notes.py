@@ -23,10 +23,10 @@ _NAMED_PARTS = 4
 
 
 def left_notes(layers: ModelLayers) -> list[str]:
-    """The linears that stay as they are because no text calls them, or because they choose among experts."""
+    """The linears that stay as they are because no text runs through them, or because they choose among experts."""
     notes = []
     reasons = (
-        (layers.uncalled, "no text calls them"),
+        (layers.uncalled, "a text does not run through them as layers"),
         (layers.routers, "they choose among experts"),
         (layers.shared, "layers share their weights"),
     )

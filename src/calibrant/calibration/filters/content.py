@@ -8,6 +8,8 @@ from functools import lru_cache
 
 from calibrant.calibration.document import Document
 
+# Count of texts that are no conversations where conversations are asked for.
+TEXTS_ALONE = "documents_without_messages"
 # Letters that decide a text's script, spread over the text.
 _LETTERS = 2000
 
@@ -23,6 +25,17 @@ class LengthBetween:
     def keeps(self, document: Document) -> bool:
         """Whether the length is in the range."""
         return self.least <= len(document.text) and (self.most is None or len(document.text) <= self.most)
+
+
+@dataclass(frozen=True)
+class IsConversation:
+    """Keeps conversations: of a text nobody knows who wrote it."""
+
+    count_name: str = TEXTS_ALONE
+
+    def keeps(self, document: Document) -> bool:
+        """Whether the document has messages."""
+        return document.messages is not None
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def select_part(task: PartTask) -> PartResult:
     tokenizer = Tokenizer(task.model)
     stream = DocumentStream(
         task.corpus,
-        filters_of(request.filters, request.seed, NoProgress()),
+        filters_of(request, NoProgress()),
         make_rng(request.seed, "part"),
         task.part,
         request.parts,

@@ -4,17 +4,18 @@ from itertools import chain
 
 from calibrant.calibration.corpus import Corpus
 from calibrant.calibration.filters import Filter
-from calibrant.calibration.filters.content import LengthBetween, RepetitionBelow, ScriptIs
+from calibrant.calibration.filters.content import IsConversation, LengthBetween, RepetitionBelow, ScriptIs
 from calibrant.calibration.filters.duplicates import ExactDuplicates, NearDuplicates
 from calibrant.calibration.filters.leakage import Leakage
-from calibrant.calibration.selection.request import FilterRequest
+from calibrant.calibration.selection.request import SelectionRequest
 from calibrant.progress import Progress
 from calibrant.randomness import make_rng
 
 
-def filters_of(request: FilterRequest, seed: int, progress: Progress) -> list[Filter]:
+def filters_of(selection: SelectionRequest, progress: Progress) -> list[Filter]:
     """New filters, the cheapest first; ``progress`` is told what was left out of the evaluation texts."""
-    filters: list[Filter] = []
+    request, seed = selection.filters, selection.seed
+    filters: list[Filter] = [IsConversation()] if selection.mask == "assistant" else []
     if request.min_characters or request.max_characters is not None:
         filters.append(LengthBetween(request.min_characters, request.max_characters))
     if request.script is not None:

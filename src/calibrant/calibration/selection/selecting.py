@@ -74,7 +74,7 @@ def select_from(
         ]
         return _assembled(corpora, parts, asked, tokenizer, progress)
     # Shared, so that duplicates are found across corpora.
-    filters = filters_of(request.filters, request.seed, progress)
+    filters = filters_of(request, progress)
     if request.strategy == "zipcal-multi":
         parts = _multi_domain(corpora, tokenizer, request, filters, scoring, progress)
         return _assembled(corpora, parts, asked, tokenizer, progress)
