@@ -1,6 +1,7 @@
 """``calibrant compress``."""
 
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,13 +147,17 @@ def compress(
 
 
 def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> None:
+    import psutil
+
+    starting = time.time() - psutil.Process().create_time()  # imports and checks, which the run repeats
     found = prepared.estimate()
+    least, most = (seconds + starting for seconds in found.seconds_range)
     lines = {
         "model": model,
         "recipe": prepared.recipe.name,
         "layers": len(prepared.plan.layers),
         "share": prepared.plan.share,
-        "seconds": [round(seconds) for seconds in found.seconds_range],
+        "seconds": [round(least), round(most)],
         "memory_bytes": found.memory_bytes,
         "output_bytes": found.output_bytes,
         "disk_bytes": found.disk_bytes,
@@ -161,7 +166,7 @@ def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> N
     screen.result(
         lines,
         f"{lines['layers']} layers of {model} by {lines['recipe']}, {prepared.plan.share:.1%} of the blocks' weights: "
-        f"about {time_text(*found.seconds_range)}"
+        f"about {time_text(least, most)}"
         + (", most of them to generate the calibration set" if found.writing_seconds > found.seconds else "")
         + f", {size_text(found.memory_bytes)} of memory, an output of {size_text(found.output_bytes)}"
         f" ({size_text(found.disk_bytes)} of disk while it runs"

@@ -11,7 +11,8 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from calibrant.errors import CalibrantError
 
-_STATM = Path("/proc/self/statm")
+_STATM, _STATUS = Path("/proc/self/statm"), Path("/proc/self/status")
+_PEAK = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 _SIZE = re.compile(r"\s*\d{1,20}(\.\d{1,20})?\s*[a-zA-Z]{0,3}\s*")
 _GROUPS = Path("/proc/self/cgroup")
 # Where the two versions of control groups are mounted, and their files of the limit and of the memory in use.
@@ -22,7 +23,15 @@ _LIMITS = {
 
 
 def peak_memory() -> int:
-    """Peak memory of the process in bytes; ``ru_maxrss`` is in bytes on macOS and in KiB elsewhere."""
+    """Peak memory of the process in bytes.
+
+    ``ru_maxrss`` serves where the system tells nothing better: it includes the peak of the program that started this
+    one, and is in bytes on macOS and in KiB elsewhere.
+    """
+    if _STATUS.is_file():
+        found = _PEAK.search(_STATUS.read_text(encoding="utf-8"))
+        if found is not None:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -85,7 +85,7 @@ def corpus_note(
 def own_set_cost(
     folder: ModelFolder, blocks: int, size: SetSize, dtype: torch.dtype, device: torch.device, memory: int
 ) -> tuple[float, int]:
-    """Seconds and peak bytes of ``own_set``; those of a set from the built-in corpus are not counted."""
+    """Seconds of ``own_set`` and the bytes that it adds; those of a set from the built-in corpus are not counted."""
     batch_size = _fitting_rows(folder, size, dtype, memory) if device.type == "cpu" else BATCH_SIZE
     if batch_size == 0:
         return 0.0, 0
@@ -94,7 +94,7 @@ def own_set_cost(
     seconds = writing_seconds(weights, blocks, size.samples, size.length, rate)
     rows = min(batch_size, size.samples)
     kept = rows * size.length * cache_bytes(folder, element)
-    return seconds, resident_memory() + _model_bytes(folder, dtype) + kept + 4 * rows * folder.vocabulary
+    return seconds, _model_bytes(folder, dtype) + kept + 4 * rows * folder.vocabulary
 
 
 def forget_rows(journal: Journal) -> None:

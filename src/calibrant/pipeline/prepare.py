@@ -76,10 +76,11 @@ class PreparedRun:
         settings, folder, blocks = self.settings, self.model.folder, len(self.plan.blocks)
         for size in self._written_sets():
             seconds, memory = own_set_cost(folder, blocks, size, settings.dtype, settings.device, self._usable)
+            # The allocator gives little of the memory back before the blocks are compressed.
             found = replace(
                 found,
                 writing_seconds=found.writing_seconds + seconds,
-                memory_bytes=max(found.memory_bytes, memory),
+                memory_bytes=found.memory_bytes + memory,
             )
         return found
 
