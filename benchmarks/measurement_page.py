@@ -14,8 +14,8 @@ PAGE = ROOT / "docs" / "measurements.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = {"gemma-3-270m": "Gemma-3-270M", "smollm2-135m-instruct": "SmolLM2-135M-Instruct"}
 TARGETS = ("4 bit", "3 bit", "2 bit", "0.5", "2:4", "2:4 and 4 bit", "a quarter smaller", "W8A8")
-TRAINED = "gptq, signed clip, scales refitted, damped, half asymmetric, reconstructed"
-SEARCHED = "sparsegpt, refined, half asymmetric, reconstructed"
+TRAINED = "gptq, signed clip, scales refitted, damped, drift corrected by half, reconstructed"
+SEARCHED = "sparsegpt, refined, drift corrected by half, reconstructed"
 # The rows that built-in recipes have.
 BEST = {
     f"4 bit: {TRAINED}": "best-w4a16",
@@ -35,7 +35,7 @@ COMPARED = {
     "W8A8": ("rtn", "smoothquant, rtn", "smoothquant, gptq"),
 }
 # Words of the labels of what came with the reconstructed recipes.
-NEWER = ("signed", "refitted", "half asymmetric", "reconstructed")
+NEWER = ("signed", "refitted", "drift corrected by half", "reconstructed")
 KINDS = ("rounding or magnitude", "GPTQ, SparseGPT or SmoothQuant", "best-*")
 COLOURS, SHAPES = ("#9aa3af", "#e07b1a", "#0b5cad"), ("triangle-up", "circle", "square")
 

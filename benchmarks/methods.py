@@ -52,31 +52,34 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "quantease, outliers": ({"method": {"name": "quantease", "outliers": 0.01}}, {}),
     "spqr": ({"method": {"name": "spqr"}}, {"symmetric": False, "group_size": 16}),
     "awq, gptq, clip": ({**AWQ, **GPTQ}, {"range_search": "clip"}),
-    "gptq, asymmetric": ({**GPTQ, "drift_correction": 1.0}, {}),
-    "gptq, clip, a quarter asymmetric": ({**GPTQ, "drift_correction": 0.25}, {"range_search": "clip"}),
-    "gptq, clip, refined, a quarter asymmetric": ({**REFINED, "drift_correction": 0.25}, {"range_search": "clip"}),
-    "gptq, signed clip, refined, a quarter asymmetric": (
+    "gptq, drift corrected": ({**GPTQ, "drift_correction": 1.0}, {}),
+    "gptq, clip, drift corrected by a quarter": ({**GPTQ, "drift_correction": 0.25}, {"range_search": "clip"}),
+    "gptq, clip, refined, drift corrected by a quarter": (
+        {**REFINED, "drift_correction": 0.25},
+        {"range_search": "clip"},
+    ),
+    "gptq, signed clip, refined, drift corrected by a quarter": (
         {**REFINED, "drift_correction": 0.25},
         {"range_search": "clip", "signed_scales": True},
     ),
-    "gptq, clip, scales refitted, a quarter asymmetric": (
+    "gptq, clip, scales refitted, drift corrected by a quarter": (
         {**REFITTED, "drift_correction": 0.25},
         {"range_search": "clip"},
     ),
-    "gptq, signed clip, scales refitted, a quarter asymmetric": (
+    "gptq, signed clip, scales refitted, drift corrected by a quarter": (
         {**REFITTED, "drift_correction": 0.25},
         {"range_search": "clip", "signed_scales": True},
     ),
-    "gptq, signed clip, scales refitted, damped, half asymmetric": (
+    "gptq, signed clip, scales refitted, damped, drift corrected by half": (
         DAMPED,
         {"range_search": "clip", "signed_scales": True},
     ),
-    "gptq, signed clip, scales refitted, damped, half asymmetric, reconstructed": (
+    "gptq, signed clip, scales refitted, damped, drift corrected by half, reconstructed": (
         {**DAMPED, "reconstruction": {}},
         {"range_search": "clip", "signed_scales": True},
     ),
     "awq, gptq, clip, refined": ({**AWQ, **REFINED}, {"range_search": "clip"}),
-    "awq, gptq, clip, refined, a quarter asymmetric": (
+    "awq, gptq, clip, refined, drift corrected by a quarter": (
         {**AWQ, **REFINED, "drift_correction": 0.25},
         {"range_search": "clip"},
     ),
@@ -85,10 +88,10 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": {"name": "magnitude"}},
     "wanda": {"method": {"name": "wanda"}},
     "sparsegpt": {"method": {"name": "sparsegpt"}},
-    "sparsegpt, asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 1.0},
-    "sparsegpt, a quarter asymmetric": {"method": {"name": "sparsegpt"}, "drift_correction": 0.25},
-    "sparsegpt, refined, half asymmetric": SEARCHED,
-    "sparsegpt, refined, half asymmetric, reconstructed": {
+    "sparsegpt, drift corrected": {"method": {"name": "sparsegpt"}, "drift_correction": 1.0},
+    "sparsegpt, drift corrected by a quarter": {"method": {"name": "sparsegpt"}, "drift_correction": 0.25},
+    "sparsegpt, refined, drift corrected by half": SEARCHED,
+    "sparsegpt, refined, drift corrected by half, reconstructed": {
         **SEARCHED,
         "reconstruction": {"epochs": 4, "step_tokens": 2048, "learning_rate": 0.03},
     },

@@ -19,11 +19,17 @@ PEER = {
     "smoothquant": "SmoothQuant, W8A8",
     "wanda": "Wanda, 2:4",
 }
-TRAINED = "gptq, signed clip, scales refitted, damped, half asymmetric, reconstructed"
+TRAINED = "gptq, signed clip, scales refitted, damped, drift corrected by half, reconstructed"
 BEST = {
     "4 bit": ("4 bits", "best-w4a16", "gptq", "rtn", TRAINED),
     "3 bit": ("3 bits", "best-w3a16", "gptq", "rtn", TRAINED),
-    "2:4": ("2:4 zeros", "best-2:4", "sparsegpt", "magnitude", "sparsegpt, refined, half asymmetric, reconstructed"),
+    "2:4": (
+        "2:4 zeros",
+        "best-2:4",
+        "sparsegpt",
+        "magnitude",
+        "sparsegpt, refined, drift corrected by half, reconstructed",
+    ),
 }
 WORDS = dict(enumerate("none one two three four five six seven eight nine ten eleven twelve".split()))  # noqa: SIM905
 # Numbers that name a thing: versions, targets, sizes of models, sections and the like.
