@@ -293,6 +293,7 @@ def test_an_output_that_holds_other_files_is_not_replaced(llama: Path, tmp_path:
     out = tmp_path / "out"
     cb.compress(llama, output=out, recipe="rtn-w8a16")
     (out / "report.html").write_text("ours, made later")
+    (out / ".DS_Store").write_text("of the system")
     cb.compress(llama, output=out, recipe="rtn-w8a16", overwrite=True)
     (out / "eval").mkdir()
     (out / "eval" / "result.json").write_text("{}")

@@ -93,7 +93,7 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
 
 
 def _strangers(folder: Path) -> list[str]:
-    """Files in an earlier output that are not its own; none for models of versions that did not list their files."""
+    """Files in an earlier output that are not its own, hidden ones aside; none of models that do not list theirs."""
     known = _SET_FILES
     if (folder / "calibrant.json").is_file():
         try:
@@ -104,8 +104,8 @@ def _strangers(folder: Path) -> list[str]:
             return []
         known = _LATER_FILES | set(map(str, listed))
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    ours = (_OURS, _VOLUME, _CURVES)
-    named = (one.as_posix() for one in files if not one.parts[0].startswith(ours))
+    shown = [one for one in files if not any(part.startswith(".") for part in one.parts)]
+    named = (one.as_posix() for one in shown if one.parts[0] not in (_VOLUME, _CURVES))
     return sorted(name for name in named if name not in known)
 
 
