@@ -37,6 +37,7 @@ NAMES = [
     r"SmolLM2-135M(-Instruct)?", r"Gemma-3-270M", r"WikiText-2", r"\bC4\b", r"W8A8", r"2:4", r"n:m", r"Q\d_[K\d]",
     r"FP8", r"MXFP4", r"NVFP4", r"int8", r"[2-8] to 8-bit", r"[2-4] bits", r"95 % intervals", r"llm-compressor 0\.14",
     r"AVX512-BF16", r"Apache-2\.0", r"2SSP", r"Python 3\.11", r"bfloat16", r"ten minutes", r"below 300\nmillion",
+    r"Q4_1", r"in 4 to 8", r"SmolLM2's",
 ]  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def test_the_page_says_what_the_set_held_and_what_was_measured(llama: Path, tmp_
     text = first.decode()
     assert data.sha256 in text
     assert "8 rows of 32 tokens" in text
-    assert f"3 x 32 tokens, {measured.windows_sha256[:8]}" in text
+    assert f"3 x 32 tokens, hash {measured.windows_sha256[:8]}" in text
     assert cb.write_run_report(out).read_bytes() == first
     # A page and an evaluation are of one output: neither goes into another that is made of it.
     cb.compress(out, output=tmp_path / "next", recipe="rtn-w8a16")

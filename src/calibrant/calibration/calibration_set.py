@@ -273,6 +273,11 @@ class CalibrationSet:
         }
         return CalibrationSet.build(tokens, mask, whole.model_copy(update=changed))
 
+    def __repr__(self) -> str:
+        made = self.manifest
+        rows, length = self.tokens.shape
+        return f"CalibrationSet({made.strategy}, {rows} rows of {length} tokens, {made.set_sha256[:12]})"
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write ``tokens.safetensors`` and ``manifest.json`` into ``folder``; equal sets give equal bytes.
 

@@ -143,7 +143,8 @@ def compress(
         _tell(screen, [text for text in report.notes if text not in prepared.plan.notes])
         screen.result(report.as_dict(), *summary(report))
         if not encoder and not dequantize:
-            screen.note(f"next: calibrant evaluate {shlex.quote(str(report.output))} --against {shlex.quote(model)}")
+            compared = f"{shlex.quote(str(report.output))} --against {shlex.quote(model)}"
+            screen.note(f"next: calibrant evaluate {compared} --limit 16 --text HELD_OUT.txt")
 
 
 def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> None:
@@ -167,7 +168,11 @@ def _show_estimate(screen: "Terminal", model: str, prepared: "PreparedRun") -> N
         lines,
         f"{lines['layers']} layers of {model} by {lines['recipe']}, {prepared.plan.share:.1%} of the blocks' weights: "
         f"about {time_text(least, most)}"
-        + (", most of them to generate the calibration set" if found.writing_seconds > found.seconds else "")
+        + (
+            f" ({time_text(*found.writing_range)} of them to generate the calibration set)"
+            if prepared.writes_set
+            else ""
+        )
         + f", {size_text(found.memory_bytes)} of memory, an output of {size_text(found.output_bytes)}"
         f" ({size_text(found.disk_bytes)} of disk while it runs"
         + (", where the hidden states are kept)" if found.on_disk else ")"),

@@ -63,8 +63,12 @@ def demo(
         panels = [Panel(Text(text), title=name) for name, text in samples.items()]
         screen.result(
             {"evaluations": {name: asdict(found) for name, found in evaluations.items()}, "samples": samples},
-            evaluation_table(evaluations),
+            evaluation_table(evaluations, "builtin"),
             *panels,
+        )
+        screen.note(
+            "the original was decoded from 4 bits (Q4_1), so compare recipes, not absolute losses\n"
+            f"the models are in {output}; next: calibrant compress demo -r best-w4a16 -o OUT, or another model"
         )
 
 

@@ -76,22 +76,23 @@ def evaluate(
         )
         tables = []
         if found.windows:
-            tables.append(evaluation_table({model: found}))
+            tables.append(evaluation_table({model: found}, text))
         if found.wikitext is not None:
-            tables.append(evaluation_table({model: found.wikitext}, "WikiText by the papers' protocol: "))
+            tables.append(evaluation_table({model: found.wikitext}, f"{wikitext}, by the papers' protocol"))
         if found.tasks:
             tables += task_tables(found)
         screen.result(asdict(found), *tables)
 
 
-def evaluation_table(found: "dict[str, Evaluation]", title: str = "") -> "Table":
-    """Table of evaluations: one row per measure, one column per model."""
+def evaluation_table(found: "dict[str, Evaluation]", text: str) -> "Table":
+    """Table of evaluations on ``text``: one row per measure, one column per model."""
     from rich.table import Table
     from rich.text import Text
 
     first = next(iter(found.values()))
     spread = "brackets: 95 % intervals over windows; ±: standard errors" if first.windows > 1 else None
-    table = Table(title=f"{title}{first.windows:,} windows of {first.length} tokens", caption=spread)
+    name = "the built-in text" if text == "builtin" else text
+    table = Table(title=f"{first.windows:,} windows of {first.length} tokens of {name}", caption=spread)
     table.add_column("")
     rows: dict[str, list[str]] = {}
     for name, evaluation in found.items():

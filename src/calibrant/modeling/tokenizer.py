@@ -15,6 +15,7 @@ import transformers
 from calibrant.errors import CalibrantError, first_line
 from calibrant.hashing import sha256_bytes, sha256_file, sha256_json
 from calibrant.modeling.chat_template import ChatTemplate
+from calibrant.modeling.quietly import quietly
 
 # Files of a tokenizer with a ``tokenizer.json``; ``config.json`` can name its class.
 _DEFINITION = "tokenizer.json"
@@ -51,10 +52,11 @@ class Tokenizer:
         if not folder.is_dir():
             raise CalibrantError(f"{folder}: no such folder, name the folder that contains the model's tokenizer")
         try:
-            self.hf: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
-            self._try_out()
+            with quietly():
+                self.hf: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+                    str(folder), local_files_only=True, trust_remote_code=False
+                )
+                self._try_out()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the tokenizers library raises plain Exception for damaged files, and panics

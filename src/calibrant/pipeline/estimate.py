@@ -64,8 +64,13 @@ class Estimate:
     @property
     def seconds_range(self) -> tuple[float, float]:
         """The least and the most seconds to expect, the writing of a calibration set included."""
-        least = self.seconds / _SPREAD + self.writing_seconds / writing_cost.SPREAD
-        return least, self.seconds * _SPREAD + self.writing_seconds * writing_cost.SPREAD
+        least, most = self.writing_range
+        return self.seconds / _SPREAD + least, self.seconds * _SPREAD + most
+
+    @property
+    def writing_range(self) -> tuple[float, float]:
+        """The least and the most seconds to expect for the writing of a calibration set."""
+        return self.writing_seconds / writing_cost.SPREAD, self.writing_seconds * writing_cost.SPREAD
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def _rows(name: str, found: Evaluation) -> list[tuple[Value, ...]]:
 
 def text_code(found: Evaluation) -> str:
     """Windows of a text, and the beginning of their hash."""
-    return f"{found.windows} x {found.length} tokens, {found.windows_sha256[:8]}"
+    return f"{found.windows} x {found.length} tokens, hash {found.windows_sha256[:8]}"
 
 
 def _of_text(found: Evaluation) -> tuple[Value, ...]:

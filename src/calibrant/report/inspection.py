@@ -21,6 +21,16 @@ from calibrant.progress import NoProgress, Progress
 from calibrant.report.inspection_page import PAGE_MARK, InspectedSet, inspection_page
 from calibrant.report.page import check_chart_libraries, is_replaceable
 
+# Counts whose names say too little.
+_COUNT_LABELS = {
+    "documents": "documents in the corpus",
+    "documents_used": "documents read for windows",
+    "classes": "kinds of tokens in the tokenizer",
+    "classes_covered": "kinds of tokens in the set",
+}
+# Counts of every corpus; others are zero only where a filter was asked for.
+_USUALLY_ZERO = {"documents_empty", "documents_too_long", "documents_unusable", "documents_too_short", "masked_tokens"}
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -164,7 +174,11 @@ def set_facts(manifest: Manifest) -> dict[str, str]:
         + (f", the first of {manifest.head_of}" if manifest.head_of is not None else ""),
         "seed and draw": f"{manifest.seed}, {manifest.draw}",
         "parameters": _changed_parameters(manifest.parameters, SelectionRequest().recorded()),
-        "counts": ", ".join(f"{_words(name)} {value:,}" for name, value in manifest.counts.items() if value),
+        "counts": ", ".join(
+            f"{_COUNT_LABELS.get(name, _words(name))} {value:,}"
+            for name, value in manifest.counts.items()
+            if value or name not in _USUALLY_ZERO
+        ),
         "SHA-256": manifest.set_sha256,
     }
     return {name: value for name, value in facts.items() if value}

@@ -43,3 +43,4 @@ def rebuild(
         for change in again.changes:
             screen.note(f"changed, without effect on the tokens: {change}")
         save(again.calibration, output, overwrite, screen)
+        screen.note("the tokens are those of the manifest, byte for byte")
