@@ -76,11 +76,22 @@ def _split(digits: str) -> Any:
 
 
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def from_gguf(tokenizer: Tokenizer) -> Tokenizer:
+    """With a fallback to bytes, for which there are no tokens, and a normalizer without steps."""
+    definition = json.loads(tokenizer.to_str())
+    definition["model"]["byte_fallback"] = True
+    definition["normalizer"] = {"type": "Sequence", "normalizers": []}
+    return Tokenizer.from_str(json.dumps(definition))
+
+
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "SentencePiece": sentence_piece,
     "SentencePiece without a space first": lambda: sentence_piece(space_first=False),
     "Gemma's": lambda: gemma(),
     "gpt-2": lambda: byte_level(_GPT2),
+    "gpt-2, as transformers reads it from a GGUF file": lambda: from_gguf(byte_level(_GPT2)),
     "smollm": lambda: byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])),
     "qwen2": lambda: byte_level(_split("")),
     "llama-bpe": lambda: byte_level(_split("{1,3}"), ignore_merges=True),

@@ -10,7 +10,7 @@ from typing import Any
 
 from calibrant.errors import CalibrantError
 
-_SPACE = "▁"
+_SPACE, _FIRST_BYTE = "▁", "<0x00>"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -58,7 +58,8 @@ def gguf_vocabulary(tokenizer: Any, size: int) -> GgufVocabulary:
     model = definition["model"]
     if model["type"] != "BPE":
         raise _unknown(f"its model is {model['type']}, not BPE")
-    if model.get("byte_fallback"):
+    # Without tokens of bytes the setting does nothing; transformers sets it for all that it reads from GGUF files.
+    if model.get("byte_fallback") and _FIRST_BYTE in model["vocab"]:
         space_first, pre = _sentence_piece(definition), None
     else:
         space_first, pre = None, _cut(definition)
@@ -114,7 +115,8 @@ def _sentence_piece(definition: dict[str, Any]) -> bool:
 def _cut(definition: dict[str, Any]) -> str:
     """llama.cpp's name for how a byte-level tokenizer cuts words."""
     normalizer, cut = definition["normalizer"], definition["pre_tokenizer"]
-    if normalizer is not None and normalizer["type"] != "NFC":
+    nothing = normalizer is None or (normalizer["type"] == "Sequence" and not normalizer["normalizers"])
+    if not nothing and normalizer["type"] != "NFC":
         raise _unknown(f"its normalizer is {normalizer['type']}")
     steps = [] if cut is None else cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
     kinds = [step["type"] for step in steps]
