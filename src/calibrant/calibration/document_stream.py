@@ -119,9 +119,8 @@ class DocumentStream:
         """What the passes found until now."""
         refused = f"{self.corpus.location}: left out {self.refusals} that the chat template refuses"
         texts = self.counts.get(TEXTS_ALONE, 0)
-        no_talk = (
-            f"{self.corpus.location}: left out {texts:,} texts that are no conversations, so no assistant wrote them"
-        )
+        what = "a text that is no conversation" if texts == 1 else f"{texts:,} texts that are no conversations"
+        no_talk = f"{self.corpus.location}: left out {what}, of which no part is an assistant's"
         notes = (
             *self.corpus.notes,
             *([refused] if self.refusals else []),
