@@ -1,7 +1,7 @@
 # docker build -t calibrant . && docker run --rm -v "$PWD:/data" calibrant compress MODEL -o OUT
 FROM python:3.11-slim
 
-COPY pyproject.toml constraints.txt README.md LICENSE /source/
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE /source/
 COPY src /source/src
 # --build-arg TORCH_INDEX=URL takes PyTorch from another index, for example one of CPU builds, which are much smaller.
 ARG TORCH_INDEX

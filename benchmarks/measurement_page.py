@@ -160,11 +160,12 @@ def speed_picture() -> Any:
         .properties(height=alt.Step(14))
         .encode(
             x=alt.X("seconds:Q", title="wall seconds"),
-            y=alt.Y("method:N", sort=[*names.values()], title=None),
+            y=alt.Y("method:N", sort=[*names.values()], title=None, axis=alt.Axis(labelLimit=0)),
         )
         for model in files
     ]
-    return alt.hconcat(*panels)
+    # Browsers' fonts may be wider than those that the picture is laid out with.
+    return alt.hconcat(*panels).properties(padding={"left": 30, "right": 60, "top": 5, "bottom": 5})
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def test_an_evaluation_is_that_of_evaluate(outputs: list[Path], llama: Path) -> 
     found = cb.compare(outputs[:2], **settings)
     for name, folder in zip(found.outputs, outputs, strict=False):
         assert found.evaluations[name] == cb.evaluate(folder, **settings)
-    assert found.findings[1].startswith("gptq is nearest to the original: KL ")
+    assert found.findings[1].startswith("gptq is nearer to the original: KL ")
     assert [row[0] for row in found.tables[2].rows] == ["gptq", "wanda"]
 
 

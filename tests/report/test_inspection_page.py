@@ -36,8 +36,8 @@ def test_the_page_begins_with_what_the_numbers_say(llama: Path, tmp_path: Path) 
         cb.CalibrationSet.from_tokens(ids).save(tmp_path / name)
     page = cb.inspect_sets([tmp_path / name for name in sets], model=llama).page()
     answer = page[page.index('class="answer"') : page.index("<nav")]
-    assert "many covers the most of the vocabulary" in answer
-    assert "few the least" in answer
+    assert "many covers the largest share of the vocabulary" in answer
+    assert "few the smallest" in answer
     assert "No two sets share a row." in answer
     alone = cb.inspect_sets([tmp_path / "few"], model=llama).page()
     assert "2 rows with 8 counted tokens cover" in alone

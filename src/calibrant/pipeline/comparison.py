@@ -10,10 +10,10 @@ from calibrant.errors import CalibrantError
 from calibrant.evaluation.comparison import Evaluation
 from calibrant.output_folder import whole_file
 from calibrant.pipeline.output import Output, scheme_text
-from calibrant.pipeline.quality import quality_table
+from calibrant.pipeline.quality import kl_estimate, quality_table
 from calibrant.report.comparison_page import PAGE_MARK, comparison_page
 from calibrant.report.page import is_replaceable
-from calibrant.report.tables import Column, Table, Undefined, Value, number_text
+from calibrant.report.tables import Column, Table, Undefined, Value, value_text
 from calibrant.wording import listed
 
 _NO_SET = Undefined("the recipe uses no calibration data")
@@ -96,13 +96,13 @@ class Comparison:
         known = {name: one for name, one in self.evaluations.items() if one.divergence is not None}
         if len({one.windows_sha256 for one in known.values()}) > 1:
             return ["The evaluations are not of the same text, so they do not compare."]
-        kl = sorted((one.divergence.kl_mean, name) for name, one in known.items() if one.divergence is not None)
+        kl = sorted((kl_estimate(one).value, name) for name, one in known.items())
         if len(kl) < 2:
             return []
-        (least, best), (next_kl, second) = kl[:2]
-        return [
-            f"{best} is nearest to the original: KL {number_text(least)}, before {second} ({number_text(next_kl)})."
-        ]
+        (_, best), (_, second) = kl[:2]
+        nearest = "nearer" if len(kl) == 2 else "nearest"
+        said = (value_text(kl_estimate(known[name])) for name in (best, second))
+        return [f"{best} is {nearest} to the original: KL {next(said)}, before {second}: {next(said)}."]
 
     def _outputs(self) -> Table:
         rows: list[tuple[Value, ...]] = []
@@ -130,7 +130,7 @@ class Comparison:
                 Column("recipe", role="key"),
                 Column("method", role="key"),
                 Column("scheme", role="key"),
-                Column("bits a weight", "number"),
+                Column("bits per weight", "number"),
                 Column("size, MB", "number"),
                 Column("seconds", "number"),
                 Column("peak memory, MB", "number"),

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from scipy import stats
+
 from calibrant.evaluation.comparison import Evaluation
 from calibrant.report.tables import Column, Estimate, Table, Undefined, Value
 
@@ -12,28 +14,40 @@ _NOT_MEASURED = Undefined("not measured")
 def quality_table(evaluations: Mapping[str, Evaluation]) -> Table:
     """One row for each model and text or task; ``evaluations`` are by the model's name."""
     rows = [row for name, found in evaluations.items() for row in _rows(name, found)]
+    columns = (
+        Column("model", role="key"),
+        Column("measured on"),
+        Column("perplexity", "estimate"),
+        Column("log ratio", "estimate"),
+        Column("KL", "estimate"),
+        Column("same top token", "number"),
+        Column("score", "number"),
+        Column("score, original", "number"),
+        Column("difference", "estimate"),
+        Column("McNemar p", "number"),
+    )
+    filled = [i for i in range(len(columns)) if not rows or any(row[i] != _NOT_MEASURED for row in rows)]
     return Table(
         "quality",
         "Quality",
-        "Measured on held-out text and tasks: perplexity and log-perplexity ratio with 95 % intervals over windows, "
-        "mean KL divergence from the original in nats, the share of positions with the original's most likely token; "
-        "scores of tasks, their difference from the original's, and McNemar's p-value on the same items. Texts of one "
-        "code are the same tokens.",
+        "Measured on held-out text and tasks: perplexity, log-perplexity ratio and mean KL divergence from the "
+        "original in nats, with 95 % intervals over windows; the share of positions with the original's most likely "
+        "token; scores of tasks, their difference from the original's, and McNemar's p-value on the same items. Texts"
+        " of one hash are the same tokens.",
         "No evaluation was saved or asked for.",
-        (
-            Column("model", role="key"),
-            Column("measured on"),
-            Column("perplexity", "estimate"),
-            Column("log ratio", "estimate"),
-            Column("KL", "number"),
-            Column("same top token", "number"),
-            Column("score", "number"),
-            Column("score, original", "number"),
-            Column("difference", "estimate"),
-            Column("McNemar p", "number"),
-        ),
-        tuple(rows),
+        tuple(columns[i] for i in filled),
+        tuple(tuple(row[i] for i in filled) for row in rows),
     )
+
+
+def kl_estimate(found: Evaluation) -> Estimate:
+    """Mean KL divergence from the original, with a 95 % interval over windows (Student's t)."""
+    assert found.divergence is not None
+    mean, error = found.divergence.kl_mean, found.divergence.kl_standard_error
+    if error is None:
+        return Estimate(mean, None, _ONE_WINDOW)
+    half = float(stats.t.ppf(0.975, found.windows - 1)) * error
+    return Estimate(mean, (mean - half, mean + half), _ONE_WINDOW)
 
 
 def _rows(name: str, found: Evaluation) -> list[tuple[Value, ...]]:
@@ -70,4 +84,4 @@ def _of_text(found: Evaluation) -> tuple[Value, ...]:
         return perplexity, *(_NOT_MEASURED,) * 3
     low, high = divergence.log_ratio_low, divergence.log_ratio_high
     ratio = Estimate(divergence.log_ratio, None if low is None or high is None else (low, high), _ONE_WINDOW)
-    return perplexity, ratio, divergence.kl_mean, divergence.same_top
+    return perplexity, ratio, kl_estimate(found), divergence.same_top

@@ -138,7 +138,7 @@ def _facts(found: Output) -> dict[str, str]:
         "method": record.recipe.method.name,
         "scheme": scheme_text(record.recipe.scheme),
         "stored as": record.format,
-        "bits a weight on disk": "not stored layer by layer" if bits is None else f"{bits:.2f}",
+        "bits per weight on disk": "not stored layer by layer" if bits is None else f"{bits:.2f}",
         "size": f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after",
         "peak memory": size_text(report.peak_memory_bytes),
         "computed in": f"{record.settings.compute_dtype} on {record.settings.device}",

@@ -66,7 +66,8 @@ def findings(sets: list[InspectedSet], overlaps: list[dict[str, Any]]) -> list[s
     if len(sets) > 1:
         most, least = max(covered, key=lambda name: covered[name]), min(covered, key=lambda name: covered[name])
         found.append(
-            f"{most} covers the most of the vocabulary ({covered[most]:.1%}), {least} the least ({covered[least]:.1%})."
+            f"{most} covers the largest share of the vocabulary ({covered[most]:.1%}), {least} the smallest "
+            f"({covered[least]:.1%})."
             if covered[most] > covered[least]
             else f"All cover {covered[most]:.1%} of the vocabulary."
         )

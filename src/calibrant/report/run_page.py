@@ -1,7 +1,7 @@
 """Self-contained HTML page about one compressed model, which opens from disk without a network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from calibrant.report.page import render
@@ -10,6 +10,23 @@ from calibrant.report.tables import Table, number_text
 
 # The template contains the same line. A file with this line may be replaced by a newer page.
 PAGE_MARK = '<meta name="generator" content="calibrant report">'
+_STAGES = {
+    "generate": "generating the calibration set",
+    "sensitivity": "sensitivities of layers",
+    "learn": "training",
+    "embed": "embeddings",
+    "load": "reading weights",
+    "transform": "searching scales",
+    "forward": "forward passes",
+    "statistics": "statistics of inputs",
+    "solve": "solving layers",
+    "reconstruct": "reconstructing blocks",
+    "prune": "removing modules",
+    "exchange": "exchange between processes",
+    "write": "writing",
+    "journal": "saving states",
+    "verify": "reading back and comparing",
+}
 # Text stays readable on the strongest colour, in the light and in the dark.
 _STRONGEST = 0.6
 
@@ -84,10 +101,16 @@ def run_page(page: RunPage) -> str:
         "run.html",
         page=page,
         heat=None if page.errors is None else _heat(page.errors),
-        stages=[(name, value, value / total if total else 0.0) for name, value in page.seconds.items()],
+        stages=[(label, value, value / total if total else 0.0) for label, value in _stages(page.seconds)],
         samples=[(one, _alike(one.original, one.compressed)) for one in page.samples],
         tables=[shown_table(table, {}) for table in page.tables],
     )
+
+
+def _stages(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Stages in the order of a run, by the names that readers know; those without a time of their own are left out."""
+    known = [(label, seconds[name]) for name, label in _STAGES.items() if seconds.get(name, 0.0) > 0]
+    return known + [(name, value) for name, value in seconds.items() if name not in _STAGES]
 
 
 def _heat(errors: HeatMap) -> dict[str, object]:
