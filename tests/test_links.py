@@ -8,7 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    [*ROOT.glob("*.md"), ROOT / "benchmarks/README.md", ROOT / "studies/README.md", *(ROOT / "docs").glob("*.md")]
+    [
+        *ROOT.glob("*.md"),
+        ROOT / "benchmarks/README.md",
+        ROOT / "studies/README.md",
+        ROOT / "examples/README.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
 )
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 

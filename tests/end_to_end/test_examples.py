@@ -1,5 +1,6 @@
 """The notebooks of ``examples/`` run from top to bottom, on a tiny model."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -14,11 +15,25 @@ def unprinted(notebook: nbformat.NotebookNode) -> list[str]:
     return [cell.source for cell in notebook.cells if "print(" in cell.source and not cell.get("outputs", True)]
 
 
+def shape(notebook: nbformat.NotebookNode) -> list[list[tuple[str, list[str]]]]:
+    """What each cell shows: kinds of outputs, and the fields of values; numbers and texts are those of a model."""
+    return [
+        [
+            (one.output_type, re.findall(r"(\w+)=", one.get("data", {}).get("text/plain", "")))
+            for one in cell.get("outputs", [])
+            if one.get("name") != "stderr"
+        ]
+        for cell in notebook.cells
+    ]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, llama: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert unprinted(notebook) == [], "saved without what it prints, which the site shows"
+    saved = shape(notebook)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source += f"\nMODEL, LENGTH = {str(llama)!r}, 32"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert unprinted(notebook) == []
+    assert shape(notebook) == saved, "saved with what an earlier version showed: execute it again"

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 Message = dict[str, Any]
+# Corpora do not know what they are read for.
+NAME_THE_FIELD = "name it with `field` (for targets `target_field`, for leakage `leakage_field`)"
 TOOLS = "tools"
 # What a message says, beside its tool calls; templates know the model's thoughts by several names.
 _SAID = ("reasoning_content", "reasoning", "thinking", "content")
@@ -62,7 +64,7 @@ def row_document(row: Any, field: str, name: str, place: str) -> Row:
     missing = next((one for one in names if one not in row), None)
     if missing is not None:
         found = ", ".join(map(str, row))
-        return Unusable(name, place, f"no text under {missing!r} (found: {found}); name it with `field`")
+        return Unusable(name, place, f"no text under {missing!r} (found: {found}); {NAME_THE_FIELD}")
     if len(names) == 1:
         return value_document(row[field], row.get(TOOLS), name, place)
     values = [row[one] for one in names if row[one] is not None]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrant.calibration.corpus_files import suffix_of
-from calibrant.calibration.document import TOOLS, Document, Row, Unusable, field_names, row_document
+from calibrant.calibration.document import NAME_THE_FIELD, TOOLS, Document, Row, Unusable, field_names, row_document
 from calibrant.calibration.packed import largest_unpacked, too_large, unpacked
 from calibrant.errors import CalibrantError, first_line
 
@@ -120,7 +120,7 @@ def _parquet_rows(path: Path, stream: io.BufferedReader, name: str, field: str) 
             for one in wanted:
                 if one not in columns:
                     found = ", ".join(columns)
-                    raise CalibrantError(f"{path}: no column {one!r} (found: {found}); name it with `field`")
+                    raise CalibrantError(f"{path}: no column {one!r} (found: {found}); {NAME_THE_FIELD}")
             read = [column for column in (*wanted, TOOLS) if column in columns]
             parts = [size for part, size in sizes if any(part == one or part.startswith(f"{one}.") for one in read)]
             if sum(parts) > largest_unpacked(path):

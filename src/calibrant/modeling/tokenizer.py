@@ -223,7 +223,9 @@ def _missing_libraries(folder: Path) -> str:
         wanted = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
     else:
         return ""
-    return " ".join(wanted) if not all(_is_installed(module) for module in wanted.values()) else ""
+    if all(_is_installed(module) for module in wanted.values()):
+        return ""
+    return "'calibrant[sentencepiece]'" if "sentencepiece" in wanted else " ".join(wanted)
 
 
 def _is_tiktoken(path: Path) -> bool:
