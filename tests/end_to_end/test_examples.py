@@ -15,14 +15,16 @@ def unprinted(notebook: nbformat.NotebookNode) -> list[str]:
     return [cell.source for cell in notebook.cells if "print(" in cell.source and not cell.get("outputs", True)]
 
 
-def shape(notebook: nbformat.NotebookNode) -> list[list[tuple[str, list[str]]]]:
+def shape(notebook: nbformat.NotebookNode) -> list[list[tuple[str, tuple[str, ...]]]]:
     """What each cell shows: kinds of outputs, and the fields of values; numbers and texts are those of a model."""
     return [
-        [
-            (one.output_type, re.findall(r"(\w+)=", one.get("data", {}).get("text/plain", "")))
-            for one in cell.get("outputs", [])
-            if one.get("name") != "stderr"
-        ]
+        list(
+            dict.fromkeys(
+                (one.output_type, tuple(re.findall(r"(\w+)=", one.get("data", {}).get("text/plain", ""))))
+                for one in cell.get("outputs", [])
+                if one.get("name") != "stderr"
+            )
+        )
         for cell in notebook.cells
     ]
 
