@@ -41,7 +41,7 @@ def test_schemes_in_words() -> None:
     said = {name: scheme_text(recipe.scheme) for name, recipe in cb.builtin_recipes().items()}
     assert said["gptq-w4a16-g64"] == "4 bits, symmetric, groups of 64"
     assert said["awq-w4a16-g128-asym"] == "4 bits, asymmetric, groups of 128"
-    assert said["rtn-w8a8"] == "8 bits, symmetric, one scale a channel; int8 activations, dynamic"
+    assert said["rtn-w8a8"] == "8 bits, symmetric, one scale per channel; int8 activations, dynamic"
     assert said["wanda-2:4"] == "zeros 2:4"
 
 

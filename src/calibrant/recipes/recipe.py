@@ -266,7 +266,7 @@ class Recipe(Strict):
             said.append(f"{bits} bits")
         if group_size is not None:
             changed["scheme"]["weights"]["group_size"] = group_size or None
-            said.append(f"groups of {group_size}" if group_size else "one scale a channel")
+            said.append(f"groups of {group_size}" if group_size else "one scale per channel")
         changed["description"] += f"; changed to {' and '.join(said)}"
         return self._changed(changed, "other `bits` or `group_size`")
 
