@@ -104,7 +104,7 @@ def scheme_text(scheme: Scheme) -> str:
     if scheme.weights is not None:
         weights, size = scheme.weights, scheme.weights.group_size
         groups = (
-            f"one scale a {weights.granularity}"
+            f"one scale per {weights.granularity}"
             if size is None
             else "groups"
             if size == "auto"
@@ -117,7 +117,7 @@ def scheme_text(scheme: Scheme) -> str:
     if scheme.lm_head is not None:
         said.append(f"{scheme.lm_head.bits}-bit lm_head")
     if scheme.kv_cache is not None:
-        said.append(f"{scheme.kv_cache.type} keys and values, one scale a {scheme.kv_cache.granularity}")
+        said.append(f"{scheme.kv_cache.type} keys and values, one scale per {scheme.kv_cache.granularity}")
     if scheme.sparsity is not None:
         said.append(f"zeros {scheme.sparsity}")
     return "; ".join(said)
