@@ -121,8 +121,8 @@ class Comparison:
         return Table(
             "models",
             "Models",
-            "What each model is and what it cost. Bits per weight: of the compressed layers as they are on disk, scales "
-            "and zeros included. Peak memory is that of the whole process. Sets with one hash are the same.",
+            "What each model is and what it cost. Bits per weight: of the compressed layers as they are on disk, "
+            "scales and zeros included. Peak memory is that of the whole process. Sets with one hash are the same.",
             "There are no models.",
             (
                 Column("model"),
