@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import gguf
 import numpy as np
@@ -12,7 +13,14 @@ import transformers as hf
 import calibrant as cb
 from calibrant.errors import CalibrantError
 from calibrant.progress import NoProgress
-from tests.conftest import CONTEXT, VOCABULARY, random_set, write_tokenizer
+from tests.conftest import CONTEXT, VOCABULARY, random_set, write_model, write_tokenizer
+
+
+class ReadsNoBlock(NoProgress):
+    """Fails where blocks begin to be read."""
+
+    def task(self, label: str, total: int | None, unit: str = "") -> NoReturn:
+        raise AssertionError(f"{label} has begun")
 
 
 class Notes(NoProgress):
@@ -217,3 +225,11 @@ def test_values_of_latent_attention_have_the_compressed_vectors_of_every_head(tm
     sums = tensors["blk.0.attn_v_b.weight.in_sum2"]  # llama.cpp refuses other sizes: columns times heads
     np.testing.assert_allclose(sums, expected.expand(4, -1).numpy(), rtol=1e-4)
     assert tensors["blk.0.attn_v_b.weight.counts"].tolist() == [[int(calibration.mask.sum())]] * 4
+
+
+def test_a_model_without_names_is_refused_before_its_blocks_are_read(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "opt", "opt")
+    with pytest.raises(CalibrantError, match=r"which architecture of llama\.cpp opt models become is not known"):
+        cb.write_importance_matrix(
+            folder, calibration=random_set(folder), output=tmp_path / "m.gguf", progress=ReadsNoBlock()
+        )

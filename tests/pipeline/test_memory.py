@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -243,3 +245,12 @@ def test_memory_of_suspended_passes_does_not_grow_with_the_rows(
     states = 80 * 32 * 64 * 4  # of 80 rows
     assert found["64GB", 96] - found["64GB", 16] > 2 * states
     assert found["1MB", 96] - found["1MB", 16] < 0.2 * states
+
+
+def test_the_peak_is_that_of_this_program_alone() -> None:
+    """Not of the one that started it, as the system's account of children has it."""
+    child = "from calibrant.pipeline.memory import peak_memory; print(peak_memory())"
+    parent = "import subprocess, sys; held = bytearray(b'1') * 1_500_000_000; "
+    parent += f"subprocess.run([sys.executable, '-c', {child!r}])"
+    said = subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True, text=True).stdout
+    assert int(said) < 1_500_000_000
