@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrant.kernels import bfloat16_gram, bfloat16_tile
+from calibrant.kernels import bfloat16_gram, bfloat16_tile, float32_products, float32_tile
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
 from calibrant.kernels.column_sums import column_magnitudes, column_squares
@@ -16,7 +16,7 @@ from calibrant.kernels.inverse_factor import NotPositiveDefiniteError, inverse_f
 from calibrant.kernels.masks import keep_largest_by_row
 from calibrant.kernels.number_types import NumberType
 from calibrant.kernels.outlier_columns import OutlierColumns, RangeGrid, leave_one_out_gains
-from calibrant.kernels.packed_linear import PackedLinear
+from calibrant.kernels.packed_linear import PackedFloat32Linear, PackedLinear
 from calibrant.kernels.range_search import cheapest_range
 from calibrant.kernels.rms_norm import rms_norm
 from calibrant.methods.solvers.gptq import quantization_problem
@@ -26,6 +26,7 @@ from calibrant.quantization.grids import GridSpec, decode, encode
 from tests import references
 
 needs_bfloat16_tile = pytest.mark.skipif(not bfloat16_tile.available(), reason="this processor has no AVX512-BF16")
+needs_float32_tile = pytest.mark.skipif(not float32_tile.available(), reason="this processor has no AVX2")
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 193, 400])
@@ -115,6 +116,17 @@ def test_the_bfloat16_kernel_adds_to_what_is_there(tokens: int, width: int, seed
     bfloat16_gram.add_gram_bfloat16(lower, inputs)
     expected = 1 + inputs.double().T @ inputs.double()
     torch.testing.assert_close(lower.tril().double(), expected.tril(), rtol=1e-4, atol=1e-3)
+
+
+@needs_float32_tile
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 60) | st.integers(500, 1100), st.integers(1, 120), st.integers(0, 99))
+def test_the_float32_kernel_adds_to_what_is_there(tokens: int, width: int, seed: int) -> None:
+    inputs = torch.randn(tokens, 2 * width, generator=torch.Generator().manual_seed(seed))[:, ::2]  # not contiguous
+    lower = torch.ones(width, width)
+    float32_products.add_lower_gram(lower, inputs)
+    expected = 1 + inputs.double().T @ inputs.double()
+    torch.testing.assert_close(lower.tril().double(), expected.tril(), rtol=1e-4, atol=2e-3)
 
 
 @settings(max_examples=40, deadline=None)
@@ -227,17 +239,31 @@ def test_a_packed_linear_is_a_linear(rows: int, half: int, outputs: int, bias: b
     assert torch.equal(packed(inputs[-1:]), found[-1:])
 
 
-@needs_bfloat16_tile
+@needs_float32_tile
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 700), st.integers(1, 130), st.booleans(), st.integers(0, 9))
+def test_a_packed_float32_linear_is_a_linear(rows: int, inputs: int, outputs: int, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    linear = torch.nn.Linear(inputs, outputs, bias=bias).double()
+    values = torch.randn(rows, 1, inputs)
+    expected = linear(values.double())
+    packed = PackedFloat32Linear(linear.float())
+    found = packed(values)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(packed(values[-1:]), found[-1:])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 60), st.integers(1, 40), st.integers(0, 9)
 )
 def test_decode_attention_is_attention_over_a_rows_own_positions(
-    batch: int, shared: int, group: int, count: int, width: int, seed: int
+    dtype: torch.dtype, tolerance: float, batch: int, shared: int, group: int, count: int, width: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     query, keys, values = (
-        torch.randn(batch, heads, length, width, generator=generator).bfloat16()
+        torch.randn(batch, heads, length, width, generator=generator).to(dtype)
         for heads, length in ((shared * group, 1), (shared, 70), (shared, 70))
     )
     first = torch.randint(0, count, (batch,), generator=generator)
@@ -247,7 +273,7 @@ def test_decode_attention_is_attention_over_a_rows_own_positions(
         expected = torch.nn.functional.scaled_dot_product_attention(
             query[row].double(), keys[row, :, part].double(), values[row, :, part].double(), enable_gqa=True, scale=0.3
         )
-        torch.testing.assert_close(found[row].double(), expected.transpose(0, 1), rtol=0.01, atol=0.01)
+        torch.testing.assert_close(found[row].double(), expected.transpose(0, 1), rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=25, deadline=None)

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from calibrant.calibration.sources.text_generation import sample
-from calibrant.kernels import bfloat16_tile
+from calibrant.kernels import bfloat16_tile, float32_tile
 from calibrant.modeling.decoding import FastDecoder, PlainDecoder, prepare_decoding
 from calibrant.randomness import make_rng
 from tests.conftest import ARCHITECTURES
@@ -29,6 +29,11 @@ FAST = {
 }
 CAUSAL = [name for name in ARCHITECTURES if not name.startswith("bert")]
 needs_bfloat16_tile = pytest.mark.skipif(not bfloat16_tile.available(), reason="this processor has no AVX512-BF16")
+needs_float32_tile = pytest.mark.skipif(not float32_tile.available(), reason="this processor has no AVX2")
+fast_dtypes = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, marks=needs_bfloat16_tile), pytest.param(torch.float32, marks=needs_float32_tile)],
+)
 ROWS, STEPS = 4, 40
 
 
@@ -50,15 +55,16 @@ def steps(decoder, tokens: torch.Tensor, restarts: dict[int, int]) -> torch.Tens
     return torch.stack(logits, 1)
 
 
-@needs_bfloat16_tile
 @torch.inference_mode()
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_every_step_gives_what_a_whole_forward_gives(architecture: str) -> None:
+@fast_dtypes
+def test_every_step_gives_what_a_whole_forward_gives(architecture: str, dtype: torch.dtype) -> None:
     """Rows restart at different steps; the sliding window of Gemma 3 is shorter than the text."""
     tokens = torch.randint(4, 100, (ROWS, STEPS), generator=torch.Generator().manual_seed(0))
     restarts = {1: 7, 3: 22}
-    model = model_of(architecture, torch.bfloat16)
+    model = model_of(architecture, dtype)
     expected = model_of(architecture, torch.float32)
+    tolerance = 0.02 if dtype is torch.bfloat16 else 1e-4
     make = prepare_decoding(model)
     assert isinstance(make(1, 2), FastDecoder if architecture in FAST else PlainDecoder)
     found = steps(make(ROWS, STEPS), tokens, restarts)
@@ -67,27 +73,27 @@ def test_every_step_gives_what_a_whole_forward_gives(architecture: str) -> None:
         for begin, end in pairwise(begins):
             whole = expected(tokens[row : row + 1, begin:end]).logits[0]
             difference = (found[row, begin:end] - whole).abs().mean()
-            assert difference < 0.02 * whole.std()
+            assert difference < tolerance * whole.std()
 
 
-@needs_bfloat16_tile
 @torch.inference_mode()
-def test_a_model_can_be_prepared_twice() -> None:
-    model = model_of("llama", torch.bfloat16)
+@fast_dtypes
+def test_a_model_can_be_prepared_twice(dtype: torch.dtype) -> None:
+    model = model_of("llama", dtype)
     tokens = torch.randint(4, 100, (3, 5), generator=torch.Generator().manual_seed(0))
     first, second = (steps(prepare_decoding(model)(3, 5), tokens, {}) for _ in range(2))
     assert torch.equal(first, second)
 
 
 @torch.inference_mode()
-def test_float32_models_run_as_they_are() -> None:
-    assert isinstance(prepare_decoding(model_of("llama", torch.float32))(1, 2), PlainDecoder)
+def test_models_of_other_dtypes_run_as_they_are() -> None:
+    assert isinstance(prepare_decoding(model_of("llama", torch.float64))(1, 2), PlainDecoder)
 
 
-@needs_bfloat16_tile
 @torch.inference_mode()
-def test_a_model_that_the_fast_path_does_not_fit_is_left_as_it_was() -> None:
-    model = model_of("gemma2", torch.bfloat16)
+@fast_dtypes
+def test_a_model_that_the_fast_path_does_not_fit_is_left_as_it_was(dtype: torch.dtype) -> None:
+    model = model_of("gemma2", dtype)
     tokens = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     before = model(tokens).logits
     prepare_decoding(model)

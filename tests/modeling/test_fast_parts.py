@@ -1,16 +1,19 @@
-"""bfloat16 models on CPUs give the same results with our attention, norms and activations as with transformers'."""
+"""Models on CPUs give the same results with our parts of blocks as with transformers'."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from calibrant.kernels import bfloat16_tile
 from calibrant.kernels.lookup import every_number
-from calibrant.modeling import activations, attention, norms
-from calibrant.modeling.kernel_forward import has_kernel
+from calibrant.modeling import activations, attention, linears, norms
+from calibrant.modeling.kernel_forward import has_kernel, plain_modules
 from tests.conftest import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -178,6 +181,52 @@ def test_options_that_change_the_result_stay_with_sdpa(monkeypatch: pytest.Monke
     assert not calls
     attention._forward(module, query, key, value, None, is_causal=True, position_ids=torch.arange(16)[None])
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_float32_linear_gives_the_same_outputs_and_gradients(bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(12, 7, bias=bias)
+    fast = copy.deepcopy(plain)
+    linears.use_fast_linears(fast, torch.float32, CPU)
+    assert has_kernel(fast)
+    inputs = torch.randn(3, 5, 12, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(module(inputs).square().sum(), [inputs, *module.parameters()]) for module in (fast, plain)
+    )
+    torch.testing.assert_close(fast(inputs), plain(inputs))
+    torch.testing.assert_close(found, expected)
+    with plain_modules(fast):
+        assert has_kernel(fast)  # it is trained with
+    crossed = inputs.detach().transpose(0, 1)
+    torch.testing.assert_close(fast(crossed), plain(crossed))
+    assert fast(inputs[:0]).shape == (0, 5, 7)
+
+
+def test_a_copy_of_a_float32_linear_multiplies_with_its_own_weight() -> None:
+    block = nn.Sequential(nn.Linear(6, 4))
+    linears.use_fast_linears(block, torch.float32, CPU)
+    twin, inputs = copy.deepcopy(block), torch.randn(2, 6)
+    block[0].weight.data.zero_()
+    torch.testing.assert_close(twin(inputs), nn.functional.linear(inputs, twin[0].weight, twin[0].bias))
+    replaced = functional_call(block, {"0.weight": twin[0].weight}, (inputs,))
+    torch.testing.assert_close(replaced, twin(inputs))
+
+
+def test_linears_of_other_kinds_and_places_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return super().forward(inputs) + 1
+
+    modules = nn.ModuleList([Other(4, 4), nn.Linear(4, 4)])
+    linears.use_fast_linears(modules, torch.bfloat16, CPU)
+    linears.use_fast_linears(modules, torch.float32, torch.device("cuda"))
+    assert not any(map(has_kernel, modules))
+    linears.use_fast_linears(modules, torch.float32, CPU)
+    assert [has_kernel(module) for module in modules] == [False, True]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert modules[1](torch.randn(2, 4)).dtype is torch.bfloat16
+    assert modules[1].to("meta")(torch.empty(2, 4, device="meta")).device.type == "meta"
 
 
 def test_other_dtypes_keep_their_own_parts(model) -> None:

@@ -1,8 +1,13 @@
 """bfloat16 numbers as 16-bit words: NumPy and Numba have no bfloat16."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 import torch
+from numba.core import types
+from numba.extending import overload
 
 
 def words(tensor: torch.Tensor) -> np.ndarray:
@@ -21,6 +26,16 @@ def pairs(tensor: torch.Tensor) -> np.ndarray:
 def widened(word: np.uint16) -> np.float32:
     """The bfloat16 number as float32, exactly."""
     return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
+
+
+def in_float32(number: np.uint16 | np.float32) -> np.float32:
+    """A bfloat16 number's word as float32; float32 numbers are returned as they are. For compiled code."""
+    raise NotImplementedError
+
+
+@overload(in_float32, strict=False)
+def _in_float32(number: types.Type) -> Callable[[Any], Any]:
+    return (lambda number: widened(number)) if number == types.uint16 else (lambda number: number)
 
 
 @numba.njit(forceinline=True, error_model="numpy")

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import torch
 
-from calibrant.kernels.bfloat16_words import rounded, widened, words
+from calibrant.kernels.bfloat16_words import in_float32, words
 from calibrant.kernels.exponential import LOG2_E, power_of_two
 
 
@@ -20,8 +20,8 @@ def decode_attention(
     """``softmax(scale q k^T) v`` over positions ``first[row]`` to ``count - 1`` of each row.
 
     ``query`` ``[batch, heads, 1, width]``, ``keys`` ``[batch, kv heads, width, capacity]``, ``values`` ``[batch, kv
-    heads, capacity, width]``, all bfloat16 on the CPU; ``first`` int64 ``[batch]``. Sums are float32. Returns bfloat16
-    ``[batch, 1, heads, width]``.
+    heads, capacity, width]``, all bfloat16 or all float32, on the CPU; ``first`` int64 ``[batch]``. Sums are float32.
+    Returns ``[batch, 1, heads, width]`` in the dtype of ``query``.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -34,11 +34,11 @@ def decode_attention(
             f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}, "
             f"first {tuple(first.shape)} and count {count} do not fit together"
         )
-    output = torch.empty(batch, 1, heads, width, dtype=query.dtype)
-    queries = words(query.reshape(batch, heads, width).contiguous())
-    factor = np.float32(scale * LOG2_E)
-    _attend(queries, words(keys), words(values), first.numpy(), count, factor, words(output)[:, 0])
-    return output
+    output = torch.empty(batch, heads, width)
+    query = query.reshape(batch, heads, width).contiguous()
+    arrays = (words(one) if one.dtype is torch.bfloat16 else one.numpy() for one in (query, keys, values))
+    _attend(*arrays, first.numpy(), count, np.float32(scale * LOG2_E), output.numpy())
+    return output[:, None].to(query.dtype)
 
 
 def _attend_rows(
@@ -50,55 +50,56 @@ def _attend_rows(
     scale: np.float32,
     output: np.ndarray,
 ) -> None:
-    shared, width = keys.shape[1], keys.shape[2]
+    shared = keys.shape[1]
     group = queries.shape[1] // shared
     for task in numba.prange(queries.shape[0] * shared):
         row, source = task // shared, task % shared
         begin = first[row]
         scores = np.zeros((group, count - begin), dtype=np.float32)
-        mixed = np.zeros((group, width), dtype=np.float32)
+        mixed = output[row, source * group : (source + 1) * group]
+        mixed[:] = 0
         _score(queries[row, source * group : (source + 1) * group], keys[row, source], begin, scale, scores)
-        for head in range(group):
-            _normalize(scores[head])
+        _normalize(scores)
         _mix(scores, values[row, source, begin:count], mixed)
-        for head in range(group):
-            target = output[row, source * group + head]
-            for channel in range(width):
-                target[channel] = np.uint16(rounded(mixed[head, channel]) >> np.uint32(16))
+
+
+# One slice per task and none in the loops: each counts a reference, for which threads would wait for each other.
 
 
 @numba.njit(error_model="numpy")
 def _score(queries: np.ndarray, keys: np.ndarray, begin: int, scale: np.float32, scores: np.ndarray) -> None:
-    """Add the scores of positions ``begin + p`` to ``scores[head, p]``."""
+    """Add the scores of positions ``begin + p`` to ``scores[head, p]``; ``keys`` are ``[width, capacity]``."""
+    first = np.uintp(begin)  # unsigned, so that loops need no check for negative indices and vectorize
     for channel in range(keys.shape[0]):
-        # A slice that starts at the first position: its loop needs no check for negative indices, so it vectorizes.
-        line = keys[channel][begin : begin + scores.shape[1]]
         for head in range(queries.shape[0]):
-            factor = widened(queries[head, channel]) * scale
-            score = scores[head]
-            for position in range(len(score)):
-                score[position] += factor * widened(line[position])
+            factor = in_float32(queries[head, channel]) * scale
+            for position in range(np.uintp(scores.shape[1])):
+                scores[head, position] += factor * in_float32(keys[channel, first + position])
 
 
 @numba.njit(error_model="numpy")
-def _normalize(score: np.ndarray) -> None:
-    """Softmax in place, with base 2: the scale of the scores includes ``log2 e``."""
-    largest = score.max()
-    for position in range(len(score)):
-        score[position] = power_of_two(score[position] - largest)
-    inverse = np.float32(1.0) / score.sum()
-    for position in range(len(score)):
-        score[position] *= inverse
+def _normalize(scores: np.ndarray) -> None:
+    """Softmax of rows in place, with base 2: the scale of the scores includes ``log2 e``."""
+    positions = scores.shape[1]
+    for head in range(scores.shape[0]):
+        largest, total = scores[head, 0], np.float32(0.0)
+        for position in range(positions):
+            largest = max(largest, scores[head, position])
+        for position in range(positions):
+            scores[head, position] = power_of_two(scores[head, position] - largest)
+        for position in range(positions):
+            total += scores[head, position]
+        for position in range(positions):
+            scores[head, position] *= np.float32(1.0) / total
 
 
 @numba.njit(error_model="numpy")
 def _mix(weights: np.ndarray, values: np.ndarray, mixed: np.ndarray) -> None:
     for position in range(values.shape[0]):
-        line = values[position]
         for head in range(weights.shape[0]):
-            weight, target = weights[head, position], mixed[head]
-            for channel in range(len(target)):
-                target[channel] += weight * widened(line[channel])
+            weight = weights[head, position]
+            for channel in range(values.shape[1]):
+                mixed[head, channel] += weight * in_float32(values[position, channel])
 
 
 _attend: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(_attend_rows)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from calibrant.kernels import bfloat16_gram, bfloat16_tile
+from calibrant.kernels import bfloat16_gram, bfloat16_tile, float32_products, float32_tile
 
 # Column blocks of the lower triangle: enough to skip most of the upper half, few enough for products at full rate.
 _BLOCKS = 6
@@ -20,6 +20,9 @@ def add_gram(lower: torch.Tensor, inputs: torch.Tensor) -> None:
     """
     if inputs.dtype is torch.bfloat16 and inputs.device.type == "cpu" and bfloat16_tile.available():
         bfloat16_gram.add_gram_bfloat16(lower, inputs)
+        return
+    if inputs.dtype is torch.float32 and inputs.device.type == "cpu" and float32_tile.available():
+        float32_products.add_lower_gram(lower, inputs)
         return
     width = lower.shape[0]
     values = inputs.float()

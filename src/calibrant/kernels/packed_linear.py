@@ -1,4 +1,4 @@
-"""A linear in bfloat16 that packs its weight once, for many products with few rows.
+"""Linears that pack their weight once, for many products with few rows, in bfloat16 and in float32.
 
 Matrix libraries pack the weight at every call, which for a few dozen rows takes as long as the product.
 """
@@ -12,6 +12,28 @@ from torch import nn
 
 from calibrant.kernels.bfloat16_tile import COLUMNS, ROWS, multiply_tile, pack_columns
 from calibrant.kernels.bfloat16_words import pairs, rounded, widened, words
+from calibrant.kernels.float32_products import add_linear, panels_of_rows
+
+
+class PackedFloat32Linear(nn.Module):
+    """``y = x W^T + b`` for float32 ``x`` ``[..., in]`` on the CPU; needs ``float32_tile.available()``.
+
+    A row's result does not depend on the other rows.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._panels = panels_of_rows(linear.weight.detach())
+        self._bias = linear.bias.detach().clone() if linear.bias is not None else None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        rows = inputs.reshape(-1, self.in_features)
+        output = rows.new_zeros(len(rows), self.out_features)
+        if self._bias is not None:
+            output += self._bias
+        add_linear(output, rows, self._panels)
+        return output.view(*inputs.shape[:-1], self.out_features)
 
 
 class PackedLinear(nn.Module):

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
-from calibrant.kernels import bfloat16_tile
+from calibrant.kernels import bfloat16_tile, float32_tile
 from calibrant.kernels.decode_attention import decode_attention
-from calibrant.kernels.packed_linear import PackedLinear
+from calibrant.kernels.packed_linear import PackedFloat32Linear, PackedLinear
 from calibrant.modeling.activations import use_fast_activations
 from calibrant.modeling.norms import use_fast_norms
 
@@ -42,9 +42,9 @@ class Decoder(Protocol):
 def prepare_decoding(model: transformers.PreTrainedModel) -> Callable[[int, int], Decoder]:
     """Return a function that makes a decoder from a number of rows and a number of steps.
 
-    bfloat16 models on CPUs with AVX512-BF16 get packed weights and our attention, provided that a probe of a few tokens
-    gives the same logits as before; all other models run as in transformers. ``model`` may be modified and must only be
-    used for decoding afterwards.
+    bfloat16 models on CPUs with AVX512-BF16, and float32 models on CPUs with AVX2, get packed weights and our attention,
+    provided that a probe of a few tokens gives the same logits as before; all other models run as in transformers.
+    ``model`` may be modified and must only be used for decoding afterwards.
     """
 
     def plain(rows: int, length: int) -> Decoder:
@@ -55,7 +55,8 @@ def prepare_decoding(model: transformers.PreTrainedModel) -> Callable[[int, int]
 
     if model.config._attn_implementation == _NAME:  # prepared before
         return fast
-    if model.dtype is not torch.bfloat16 or model.device.type != "cpu" or not bfloat16_tile.available():
+    tiles = {torch.bfloat16: bfloat16_tile.available(), torch.float32: float32_tile.available()}
+    if model.device.type != "cpu" or not tiles.get(model.dtype):
         return plain
     expected = _probe(plain, model.config.get_text_config().vocab_size)
     with _fast_parts(model) as parts:
@@ -201,18 +202,19 @@ class _FastParts:
 @contextmanager
 def _fast_parts(model: transformers.PreTrainedModel) -> Iterator[_FastParts]:
     """Give the model packed linears and our attention; restore it on exit unless ``keep`` is set."""
+    packed = PackedLinear if model.dtype is torch.bfloat16 else PackedFloat32Linear
     linears = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module.in_features % 2 == 0
+        if type(module) is nn.Linear and module.weight.dtype is model.dtype and module.in_features % 2 == 0
     }
     attention, parts = model.config._attn_implementation, _FastParts()
     AttentionInterface.register(_NAME, _refuse_attention)
-    use_fast_norms(model, torch.bfloat16, torch.device("cpu"))
-    use_fast_activations(model, torch.bfloat16, torch.device("cpu"))
+    use_fast_norms(model, model.dtype, model.device)
+    use_fast_activations(model, model.dtype, model.device)
     try:
         for name, linear in linears.items():
-            model.set_submodule(name, PackedLinear(linear))
+            model.set_submodule(name, packed(linear))
         model.set_attn_implementation(_NAME)
         yield parts
     finally:

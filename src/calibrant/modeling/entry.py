@@ -9,6 +9,7 @@ from calibrant.modeling.activations import use_fast_activations
 from calibrant.modeling.attention import use_fast_attention
 from calibrant.modeling.inputs import BlockCalls, MicroBatch, record_inputs
 from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.linears import use_fast_linears
 from calibrant.modeling.norms import use_fast_norms
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.ranks import ALONE, Ranks
@@ -39,6 +40,7 @@ def enter_blocks(
     use_fast_attention(model.module, dtype, device)
     use_fast_norms(model.module, dtype, device)
     use_fast_activations(model.module, dtype, device)
+    use_fast_linears(model.module, dtype, device)
     model.load_outside(blocks)
     model.cast("", dtype)
     tokens = torch.arange(_PROBE_TOKENS, device=device)[None] % model.folder.vocabulary

@@ -1,0 +1,56 @@
+"""Faster float32 linears on CPUs: oneDNN's product, where torch takes that of its BLAS library."""
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from calibrant.modeling.kernel_forward import has_kernel
+
+
+def use_fast_linears(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace the forward of every linear of ``model``; gradients flow through the new one too.
+
+    Does nothing for other dtypes than float32, devices other than the CPU, and builds of torch without oneDNN.
+    """
+    if dtype is not torch.float32 or device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and not has_kernel(module):
+            # Bound, so that a copy of the module multiplies with the copy's weight.
+            module.forward = types.MethodType(_forward, module)
+
+
+def _forward(self: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    tensors = (inputs, self.weight) if self.bias is None else (inputs, self.weight, self.bias)
+    plain = all(one.dtype is torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors)
+    if not plain or not inputs.numel() or torch.is_autocast_enabled("cpu"):
+        return functional.linear(inputs, self.weight, self.bias)
+    result: torch.Tensor = _Product.apply(*tensors)
+    return result
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T + b`` of ``inputs`` x ``[..., in]``, ``weight`` W ``[out, in]`` and ``bias`` b ``[out]``, if there is one.
+
+    Only the product itself is oneDNN's: with transposed operands, as gradients have them, its rate is no better.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        inputs, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            gradient @ weight if needed[0] else None,
+            rows.T @ inputs.flatten(0, -2) if needed[1] else None,
+            *((rows.sum(0) if needed[2] else None,) if len(needed) > 2 else ()),
+        )
