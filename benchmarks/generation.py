@@ -67,12 +67,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "generation.json")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     folder, tokenizer = ModelFolder(options.model), Tokenizer(options.model)
-    fast, plain = (load_whole(folder, "cpu", "bfloat16") for _ in range(2))
+    fast, plain = (load_whole(folder, "cpu", options.dtype) for _ in range(2))
     plain.generation_config.eos_token_id = None
     ours(fast, tokenizer, 2, 4, 0)  # compile
     seconds: dict[str, list[float]] = {"calibrant": [], "transformers": []}
@@ -89,7 +90,8 @@ def main() -> None:
         "model": options.model.name,
         "rows": options.rows,
         "length": options.length,
-        "dtype": "bfloat16",
+        "dtype": options.dtype,
+        "units": torch.backends.cpu.get_cpu_capability(),
         "seconds": seconds,
         "tokens_per_second": rates,
         "ratio": rates["calibrant"] / rates["transformers"],

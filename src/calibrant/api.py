@@ -3,20 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.corpus import BUILTIN, Corpus
-from calibrant.calibration.generate import DEFAULT_LENGTH, check_length
+from calibrant.calibration.generate import DEFAULT_LENGTH
 from calibrant.engine.compress_blocks import Order
 from calibrant.engine.importance import input_squares, linear_names, stored_names
 from calibrant.errors import CalibrantError
-from calibrant.evaluation.comparison import Evaluation, evaluate_models
+from calibrant.evaluation.comparison import Evaluation
 from calibrant.evaluation.engines.ask import ENGINES, EngineName
-from calibrant.evaluation.original import WholeOriginal
-from calibrant.evaluation.recorded import save_evaluation
-from calibrant.evaluation.tasks.data_files import check_tasks
-from calibrant.evaluation.tasks.results import compare_tasks
-from calibrant.evaluation.text import EvaluationText, evaluation_windows, wikitext_windows
 from calibrant.formats.gguf_names import gguf_library, gguf_names
 from calibrant.formats.imatrix import ImportanceMatrix, write_imatrix
 from calibrant.formats.quantized import FormatName
@@ -25,9 +21,10 @@ from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.hub import model_path
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.modeling.tokenizer import Tokenizer
-from calibrant.modeling.whole_model import load_whole, torch_device, torch_dtype
+from calibrant.modeling.whole_model import torch_device, torch_dtype
 from calibrant.output_folder import check_file, whole_file
 from calibrant.pipeline.comparison import Comparison, compare_outputs
+from calibrant.pipeline.evaluator import Evaluator, reference_of, text_windows
 from calibrant.pipeline.output import Output
 from calibrant.pipeline.prepare import check_calibration, prepare
 from calibrant.pipeline.proof import Proof
@@ -244,8 +241,8 @@ def prove(
     listener = progress or NoProgress()
     folder = ModelFolder(model_path(model), allow_quantized=True)
     tokenizer = Tokenizer(folder.path)
-    reference = None if against is None else _reference(against, folder, tokenizer)
-    found = _windows(folder, tokenizer, text, length, windows, listener)
+    reference = None if against is None else reference_of(folder, tokenizer, against)
+    found = text_windows(folder, tokenizer, text, length, windows, listener)
     question = Question(found, new_tokens, dtype, device, threads)
     proof = prove_in_engine(
         folder,
@@ -306,48 +303,9 @@ def evaluate(
     Raises:
         CalibrantError: a model, a text or a task does not fit.
     """
-    if length < 2 or min(limit or 1, task_limit or 1) < 1 or 0 in (limit, task_limit):
-        raise CalibrantError(
-            f"length {length}, limit {limit}, task limit {task_limit}: need windows of at least 2 tokens, "
-            "and at least 1 window or item"
-        )
-    if text is None and wikitext is None and not tasks:
-        raise CalibrantError("nothing to evaluate on; give `text`, `wikitext` or `tasks`")
-    if tasks:
-        check_tasks(tasks, data)
     progress = progress or NoProgress()
-    folder = ModelFolder(model_path(model), allow_quantized=True)
-    record = folder.path / RECORD_NAME
-    if save and not record.is_file():
-        raise CalibrantError(
-            f"{folder.path}: no compressed model of Calibrant, so `save` has nowhere to keep the result"
-        )
-    tokenizer = Tokenizer(folder.path)
-    reference = None if against is None else _reference(against, folder, tokenizer)
-    windows = None if text is None else _windows(folder, tokenizer, text, length, limit, progress)
-    papers = None if wikitext is None else wikitext_windows(wikitext, tokenizer, folder.context_length, limit)
-    for found in (windows, papers):
-        if found is not None and int(found.windows.max()) >= folder.vocabulary:
-            raise CalibrantError(
-                f"{folder.path}: its tokenizer gives ids beyond the model's vocabulary of {folder.vocabulary}"
-            )
-    loaded = load_whole(folder, device, dtype)
-    original = load_whole(reference, device, dtype) if reference is not None else None
-    compared = None if original is None else WholeOriginal(original)
-    result = Evaluation(0, 0, 0, 0) if windows is None else evaluate_models(loaded, compared, windows, progress)
-    if papers is not None:
-        result = replace(result, wikitext=evaluate_models(loaded, compared, papers, progress))
-    if tasks and data is not None:
-        from calibrant.evaluation.tasks.score import score_tasks  # lm-eval is an extra
-
-        items = limit if task_limit is None else task_limit
-        result = replace(result, tasks=score_tasks(loaded, tokenizer, tasks, data, items, progress))
-        if original is not None:
-            theirs = score_tasks(original, tokenizer, tasks, data, items, progress)
-            result = replace(result, original_tasks=theirs, task_comparisons=compare_tasks(result.tasks, theirs))
-    if save:
-        save_evaluation(folder.path, record, result)
-    return result
+    evaluator = Evaluator(against, text, length, wikitext, tasks, data, limit, task_limit, device, dtype, progress)
+    return evaluator.evaluate(model, save)
 
 
 def compare(
@@ -384,46 +342,11 @@ def compare(
         if against is None:
             return named
         text = BUILTIN
-    evaluations = {
-        name: evaluate(
-            output.folder,
-            against=against,
-            text=text,
-            length=length,
-            wikitext=wikitext,
-            tasks=tasks,
-            data=data,
-            limit=limit,
-            task_limit=task_limit,
-            device=device,
-            dtype=dtype,
-            progress=progress,
+    progress = progress or NoProgress()
+    with TemporaryDirectory(prefix="calibrant-") as folder:
+        scratch = Path(folder) if len(named.outputs) > 1 else None
+        evaluator = Evaluator(
+            against, text, length, wikitext, tasks, data, limit, task_limit, device, dtype, progress, scratch
         )
-        for name, output in named.outputs.items()
-    }
+        evaluations = {name: evaluator.evaluate(output.folder) for name, output in named.outputs.items()}
     return replace(named, evaluations=evaluations)
-
-
-def _reference(against: str | Path, folder: ModelFolder, tokenizer: Tokenizer) -> ModelFolder:
-    reference = ModelFolder(model_path(against), allow_quantized=True)
-    if Tokenizer(reference.path).sha256 != tokenizer.sha256 or reference.vocabulary != folder.vocabulary:
-        raise CalibrantError(
-            f"{against}: its tokenizer or vocabulary differs from {folder.path}'s, so they cannot be compared"
-        )
-    return reference
-
-
-def _windows(
-    folder: ModelFolder,
-    tokenizer: Tokenizer,
-    text: str | Path | Corpus,
-    length: int,
-    limit: int | None,
-    progress: Progress,
-) -> EvaluationText:
-    check_length(folder, length)
-    corpus = text if isinstance(text, Corpus) else Corpus(text)
-    found = evaluation_windows(corpus, tokenizer, length, limit)
-    for note in corpus.notes:
-        progress.note(note)
-    return found

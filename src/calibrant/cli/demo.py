@@ -1,15 +1,12 @@
 """``calibrant demo``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from calibrant.cli.console import JsonOption, QuietOption, SeedOption, terminal
 from calibrant.user_cache import USER_CACHE
-
-if TYPE_CHECKING:
-    from calibrant import Evaluation
 
 _RECIPES = ("gptq-w4a16-g64", "wanda-2:4")
 _SAMPLES, _LENGTH, _WINDOWS = 64, 256, 16
@@ -46,20 +43,26 @@ def demo(
         screen.note(f"model: SmolLM2-135M-Instruct in {model}")
         screen.note(f"the model generates a calibration set: {_SAMPLES} rows of {_LENGTH} tokens")
         made = cb.generate(model, samples=_SAMPLES, length=_LENGTH, seed=seed, progress=screen.progress)
-        evaluations: dict[str, Evaluation] = {}
         samples = {"original": _continued(model)}
-        for recipe in _RECIPES:
-            target = output / recipe.replace(":", "-")
+        targets = {recipe: output / recipe.replace(":", "-") for recipe in _RECIPES}
+        for recipe, target in targets.items():
             screen.note(f"compressing with {recipe} into {target}")
             report = cb.compress(
                 model, output=target, recipe=recipe, calibration=made, overwrite=True, progress=screen.progress
             )
             if not as_json:
                 screen.result({}, *summary(report))
-            evaluations[recipe] = cb.evaluate(
-                target, against=model, text="builtin", limit=_WINDOWS, dtype="auto", progress=screen.progress
-            )
             samples[recipe] = _continued(target)
+        screen.note(f"comparing both with the original on {_WINDOWS} windows of the built-in text")
+        compared = cb.compare(
+            list(targets.values()),
+            against=model,
+            text="builtin",
+            limit=_WINDOWS,
+            dtype="auto",
+            progress=screen.progress,
+        )
+        evaluations = dict(zip(_RECIPES, compared.evaluations.values(), strict=True))
         panels = [Panel(Text(text), title=name) for name, text in samples.items()]
         screen.result(
             {"evaluations": {name: asdict(found) for name, found in evaluations.items()}, "samples": samples},

@@ -1,4 +1,4 @@
-"""The original model's next-token logits on fixed windows: from the model, or from hidden states stored once.
+"""The original model's next-token logits on fixed windows: from the model, or from hidden states kept once.
 
 Logits of a whole vocabulary are a hundred times larger than what is left of the model after its last block: the final
 hidden state, of which the head makes the logits again. So a study runs an original once, and a comparison needs its
@@ -16,11 +16,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.safetensors_file import save_tensors
+from calibrant.hashing import sha256_bytes
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.lazy_model import LazyModel
 from calibrant.progress import Progress
 
 _FILE, _BEFORE = "states.safetensors", "calibrant.before_head"
+_NOT_ALONE = "its logits do not follow from its last hidden states alone"
 
 
 class Original(Protocol):
@@ -42,6 +44,43 @@ class WholeOriginal:
         return window_logits(self._model, window)
 
 
+class RememberingOriginal:
+    """Runs the model on every window once, for several comparisons; afterwards its head alone makes the logits.
+
+    Last hidden states are kept in files in ``scratch``, an empty folder. A model whose head needs more than them runs
+    on every window every time.
+    """
+
+    def __init__(self, model: transformers.PreTrainedModel, scratch: Path) -> None:
+        self._model, self._scratch = model, scratch
+        self._head: _Head | None = None
+        self._tried = False
+
+    def logits(self, index: int, window: torch.Tensor) -> torch.Tensor:
+        """See ``Original``."""
+        if not self._tried:
+            self._tried = True
+            self._head = self._tried_head(window)
+        if self._head is None:
+            return window_logits(self._model, window)
+        file = self._scratch / f"{sha256_bytes(window.numpy().tobytes())}.safetensors"
+        if not file.exists():
+            logits, state = _logits_and_state(self._model, self._head.before, window)
+            save_tensors({"state": state}, file)
+            return logits
+        with safe_open(file, framework="pt") as opened:
+            return self._head.logits(opened.get_tensor("state"), window)
+
+    def _tried_head(self, window: torch.Tensor) -> "_Head | None":
+        """The head, if it makes the model's logits of the last hidden states."""
+        before = _module_before_head(self._model, window)
+        if before is None:
+            return None
+        logits, state = _logits_and_state(self._model, before, window)
+        head = _Head(self._model, before)
+        return head if _agree(head.logits(state, window), logits) else None
+
+
 class StoredOriginal:
     """Makes logits of stored hidden states by the model's head; the blocks are not loaded.
 
@@ -61,7 +100,7 @@ class StoredOriginal:
                 before = file.metadata()[_BEFORE]
         except Exception as error:  # damaged files make the library raise many unrelated classes
             raise _damaged(self._file, error) from error
-        self._head = _Head(folder, before, device)
+        self._head = _lazy_head(folder, before, device)
 
     def logits(self, index: int, window: torch.Tensor) -> torch.Tensor:
         """See ``Original``."""
@@ -71,24 +110,30 @@ class StoredOriginal:
 
 
 class _Head:
-    """What a model computes after the module called ``before``, which gives its last hidden states; in float32."""
+    """What ``model`` computes after its module ``before``, which gives its last hidden states."""
 
-    def __init__(self, folder: ModelFolder, before: str, device: torch.device) -> None:
-        lazy = LazyModel(folder, torch.float32, device)
-        lazy.load_head()
-        self._model, self._before, self._device = lazy.module, lazy.module.get_submodule(before), device
+    def __init__(self, model: transformers.PreTrainedModel, before: str) -> None:
+        self._model, self.before = model, before
 
     def logits(self, state: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
         """Logits ``[length - 1, vocabulary]`` of hidden states ``[length - 1, width]`` of ``window``."""
-        output = _Output(last_hidden_state=state[None].to(self._device))
-        forward = self._before.forward
-        self._before.forward = lambda *_, **__: output
+        device = self._model.get_output_embeddings().weight.device
+        output = _Output(last_hidden_state=state[None].to(device))
+        module = self._model.get_submodule(self.before)
+        forward = module.forward
+        module.forward = lambda *_, **__: output
         try:
-            ids = window[None, :-1].to(self._device)
-            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+            logits: torch.Tensor = self._model(input_ids=window[None, :-1].to(device), use_cache=False).logits[0]
         finally:
-            self._before.forward = forward
+            module.forward = forward
         return logits
+
+
+def _lazy_head(folder: ModelFolder, before: str, device: torch.device) -> _Head:
+    """The head alone of the model in ``folder``, in float32."""
+    lazy = LazyModel(folder, torch.float32, device)
+    lazy.load_head()
+    return _Head(lazy.module, before)
 
 
 class _Output(BaseModelOutput):
@@ -115,24 +160,38 @@ def store_states(
         CalibrantError: the head makes other logits of the stored states than the model does.
     """
     before = _module_before_head(model, windows[0])
+    if before is None:
+        raise CalibrantError(f"{folder.path}: {_NOT_ALONE}")
+    states: list[torch.Tensor] = []
+    with progress.task("original", len(windows), "windows") as task:
+        for window in windows:
+            logits, state = _logits_and_state(model, before, window)
+            if not states:
+                _check(_lazy_head(folder, before, model.device).logits(state, window), logits, folder)
+            states.append(state)
+            task.advance()
+    save_tensors({"states": torch.stack(states), "windows": windows}, target / _FILE, {_BEFORE: before})
+
+
+def _logits_and_state(
+    model: transformers.PreTrainedModel, before: str, window: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``window_logits``, and what the module ``before`` gave, ``[length - 1, width]`` on the CPU."""
     states: list[torch.Tensor] = []
     hook = model.get_submodule(before).register_forward_hook(
         lambda _, __, output: states.append(output[0][0, :-1].cpu())
     )
     try:
-        with progress.task("original", len(windows), "windows") as task:
-            for window in windows:
-                logits = window_logits(model, window)
-                if len(states) == 1:
-                    _check(_Head(folder, before, model.device).logits(states[0], window), logits, folder)
-                task.advance()
+        return window_logits(model, window), states[0]
     finally:
         hook.remove()
-    save_tensors({"states": torch.stack(states), "windows": windows}, target / _FILE, {_BEFORE: before})
 
 
-def _module_before_head(model: transformers.PreTrainedModel, window: torch.Tensor) -> str:
-    """Name of the outermost module whose output the head reads: the last to end of those that gave its input."""
+def _module_before_head(model: transformers.PreTrainedModel, window: torch.Tensor) -> str | None:
+    """Name of the outermost module whose output the head reads: the last to end of those that gave its input.
+
+    None if there is no such module.
+    """
     given: list[tuple[str, torch.Tensor]] = []
     found: list[str] = []
 
@@ -144,6 +203,8 @@ def _module_before_head(model: transformers.PreTrainedModel, window: torch.Tenso
         found.extend(same[-1:])
 
     head = model.get_output_embeddings()
+    if head is None:
+        return None
     hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if module is not head]
     hooks.append(head.register_forward_pre_hook(choose))
     try:
@@ -151,7 +212,7 @@ def _module_before_head(model: transformers.PreTrainedModel, window: torch.Tenso
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0]
+    return found[0] if found else None
 
 
 def stored_windows(states: Path) -> torch.Tensor:
@@ -171,6 +232,10 @@ def _damaged(file: Path, error: Exception) -> CalibrantError:
 def _check(again: torch.Tensor, logits: torch.Tensor, folder: ModelFolder) -> None:
     if not bool(logits.isfinite().all()):
         raise CalibrantError(f"{folder.path}: gives values that are not finite; its weights may be damaged")
-    # Products of matrices of other shapes are rounded in another order.
-    if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-4, atol=1e-4):
-        raise CalibrantError(f"{folder.path}: its logits do not follow from its last hidden states alone")
+    if not _agree(again, logits):
+        raise CalibrantError(f"{folder.path}: {_NOT_ALONE}")
+
+
+def _agree(again: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether two ways to the same logits agree; products of matrices of other shapes are rounded in another order."""
+    return again.shape == logits.shape and torch.allclose(again, logits, rtol=1e-4, atol=1e-4)

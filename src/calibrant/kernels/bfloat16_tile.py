@@ -46,7 +46,7 @@ _tile_product = tile_product(ROWS, _VECTORS, _WIDTH, _multiply_add)
 
 
 @numba.njit(forceinline=True, error_model="numpy")
-def multiply_tile(left: np.intp, right: np.intp, pairs: np.intp, sums: np.intp, stride: np.intp) -> None:
+def multiply_tile(left: int | np.intp, right: int | np.intp, pairs: int, sums: int | np.intp, stride: int) -> None:
     """Add ``sum_k left[k, i] . right[k, j]`` to ``sums[i, j]`` for ``ROWS x COLUMNS`` entries.
 
     ``left`` and ``right`` are addresses of panels (``pairs`` steps of ``COLUMNS`` uint32, a pair of bfloat16 each),

@@ -9,17 +9,19 @@ import torch
 from numba.core import types
 from numba.extending import overload
 
+from calibrant.kernels.arrays import array_of
+
 
 def words(tensor: torch.Tensor) -> np.ndarray:
     """The bfloat16 tensor's memory as uint16, without a copy."""
-    return tensor.view(torch.int16).numpy().view(np.uint16)
+    return array_of(tensor)
 
 
 def pairs(tensor: torch.Tensor) -> np.ndarray:
     """Neighbours on the last axis of a bfloat16 tensor as uint32 words; a tensor not aligned to pairs is copied."""
     even = tensor.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in tensor.stride()[:-1])
     aligned = tensor if even and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
-    return aligned.view(torch.int32).numpy().view(np.uint32)
+    return array_of(aligned).view(np.uint32)
 
 
 @numba.njit(forceinline=True, error_model="numpy")

@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import torch
 
+from calibrant.kernels.arrays import array_of
 from calibrant.kernels.float32_tile import COLUMNS, ROWS, multiply_tile
 
 # Steps summed in registers before they are added to the product; a panel of as many fits a core's cache.
@@ -30,13 +31,14 @@ def add_lower_gram(lower: torch.Tensor, values: torch.Tensor) -> None:
     tiles = np.empty((-(-width // ROWS), steps, ROWS), dtype=np.float32)
     panels = np.empty((-(-width // COLUMNS), steps, COLUMNS), dtype=np.float32)
     for chunk in values.contiguous().split(steps):
-        _pack_tiles(chunk.numpy(), tiles)
-        _pack_panels(chunk.numpy(), panels)
+        rows = array_of(chunk)
+        _pack_tiles(rows, tiles)
+        _pack_panels(rows, panels)
         _add(tiles, steps * ROWS, 1, ROWS, panels, lower.numpy(), True)
 
 
 def panels_of_rows(weight: torch.Tensor) -> np.ndarray:
-    """``weight`` float32 ``[out, in]`` as panels ``[panels, in, COLUMNS]`` for ``add_linear``; zero past the last row."""
+    """``weight`` ``[out, in]`` as panels ``[panels, in, COLUMNS]`` for ``add_linear``; zero past the last row."""
     outputs, inputs = weight.shape
     padded = weight.new_zeros(-(-outputs // COLUMNS), COLUMNS, inputs)
     padded.view(-1, inputs)[:outputs] = weight
@@ -56,7 +58,7 @@ def add_linear(total: torch.Tensor, inputs: torch.Tensor, panels: np.ndarray) ->
 
 
 def _packer(columns: int) -> Callable[..., None]:
-    """A function that packs ``values`` ``[rows, width]`` into panels ``[panels, steps, columns]``, whose steps are rows.
+    """A function that packs ``values`` ``[rows, width]`` in panels ``[panels, steps, columns]``, whose steps are rows.
 
     Panels are zero past the last row and column.
     """
@@ -95,8 +97,8 @@ def _add_tiles(
     """Add ``sum_k left(k, i) right(k, j)`` to ``total[i, j]``; with ``lower`` only tiles on or below the diagonal.
 
     ``left(k, i)`` is entry ``i // ROWS * tile_stride + i % ROWS * row_stride + k * step_stride`` of ``left``, which has
-    whole tiles, and ``right(k, j)`` is ``right[j // COLUMNS, k, j % COLUMNS]``. An iteration takes one panel from either
-    end, so that all iterations have equal work below the diagonal.
+    whole tiles, and ``right(k, j)`` is ``right[j // COLUMNS, k, j % COLUMNS]``. An iteration takes one panel from
+    either end, so that all iterations have equal work below the diagonal.
     """
     panels, steps = right.shape[:2]
     rows, width = total.shape

@@ -22,11 +22,18 @@ def tile_product(rows: int, vectors: int, lanes: int, multiply_add: MultiplyAdd)
 
     @intrinsic
     def multiply_tile(
-        typing_context: Any, left: Any, right: Any, steps: Any, sums: Any, stride: Any, row_stride: Any, step_stride: Any
+        typing_context: Any,
+        left: Any,
+        right: Any,
+        steps: Any,
+        sums: Any,
+        stride: Any,
+        row_stride: Any,
+        step_stride: Any,
     ) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def generate(target: Any, builder: Any, signature: Any, args: Any) -> Any:
             _generate(builder, args, rows, vectors, lanes, multiply_add)
-            return context.get_dummy_value()
+            return target.get_dummy_value()
 
         return types.void(*[types.intp] * 7), generate
 
@@ -41,9 +48,7 @@ def _generate(builder: Any, args: Any, rows: int, vectors: int, lanes: int, mult
     left_pointer = builder.inttoptr(left_address, word.as_pointer())
     right_pointer = builder.inttoptr(right_address, word.as_pointer())
     sums_pointer = builder.inttoptr(sums_address, single.as_pointer())
-    starts = [
-        builder.gep(left_pointer, [builder.mul(row_stride, ir.Constant(size, row))]) for row in range(rows)
-    ]
+    starts = [builder.gep(left_pointer, [builder.mul(row_stride, ir.Constant(size, row))]) for row in range(rows)]
     entry, body, done = builder.block, builder.append_basic_block("body"), builder.append_basic_block("done")
     builder.branch(body)
 

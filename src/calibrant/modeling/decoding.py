@@ -42,9 +42,9 @@ class Decoder(Protocol):
 def prepare_decoding(model: transformers.PreTrainedModel) -> Callable[[int, int], Decoder]:
     """Return a function that makes a decoder from a number of rows and a number of steps.
 
-    bfloat16 models on CPUs with AVX512-BF16, and float32 models on CPUs with AVX2, get packed weights and our attention,
-    provided that a probe of a few tokens gives the same logits as before; all other models run as in transformers.
-    ``model`` may be modified and must only be used for decoding afterwards.
+    bfloat16 models on CPUs with AVX512-BF16, and float32 models on CPUs with AVX2, get packed weights and our
+    attention, provided that a probe of a few tokens gives the same logits as before; all other models run as in
+    transformers. ``model`` may be modified and must only be used for decoding afterwards.
     """
 
     def plain(rows: int, length: int) -> Decoder:

@@ -20,7 +20,7 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, device: torch.device)
     for module in model.modules():
         if type(module) is nn.Linear and not has_kernel(module):
             # Bound, so that a copy of the module multiplies with the copy's weight.
-            module.forward = types.MethodType(_forward, module)
+            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
 
 
 def _forward(self: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
@@ -28,12 +28,12 @@ def _forward(self: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     plain = all(one.dtype is torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors)
     if not plain or not inputs.numel() or torch.is_autocast_enabled("cpu"):
         return functional.linear(inputs, self.weight, self.bias)
-    result: torch.Tensor = _Product.apply(*tensors)
+    result: torch.Tensor = _Product.apply(*tensors)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
 class _Product(torch.autograd.Function):
-    """``x W^T + b`` of ``inputs`` x ``[..., in]``, ``weight`` W ``[out, in]`` and ``bias`` b ``[out]``, if there is one.
+    """``x W^T + b`` of ``inputs`` x ``[..., in]``, ``weight`` W ``[out, in]`` and perhaps ``bias`` b ``[out]``.
 
     Only the product itself is oneDNN's: with transposed operands, as gradients have them, its rate is no better.
     """
@@ -45,7 +45,7 @@ class _Product(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         rows = gradient.flatten(0, -2)
