@@ -8,9 +8,16 @@ import transformers
 import calibrant as cb
 from calibrant.calibration.corpus import Corpus
 from calibrant.evaluation.comparison import evaluate_models
-from calibrant.evaluation.original import StoredOriginal, WholeOriginal, store_states, stored_windows
+from calibrant.evaluation.original import (
+    RememberingOriginal,
+    StoredOriginal,
+    WholeOriginal,
+    store_states,
+    stored_windows,
+)
 from calibrant.evaluation.text import evaluation_windows
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.find_blocks import find_blocks
 from calibrant.modeling.tokenizer import Tokenizer
 from calibrant.modeling.whole_model import load_whole
 from calibrant.progress import NoProgress
@@ -110,6 +117,58 @@ def test_stored_states_compare_as_the_whole_original_does(
     assert expected.divergence.kl_mean > 1e-4
     assert found.divergence.kl_by_window == pytest.approx(expected.divergence.kl_by_window, rel=1e-3)
     assert found.loss_by_window == expected.loss_by_window
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if not name.startswith("bert")])
+def test_an_original_that_remembers_gives_the_same_logits_and_runs_its_blocks_once(
+    architecture: str, model_folder, text: Path, tmp_path: Path
+) -> None:
+    folder = ModelFolder(model_folder(architecture))
+    model = load_whole(folder, "cpu", "float32")
+    windows = evaluation_windows(Corpus(text), Tokenizer(folder.path), 32, 2).windows
+    expected = [WholeOriginal(model).logits(0, window) for window in windows]
+    remembering, calls = RememberingOriginal(model, tmp_path), []
+    for index in (0, 1, 1, 0):
+        if index == 1 and not calls:
+            block = model.get_submodule(find_blocks(model)[0])
+            block.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(remembering.logits(index, windows[index]), expected[index], rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1
+
+
+@torch.inference_mode()
+def test_an_original_whose_head_needs_more_than_its_states_runs_every_time(
+    model_folder, text: Path, tmp_path: Path
+) -> None:
+    folder = ModelFolder(model_folder("llama"))
+    model = load_whole(folder, "cpu", "float32")
+    window = evaluation_windows(Corpus(text), Tokenizer(folder.path), 32, 1).windows[0]
+    embedded: list[torch.Tensor] = []
+
+    def raise_logits(_: torch.nn.Module, __: object, output: transformers.utils.ModelOutput) -> None:
+        output.logits.add_(float(len(embedded)))  # 1 if the embedding ran, 0 in the head alone
+        embedded.clear()
+
+    model.model.embed_tokens.register_forward_hook(lambda _, __, output: embedded.append(output))
+    model.register_forward_hook(raise_logits)
+    expected = WholeOriginal(model).logits(0, window)
+    remembering = RememberingOriginal(model, tmp_path)
+    assert all(torch.equal(remembering.logits(0, window), expected) for _ in range(2))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_models_compared_together_are_evaluated_as_each_alone(llama: Path, text: Path, tmp_path: Path) -> None:
+    outputs = [tmp_path / "4", tmp_path / "2"]
+    for output, bits in zip(outputs, (4, 2), strict=True):
+        cb.compress(llama, output=output, recipe="rtn-w8a16", bits=bits)
+    together = cb.compare(outputs, against=llama, text=text, length=32).evaluations
+    for output, found in zip(outputs, together.values(), strict=True):
+        alone = cb.evaluate(output, against=llama, text=text, length=32)
+        assert found.loss_by_window == alone.loss_by_window
+        assert alone.divergence is not None
+        assert found.divergence is not None
+        assert found.divergence.kl_by_window == pytest.approx(alone.divergence.kl_by_window, rel=1e-3)
 
 
 def _perturbed(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

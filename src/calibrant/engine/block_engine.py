@@ -55,7 +55,11 @@ class _Arrival:
 
 
 def sequential_pass(
-    block: OpenedBlock, structure: BlockStructure, visitor: Visitor, original: nn.Module | None = None
+    block: OpenedBlock,
+    structure: BlockStructure,
+    visitor: Visitor,
+    original: nn.Module | None = None,
+    to_end: bool = True,
 ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """Solve the block's ``structure`` stage by stage during one forward pass per micro-batch.
 
@@ -66,6 +70,7 @@ def sequential_pass(
         structure: the stages to solve.
         visitor: receives the inputs of every stage and solves it.
         original: copy of the block's module with the original weights; it runs on the batches' ``original`` states.
+        to_end: whether the compressed block runs on behind the last stage; if not, its outputs are not returned.
 
     Returns:
         The outputs ``[rows, length, width]`` of the compressed block per batch, and those of ``original``, if given.
@@ -107,7 +112,7 @@ def sequential_pass(
                     _solve_experts(block.module, stage, arrivals, visitor)
             outputs, originals = block.collector("block"), block.collector("original")
             for run, twin in runs:
-                for one, found in ((run, outputs), (twin, originals)):
+                for one, found in ((run if to_end else None, outputs), (twin, originals)):
                     if one is not None:
                         with runs.running(one):
                             found.append(one.to_end())

@@ -212,7 +212,7 @@ class _Compression:
             return
         # The pass empties the tensors of states in memory; these share their values.
         states = [batch.hidden.detach() for batch in block.batches] if isinstance(block.batches, list) else []
-        originals = sequential_pass(block, structure, solver, original=original)[1]
+        originals = sequential_pass(block, structure, solver, original=original, to_end=False)[1]
         del original
         for batch, hidden in zip(block.batches, states, strict=False):
             batch.hidden = hidden
