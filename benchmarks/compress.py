@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--corpus", default="builtin", help="text to calibrate with")
     parser.add_argument("--text", default="builtin", help="held-out text to evaluate on")
     parser.add_argument("--methods", nargs="+", default=["gptq", "sparsegpt", "wanda"])
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -273,6 +274,9 @@ def main() -> None:
     WORK.mkdir(exist_ok=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     chosen = {method: known[method] for method in options.methods}
+    for method, one in chosen.items():
+        peers = {peer: name for peer, name in one.peers.items() if peer in options.peers}
+        chosen[method] = replace(one, peers=peers)
     for peer in {peer for one in chosen.values() for peer in one.peers}:
         peer_python(peer)
     made = cb.select(options.corpus, tokenizer=options.model, samples=options.samples, length=options.length)
