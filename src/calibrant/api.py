@@ -304,7 +304,19 @@ def evaluate(
         CalibrantError: a model, a text or a task does not fit.
     """
     progress = progress or NoProgress()
-    evaluator = Evaluator(against, text, length, wikitext, tasks, data, limit, task_limit, device, dtype, progress)
+    evaluator = Evaluator(
+        against=against,
+        text=text,
+        length=length,
+        wikitext=wikitext,
+        tasks=tasks,
+        data=data,
+        limit=limit,
+        task_limit=task_limit,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
     return evaluator.evaluate(model, save)
 
 
@@ -346,7 +358,18 @@ def compare(
     with TemporaryDirectory(prefix="calibrant-") as folder:
         scratch = Path(folder) if len(named.outputs) > 1 else None
         evaluator = Evaluator(
-            against, text, length, wikitext, tasks, data, limit, task_limit, device, dtype, progress, scratch
+            against=against,
+            text=text,
+            length=length,
+            wikitext=wikitext,
+            tasks=tasks,
+            data=data,
+            limit=limit,
+            task_limit=task_limit,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            scratch=scratch,
         )
         evaluations = {name: evaluator.evaluate(output.folder) for name, output in named.outputs.items()}
     return replace(named, evaluations=evaluations)

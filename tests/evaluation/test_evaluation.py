@@ -138,6 +138,19 @@ def test_an_original_that_remembers_gives_the_same_logits_and_runs_its_blocks_on
 
 
 @torch.inference_mode()
+def test_an_original_whose_head_begins_with_a_module_of_its_own_runs_every_time(tmp_path: Path) -> None:
+    config = transformers.RobertaConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, is_decoder=True
+    )
+    model = transformers.RobertaForCausalLM(config).eval()
+    window = torch.arange(4, 20)
+    remembering = RememberingOriginal(model, tmp_path)
+    for _ in range(2):
+        assert torch.equal(remembering.logits(0, window), WholeOriginal(model).logits(0, window))
+    assert not list(tmp_path.iterdir())
+
+
+@torch.inference_mode()
 def test_an_original_whose_head_needs_more_than_its_states_runs_every_time(
     model_folder, text: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrant.kernels import bfloat16_gram, bfloat16_tile, float32_products, float32_tile
+from calibrant.kernels.arrays import array_of
 from calibrant.kernels.causal_attention import causal_attention
 from calibrant.kernels.column_loop import ColumnProblem, solve_columns
 from calibrant.kernels.column_sums import column_magnitudes, column_squares
@@ -274,6 +275,18 @@ def test_decode_attention_is_attention_over_a_rows_own_positions(
             query[row].double(), keys[row, :, part].double(), values[row, :, part].double(), enable_gqa=True, scale=0.3
         )
         torch.testing.assert_close(found[row].double(), expected.transpose(0, 1), rtol=tolerance, atol=tolerance)
+
+
+def test_decode_attention_hides_no_nan() -> None:
+    query, keys, values = torch.ones(1, 1, 1, 4), torch.ones(1, 1, 4, 8), torch.ones(1, 1, 8, 4)
+    keys[0, 0, 0, 3] = torch.nan
+    found = decode_attention(query, keys, values, torch.zeros(1, dtype=torch.long), 5, 0.5)
+    assert bool(found.isnan().all())
+
+
+def test_tensors_of_other_devices_have_no_array() -> None:
+    with pytest.raises(TypeError, match="meta"):
+        array_of(torch.empty(3, device="meta"))
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,8 +11,9 @@ from typing import Protocol
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.safetensors_file import save_tensors
@@ -45,40 +46,53 @@ class WholeOriginal:
 
 
 class RememberingOriginal:
-    """Runs the model on every window once, for several comparisons; afterwards its head alone makes the logits.
+    """Runs the model's blocks on every window once, for several comparisons; its head makes the logits each time.
 
-    Last hidden states are kept in files in ``scratch``, an empty folder. A model whose head needs more than them runs
-    on every window every time.
+    Last hidden states are kept in files in ``scratch``, an empty folder. Where the head needs more than them or rounds
+    coarsely (in bfloat16), or the folder is full, the model runs on every window every time.
     """
 
     def __init__(self, model: transformers.PreTrainedModel, scratch: Path) -> None:
         self._model, self._scratch = model, scratch
         self._head: _Head | None = None
-        self._tried = False
+        self._begun = False
 
     def logits(self, index: int, window: torch.Tensor) -> torch.Tensor:
         """See ``Original``."""
-        if not self._tried:
-            self._tried = True
-            self._head = self._tried_head(window)
+        if not self._begun:
+            self._begun = True
+            self._begin(window)
         if self._head is None:
             return window_logits(self._model, window)
-        file = self._scratch / f"{sha256_bytes(window.numpy().tobytes())}.safetensors"
-        if not file.exists():
-            logits, state = _logits_and_state(self._model, self._head.before, window)
-            save_tensors({"state": state}, file)
-            return logits
-        with safe_open(file, framework="pt") as opened:
-            return self._head.logits(opened.get_tensor("state"), window)
+        file = self._file(window)
+        if file.exists():
+            with safe_open(file, framework="pt") as opened:
+                return self._head.logits(opened.get_tensor("state"), window)
+        logits, state = _logits_and_state(self._model, self._head.before, window)
+        return self._head.logits(state, window) if self._keep(window, state) else logits
 
-    def _tried_head(self, window: torch.Tensor) -> "_Head | None":
-        """The head, if it makes the model's logits of the last hidden states."""
+    def _begin(self, window: torch.Tensor) -> None:
+        """Find the head, if it makes the model's logits of the last hidden states, and keep those of ``window``."""
         before = _module_before_head(self._model, window)
         if before is None:
-            return None
+            return
         logits, state = _logits_and_state(self._model, before, window)
         head = _Head(self._model, before)
-        return head if _agree(head.logits(state, window), logits) else None
+        if _agree(head.logits(state, window), logits) and self._keep(window, state):
+            self._head = head
+
+    def _keep(self, window: torch.Tensor, state: torch.Tensor) -> bool:
+        """Write the states of ``window``; if that fails, remember nothing from now on."""
+        try:
+            save_tensors({"state": state}, self._file(window))
+        except (OSError, SafetensorError):
+            self._file(window).unlink(missing_ok=True)
+            self._head = None
+            return False
+        return True
+
+    def _file(self, window: torch.Tensor) -> Path:
+        return self._scratch / f"{sha256_bytes(window.numpy().tobytes())}.safetensors"
 
 
 class StoredOriginal:
@@ -120,12 +134,15 @@ class _Head:
         device = self._model.get_output_embeddings().weight.device
         output = _Output(last_hidden_state=state[None].to(device))
         module = self._model.get_submodule(self.before)
-        forward = module.forward
+        forward = vars(module).get("forward")
         module.forward = lambda *_, **__: output
         try:
             logits: torch.Tensor = self._model(input_ids=window[None, :-1].to(device), use_cache=False).logits[0]
         finally:
-            module.forward = forward
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
         return logits
 
 
@@ -190,16 +207,27 @@ def _logits_and_state(
 def _module_before_head(model: transformers.PreTrainedModel, window: torch.Tensor) -> str | None:
     """Name of the outermost module whose output the head reads: the last to end of those that gave its input.
 
-    None if there is no such module.
+    None if there is no such module, or one that gives a plain tensor: it belongs to the head.
     """
-    given: list[tuple[str, torch.Tensor]] = []
-    found: list[str] = []
+    given: list[tuple[str, torch.Tensor, bool]] = []
+    found: list[tuple[str, bool]] = []
 
     def note(name: str) -> Callable[..., None]:
-        return lambda _, __, output: given.append((name, output if isinstance(output, torch.Tensor) else output[0]))
+        def add(_: torch.nn.Module, __: object, output: object) -> None:
+            structured = isinstance(output, (tuple, ModelOutput))
+            first = output[0] if isinstance(output, (tuple, ModelOutput)) and len(output) else output
+            if isinstance(first, torch.Tensor):
+                given.append((name, first, structured))
+
+        return add
 
     def choose(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        same = [name for name, tensor in given if tensor is inputs[0] or tensor.data_ptr() == inputs[0].data_ptr()]
+        read = inputs[0]
+        same = [
+            (name, structured)
+            for name, tensor, structured in given
+            if tensor is read or tensor.data_ptr() == read.data_ptr()
+        ]
         found.extend(same[-1:])
 
     head = model.get_output_embeddings()
@@ -212,7 +240,7 @@ def _module_before_head(model: transformers.PreTrainedModel, window: torch.Tenso
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return found[0][0] if found and found[0][1] else None
 
 
 def stored_windows(states: Path) -> torch.Tensor:

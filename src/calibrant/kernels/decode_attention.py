@@ -10,7 +10,8 @@ import numba
 import numpy as np
 import torch
 
-from calibrant.kernels.bfloat16_words import in_float32, words
+from calibrant.kernels.arrays import array_of
+from calibrant.kernels.bfloat16_words import in_float32
 from calibrant.kernels.exponential import LOG2_E, power_of_two
 
 
@@ -36,8 +37,7 @@ def decode_attention(
         )
     output = torch.empty(batch, heads, width)
     query = query.reshape(batch, heads, width).contiguous()
-    arrays = (words(one) if one.dtype is torch.bfloat16 else one.numpy() for one in (query, keys, values))
-    _attend(*arrays, first.numpy(), count, np.float32(scale * LOG2_E), output.numpy())
+    _attend(*map(array_of, (query, keys, values)), first.numpy(), count, np.float32(scale * LOG2_E), output.numpy())
     return output[:, None].to(query.dtype)
 
 
@@ -59,11 +59,12 @@ def _attend_rows(
         mixed = output[row, source * group : (source + 1) * group]
         mixed[:] = 0
         _score(queries[row, source * group : (source + 1) * group], keys[row, source], begin, scale, scores)
-        _normalize(scores)
+        for head in range(group):
+            _normalize(scores[head])
         _mix(scores, values[row, source, begin:count], mixed)
 
 
-# One slice per task and none in the loops: each counts a reference, for which threads would wait for each other.
+# Slices of the cache are taken once per task: each counts a reference, for which threads would wait for each other.
 
 
 @numba.njit(error_model="numpy")
@@ -78,19 +79,14 @@ def _score(queries: np.ndarray, keys: np.ndarray, begin: int, scale: np.float32,
 
 
 @numba.njit(error_model="numpy")
-def _normalize(scores: np.ndarray) -> None:
-    """Softmax of rows in place, with base 2: the scale of the scores includes ``log2 e``."""
-    positions = scores.shape[1]
-    for head in range(scores.shape[0]):
-        largest, total = scores[head, 0], np.float32(0.0)
-        for position in range(positions):
-            largest = max(largest, scores[head, position])
-        for position in range(positions):
-            scores[head, position] = power_of_two(scores[head, position] - largest)
-        for position in range(positions):
-            total += scores[head, position]
-        for position in range(positions):
-            scores[head, position] *= np.float32(1.0) / total
+def _normalize(score: np.ndarray) -> None:
+    """Softmax in place, with base 2: the scale of the scores includes ``log2 e``."""
+    largest = score.max()
+    for position in range(len(score)):
+        score[position] = power_of_two(score[position] - largest)
+    inverse = np.float32(1.0) / score.sum()
+    for position in range(len(score)):
+        score[position] *= inverse
 
 
 @numba.njit(error_model="numpy")

@@ -22,9 +22,10 @@ _PACKED_TOGETHER = 16
 def add_lower_gram(lower: torch.Tensor, values: torch.Tensor) -> None:
     """Add ``values^T values`` to the lower triangle of ``lower``, in place.
 
-    ``lower`` ``[in, in]`` and ``values`` ``[tokens, in]`` are float32 on the CPU. Entries above the diagonal are
-    unspecified afterwards.
+    ``lower`` ``[in, in]``, contiguous, and ``values`` ``[tokens, in]`` are float32 on the CPU. Entries above the
+    diagonal are unspecified afterwards.
     """
+    assert lower.is_contiguous()
     tokens, width = values.shape
     steps = min(_STEPS, tokens)
     # Tiles of the left operand are packed apart from the panels, so that a tile's steps are neighbours in the cache.
@@ -49,8 +50,10 @@ def panels_of_rows(weight: torch.Tensor) -> np.ndarray:
 def add_linear(total: torch.Tensor, inputs: torch.Tensor, panels: np.ndarray) -> None:
     """Add ``inputs weight^T`` to ``total`` ``[rows, out]``, in place; ``panels`` are those of the weight.
 
-    ``inputs`` ``[rows, in]`` and ``total`` are float32 on the CPU. A row's result does not depend on the other rows.
+    ``inputs`` ``[rows, in]`` and ``total``, contiguous, are float32 on the CPU. A row's result does not depend on the
+    other rows.
     """
+    assert total.is_contiguous()
     rows, width = inputs.shape
     missing = -rows % ROWS
     whole = torch.cat([inputs, inputs.new_zeros(missing, width)]) if missing else inputs.contiguous()

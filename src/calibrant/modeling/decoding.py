@@ -206,7 +206,7 @@ def _fast_parts(model: transformers.PreTrainedModel) -> Iterator[_FastParts]:
     linears = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module.weight.dtype is model.dtype and module.in_features % 2 == 0
+        if type(module) is nn.Linear and _packable(module, model.dtype)
     }
     attention, parts = model.config._attn_implementation, _FastParts()
     AttentionInterface.register(_NAME, _refuse_attention)
@@ -222,6 +222,13 @@ def _fast_parts(model: transformers.PreTrainedModel) -> Iterator[_FastParts]:
             for name, linear in linears.items():
                 model.set_submodule(name, linear)
             model.set_attn_implementation(attention)
+
+
+def _packable(linear: nn.Linear, dtype: torch.dtype) -> bool:
+    """Whether a packed linear does all that ``linear`` does; hooks would be lost, such as those that round inputs."""
+    hooks = linear._forward_pre_hooks or linear._forward_hooks
+    pairs = dtype is torch.float32 or linear.in_features % 2 == 0
+    return linear.weight.dtype is dtype and pairs and not hooks
 
 
 def _refuse_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

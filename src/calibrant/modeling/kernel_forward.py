@@ -13,9 +13,8 @@ def has_kernel(module: nn.Module) -> bool:
 
 @contextmanager
 def plain_modules(model: nn.Module) -> Iterator[None]:
-    """Restore the original forwards inside the context, except of linears, whose kernel supports gradients."""
-    replaced = [one for one in model.modules() if has_kernel(one) and not isinstance(one, nn.Linear)]
-    kernels = {module: vars(module).pop("forward") for module in replaced}
+    """Restore the original forwards inside the context, since kernels support neither gradients nor float32."""
+    kernels = {module: vars(module).pop("forward") for module in model.modules() if has_kernel(module)}
     try:
         yield
     finally:

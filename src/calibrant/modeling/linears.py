@@ -1,35 +1,35 @@
 """Faster float32 linears on CPUs: oneDNN's product, where torch takes that of its BLAS library."""
 
-import types
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from calibrant.modeling.kernel_forward import has_kernel
-
 
 def use_fast_linears(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the forward of every linear of ``model``; gradients flow through the new one too.
+    """Make every linear of ``model`` a ``FastLinear``.
 
     Does nothing for other dtypes than float32, devices other than the CPU, and builds of torch without oneDNN.
     """
     if dtype is not torch.float32 or device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     for module in model.modules():
-        if type(module) is nn.Linear and not has_kernel(module):
-            # Bound, so that a copy of the module multiplies with the copy's weight.
-            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
+        if type(module) is nn.Linear:
+            # A forward of the instance would be a cycle of references, which keeps weights in memory.
+            module.__class__ = FastLinear
 
 
-def _forward(self: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    tensors = (inputs, self.weight) if self.bias is None else (inputs, self.weight, self.bias)
-    plain = all(one.dtype is torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors)
-    if not plain or not inputs.numel() or torch.is_autocast_enabled("cpu"):
-        return functional.linear(inputs, self.weight, self.bias)
-    result: torch.Tensor = _Product.apply(*tensors)  # type: ignore[no-untyped-call]  # torch's own
-    return result
+class FastLinear(nn.Linear):
+    """A linear whose product of contiguous float32 tensors on the CPU is oneDNN's; gradients flow through it."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        tensors = (inputs, self.weight) if self.bias is None else (inputs, self.weight, self.bias)
+        plain = all(one.dtype is torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors)
+        if not plain or not inputs.numel() or torch.is_autocast_enabled("cpu"):
+            return functional.linear(inputs, self.weight, self.bias)
+        result: torch.Tensor = _Product.apply(*tensors)  # type: ignore[no-untyped-call]  # torch's own
+        return result
 
 
 class _Product(torch.autograd.Function):
@@ -40,7 +40,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        ctx.save_for_backward(inputs, weight)
+        of_inputs, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(inputs if of_weight else None, weight if of_inputs else None)
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return result
 
@@ -48,9 +49,9 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
+        rows = gradient.reshape(-1, gradient.shape[-1])
         return (
             gradient @ weight if needed[0] else None,
-            rows.T @ inputs.flatten(0, -2) if needed[1] else None,
+            rows.T @ inputs.reshape(-1, inputs.shape[-1]) if needed[1] else None,
             *((rows.sum(0) if needed[2] else None,) if len(needed) > 2 else ()),
         )

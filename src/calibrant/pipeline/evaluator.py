@@ -24,7 +24,7 @@ from calibrant.pipeline.record import RECORD_NAME
 from calibrant.progress import Progress
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluator:
     """What ``calibrant.evaluate`` is asked for, by the same names; ``scratch`` is an empty folder, or None.
 
