@@ -17,10 +17,11 @@ import torch
 from calibrant.engine.block_solver import BlockSolver
 from calibrant.formats.quantized import Codes
 from calibrant.modeling.inputs import MicroBatch
+from calibrant.modeling.learned_values import SCALE_RATE, changed_scale, kept_weight, numbers_and_scale, scaled_weight
 from calibrant.modeling.module_call import ModuleCall
 from calibrant.modeling.structure import BlockStructure, Linear
 from calibrant.modeling.trainable_block import TrainableBlock, trainable
-from calibrant.quantization.grids import GridSpec, trained_scale
+from calibrant.quantization.grids import GridSpec
 from calibrant.ranks import Ranks
 from calibrant.recipes.parts import Reconstruction
 
@@ -30,8 +31,6 @@ _HELD_OUT = 8
 _WARM_UP, _BETAS = 3, (0.9, 0.95)
 # Gradients of single weights of a wide layer are far below Adam's default.
 _EPSILON = 1e-15
-# Factors of scales learn at this share of the rate that weights have relative to their size (ours).
-_SCALE_RATE = 0.3
 
 
 class _Learned(Protocol):
@@ -52,28 +51,24 @@ class _Scales:
     """Scales of a quantized linear, as factors ``1 + tensor`` of those that it was solved with."""
 
     def __init__(self, linear: Linear, codes: Codes, spec: GridSpec, like: torch.Tensor, rate: float) -> None:
-        self.linear, self.rate, self._codes, self._spec = linear, rate * _SCALE_RATE, codes, spec
-        self._numbers, self._scale = (one.to(like.device) for one in _numbers_and_scale(codes))
+        self.linear, self.rate, self._codes, self._spec = linear, rate * SCALE_RATE, codes, spec
+        self._numbers, self._scale = (one.to(like.device) for one in numbers_and_scale(codes))
         self._dtype = like.dtype
         self.tensor = torch.zeros_like(self._scale, dtype=torch.float32).requires_grad_(True)
 
     def weight(self) -> torch.Tensor:
-        changed = self._scale * (1 + self.tensor)
-        changed = changed + (self._stored() - changed).detach()
-        found = (self._numbers * changed[..., None]).flatten(1)
-        found = found + (found.to(self._dtype).float() - found).detach()
+        found = scaled_weight(self._numbers, self._stored(), self._dtype)
         return found.T if self.linear.transposed else found
 
     def keep(self, solver: BlockSolver) -> None:
-        scale = self._stored()
+        scale = self._stored().detach()
         name, stored = self.linear.name, self._codes.scale
         solver.codes[name] = replace(self._codes, scale=scale.to(stored.device, stored.dtype))
         _put(solver, self.linear, (self._numbers * scale[..., None]).flatten(1))
 
-    @torch.no_grad()
     def _stored(self) -> torch.Tensor:
         """Scales as they are stored, float32 ``[rows, groups]``."""
-        return trained_scale(self._scale * (1 + self.tensor), self._scale, self._spec)
+        return changed_scale(self._scale, self.tensor, self._spec)
 
 
 class _KeptWeights:
@@ -87,8 +82,7 @@ class _KeptWeights:
         self.tensor = weight.requires_grad_(True)
 
     def weight(self) -> torch.Tensor:
-        found = self.tensor * self._kept
-        return found + (found.to(self._dtype).float() - found).detach()
+        return kept_weight(self.tensor, self._kept, self._dtype)
 
     def keep(self, solver: BlockSolver) -> None:
         _put(solver, self.linear, self.linear.view(self.weight().detach()))
@@ -130,12 +124,6 @@ def _learned(solver: BlockSolver, linears: list[Linear], rate: float) -> Iterato
             yield _Scales(linear, solver.codes[linear.name], target.spec, stored, rate)
         elif target.sparsity is not None and target.sparsity.share > 0:
             yield _KeptWeights(linear, stored, rate)
-
-
-def _numbers_and_scale(codes: Codes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes less their zero points, float32 ``[rows, groups, columns]``, and scales, float32 ``[rows, groups]``."""
-    grouped = codes.codes.reshape(*codes.scale.shape, -1).float()
-    return grouped - codes.zero_point[..., None].float(), codes.scale.clone().float()
 
 
 def _put(solver: BlockSolver, linear: Linear, weight: torch.Tensor) -> None:

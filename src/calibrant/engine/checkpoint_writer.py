@@ -1,5 +1,6 @@
 """Writing solved blocks to disk, and verifying the written files against the solved values."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from calibrant.formats.input_rounding import INPUT_ROUNDING, read_input_rounding
 from calibrant.formats.outliers import OUTLIERS, sparse_part
 from calibrant.formats.quantized import Codes, Layout
 from calibrant.formats.registry import format_for
+from calibrant.formats.safetensors_file import replace_tensors
 from calibrant.formats.shards import ShardWriter
 from calibrant.hashing import sha256_bytes
 from calibrant.modeling.expert_tensors import expert_tensors
@@ -103,8 +105,7 @@ class CheckpointWriter:
             full = f"{prefix}.{name}"
             layout = self._plan.target_of(full).layout
             if layout is not None and f"{full}.weight" in dense:
-                base = self._model.stored_name(f"{full}.weight").removesuffix("weight")
-                packed.update(self._packed(base, codes, layout))
+                packed.update(self._packed(self._base(full), codes, layout))
                 del dense[f"{full}.weight"]
             elif layout is None and self._plan.recipe.scheme.activations is not None:
                 self._inputs[full] = _input_grid(codes)
@@ -121,7 +122,32 @@ class CheckpointWriter:
 
     def write_head(self, name: str, codes: Codes, layout: Layout) -> None:
         """Write the codes of the linear ``name``, the output matrix."""
-        self.write(self._packed(self._model.stored_name(f"{name}.weight").removesuffix("weight"), codes, layout))
+        self.write(self._packed(self._base(name), codes, layout))
+
+    def codes(self, linears: Iterable[str], files: list[Path]) -> dict[str, Codes]:
+        """The codes in ``files``, which ``finish`` wrote, of those ``linears`` (full names) that have codes there."""
+        places, found = _places(files), {}
+        for name in linears:
+            base = self._base(name)
+            if base in self._codes:
+                found[name] = _read_codes(base, self._codes[base][1], places)
+        return found
+
+    def replace(self, codes: dict[str, Codes], weights: dict[str, torch.Tensor], files: list[Path]) -> None:
+        """Put other codes and dense weights of linears, by full name, into ``files``, which ``finish`` wrote."""
+        changed = {f"{self._base(name)}weight": weight for name, weight in weights.items()}
+        for name, own in codes.items():
+            changed.update(self._packed(self._base(name), own, self._codes[self._base(name)][1]))
+        self._hashes.update({name: _tensor_hash(tensor) for name, tensor in changed.items()})
+        places = _places(files)
+        for file in files:
+            own_tensors = {name: tensor for name, tensor in changed.items() if places[name] == file}
+            if own_tensors:
+                replace_tensors(own_tensors, file)
+
+    def _base(self, linear: str) -> str:
+        """How the stored names of a linear's tensors begin."""
+        return self._model.stored_name(f"{linear}.weight").removesuffix("weight")
 
     def _stored_module(self, name: str) -> str:
         """The name of a module in the checkpoint, by one of its parameters."""
@@ -162,10 +188,7 @@ class CheckpointWriter:
         Raises:
             CalibrantError: a file differs from the solved values.
         """
-        places: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                places.update(dict.fromkeys(opened.keys(), file))
+        places = _places(files)
         for name, file in places.items():
             # Reopened for each tensor: pages read from a mapped file count as memory until it is closed.
             if self._hashes.get(name) != _tensor_hash(_read(file, name)):
@@ -179,10 +202,24 @@ class CheckpointWriter:
         return len(places)
 
     def _verify_codes(self, base: str, expected: str, layout: Layout, places: dict[str, Path]) -> None:
-        own = [name for name in places if name.startswith(base) and "." not in name.removeprefix(base)]
-        tensors = {name.removeprefix(base): _read(places[name], name) for name in own}
-        if _codes_hash(format_for(layout).read(tensors, layout)) != expected:
-            raise CalibrantError(f"{places[own[0]]}: {base}* does not unpack to what was solved")
+        if _codes_hash(_read_codes(base, layout, places)) != expected:
+            file = next(place for name, place in places.items() if name.startswith(base))
+            raise CalibrantError(f"{file}: {base}* does not unpack to what was solved")
+
+
+def _places(files: list[Path]) -> dict[str, Path]:
+    """The file of every tensor."""
+    places: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            places.update(dict.fromkeys(opened.keys(), file))
+    return places
+
+
+def _read_codes(base: str, layout: Layout, places: dict[str, Path]) -> Codes:
+    """The codes of the linear whose tensors' names begin with ``base``."""
+    own = [name for name in places if name.startswith(base) and "." not in name.removeprefix(base)]
+    return format_for(layout).read({name.removeprefix(base): _read(places[name], name) for name in own}, layout)
 
 
 def _read(file: Path, name: str) -> torch.Tensor:

@@ -90,6 +90,8 @@ def compress_blocks(
             if any(ranks.collect(stop_requested())) and index + 1 < count:
                 checkpoints.save()
                 raise stopped(f"block {index + 1} of {count}")
+    if plan.recipe.distillation is not None and done < count:  # it may take longer than the blocks
+        checkpoints.save()
     shares = [layer.reconstructed for layer in checkpoints.layers if layer.reconstructed is not None]
     if shares:
         fallen = 1 - sum(shares) / len(shares)

@@ -1,6 +1,8 @@
 """One safetensors file, readable by whom the umask says."""
 
 import json
+import os
+import shutil
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,3 +65,23 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict
     # safetensors 0.8 makes its files readable by their owner alone.
     if stat.S_IMODE(path.stat().st_mode) != permissions:
         path.chmod(permissions)
+
+
+def replace_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Put ``tensors`` into ``path`` in place of those with their names, dtypes and shapes; other names keep theirs.
+
+    The file is replaced by a changed copy, so other names of it on the disk still show what it was.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    places, copy = stored_tensors(path), path.with_name(f"{path.name}.changed")
+    shutil.copyfile(path, copy)
+    with copy.open("r+b") as file:
+        for name, tensor in tensors.items():
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            place = places[name]
+            assert len(raw) == place.end - place.begin, name
+            file.seek(place.begin)
+            file.write(raw)
+    os.replace(copy, path)

@@ -24,10 +24,11 @@ class FastLinear(nn.Linear):
     """A linear whose product of contiguous float32 tensors on the CPU is oneDNN's; gradients flow through it."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        tensors = (inputs, self.weight) if self.bias is None else (inputs, self.weight, self.bias)
+        weight = self.weight  # once: a parametrized weight is computed at every access
+        tensors = (inputs, weight) if self.bias is None else (inputs, weight, self.bias)
         plain = all(one.dtype is torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in tensors)
         if not plain or not inputs.numel() or torch.is_autocast_enabled("cpu"):
-            return functional.linear(inputs, self.weight, self.bias)
+            return functional.linear(inputs, weight, self.bias)
         result: torch.Tensor = _Product.apply(*tensors)  # type: ignore[no-untyped-call]  # torch's own
         return result
 

@@ -33,6 +33,7 @@ from calibrant.pipeline.memory import resident_memory
 from calibrant.quantization.statistics import Hessian, HessianDiagonal
 from calibrant.recipes.parts import Awq, Quadapter
 from calibrant.recipes.plan import LayerPlan, Plan
+from calibrant.training.distillation import distillation_options
 
 # Sizes of the layer that the solver is measured on; wider ones are scaled.
 _FEW_ROWS, _MANY_ROWS, _MOST_COLUMNS, _TOKENS = 32, 288, 2048, 2048
@@ -42,6 +43,8 @@ _INPUTS_PER_LINEAR = 4 / 7
 _KERNEL_BYTES = 80 * 2**20
 # Hidden widths and inner widths of a token that a Llama block's four suspensions write and read together.
 _SUSPENDED = 9, 1
+# Seconds of a distillation's products beside what the measured rate gives: attention, norms, logits.
+_DISTILLING = 1.8
 # How far a run may be from the estimate, either way: the load and clock of the machine, disks slower than memory.
 _SPREAD = 1.35
 
@@ -75,10 +78,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Peak memory of a run in bytes, without trainings, and whether it keeps hidden states on the disk for that."""
+    """Peak memory of a run in bytes, without trainings, and whether it keeps hidden states on the disk for that.
+
+    ``distillation`` is the peak of the distillation alone, 0 without one.
+    """
 
     bytes: int
     on_disk: bool
+    distillation: int = 0
 
 
 def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: torch.dtype, memory: int) -> Estimate:
@@ -92,6 +99,7 @@ def estimate(model: LazyModel, plan: Plan, samples: int, length: int, dtype: tor
         parts.append(size.quadapter(plan.recipe.quadapter))
     if plan.recipe.training is not None:
         parts.append(size.training(plan.recipe.training))
+    parts.append(size.distillation())
     return Estimate(
         sum(part.seconds for part in parts),
         sum(part.memory_bytes for part in parts),
@@ -106,7 +114,7 @@ def memory_needed(
 ) -> MemoryNeed:
     """What a run that may use ``memory`` bytes needs, for which nothing is measured."""
     size = _Size(model, plan, samples, length, dtype, memory)
-    return MemoryNeed(size.memory_bytes(size.on_disk), size.on_disk)
+    return MemoryNeed(size.memory_bytes(size.on_disk), size.on_disk, size.distillation_bytes())
 
 
 def disk_bytes(
@@ -115,7 +123,8 @@ def disk_bytes(
     """Bytes of the output, and peak disk space while it is made, for which nothing is measured."""
     size = _Size(model, plan, samples, length, dtype, memory)
     training = plan.recipe.training
-    return size.output_bytes(), size.disk_bytes() + (size.journal_bytes(training) if training is not None else 0)
+    journal = size.journal_bytes(training) if training is not None else size.distillation().disk_bytes
+    return size.output_bytes(), size.disk_bytes() + journal
 
 
 class _Size:
@@ -284,6 +293,32 @@ class _Size:
         # gradients and moments.
         memory = 4 * (8 * whole + 5 * generator + 6 * logits)
         return Estimate(seconds, memory, 0, self.journal_bytes(options))
+
+    def distillation(self) -> Estimate:
+        """Training scales and kept weights of the whole model; the memory is what it takes beyond the blocks."""
+        asked = self._plan.recipe.distillation
+        if asked is None:
+            return Estimate(0.0, 0, 0, 0)
+        options = distillation_options(asked, self._samples, self._length)
+        whole = self._parameters + self._hidden * self._model.folder.vocabulary
+        seconds = _DISTILLING * options.flops(whole, 0) / self._rate(self._dtype)
+        memory = max(0, self.distillation_bytes() - self.memory_bytes(self.on_disk))
+        learned = self._parameters if self._plan.target.spec is None else 0
+        return Estimate(seconds, memory, 0, 2 * 4 * 4 * learned)
+
+    def distillation_bytes(self) -> int:
+        """The process, both models, gradients, a step's logits and, of pruned models, moments and the best weights."""
+        asked = self._plan.recipe.distillation
+        if asked is None:
+            return 0
+        options = distillation_options(asked, self._samples, self._length)
+        vocabulary = self._model.folder.vocabulary
+        whole, rows = self._parameters + self._hidden * vocabulary, options.micro_batch(self._length, vocabulary)
+        tokens = min(rows, max(options.batch_size, HELD_OUT_TOKENS // self._length)) * self._length
+        widths = len(self._plan.blocks) * (14 * self._hidden + 8 * max(self._widths, default=self._hidden))
+        copies = 2 if self._plan.target.spec is not None else 5
+        numbers = 2 * whole + copies * self._parameters + tokens * (5 * vocabulary + widths)
+        return resident_memory() + 4 * numbers
 
     def journal_bytes(self, options: TrainingOptions) -> int:
         """Two copies of weights, moments and best weights so far, and of weights and moments of a generator."""

@@ -120,6 +120,7 @@ class PreparedRun:
         listener: Progress = progress or NoProgress()
         ranks, clock = Ranks.joined(), Clock()
         self._check_ranks(ranks)
+        self.check_distillation()
         journal = Journal(self.output, self.identity(ranks), self.overwrite)
         if not ranks.first:
             return self._run(journal, ranks.share(None), clock, NoProgress(), ranks)
@@ -150,6 +151,7 @@ class PreparedRun:
 
     def memory_notes(self) -> list[str]:
         """Sentences on what memory is too small for."""
+        self.check_distillation()
         notes = [self._memory(ALONE)[1]]
         if self.writes_set:
             settings = self.settings
@@ -170,8 +172,27 @@ class PreparedRun:
             "the run may be slow or be killed"
         )
 
+    def check_distillation(self) -> None:
+        """Refuse a distillation that memory has no room for, since that would end a run after all its blocks.
+
+        Raises:
+            CalibrantError: so it is.
+        """
+        rows, length = self._set_shape
+        needed = memory_needed(self.model, self.plan, rows, length, self.settings.dtype, self._usable).distillation
+        if needed > self._usable:
+            raise CalibrantError(
+                f"{self.recipe.name}: its distillation holds two models, about {needed / 1e9:.1f} GB, and "
+                f"{self._usable / 1e9:.1f} GB may be used; take a recipe without distillation"
+            )
+
     def _check_ranks(self, ranks: Ranks) -> None:
         recipe = self.recipe
+        if not ranks.alone and recipe.distillation is not None:
+            raise CalibrantError(
+                f"{recipe.name}: its distillation runs in one process; start it without torchrun, or take a recipe "
+                "without distillation"
+            )
         if not ranks.alone and (recipe.learns or recipe.changes_shape or not recipe.gathers):
             raise CalibrantError(
                 f"{recipe.name}: has no rows of a calibration set to share out block by block, so it runs in one "

@@ -41,6 +41,7 @@ from calibrant.progress import Progress
 from calibrant.ranks import ALONE, Ranks
 from calibrant.recipes.plan import HeadPlan, Plan
 from calibrant.report.model_card import model_card
+from calibrant.training.distillation import distil
 from calibrant.training.quadapter import learn_scales
 from calibrant.training.scaled_model import PlacedPair
 from calibrant.training.train_model import train_model
@@ -86,7 +87,9 @@ def run_compression(
         # Only after training, which allocates and frees large blocks constantly.
         map_large_blocks()
         run.compress()
-        files = run.write()
+        files = run.write_weights()
+        run.distil(files)
+        run.describe()
         report = run.report(output, files)
     journal.remove()
     return ranks.share(report)
@@ -226,25 +229,14 @@ class _Run:
             self._writer.write_head(head.name, codes, layout)
         self.layers.append(report)
 
-    def write(self) -> list[Path]:
-        """Write everything except the blocks, and return the tensor files."""
+    def write_weights(self) -> list[Path]:
+        """Write what a loader reads, and return the tensor files."""
         with self.clock.stage("write"):
             read = {info.file.name for info in self.model.folder.tensors.values()}
             left_out = set(copy_side_files(self.model.folder.path, self.folder)) - read - {INDEX_FILE}
             if left_out:
                 named = ", ".join(sorted(left_out))
                 self.notes.append(f"not copied, since they look like weights or are over 64 MiB: {named}")
-            record = make_record(
-                self.model,
-                self.plan,
-                self.calibration,
-                self.settings,
-                self.layers,
-                self.notes,
-                budget=self.spent,
-                structure=self.pruned,
-                training=self.trained,
-            )
             head = self.plan.head
             compressed = self.model.stored_name(f"{head.name}.weight") if head is not None else None
             outside = [*self.model.names_outside(self.plan.blocks), *self.model.unused]
@@ -253,6 +245,48 @@ class _Run:
             files = self._writer.finish(self.folder)
             self._writer.write_input_rounding(self.folder)
             self._write_config()
+        return files
+
+    def distil(self, files: list[Path]) -> None:
+        """Train what the written ``files`` hold as floating-point numbers, if the recipe says so."""
+        if self.plan.recipe.distillation is None or self.rows is None:
+            return
+        solved = [layer.name for layer in self.layers if layer.name in self.plan.linears]
+        codes = self._writer.codes(solved, files)
+        dense = [name for name in solved if self.plan.target_of(name).spec is None]
+        pruned = {name: self.model.folder.dtype for name in dense if self.model.is_stored_alone(f"{name}.weight")}
+        with self.clock.stage("distil"):
+            done = distil(
+                self.model.folder,
+                ModelFolder(self.folder, allow_encoder=True, allow_quantized=True),
+                self.plan,
+                codes,
+                pruned,
+                self.rows,
+                self.settings.dtype,
+                self.settings.device,
+                self.journal,
+                self.progress,
+            )
+        with self.clock.stage("write"):
+            self._writer.replace(done.codes, done.weights, files)
+        self.trained = done.training
+        self.notes.append(self.trained.sentence())
+
+    def describe(self) -> None:
+        """Write the record of the run, its calibration set, the model's card and the training's curves."""
+        record = make_record(
+            self.model,
+            self.plan,
+            self.calibration,
+            self.settings,
+            self.layers,
+            self.notes,
+            budget=self.spent,
+            structure=self.pruned,
+            training=self.trained,
+        )
+        with self.clock.stage("write"):
             if self.calibration is not None:
                 self.calibration.save(self.folder / "calibration")
             (self.folder / "README.md").write_text(model_card(record.as_dict()), encoding="utf-8")
@@ -261,7 +295,6 @@ class _Run:
             record.model_copy(update={"files": names}).write(self.folder)
             if (self.journal.folder / CURVES).is_dir():  # whose files have the time in their names
                 shutil.copytree(self.journal.folder / CURVES, self.folder / "training")
-        return files
 
     def _in_parts(self, names: list[str]) -> Iterator[list[str]]:
         """``names`` of stored tensors in groups of at most ``_PART_BYTES``, or of one tensor."""

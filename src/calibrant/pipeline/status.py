@@ -19,8 +19,8 @@ State = Literal["finished", "running", "interrupted", "nothing"]
 
 # What states say that count what is done.
 _COUNTED = {
-    block_checkpoints.NAME: "block {done} of {blocks}",
     training_loop.NAME: "step {done} of the training",
+    block_checkpoints.NAME: "block {done} of {blocks}",
     sensitivity.NAME: "the sensitivity of block {done} of {blocks}",
     two_stage_pruning.NEURONS: "the neurons of block {done} of {blocks}",
 }

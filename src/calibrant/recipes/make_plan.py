@@ -18,6 +18,7 @@ from calibrant.recipes.plan import Plan, Target
 from calibrant.recipes.plan_checks import (
     check_bits_budget,
     check_blocks,
+    check_distillation,
     check_carried,
     check_format,
     check_fused,
@@ -75,6 +76,7 @@ def make_plan(
     spec, layout = _grid_and_layout(model, recipe, format_name)
     check_format(layout, layers, recipe)
     check_bits_budget(layout, layers, recipe)
+    check_distillation(recipe, layers)
     check_kv_cache(model, blocks, layout, layers, recipe)
     head = head_plan(model, layout, layers, recipe)
     notes = [*of_left, *group_notes(chosen, spec), *head_notes(head), *storage_notes(layout, layers, recipe)]

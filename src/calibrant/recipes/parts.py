@@ -304,6 +304,18 @@ class Reconstruction(Strict):
     learning_rate: float = Field(default=0.01, gt=0, le=10)
 
 
+class Distillation(Strict):
+    """Training of the whole compressed model on the original's logits, in ``epochs`` passes over the calibration set.
+
+    The same values learn as in a ``Reconstruction``, in all blocks together. A step takes ``batch_size`` rows.
+    ``learning_rate`` is relative to the root mean square of a layer's weights; scales learn at 0.3 of it.
+    """
+
+    epochs: int = Field(default=2, ge=1, le=1000)
+    batch_size: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0, le=10)
+
+
 class SmoothQuant(Strict):
     """SmoothQuant: moves scales from norms into linears; ``alpha`` 1 moves the activations' whole range."""
 

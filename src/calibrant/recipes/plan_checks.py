@@ -72,6 +72,8 @@ def check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
     elif recipe.beside_original:
         what = "drift_correction" if recipe.drift_correction else "reconstruction"
         refusal = f"beside which the original model cannot run; take a recipe without {what}"
+    elif recipe.distillation is not None:
+        refusal = "whose scales are not learned; take a recipe without distillation"
     elif recipe.budget is not None:
         refusal = "which a budget cannot measure; take a recipe without that"
     elif recipe.scheme.activations is not None:
@@ -116,6 +118,15 @@ def check_format(layout: Layout, layers: ModelLayers, recipe: Recipe) -> None:
             refusal = refusal or f"{name}: the {layout.format} format needs sizes that {whole} divides, it has {shape}"
     if refusal:
         raise CalibrantError(refusal)
+
+
+def check_distillation(recipe: Recipe, layers: ModelLayers) -> None:
+    """Refuse to train scales that are not stored."""
+    if recipe.distillation is not None and layers.unpackable:
+        raise CalibrantError(
+            f"{layers.obstacle}, so weights are stored dense, without scales that distillation could train; take a "
+            "recipe without distillation"
+        )
 
 
 def check_bits_budget(layout: Layout, layers: ModelLayers, recipe: Recipe) -> None:

@@ -24,7 +24,7 @@ from calibrant.methods.training import Trainer, TrainingOptions
 from calibrant.quantization.grids import RangeSearch
 from calibrant.quantization.statistics import Hessian, HessianDiagonal, PairedHessian
 from calibrant.recipes.expressions import MOST_EXPRESSIONS, Expressions, check_expression
-from calibrant.recipes.parts import Budget, Quadapter, Reconstruction, Scheme, StarvedExperts, Transform
+from calibrant.recipes.parts import Budget, Distillation, Quadapter, Reconstruction, Scheme, StarvedExperts, Transform
 from calibrant.strict import Strict
 from calibrant.yaml_file import parse_yaml, read_yaml_file
 
@@ -65,7 +65,8 @@ class Recipe(Strict):
 
     ``drift_correction``, from 0 to 1, interpolates every layer's target between the original layer's outputs on the
     compressed model's inputs (0) and on the original model's inputs (1). With a ``budget``, the scheme's bits or share
-    of zeros are an average. ``reconstruction`` trains what each solved block holds as floating-point numbers.
+    of zeros are an average. ``reconstruction`` trains what each solved block holds as floating-point numbers,
+    ``distillation`` then what all of them hold.
     ``experts`` is for experts of a mixture that few tokens reach.
     ``ignore`` lists regular expressions; layers whose names contain a match are left alone.
     """
@@ -77,6 +78,7 @@ class Recipe(Strict):
     transforms: list[Transform] = Field(default=[], max_length=10)
     drift_correction: float = Field(default=0.0, ge=0, le=1)
     reconstruction: Reconstruction | None = None
+    distillation: Distillation | None = None
     budget: Budget | None = None
     experts: StarvedExperts | None = None
     ignore: list[str] = Field(default=[], max_length=MOST_EXPRESSIONS)
@@ -97,7 +99,8 @@ class Recipe(Strict):
             kind.refusal(scheme, by_layer=bool(self.ignore or self.budget)),
             self.method.refusal(scheme),
             self._drift_refusal(),
-            self._reconstruction_refusal(),
+            self._learning_refusal("reconstruction", self.reconstruction),
+            self._learning_refusal("distillation", self.distillation),
             self._transforms_refusal(),
             self.budget.refusal(scheme) if self.budget is not None else None,
             self._experts_refusal(),
@@ -118,14 +121,16 @@ class Recipe(Strict):
             return f"drift_correction needs the inputs' Hessian, which {self.method.name} does not gather"
         return None
 
-    def _reconstruction_refusal(self) -> str | None:
-        weights, name = self.scheme.weights, self.method.name
-        if self.reconstruction is None:
+    def _learning_refusal(self, key: str, asked: Reconstruction | Distillation | None) -> str | None:
+        scheme, name = self.scheme, self.method.name
+        if asked is None:
             return None
         if not isinstance(self.kind, LayerSolver) or self.stored_dense:
-            return f"reconstruction trains scales and kept weights, of which {name} leaves none: leave it out"
-        if self.scheme.activations is not None or (weights is not None and weights.type != "int"):
-            return "reconstruction is for integer weights and zeros, without quantized activations: leave it out"
+            return f"{key} trains scales and kept weights, of which {name} leaves none: leave it out"
+        if scheme.activations is not None or (scheme.weights is not None and scheme.weights.type != "int"):
+            return f"{key} is for integer weights and zeros, without quantized activations: leave it out"
+        if scheme.kv_cache is not None and asked is self.distillation:
+            return "distillation would change the keys and values that scales of kv_cache are from: leave one out"
         return None
 
     def _experts_refusal(self) -> str | None:
@@ -211,7 +216,8 @@ class Recipe(Strict):
     def needs_data(self) -> bool:
         """Whether the recipe uses a calibration set."""
         trains_on_data = isinstance(self.kind, Trainer) and self.kind.needs_data
-        return self.gathers or bool(self.transforms) or self.budget is not None or trains_on_data
+        learns = trains_on_data or self.distillation is not None
+        return self.gathers or bool(self.transforms) or self.budget is not None or learns
 
     def ignores(self, name: str) -> bool:
         """Whether the layer or parameter with full name ``name`` is ignored, by this name or its parent module's."""

@@ -1,0 +1,90 @@
+"""Distillation: scales and kept weights of a whole compressed model learn the original's logits.
+
+As the second phase of EfficientQAT (arXiv 2407.11062), in which all blocks learn together after each has learned alone.
+There the text is learned; here it is the original's distribution of every next token, and pruned weights learn too
+(ours).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from calibrant.formats.quantized import Codes
+from calibrant.journal import Journal
+from calibrant.methods.training import OnText
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.linears import use_fast_linears
+from calibrant.modeling.token_rows import TokenRows
+from calibrant.modeling.whole_model import load_whole
+from calibrant.progress import Progress
+from calibrant.recipes.parts import Distillation
+from calibrant.recipes.plan import Plan
+from calibrant.training.solved_model import SolvedModel
+from calibrant.training.student import Student
+from calibrant.training.train_model import split_held_out
+from calibrant.training.train_steps import TextStep
+from calibrant.training.training_loop import Trained, train
+
+# Held-out losses are computed so many times in an epoch (ours).
+_EVALUATIONS = 2
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What was learned: ``codes`` of quantized linears with new scales, ``weights`` of pruned ones, by full name."""
+
+    codes: dict[str, Codes]
+    weights: dict[str, torch.Tensor]
+    training: Trained
+
+
+def distil(
+    original: ModelFolder,
+    compressed: ModelFolder,
+    plan: Plan,
+    codes: dict[str, Codes],
+    pruned: dict[str, torch.dtype],
+    given: TokenRows,
+    dtype: torch.dtype,
+    device: torch.device,
+    journal: Journal,
+    progress: Progress,
+) -> Distilled:
+    """Train what ``compressed`` holds: scales of the linears in ``codes``, kept weights of those in ``pruned``.
+
+    A share of the calibration set ``given`` is held out; the values of least divergence there are taken, those before
+    training among them. Products are computed in ``dtype``.
+
+    Raises:
+        CalibrantError: the set is too small, or the training diverged.
+        StoppedError: a signal asked to stop; ``journal`` has the state.
+    """
+    asked = plan.recipe.distillation
+    assert asked is not None
+    options = distillation_options(asked, *given.ids.shape)
+    with torch.inference_mode(False), torch.enable_grad():
+        teacher = load_whole(original, str(device), "float32").requires_grad_(False)
+        model = load_whole(compressed, str(device), "float32")
+        for one in (teacher, model):
+            one.config.use_cache = False
+            use_fast_linears(one, dtype, device)
+        specs = {name: spec for name in codes if (spec := plan.target_of(name).spec) is not None}
+        learner = SolvedModel(model, codes, specs, pruned, plan.target.value_dtype)
+        watched, rest = split_held_out(given, options, original.causal, device)
+        student = Student(learner, teacher, options, watched, dtype, original.causal)
+        done = train(TextStep(student, options, rest), options, journal, progress)
+        with torch.no_grad():
+            return Distilled(learner.codes(), learner.pruned(), done)
+
+
+def distillation_options(asked: Distillation, rows: int, length: int) -> OnText:
+    """The training of ``asked`` on a set of ``rows`` rows of ``length`` tokens."""
+    epoch = max(1, -(-rows // asked.batch_size))
+    return OnText(
+        name="distillation",
+        steps=epoch * asked.epochs,
+        batch_size=asked.batch_size,
+        length=length,
+        learning_rate=asked.learning_rate,
+        eval_steps=max(1, epoch // _EVALUATIONS),
+    )

@@ -1,0 +1,180 @@
+"""Distillation: what learns and what stays, in every format, and that the loaded model is nearer to the original."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import calibrant as cb
+from calibrant.errors import CalibrantError
+from tests.checkpoints import loaded_divergence
+from tests.conftest import random_set, write_model
+
+PRUNED: dict[str, Any] = {"method": {"name": "sparsegpt"}, "scheme": {"sparsity": "0.6"}}
+QUANTIZED: dict[str, Any] = {
+    "method": {"name": "gptq"},
+    "scheme": {"weights": {"bits": 2, "group_size": 32, "range_search": "clip", "signed_scales": True}},
+}
+DISTILLED = {"distillation": {"epochs": 4, "batch_size": 8}}
+
+
+def recipe(said: dict[str, Any], **more: Any) -> cb.Recipe:
+    return cb.Recipe.model_validate({"name": "x", "description": "x", **said, **more})
+
+
+def outputs(model: Path, folder: Path, said: dict[str, Any], **options: Any) -> tuple[Path, Path]:
+    """One without distillation and one with."""
+    plain, distilled = folder / "plain", folder / "distilled"
+    for output, more in ((plain, {}), (distilled, DISTILLED)):
+        chosen = {"calibration": random_set(model, samples=64), "dtype": "float32", **options}
+        cb.compress(model, output=output, recipe=recipe(said, **more), **chosen)
+    return plain, distilled
+
+
+def tensors(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+def nearer(model: Path, plain: Path, distilled: Path) -> bool:
+    rows = random_set(model, samples=64, seed=1).tokens.long()
+    return loaded_divergence(distilled, model, rows) < 0.99 * loaded_divergence(plain, model, rows)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [PRUNED, QUANTIZED, {"method": {"name": "rtn"}, "scheme": {"weights": {"bits": 2}}}],
+    ids=["pruned", "quantized", "without data"],
+)
+def test_the_loaded_model_comes_nearer_to_the_original(llama: Path, tmp_path: Path, said: dict[str, Any]) -> None:
+    assert nearer(llama, *outputs(llama, tmp_path, said))
+
+
+@pytest.mark.parametrize("checkpoint_format", ["compressed-tensors", "gptq", "awq"])
+def test_codes_stay_and_scales_learn(llama: Path, tmp_path: Path, checkpoint_format: str) -> None:
+    said = {"method": {"name": "gptq"}, "scheme": {"weights": {"bits": 4, "group_size": 32}}}
+    plain, distilled = outputs(llama, tmp_path, said, checkpoint_format=checkpoint_format)
+    before, after = tensors(plain), tensors(distilled)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert before.keys() == after.keys()
+    assert changed == {name for name in after if name.endswith(("weight_scale", "scales"))}
+    assert len(changed) == 14
+    assert all(torch.equal(before[name].sign(), after[name].sign()) for name in changed)
+
+
+def test_zeros_stay_and_kept_weights_learn(llama: Path, tmp_path: Path) -> None:
+    plain, distilled = outputs(llama, tmp_path, {**PRUNED, "ignore": ["down_proj"]})
+    before, after = tensors(plain), tensors(distilled)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in after if "layers" in name and "proj" in name and "down_proj" not in name}
+    for name in changed:
+        assert torch.equal(before[name] == 0, after[name] == 0), name
+
+
+@pytest.mark.parametrize("said", [PRUNED, QUANTIZED], ids=["pruned", "quantized"])
+def test_the_recorded_loss_is_that_of_the_loaded_model(tmp_path: Path, said: dict[str, Any]) -> None:
+    model = write_model(tmp_path / "model", "llama", torch.bfloat16)
+    data = random_set(model, samples=64)
+    plain, distilled = outputs(model, tmp_path, said, calibration=data)
+    record = json.loads((distilled / "calibrant.json").read_text())["training"]
+    held_out = data.tokens[-8:].long()
+    for output, step in ((plain, "0"), (distilled, str(record["best"]))):
+        assert loaded_divergence(output, model, held_out) == pytest.approx(record["held_out"][step], rel=1e-3)
+    assert record["best"] > 0
+
+
+def test_several_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = outputs(llama, tmp_path / "one", QUANTIZED)[1]
+    monkeypatch.setattr("calibrant.formats.shards.SHARD_BYTES", 1000)
+    monkeypatch.setattr("calibrant.formats.shards.ShardWriter.__init__.__defaults__", (1000,))
+    several = outputs(llama, tmp_path / "several", QUANTIZED)[1]
+    found = {name: value for file in several.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert len(list(several.glob("*.safetensors"))) > 2
+    assert found.keys() == tensors(one).keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors(one).items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen3", "gemma3"])
+def test_other_architectures(model_folder: Any, tmp_path: Path, name: str) -> None:
+    model = model_folder(name)
+    assert nearer(model, *outputs(model, tmp_path, PRUNED))
+
+
+def test_classifiers_learn_their_classes(model_folder: Any, tmp_path: Path) -> None:
+    report = cb.compress(
+        model_folder("bert"), output=tmp_path / "out", recipe=recipe(PRUNED, **DISTILLED), dtype="float32",
+        calibration=random_set(model_folder("bert"), samples=64), allow_encoder=True,
+    )  # fmt: skip
+    assert any(note.startswith("trained for") for note in report.notes)
+
+
+def test_bfloat16_products(llama: Path, tmp_path: Path) -> None:
+    assert nearer(llama, *outputs(llama, tmp_path, QUANTIZED, dtype="bfloat16"))
+
+
+def test_after_reconstruction_and_transforms(llama: Path, tmp_path: Path) -> None:
+    said = {**QUANTIZED, "drift_correction": 0.5, "reconstruction": {}, "transforms": [{"name": "awq"}]}
+    assert nearer(llama, *outputs(llama, tmp_path, said))
+
+
+def test_a_step_takes_all_rows_if_there_are_fewer(llama: Path, tmp_path: Path) -> None:
+    said = recipe(QUANTIZED, distillation={"batch_size": 64, "epochs": 1})
+    report = cb.compress(llama, output=tmp_path / "out", recipe=said, calibration=random_set(llama, samples=4))
+    assert any("held-out loss" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"method": {"name": "2ssp"}, "scheme": {"sparsity": "0.25"}},
+        {"method": {"name": "adpq"}, "scheme": {"weights": {"bits": 4, "group_size": 32}}},
+        {"method": {"name": "gptq"}, "scheme": {"weights": {"bits": 8}, "activations": {"dynamic": True}}},
+        {"method": {"name": "gptq"}, "scheme": {"weights": {"type": "fp8"}}},
+        {"method": {"name": "qat"}, "scheme": {"weights": {"bits": 4}}},
+        {"method": {"name": "gptq"}, "scheme": {"weights": {"bits": 4}, "kv_cache": {"type": "fp8"}}},
+    ],
+    ids=["2ssp", "adpq", "activations", "fp8", "qat", "kv_cache"],
+)
+def test_what_leaves_nothing_to_learn_is_refused(said: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="distillation"):
+        recipe(said, distillation={})
+
+
+def test_scales_that_are_not_stored_are_refused(model_folder: Any, tmp_path: Path) -> None:
+    model = model_folder("gpt2")
+    with pytest.raises(CalibrantError, match="stored dense, without scales that distillation could train"):
+        cb.compress(
+            model, output=tmp_path / "out", recipe=recipe(QUANTIZED, distillation={}), calibration=random_set(model)
+        )
+
+
+def test_fused_experts_are_refused(model_folder: Any, tmp_path: Path) -> None:
+    model = model_folder("mixtral")
+    with pytest.raises(CalibrantError, match="take a recipe without distillation"):
+        cb.compress(
+            model, output=tmp_path / "out", recipe=recipe(QUANTIZED, distillation={}), calibration=random_set(model)
+        )
+
+
+def test_two_models_beyond_memory_are_refused_before_anything_is_written(llama: Path, tmp_path: Path) -> None:
+    said = recipe(QUANTIZED, distillation={})
+    data = random_set(llama)
+    prepared = cb.prepare(llama, output=tmp_path / "out", recipe=said, calibration=data, memory="50MB")
+    for act in (prepared.run, prepared.memory_notes):
+        with pytest.raises(CalibrantError, match="its distillation holds two models, about .* GB, and 0.1 GB may be used"):
+            act()
+    assert not list(tmp_path.iterdir())
+
+
+def test_untrained_values_are_kept_where_training_does_not_help(llama: Path, tmp_path: Path) -> None:
+    """At a rate far too high the held-out loss only rises."""
+    said = recipe(QUANTIZED, distillation={"learning_rate": 10.0, "epochs": 1})
+    data = random_set(llama, samples=64)
+    cb.compress(llama, output=tmp_path / "plain", recipe=recipe(QUANTIZED), calibration=data, dtype="float32")
+    report = cb.compress(llama, output=tmp_path / "out", recipe=said, calibration=data, dtype="float32")
+    assert any("training did not help" in note for note in report.notes)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()
