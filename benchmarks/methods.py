@@ -78,6 +78,10 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**DAMPED, "reconstruction": {}},
         {"range_search": "clip", "signed_scales": True},
     ),
+    "gptq, signed clip, scales refitted, damped, drift corrected by half, distilled": (
+        {**DAMPED, "distillation": {"learning_rate": 0.015}},
+        {"range_search": "clip", "signed_scales": True},
+    ),
     "awq, gptq, clip, refined": ({**AWQ, **REFINED}, {"range_search": "clip"}),
     "awq, gptq, clip, refined, drift corrected by a quarter": (
         {**AWQ, **REFINED, "drift_correction": 0.25},
@@ -94,6 +98,11 @@ PRUNERS: dict[str, dict[str, Any]] = {
     "sparsegpt, refined, drift corrected by half, reconstructed": {
         **SEARCHED,
         "reconstruction": {"epochs": 4, "step_tokens": 2048, "learning_rate": 0.03},
+    },
+    "sparsegpt, refined, drift corrected by half, reconstructed, distilled": {
+        **SEARCHED,
+        "reconstruction": {"epochs": 4, "step_tokens": 2048, "learning_rate": 0.03},
+        "distillation": {"learning_rate": 0.003},
     },
 }
 DYNAMIC, MINMAX = {"dynamic": True}, {"dynamic": False}

@@ -79,6 +79,7 @@ def test_the_page_of_recipes_has_every_key_with_its_default() -> None:
     assert found.pop("budget") == keys(parts.Budget)
     assert found.pop("experts") == keys(parts.StarvedExperts)
     assert found.pop("reconstruction") == keys(parts.Reconstruction)
+    assert found.pop("distillation") == keys(parts.Distillation)
     for name, method in METHODS.items():
         trained = isinstance(method, Trainer)
         own = keys(method.options, TrainingOptions if trained else MethodOptions)

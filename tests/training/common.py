@@ -15,6 +15,7 @@ from calibrant.recipes.make_plan import make_plan
 from calibrant.recipes.recipe import Recipe
 from calibrant.training.rounded_model import RoundedModel
 from calibrant.training.student import Student
+from calibrant.training.teacher import WholeTeacher
 from tests.conftest import random_set
 
 W4A8 = {"weights": {"bits": 4, "range_search": "mse"}, "activations": {"dynamic": True}}
@@ -46,8 +47,10 @@ def rounded(folder: Path, chosen: Recipe) -> tuple[RoundedModel, transformers.Pr
 def student(folder: Path, chosen: Recipe) -> Student:
     assert chosen.training is not None
     watched = random_set(samples=2, length=16, seed=9)
+    learner, teacher = rounded(folder, chosen)
     return Student(
-        *rounded(folder, chosen),
+        learner,
+        WholeTeacher(teacher, torch.float32),
         chosen.training,
         TokenRows(watched.tokens.long(), watched.mask),
         torch.float32,

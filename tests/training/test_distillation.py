@@ -10,6 +10,11 @@ from safetensors.torch import load_file
 
 import calibrant as cb
 from calibrant.errors import CalibrantError
+from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.token_rows import TokenRows
+from calibrant.modeling.whole_model import load_whole, torch_dtype
+from calibrant.progress import NoProgress
+from calibrant.training.teacher import RememberingTeacher, WholeTeacher, remembered
 from tests.checkpoints import loaded_divergence
 from tests.conftest import random_set, write_model
 
@@ -158,12 +163,12 @@ def test_fused_experts_are_refused(model_folder: Any, tmp_path: Path) -> None:
         )
 
 
-def test_two_models_beyond_memory_are_refused_before_anything_is_written(llama: Path, tmp_path: Path) -> None:
+def test_a_model_beyond_memory_is_refused_before_anything_is_written(llama: Path, tmp_path: Path) -> None:
     said = recipe(QUANTIZED, distillation={})
     data = random_set(llama)
     prepared = cb.prepare(llama, output=tmp_path / "out", recipe=said, calibration=data, memory="50MB")
     for act in (prepared.run, prepared.memory_notes):
-        with pytest.raises(CalibrantError, match="its distillation holds two models, about .* GB, and 0.1 GB may be used"):
+        with pytest.raises(CalibrantError, match=r"about .* GB, and 0\.1 GB may be used; take a recipe without"):
             act()
     assert not list(tmp_path.iterdir())
 
@@ -178,3 +183,24 @@ def test_untrained_values_are_kept_where_training_does_not_help(llama: Path, tmp
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "plain" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_teacher_without_blocks_gives_the_logits_of_the_whole_one(model_folder: Any, name: str, dtype: str) -> None:
+    """Gemma 2 caps its logits."""
+    folder, computed = ModelFolder(model_folder(name)), torch_dtype(dtype, torch.device("cpu"))
+    model = load_whole(folder, "cpu", "float32")
+    rows = TokenRows(*(values.long() for values in random_set(samples=3).rows))
+    found = remembered(model, folder, [rows], computed, NoProgress())
+    assert isinstance(found, RememberingTeacher)
+    with torch.no_grad():
+        expected = WholeTeacher(model, computed).logits({"input_ids": rows.ids})
+        assert found.logits({"input_ids": rows.ids}) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_classifier_runs_each_time(model_folder: Any) -> None:
+    folder = ModelFolder(model_folder("bert"), allow_encoder=True)
+    rows = TokenRows(*(values.long() for values in random_set(samples=3).rows))
+    found = remembered(load_whole(folder, "cpu", "float32"), folder, [rows], torch.float32, NoProgress())
+    assert isinstance(found, WholeTeacher)

@@ -51,12 +51,31 @@ class _StopsAfter(NoProgress):
         self.notes.append(text)
 
 
-@pytest.mark.parametrize("training", [{"name": "qat"}, {"name": "zsaq", "generator_learning_rate": 1e-3}])
+_DISTILLED = cb.Recipe.model_validate(
+    {
+        "name": "r",
+        "description": "d",
+        "method": {"name": "gptq"},
+        "scheme": {"weights": {"bits": 2, "group_size": 32}},
+        "distillation": {"batch_size": 2},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        recipe({"name": "qat", "steps": 8}),
+        recipe({"name": "zsaq", "generator_learning_rate": 1e-3, "steps": 8}),
+        _DISTILLED,
+    ],
+    ids=["qat", "zsaq", "distillation"],
+)
 def test_a_killed_training_goes_on_to_the_same_bytes(
-    llama: Path, tmp_path: Path, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, chosen: cb.Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _journal_every_step(monkeypatch)
-    chosen, data = recipe({**training, "steps": 8}), random_set(llama)
+    data = random_set(llama)
     cb.compress(llama, output=tmp_path / "whole", recipe=chosen, calibration=data)
     for steps in (3, 2):
         stopping = _StopsAfter(steps)

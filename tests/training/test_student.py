@@ -17,6 +17,7 @@ from calibrant.randomness import make_rng
 from calibrant.recipes.recipe import Recipe
 from calibrant.training.sharpness import at_worst_nearby
 from calibrant.training.student import Student
+from calibrant.training.teacher import WholeTeacher
 from calibrant.training.train_model import split_held_out
 from calibrant.training.train_steps import TextStep
 from tests.conftest import random_set
@@ -179,7 +180,8 @@ def test_logits_are_computed_in_float32(llama: Path) -> None:
     assert chosen.training is not None
     watched = random_set(samples=2, length=16, seed=9)
     rows = TokenRows(watched.tokens.long(), watched.mask)
-    learner = Student(*rounded(llama, chosen), chosen.training, rows, torch.bfloat16, causal=True)
+    model, teacher = rounded(llama, chosen)
+    learner = Student(model, WholeTeacher(teacher, torch.bfloat16), chosen.training, rows, torch.bfloat16, causal=True)
     with torch.no_grad():
         logits = learner.answer({"input_ids": rows[0]})
     assert logits.dtype == torch.float32

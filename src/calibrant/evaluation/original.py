@@ -5,21 +5,18 @@ hidden state, of which the head makes the logits again. So a study runs an origi
 head alone.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.generic import ModelOutput
 
 from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.safetensors_file import save_tensors
 from calibrant.hashing import sha256_bytes
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.lazy_model import LazyModel
+from calibrant.modeling.model_head import ModelHead, lazy_head, logits_and_states, module_before_head
 from calibrant.progress import Progress
 
 _FILE, _BEFORE = "states.safetensors", "calibrant.before_head"
@@ -54,7 +51,7 @@ class RememberingOriginal:
 
     def __init__(self, model: transformers.PreTrainedModel, scratch: Path) -> None:
         self._model, self._scratch = model, scratch
-        self._head: _Head | None = None
+        self._head: ModelHead | None = None
         self._begun = False
 
     def logits(self, index: int, window: torch.Tensor) -> torch.Tensor:
@@ -67,18 +64,18 @@ class RememberingOriginal:
         file = self._file(window)
         if file.exists():
             with safe_open(file, framework="pt") as opened:
-                return self._head.logits(opened.get_tensor("state"), window)
+                return _head_logits(self._head, opened.get_tensor("state"), window)
         logits, state = _logits_and_state(self._model, self._head.before, window)
-        return self._head.logits(state, window) if self._keep(window, state) else logits
+        return _head_logits(self._head, state, window) if self._keep(window, state) else logits
 
     def _begin(self, window: torch.Tensor) -> None:
         """Find the head, if it makes the model's logits of the last hidden states, and keep those of ``window``."""
-        before = _module_before_head(self._model, window)
+        before = module_before_head(self._model, {"input_ids": window[None]})
         if before is None:
             return
         logits, state = _logits_and_state(self._model, before, window)
-        head = _Head(self._model, before)
-        if _agree(head.logits(state, window), logits) and self._keep(window, state):
+        head = ModelHead(self._model, before)
+        if _agree(_head_logits(head, state, window), logits) and self._keep(window, state):
             self._head = head
 
     def _keep(self, window: torch.Tensor, state: torch.Tensor) -> bool:
@@ -114,51 +111,13 @@ class StoredOriginal:
                 before = file.metadata()[_BEFORE]
         except Exception as error:  # damaged files make the library raise many unrelated classes
             raise _damaged(self._file, error) from error
-        self._head = _lazy_head(folder, before, device)
+        self._head = lazy_head(folder, before, device)
 
     def logits(self, index: int, window: torch.Tensor) -> torch.Tensor:
         """See ``Original``."""
         with safe_open(self._file, framework="pt") as file:
             state = file.get_slice("states")[index]
-        return self._head.logits(state, window)
-
-
-class _Head:
-    """What ``model`` computes after its module ``before``, which gives its last hidden states."""
-
-    def __init__(self, model: transformers.PreTrainedModel, before: str) -> None:
-        self._model, self.before = model, before
-
-    def logits(self, state: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-        """Logits ``[length - 1, vocabulary]`` of hidden states ``[length - 1, width]`` of ``window``."""
-        device = self._model.get_output_embeddings().weight.device
-        output = _Output(last_hidden_state=state[None].to(device))
-        module = self._model.get_submodule(self.before)
-        forward = vars(module).get("forward")
-        module.forward = lambda *_, **__: output
-        try:
-            logits: torch.Tensor = self._model(input_ids=window[None, :-1].to(device), use_cache=False).logits[0]
-        finally:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-        return logits
-
-
-def _lazy_head(folder: ModelFolder, before: str, device: torch.device) -> _Head:
-    """The head alone of the model in ``folder``, in float32."""
-    lazy = LazyModel(folder, torch.float32, device)
-    lazy.load_head()
-    return _Head(lazy.module, before)
-
-
-class _Output(BaseModelOutput):
-    """An output with hidden states, and None for whatever else a model asks of it."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
+        return _head_logits(self._head, state, window)
 
 
 def window_logits(model: transformers.PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
@@ -176,7 +135,7 @@ def store_states(
     Raises:
         CalibrantError: the head makes other logits of the stored states than the model does.
     """
-    before = _module_before_head(model, windows[0])
+    before = module_before_head(model, {"input_ids": windows[:1]})
     if before is None:
         raise CalibrantError(f"{folder.path}: {_NOT_ALONE}")
     states: list[torch.Tensor] = []
@@ -184,7 +143,7 @@ def store_states(
         for window in windows:
             logits, state = _logits_and_state(model, before, window)
             if not states:
-                _check(_lazy_head(folder, before, model.device).logits(state, window), logits, folder)
+                _check(_head_logits(lazy_head(folder, before, model.device), state, window), logits, folder)
             states.append(state)
             task.advance()
     save_tensors({"states": torch.stack(states), "windows": windows}, target / _FILE, {_BEFORE: before})
@@ -194,53 +153,13 @@ def _logits_and_state(
     model: transformers.PreTrainedModel, before: str, window: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``window_logits``, and what the module ``before`` gave, ``[length - 1, width]`` on the CPU."""
-    states: list[torch.Tensor] = []
-    hook = model.get_submodule(before).register_forward_hook(
-        lambda _, __, output: states.append(output[0][0, :-1].cpu())
-    )
-    try:
-        return window_logits(model, window), states[0]
-    finally:
-        hook.remove()
+    logits, states = logits_and_states(model, before, {"input_ids": window[None]})
+    return logits[0, :-1], states[0, :-1].cpu()
 
 
-def _module_before_head(model: transformers.PreTrainedModel, window: torch.Tensor) -> str | None:
-    """Name of the outermost module whose output the head reads: the last to end of those that gave its input.
-
-    None if there is no such module, or one that gives a plain tensor: it belongs to the head.
-    """
-    given: list[tuple[str, torch.Tensor, bool]] = []
-    found: list[tuple[str, bool]] = []
-
-    def note(name: str) -> Callable[..., None]:
-        def add(_: torch.nn.Module, __: object, output: object) -> None:
-            structured = isinstance(output, (tuple, ModelOutput))
-            first = output[0] if isinstance(output, (tuple, ModelOutput)) and len(output) else output
-            if isinstance(first, torch.Tensor):
-                given.append((name, first, structured))
-
-        return add
-
-    def choose(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        read = inputs[0]
-        same = [
-            (name, structured)
-            for name, tensor, structured in given
-            if tensor is read or tensor.data_ptr() == read.data_ptr()
-        ]
-        found.extend(same[-1:])
-
-    head = model.get_output_embeddings()
-    if head is None:
-        return None
-    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if module is not head]
-    hooks.append(head.register_forward_pre_hook(choose))
-    try:
-        window_logits(model, window)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[0][0] if found and found[0][1] else None
+def _head_logits(head: ModelHead, state: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """Logits ``[length - 1, vocabulary]`` of hidden states ``[length - 1, width]`` of ``window``."""
+    return head.logits(state[None], {"input_ids": window[None, :-1]})[0]
 
 
 def stored_windows(states: Path) -> torch.Tensor:

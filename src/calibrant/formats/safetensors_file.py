@@ -1,7 +1,6 @@
 """One safetensors file, readable by whom the umask says."""
 
 import json
-import os
 import shutil
 import stat
 from collections.abc import Mapping
@@ -84,4 +83,4 @@ def replace_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
             assert len(raw) == place.end - place.begin, name
             file.seek(place.begin)
             file.write(raw)
-    os.replace(copy, path)
+    copy.replace(path)

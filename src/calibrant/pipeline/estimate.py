@@ -307,7 +307,7 @@ class _Size:
         return Estimate(seconds, memory, 0, 2 * 4 * 4 * learned)
 
     def distillation_bytes(self) -> int:
-        """The process, both models, gradients, a step's logits and, of pruned models, moments and the best weights."""
+        """The process, model and head, what learns and its gradients, the original's states, and a step's values."""
         asked = self._plan.recipe.distillation
         if asked is None:
             return 0
@@ -316,8 +316,11 @@ class _Size:
         whole, rows = self._parameters + self._hidden * vocabulary, options.micro_batch(self._length, vocabulary)
         tokens = min(rows, max(options.batch_size, HELD_OUT_TOKENS // self._length)) * self._length
         widths = len(self._plan.blocks) * (14 * self._hidden + 8 * max(self._widths, default=self._hidden))
-        copies = 2 if self._plan.target.spec is not None else 5
-        numbers = 2 * whole + copies * self._parameters + tokens * (5 * vocabulary + widths)
+        # Codes, the weights they make and their gradients; or those, the gradients of kept weights, their moments and
+        # the best ones so far.
+        copies = 3 if self._plan.target.spec is not None else 6
+        numbers = whole + self._hidden * vocabulary + copies * self._parameters + self._tokens * self._hidden
+        numbers += tokens * (5 * vocabulary + widths)
         return resident_memory() + 4 * numbers
 
     def journal_bytes(self, options: TrainingOptions) -> int:

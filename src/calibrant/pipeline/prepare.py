@@ -182,8 +182,9 @@ class PreparedRun:
         needed = memory_needed(self.model, self.plan, rows, length, self.settings.dtype, self._usable).distillation
         if needed > self._usable:
             raise CalibrantError(
-                f"{self.recipe.name}: its distillation holds two models, about {needed / 1e9:.1f} GB, and "
-                f"{self._usable / 1e9:.1f} GB may be used; take a recipe without distillation"
+                f"{self.recipe.name}: its distillation holds the whole model in float32 and what it learns, about "
+                f"{needed / 1e9:.1f} GB, and {self._usable / 1e9:.1f} GB may be used; take a recipe without "
+                "distillation (calibrant recipes NAME prints one to change)"
             )
 
     def _check_ranks(self, ranks: Ranks) -> None:

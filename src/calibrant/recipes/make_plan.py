@@ -18,8 +18,8 @@ from calibrant.recipes.plan import Plan, Target
 from calibrant.recipes.plan_checks import (
     check_bits_budget,
     check_blocks,
-    check_distillation,
     check_carried,
+    check_distillation,
     check_format,
     check_fused,
     check_ignored,

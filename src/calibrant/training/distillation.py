@@ -8,6 +8,7 @@ There the text is learned; here it is the original's distribution of every next 
 from dataclasses import dataclass
 
 import torch
+import transformers
 
 from calibrant.formats.quantized import Codes
 from calibrant.journal import Journal
@@ -21,6 +22,7 @@ from calibrant.recipes.parts import Distillation
 from calibrant.recipes.plan import Plan
 from calibrant.training.solved_model import SolvedModel
 from calibrant.training.student import Student
+from calibrant.training.teacher import remembered
 from calibrant.training.train_model import split_held_out
 from calibrant.training.train_steps import TextStep
 from calibrant.training.training_loop import Trained, train
@@ -63,18 +65,22 @@ def distil(
     assert asked is not None
     options = distillation_options(asked, *given.ids.shape)
     with torch.inference_mode(False), torch.enable_grad():
-        teacher = load_whole(original, str(device), "float32").requires_grad_(False)
-        model = load_whole(compressed, str(device), "float32")
-        for one in (teacher, model):
-            one.config.use_cache = False
-            use_fast_linears(one, dtype, device)
+        watched, rest = split_held_out(given, options, original.causal, device)
+        teacher = remembered(_loaded(original, dtype, device), original, [watched, rest], dtype, progress)
+        model = _loaded(compressed, dtype, device)
         specs = {name: spec for name in codes if (spec := plan.target_of(name).spec) is not None}
         learner = SolvedModel(model, codes, specs, pruned, plan.target.value_dtype)
-        watched, rest = split_held_out(given, options, original.causal, device)
         student = Student(learner, teacher, options, watched, dtype, original.causal)
         done = train(TextStep(student, options, rest), options, journal, progress)
         with torch.no_grad():
             return Distilled(learner.codes(), learner.pruned(), done)
+
+
+def _loaded(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
+    model = load_whole(folder, str(device), "float32").requires_grad_(False)
+    model.config.use_cache = False
+    use_fast_linears(model, dtype, device)
+    return model
 
 
 def distillation_options(asked: Distillation, rows: int, length: int) -> OnText:

@@ -4,22 +4,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import transformers
 from torch.nn import functional as F
 
-from calibrant.errors import CalibrantError
 from calibrant.methods.training import OnText, TrainingOptions
 from calibrant.modeling.losses import divergences
+from calibrant.modeling.model_head import Inputs
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.training.rounded_model import Learner
 from calibrant.training.sharpness import at_worst_nearby, gradient_norm
+from calibrant.training.teacher import Teacher, computing, keep_head_in_float32, model_logits
 
 # The gradients' global norm is clipped to this value (ours).
 LARGEST_GRADIENT = 1.0
 # Radius of the reported sharpness; does not depend on the training's ``sam_rho`` (ours).
 _MEASURED_RADIUS = 0.05
-
-Inputs = dict[str, torch.Tensor]
 
 
 class Student:
@@ -27,7 +25,7 @@ class Student:
 
     Args:
         learner: the rounded model.
-        teacher: the original model.
+        teacher: gives the original model's logits.
         options: the recipe's training options.
         watched: the held-out token ids ``[rows, length]`` and which of them count; never trained on.
         dtype: dtype of matrix products.
@@ -37,7 +35,7 @@ class Student:
     def __init__(
         self,
         learner: Learner,
-        teacher: transformers.PreTrainedModel,
+        teacher: Teacher,
         options: TrainingOptions,
         watched: TokenRows,
         dtype: torch.dtype,
@@ -50,8 +48,7 @@ class Student:
             {"params": parameters, "rate": options.learning_rate * factor} for parameters, factor in learner.groups
         ]
         self._optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0)
-        for model in (learner.model, teacher):
-            _keep_head_in_float32(model)
+        keep_head_in_float32(learner.model)
 
     @property
     def learned(self) -> list[torch.Tensor]:
@@ -60,19 +57,19 @@ class Student:
 
     def answer(self, inputs: Inputs) -> torch.Tensor:
         """The student's logits."""
-        return self._logits(self.learner.model, inputs)
+        return model_logits(self.learner.model, inputs, self._dtype)
 
     def target(self, inputs: Inputs) -> torch.Tensor:
         """The teacher's logits."""
-        return self._logits(self._teacher, inputs)
+        return self._teacher.logits(inputs)
 
     def computing(self) -> torch.autocast:
         """Autocast context that computes matrix products in the run's dtype."""
-        return torch.autocast(self._teacher.device.type, self._dtype, enabled=self._dtype != torch.float32)
+        return computing(self.learner.model.device, self._dtype)
 
     def parts(self, rows: int, length: int) -> Iterator[slice]:
         """Micro-batches of ``rows`` rows of ``length`` tokens, as slices."""
-        size = self._options.micro_batch(length, int(self._teacher.config.get_text_config().vocab_size))
+        size = self._options.micro_batch(length, int(self.learner.model.config.get_text_config().vocab_size))
         return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
     def descend(self, rate: float, loss: Callable[[], float]) -> dict[str, float]:
@@ -154,28 +151,3 @@ class Student:
         for parameter, value in zip(self.learned, state["learned"], strict=True):
             parameter.copy_(value)
         self._optimizer.load_state_dict(state["optimizer"])
-
-    def _logits(self, model: transformers.PreTrainedModel, inputs: Inputs) -> torch.Tensor:
-        with self.computing():
-            found = model(**inputs)
-        if "logits" not in found:
-            raise CalibrantError(
-                f"{type(model).__name__}: gives no logits, which training needs; take a model with a head"
-            )
-        logits: torch.Tensor = found.logits
-        return logits
-
-
-def _keep_head_in_float32(model: transformers.PreTrainedModel) -> None:
-    """Compute the head in float32: rounding logits to bfloat16 costs more than quantizing the student to 8 bits."""
-    head = model.get_output_embeddings()
-    if head is None:
-        return
-    compute = head.forward
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits: torch.Tensor = compute(hidden.float())
-        return logits
-
-    head.forward = forward

@@ -23,6 +23,7 @@ from calibrant.training.learned_range import see_inputs
 from calibrant.training.rounded_model import RoundedModel
 from calibrant.training.scaled_model import PlacedPair, ScaledModel
 from calibrant.training.student import Student
+from calibrant.training.teacher import WholeTeacher
 from calibrant.training.train_steps import TextStep, ZsaqStep
 from calibrant.training.training_loop import Trained, TrainStep, train
 
@@ -75,7 +76,7 @@ def train_model(
             for name in plan.blocks:
                 block = copied.get_submodule(name)
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        student = Student(learner, teacher, options, watched, dtype, folder.causal)
+        student = Student(learner, WholeTeacher(teacher, dtype), options, watched, dtype, folder.causal)
         step: TrainStep
         if isinstance(options, Zsaq):
             step = zsaq_step(folder, student, teacher, options, device)

@@ -7,10 +7,11 @@ from torch import nn
 
 from calibrant.methods.training import OnText, Zsaq
 from calibrant.modeling.losses import divergences
+from calibrant.modeling.model_head import Inputs
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.randomness import make_rng
 from calibrant.training.generator import Generator
-from calibrant.training.student import LARGEST_GRADIENT, Inputs, Student
+from calibrant.training.student import LARGEST_GRADIENT, Student
 
 
 class TextStep:
