@@ -79,7 +79,7 @@ QUANTIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"range_search": "clip", "signed_scales": True},
     ),
     "gptq, signed clip, scales refitted, damped, drift corrected by half, distilled": (
-        {**DAMPED, "distillation": {"learning_rate": 0.015}},
+        {**DAMPED, "distillation": {}},
         {"range_search": "clip", "signed_scales": True},
     ),
     "awq, gptq, clip, refined": ({**AWQ, **REFINED}, {"range_search": "clip"}),
@@ -99,11 +99,7 @@ PRUNERS: dict[str, dict[str, Any]] = {
         **SEARCHED,
         "reconstruction": {"epochs": 4, "step_tokens": 2048, "learning_rate": 0.03},
     },
-    "sparsegpt, refined, drift corrected by half, reconstructed, distilled": {
-        **SEARCHED,
-        "reconstruction": {"epochs": 4, "step_tokens": 2048, "learning_rate": 0.03},
-        "distillation": {"learning_rate": 0.003},
-    },
+    "sparsegpt, refined, drift corrected by half, distilled": {**SEARCHED, "distillation": {}},
 }
 DYNAMIC, MINMAX = {"dynamic": True}, {"dynamic": False}
 # By label: what the recipe says beyond the scheme, and its activations.

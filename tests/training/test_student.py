@@ -80,8 +80,9 @@ def steps_by_hand(
             target = teacher(input_ids=ids[rows]).logits
         (divergences(target, answer).flatten().sum() / (4 * 16)).backward()
 
+    passes = np.concatenate([make_rng(0, "text", passed).permutation(len(ids)) for passed in range(1 + steps * 4)])
     for number in range(steps):
-        rows = torch.from_numpy(np.asarray(make_rng(0, "text", number).choice(len(ids), 4, replace=False)))
+        rows = torch.from_numpy(passes[number * 4 : number * 4 + 4])
         descend(rows)
         if radius:
             gradients = [weight.grad.clone() for weight in theirs.weights if weight.grad is not None]
@@ -120,6 +121,28 @@ def test_a_step_is_that_of_a_loop_by_hand_bit_for_bit(llama: Path, radius: float
     before = [weight.detach().clone() for weight in weights]
     with at_worst_nearby(weights, 0.0):
         assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(6, 4), (9, 3), (2, 4), (1, 4)])
+def test_every_pass_takes_every_row_once(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, rows: int, batch_size: int
+) -> None:
+    chosen = recipe({"name": "qat", "batch_size": batch_size})
+    data, ours, taken = random_set(samples=rows, length=16), student(llama, chosen), []
+
+    def noted(part: TokenRows) -> torch.Tensor:
+        taken.extend(part.ids.tolist())
+        return torch.zeros(part.ids.shape, requires_grad=True)
+
+    monkeypatch.setattr(ours, "losses", noted)
+    assert chosen.training is not None
+    step = TextStep(ours, chosen.training, TokenRows(data.tokens.long(), data.mask))  # type: ignore[arg-type]
+    for number in range(6):
+        step.step(number, 1.0)
+    assert len(taken) == 6 * min(rows, batch_size)
+    passes = [taken[begin : begin + rows] for begin in range(0, len(taken), rows)]
+    assert all(sorted(one) == sorted(data.tokens.tolist()) for one in passes if len(one) == rows)
+    assert rows == 1 or len({str(one) for one in passes}) > 1
 
 
 def test_logits_are_run_in_parts_of_so_many_bytes(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 from calibrant.engine.block_solver import BlockSolver
 from calibrant.formats.quantized import Codes
 from calibrant.modeling.inputs import MicroBatch
-from calibrant.modeling.learned_values import SCALE_RATE, changed_scale, kept_weight, numbers_and_scale, scaled_weight
+from calibrant.modeling.learned_values import changed_scale, kept_weight, numbers_and_scale, scaled_weight
 from calibrant.modeling.module_call import ModuleCall
 from calibrant.modeling.structure import BlockStructure, Linear
 from calibrant.modeling.trainable_block import TrainableBlock, trainable
@@ -27,6 +27,8 @@ from calibrant.recipes.parts import Reconstruction
 
 # Of so many parts one is held out, that of most counted tokens.
 _HELD_OUT = 8
+# Changes of scales learn at this share of the rate that weights have relative to their size (ours).
+_SCALE_RATE = 0.3
 # Steps until the full learning rate, and Adam's averages, short since a block may have a few dozen steps in all (ours).
 _WARM_UP, _BETAS = 3, (0.9, 0.95)
 # Gradients of single weights of a wide layer are far below Adam's default.
@@ -51,7 +53,7 @@ class _Scales:
     """Scales of a quantized linear, as factors ``1 + tensor`` of those that it was solved with."""
 
     def __init__(self, linear: Linear, codes: Codes, spec: GridSpec, like: torch.Tensor, rate: float) -> None:
-        self.linear, self.rate, self._codes, self._spec = linear, rate * SCALE_RATE, codes, spec
+        self.linear, self.rate, self._codes, self._spec = linear, rate * _SCALE_RATE, codes, spec
         self._numbers, self._scale = (one.to(like.device) for one in numbers_and_scale(codes))
         self._dtype = like.dtype
         self.tensor = torch.zeros_like(self._scale, dtype=torch.float32).requires_grad_(True)

@@ -6,9 +6,6 @@ from calibrant.formats.quantized import Codes
 from calibrant.modeling.foldable import held
 from calibrant.quantization.grids import GridSpec, trained_scale
 
-SCALE_RATE = 0.3
-"""Changes of scales learn at this share of the rate that weights have relative to their size (ours)."""
-
 
 def numbers_and_scale(codes: Codes) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes less their zero points, float32 ``[rows, groups, columns]``, and scales, float32 ``[rows, groups]``."""

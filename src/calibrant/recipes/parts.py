@@ -308,7 +308,8 @@ class Distillation(Strict):
     """Training of the whole compressed model on the original's logits, in ``epochs`` passes over the calibration set.
 
     The same values learn as in a ``Reconstruction``, in all blocks together. A step takes ``batch_size`` rows.
-    ``learning_rate`` is relative to the root mean square of a layer's weights; scales learn at 0.3 of it.
+    ``learning_rate`` is by how much of a step of its grid a group's largest code moves at first, as its scale learns;
+    kept weights learn at a fifth of it, relative to the root mean square of their layer.
     """
 
     epochs: int = Field(default=2, ge=1, le=1000)

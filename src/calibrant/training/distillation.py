@@ -23,7 +23,7 @@ from calibrant.recipes.plan import Plan
 from calibrant.training.solved_model import SolvedModel
 from calibrant.training.student import Student
 from calibrant.training.teacher import remembered
-from calibrant.training.train_model import split_held_out
+from calibrant.training.train_model import split_held_out, training_rows
 from calibrant.training.train_steps import TextStep
 from calibrant.training.training_loop import Trained, train
 
@@ -85,7 +85,7 @@ def _loaded(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> tr
 
 def distillation_options(asked: Distillation, rows: int, length: int) -> OnText:
     """The training of ``asked`` on a set of ``rows`` rows of ``length`` tokens."""
-    epoch = max(1, -(-rows // asked.batch_size))
+    epoch = max(1, -(-training_rows(rows) // asked.batch_size))
     return OnText(
         name="distillation",
         steps=epoch * asked.epochs,

@@ -10,8 +10,11 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from calibrant.formats.quantized import Codes
-from calibrant.modeling.learned_values import SCALE_RATE, changed_scale, kept_weight, numbers_and_scale, scaled_weight
+from calibrant.modeling.learned_values import changed_scale, kept_weight, numbers_and_scale, scaled_weight
 from calibrant.quantization.grids import GridSpec
+
+# Kept weights learn at this share of the learning rate, relative to the root mean square of their layer (ours).
+_WEIGHT_RATE = 0.2
 
 
 class SolvedModel:
@@ -56,10 +59,12 @@ class SolvedModel:
 
     @property
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Changes of scales; then the weights of each pruned linear, whose rate is relative to their size."""
-        scales = [scales.change for scales in self._scales.values()]
-        found = [(scales, SCALE_RATE)] if scales else []
-        return found + [([self._original(name)], kept.size) for name, kept in self._kept.items()]
+        """Changes of scales, whose rate is in steps of the grid at its end; then the weights of each pruned linear."""
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for scales in self._scales.values():
+            by_rate.setdefault(scales.rate, []).append(scales.change)
+        kept = [([self._original(name)], _WEIGHT_RATE * kept.size) for name, kept in self._kept.items()]
+        return [(changes, rate) for rate, changes in by_rate.items()] + kept
 
     def codes(self) -> dict[str, Codes]:
         """The codes with their current scales, by full name of the linear."""
@@ -88,6 +93,7 @@ class _Scales(nn.Module):
         self._before: torch.Tensor
         self.register_buffer("_numbers", numbers)
         self.register_buffer("_before", before)
+        self.rate = 0.5 ** (spec.bits - 1)
         self.change = nn.Parameter(torch.zeros_like(before))
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:

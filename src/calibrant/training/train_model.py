@@ -140,7 +140,7 @@ def split_held_out(
     if not isinstance(options, Zsaq):
         if len(tokens) < 2:
             raise CalibrantError("training needs a calibration set of at least two rows, one of them to be held out")
-        last = len(tokens) - max(1, len(tokens) // _HELD_OUT)
+        last = training_rows(len(tokens))
     text = isinstance(options, OnText) and options.objective == "text"
     # Never split a classifier's inputs.
     length = min(options.length, tokens.shape[1]) if causal else tokens.shape[1]
@@ -149,6 +149,11 @@ def split_held_out(
     return TokenRows(*(values[:most] for values in held_out)), _cut(
         TokenRows(tokens[:last], counted[:last]), length, text
     )
+
+
+def training_rows(rows: int) -> int:
+    """How many of a calibration set's ``rows`` are trained on; the rest is held out."""
+    return rows - max(1, rows // _HELD_OUT)
 
 
 def _cut(rows: TokenRows, length: int, text: bool) -> TokenRows:

@@ -29,12 +29,17 @@ class TextStep:
         self.state, self.load = student.state, student.load
 
     def step(self, number: int, rate: float) -> dict[str, float]:
-        """Update the student on rows drawn for step ``number``."""
-        draw = make_rng(self._options.seed, "text", number)
-        count = min(self._options.batch_size, len(self._tokens))
-        chosen = torch.from_numpy(draw.choice(len(self._tokens), count, replace=False))
+        """Update the student on the next rows; each pass takes every row once, in an order of its own."""
+        total, count = len(self._tokens), min(self._options.batch_size, len(self._tokens))
+        passed, begin = divmod(number * count, total)
+        chosen = (self._order(passed) + self._order(passed + 1))[begin : begin + count]
         ids, counted = self._tokens[chosen], self._counted[chosen]
         return self.student.descend(rate, lambda: self._loss(ids, counted))
+
+    def _order(self, passed: int) -> list[int]:
+        """The order of the rows after ``passed`` passes."""
+        order: list[int] = make_rng(self._options.seed, "text", passed).permutation(len(self._tokens)).tolist()
+        return order
 
     def _loss(self, ids: torch.Tensor, counted: torch.Tensor) -> float:
         total = 0.0
