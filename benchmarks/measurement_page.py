@@ -2,7 +2,7 @@
 
     python benchmarks/measurement_page.py
 
-Tables stand between ``<!-- methods_MODEL.json -->`` and ``<!-- end -->``. Pictures need the extra ``report``.
+Tables stand between ``<!-- methods_MODEL.json -->``, or another mark, and ``<!-- end -->``. Pictures need the extra ``report``.
 """
 
 import json
@@ -33,6 +33,13 @@ COMPARED = {
     "0.5": ("magnitude", "sparsegpt", SEARCHED),
     "2:4": ("magnitude", "sparsegpt", SEARCHED),
     "W8A8": ("rtn", "smoothquant, rtn", "smoothquant, gptq"),
+}
+# What is trained after it is solved, by target.
+TRAININGS = {
+    "4 bit": TRAINED.removesuffix(", reconstructed"),
+    "3 bit": TRAINED.removesuffix(", reconstructed"),
+    "2 bit": TRAINED.removesuffix(", reconstructed"),
+    "2:4": SEARCHED.removesuffix(", reconstructed"),
 }
 # Words of the labels of what came with the reconstructed recipes.
 NEWER = ("signed", "refitted", "drift corrected by half", "reconstructed")
@@ -75,6 +82,28 @@ def row(label: str, run: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def trainings() -> str:
+    """What training after a solver changes, on every model; ``methods_MODEL_float32.json`` has the rows."""
+    kinds = {"": "solved", ", reconstructed": "reconstructed", ", distilled": "distilled"}
+    rows = [f"| model | target | {' | '.join(f'{kind} | s' for kind in kinds.values())} |", "| --- " * 8 + "|"]
+    for model, shown in MODELS.items():
+        runs = results(f"methods_{model}_float32")["runs"]
+        for target, label in TRAININGS.items():
+            solved = runs.get(f"{target}: {label}")
+            known = [runs.get(f"{target}: {label}{ending}") for ending in kinds]
+            if solved is None or sum(run is not None for run in known) < 2:
+                continue
+            cells = [training(run, solved) if run is not None else " | " for run in known]
+            rows.append(f"| {shown} | {target} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def training(run: dict[str, Any], solved: dict[str, Any]) -> str:
+    """The two cells of a run."""
+    change = "" if run is solved else f" ({run['kl_mean'] / solved['kl_mean'] - 1:+.1%})"
+    return f"{run['kl_mean']:.3f} ± {run['kl_standard_error']:.3f}{change} | {run['seconds']:.0f}"
+
+
 def gains() -> str:
     """The recipes with reconstruction beside the best plain composition of as many bits, on every model."""
     rows = [f"| target | {' | '.join(f'{name}: plain | `best-*` | change' for name in MODELS.values())} |"]
@@ -102,7 +131,8 @@ def gains() -> str:
 
 def with_tables(page: str) -> str:
     """The page with the tables of today's results."""
-    parts = {f"<!-- methods_{model}.json -->": tables(model) for model in MODELS} | {"<!-- best-* -->": gains()}
+    parts = {f"<!-- methods_{model}.json -->": tables(model) for model in MODELS}
+    parts |= {"<!-- best-* -->": gains(), "<!-- trainings -->": trainings()}
     for mark, table in parts.items():
         before, found, rest = page.partition(f"{mark}\n")
         _, end, after = rest.partition("<!-- end -->")

@@ -56,6 +56,7 @@ from .progress import Progress as Progress
 from .recipes.parts import Activations as Activations
 from .recipes.parts import Awq as Awq
 from .recipes.parts import Budget as Budget
+from .recipes.parts import Distillation as Distillation
 from .recipes.parts import Head as Head
 from .recipes.parts import KvCache as KvCache
 from .recipes.parts import Quadapter as Quadapter

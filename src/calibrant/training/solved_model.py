@@ -14,7 +14,7 @@ from calibrant.modeling.learned_values import changed_scale, kept_weight, number
 from calibrant.quantization.grids import GridSpec
 
 # Kept weights learn at this share of the learning rate, relative to the root mean square of their layer (ours).
-_WEIGHT_RATE = 0.2
+_WEIGHT_RATE = 0.15
 
 
 class SolvedModel:
