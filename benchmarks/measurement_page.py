@@ -2,7 +2,8 @@
 
     python benchmarks/measurement_page.py
 
-Tables stand between ``<!-- methods_MODEL.json -->``, or another mark, and ``<!-- end -->``. Pictures need the extra ``report``.
+Tables stand between ``<!-- methods_MODEL.json -->``, or another mark, and ``<!-- end -->``. Pictures need the extra
+``report``.
 """
 
 import json
