@@ -254,6 +254,18 @@ def test_a_packed_float32_linear_is_a_linear(rows: int, inputs: int, outputs: in
     assert torch.equal(packed(values[-1:]), found[-1:])
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [(PackedLinear, torch.bfloat16), (PackedFloat32Linear, torch.float32)])
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 70), st.booleans())
+def test_unpacking_gives_the_linear_that_was_packed(
+    kind: type[PackedLinear | PackedFloat32Linear], dtype: torch.dtype, half: int, outputs: int, bias: bool
+) -> None:
+    linear = torch.nn.Linear(2 * half, outputs, bias=bias).to(dtype)
+    found = kind(linear).unpacked()
+    assert found.state_dict().keys() == linear.state_dict().keys()
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in linear.state_dict().items())
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
 @settings(max_examples=25, deadline=None)
 @given(

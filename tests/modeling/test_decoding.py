@@ -1,5 +1,6 @@
 """Decoding step by step gives the logits of a forward pass over the whole row, on every path."""
 
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -95,9 +96,26 @@ def test_models_of_other_dtypes_run_as_they_are() -> None:
 def test_a_model_that_the_fast_path_does_not_fit_is_left_as_it_was(dtype: torch.dtype) -> None:
     model = model_of("gemma2", dtype)
     tokens = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(0))
-    before = model(tokens).logits
+    before, tied = model(tokens).logits, model.lm_head.weight is model.model.embed_tokens.weight
     prepare_decoding(model)
     assert torch.equal(model(tokens).logits, before)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@torch.inference_mode()
+@fast_dtypes
+def test_a_weight_is_in_memory_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    model, step, alive = model_of("llama", dtype), FastDecoder.step, []
+    weights = [weakref.ref(parameter) for name, parameter in model.named_parameters() if "proj" in name]
+
+    def noted(self: FastDecoder, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        alive.append(sum(weight() is not None for weight in weights))
+        return step(self, tokens, positions)
+
+    monkeypatch.setattr(FastDecoder, "step", noted)
+    prepare_decoding(model)
+    assert alive
+    assert not any(alive)
 
 
 @torch.inference_mode()

@@ -35,6 +35,10 @@ class PackedFloat32Linear(nn.Module):
         add_linear(output, rows, self._panels)
         return output.view(*inputs.shape[:-1], self.out_features)
 
+    def unpacked(self) -> nn.Linear:
+        """The linear that was packed."""
+        return _linear(torch.from_numpy(self._panels), self.out_features, self._bias)
+
 
 class PackedLinear(nn.Module):
     """``y = x W^T + b`` for bfloat16 ``x`` ``[..., in]`` on the CPU; needs ``bfloat16_tile.available()`` and an even
@@ -49,16 +53,34 @@ class PackedLinear(nn.Module):
         panels = np.empty((-(-self.out_features // COLUMNS), self.in_features // 2, COLUMNS), dtype=np.uint32)
         _pack(pairs(linear.weight.detach()), panels)
         self._panels = panels
-        bias = linear.bias.detach() if linear.bias is not None else torch.zeros(self.out_features, dtype=torch.bfloat16)
-        self._bias = words(bias)
+        self._bias = linear.bias.detach().clone() if linear.bias is not None else None
+        zeros = torch.zeros(self.out_features, dtype=torch.bfloat16)
+        self._added = words(self._bias if self._bias is not None else zeros)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         rows = inputs.reshape(-1, self.in_features)
         packed = np.empty((-(-len(rows) // COLUMNS), self.in_features // 2, COLUMNS), dtype=np.uint32)
         _pack(pairs(rows), packed)
         output = torch.empty(len(rows), self.out_features, dtype=torch.bfloat16)
-        _multiply(packed, self._panels, self._bias, words(output))
+        _multiply(packed, self._panels, self._added, words(output))
         return output.view(*inputs.shape[:-1], self.out_features)
+
+    def unpacked(self) -> nn.Linear:
+        """The linear that was packed."""
+        panels, pair_count, columns = self._panels.shape
+        numbers = torch.from_numpy(self._panels.view(np.uint16)).view(torch.bfloat16)
+        steps = numbers.view(panels, pair_count, columns, 2).transpose(2, 3).reshape(panels, -1, columns)
+        return _linear(steps, self.out_features, self._bias)
+
+
+def _linear(panels: torch.Tensor, out_features: int, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear of panels ``[panels, in, COLUMNS]`` and a bias."""
+    weight = panels.transpose(1, 2).reshape(-1, panels.shape[1])[:out_features].contiguous()
+    linear = nn.Linear(weight.shape[1], out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 @numba.njit(error_model="numpy", cache=True)

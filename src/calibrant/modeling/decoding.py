@@ -202,25 +202,27 @@ class _FastParts:
 @contextmanager
 def _fast_parts(model: transformers.PreTrainedModel) -> Iterator[_FastParts]:
     """Give the model packed linears and our attention; restore it on exit unless ``keep`` is set."""
-    packed = PackedLinear if model.dtype is torch.bfloat16 else PackedFloat32Linear
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and _packable(module, model.dtype)
-    }
+    kind = PackedLinear if model.dtype is torch.bfloat16 else PackedFloat32Linear
+    names = [
+        name for name, module in model.named_modules() if type(module) is nn.Linear and _packable(module, model.dtype)
+    ]
     attention, parts = model.config._attn_implementation, _FastParts()
     AttentionInterface.register(_NAME, _refuse_attention)
     use_fast_norms(model, model.dtype, model.device)
     use_fast_activations(model, model.dtype, model.device)
     try:
-        for name, linear in linears.items():
-            model.set_submodule(name, packed(linear))
+        for name in names:
+            # One at a time, and without a reference to what is replaced: a weight is in memory once.
+            model.set_submodule(name, kind(model.get_submodule(name)))  # type: ignore[arg-type]
         model.set_attn_implementation(_NAME)
         yield parts
     finally:
         if not parts.keep:
-            for name, linear in linears.items():
-                model.set_submodule(name, linear)
+            for name in names:
+                packed = model.get_submodule(name)
+                if isinstance(packed, kind):
+                    model.set_submodule(name, packed.unpacked())
+            model.tie_weights()
             model.set_attn_implementation(attention)
 
 
