@@ -1,19 +1,24 @@
 """Distillation: what learns and what stays, in every format, and that the loaded model is nearer to the original."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 import calibrant as cb
 from calibrant.errors import CalibrantError
+from calibrant.formats.safetensors_file import replace_tensors
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.losses import divergences
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.whole_model import load_whole, torch_dtype
 from calibrant.progress import NoProgress
+from calibrant.training.student import Student
 from calibrant.training.teacher import RememberingTeacher, WholeTeacher, remembered
 from tests.checkpoints import loaded_divergence
 from tests.conftest import random_set, write_model
@@ -23,6 +28,7 @@ QUANTIZED: dict[str, Any] = {
     "method": {"name": "gptq"},
     "scheme": {"weights": {"bits": 2, "group_size": 32, "range_search": "clip", "signed_scales": True}},
 }
+ROUNDED: dict[str, Any] = {"method": {"name": "rtn"}, "scheme": {"weights": {"bits": 2}}}
 DISTILLED = {"distillation": {"epochs": 4, "batch_size": 8}}
 
 
@@ -50,7 +56,7 @@ def nearer(model: Path, plain: Path, distilled: Path) -> bool:
 
 @pytest.mark.parametrize(
     "said",
-    [PRUNED, QUANTIZED, {"method": {"name": "rtn"}, "scheme": {"weights": {"bits": 2}}}],
+    [PRUNED, QUANTIZED, ROUNDED],
     ids=["pruned", "quantized", "without data"],
 )
 def test_the_loaded_model_comes_nearer_to_the_original(llama: Path, tmp_path: Path, said: dict[str, Any]) -> None:
@@ -90,13 +96,75 @@ def test_the_recorded_loss_is_that_of_the_loaded_model(tmp_path: Path, said: dic
     assert record["best"] > 0
 
 
-def test_several_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = outputs(llama, tmp_path / "one", QUANTIZED)[1]
-    monkeypatch.setattr("calibrant.formats.shards.SHARD_BYTES", 1000)
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"method": {"name": "gptq"}, "scheme": {"weights": {"bits": 4}}, "budget": {"choices": [2, 4], "average": 3}},
+        {"method": {"name": "gptq"}, "scheme": {"weights": {"bits": 2, "group_size": 32}, "lm_head": {}}},
+        {"method": {"name": "gptq"}, "scheme": {"weights": {"bits": 2, "group_size": 32, "symmetric": False}}},
+        {"method": {"name": "sparsegpt"}, "scheme": {"sparsity": "0.5"}, "budget": {"choices": [0, 0.7]}},
+    ],
+    ids=["bits by layer", "packed head", "zero points", "zeros by layer"],
+)
+def test_other_schemes(llama: Path, tmp_path: Path, said: dict[str, Any]) -> None:
+    plain, distilled = outputs(llama, tmp_path, said)
+    assert nearer(llama, plain, distilled)
+    before, after = tensors(plain), tensors(distilled)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed
+    if "sparsity" in said["scheme"]:  # layers without zeros stay
+        assert changed == {name for name in before if "proj" in name and bool((before[name] == 0).any())}
+
+
+@pytest.mark.parametrize("said", [PRUNED, QUANTIZED], ids=["pruned", "quantized"])
+def test_tensors_stored_without_the_models_prefix(llama: Path, tmp_path: Path, said: dict[str, Any]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    (file,) = model.glob("*.safetensors")
+    save_file({name.removeprefix("model."): value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    assert nearer(model, *outputs(model, tmp_path, said))
+
+
+def test_masked_tokens_do_not_count(llama: Path, tmp_path: Path) -> None:
+    data = random_set(llama, samples=64, masked=4)
+    plain, distilled = outputs(llama, tmp_path, ROUNDED, calibration=data)
+    ids, counted = data.tokens[-8:].long(), data.mask[-8:]
+    original, rounded = (
+        load_whole(ModelFolder(path, allow_quantized=True), "cpu", "float32") for path in (llama, plain)
+    )
+    with torch.no_grad():
+        each = divergences(original(ids).logits, rounded(ids).logits)
+    recorded = json.loads((distilled / "calibrant.json").read_text())["training"]["held_out"]["0"]
+    assert recorded == pytest.approx(float(each[counted].mean()), rel=1e-4)
+    assert recorded != pytest.approx(float(each.mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("said", [PRUNED, QUANTIZED], ids=["pruned", "quantized"])
+def test_several_files_and_a_failure_between_them(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]
+) -> None:
+    """Shards are the journal's parts under other names: a run that goes on needs them as they were."""
+    one = outputs(llama, tmp_path / "one", said)[1]
     monkeypatch.setattr("calibrant.formats.shards.ShardWriter.__init__.__defaults__", (1000,))
-    several = outputs(llama, tmp_path / "several", QUANTIZED)[1]
-    found = {name: value for file in several.glob("*.safetensors") for name, value in load_file(file).items()}
-    assert len(list(several.glob("*.safetensors"))) > 2
+    replaced: list[Path] = []
+
+    def fails(changed: dict[str, torch.Tensor], file: Path) -> None:
+        if replaced:
+            raise OSError("no space left on device")
+        replace_tensors(changed, file)
+        replaced.append(file)
+
+    chosen = {"recipe": recipe(said, **DISTILLED), "calibration": random_set(llama, samples=64), "dtype": "float32"}
+    with monkeypatch.context() as broken:
+        broken.setattr("calibrant.engine.checkpoint_writer.replace_tensors", fails)
+        with pytest.raises(CalibrantError, match="no space left"):
+            cb.compress(llama, output=tmp_path / "several", **chosen)
+    assert replaced
+    report = cb.compress(llama, output=tmp_path / "several", **chosen)
+    assert report.layers
+    several = [*(tmp_path / "several").glob("*.safetensors")]
+    found = {name: value for file in several for name, value in load_file(file).items()}
+    assert len(several) > 2
     assert found.keys() == tensors(one).keys()
     assert all(torch.equal(found[name], value) for name, value in tensors(one).items())
 
@@ -115,6 +183,15 @@ def test_classifiers_learn_their_classes(model_folder: Any, tmp_path: Path) -> N
     assert any(note.startswith("trained for") for note in report.notes)
 
 
+def test_the_seed_of_the_run_orders_the_rows(llama: Path, tmp_path: Path) -> None:
+    data, found = random_set(llama, samples=64), []
+    for output, more in (("a", {"seed": 1}), ("b", {"seed": 2}), ("c", {"seed": 1})):
+        said = recipe(QUANTIZED, distillation={"epochs": 1})
+        cb.compress(llama, output=tmp_path / output, recipe=said, calibration=data, dtype="float32", **more)
+        found.append((tmp_path / output / "model.safetensors").read_bytes())
+    assert found[0] == found[2] != found[1]
+
+
 def test_bfloat16_products(llama: Path, tmp_path: Path) -> None:
     assert nearer(llama, *outputs(llama, tmp_path, QUANTIZED, dtype="bfloat16"))
 
@@ -124,10 +201,12 @@ def test_after_reconstruction_and_transforms(llama: Path, tmp_path: Path) -> Non
     assert nearer(llama, *outputs(llama, tmp_path, said))
 
 
-def test_a_step_takes_all_rows_if_there_are_fewer(llama: Path, tmp_path: Path) -> None:
-    said = recipe(QUANTIZED, distillation={"batch_size": 64, "epochs": 1})
-    report = cb.compress(llama, output=tmp_path / "out", recipe=said, calibration=random_set(llama, samples=4))
-    assert any("held-out loss" in note for note in report.notes)
+@pytest.mark.parametrize(("rows", "batch_size", "epochs", "steps"), [(4, 64, 2, 2), (16, 4, 1, 4), (16, 3, 2, 10)])
+def test_steps_of_an_epoch(llama: Path, tmp_path: Path, rows: int, batch_size: int, epochs: int, steps: int) -> None:
+    """An eighth of the rows is held out, one at least."""
+    said = recipe(ROUNDED, distillation={"batch_size": batch_size, "epochs": epochs})
+    cb.compress(llama, output=tmp_path / "out", recipe=said, calibration=random_set(llama, samples=rows))
+    assert json.loads((tmp_path / "out" / "calibrant.json").read_text())["training"]["steps"] == steps
 
 
 @pytest.mark.parametrize(
@@ -164,13 +243,61 @@ def test_fused_experts_are_refused(model_folder: Any, tmp_path: Path) -> None:
 
 
 def test_a_model_beyond_memory_is_refused_before_anything_is_written(llama: Path, tmp_path: Path) -> None:
-    said = recipe(QUANTIZED, distillation={})
-    data = random_set(llama)
-    prepared = cb.prepare(llama, output=tmp_path / "out", recipe=said, calibration=data, memory="50MB")
-    for act in (prepared.run, prepared.memory_notes):
-        with pytest.raises(CalibrantError, match=r"about .* GB, and 0\.1 GB may be used; take a recipe without"):
+    said, data = recipe(QUANTIZED, distillation={}), random_set(llama)
+
+    def prepared(memory: str) -> cb.PreparedRun:
+        return cb.prepare(llama, output=tmp_path / "out", recipe=said, calibration=data, memory=memory)
+
+    needed = prepared("100GB").estimate().memory_bytes
+    for act in (prepared(f"{int(needed * 0.9)}").run, prepared(f"{int(needed * 0.9)}").memory_notes):
+        with pytest.raises(CalibrantError, match=r"about .* GB, and .* GB may be used; take a recipe without"):
             act()
     assert not list(tmp_path.iterdir())
+    assert prepared(f"{int(needed * 1.1)}").run().layers
+
+
+@pytest.mark.parametrize(
+    ("rows", "masked", "message"), [(1, 0, "two rows or more"), (8, 32, "has none")], ids=["one row", "all masked"]
+)
+def test_sets_too_small_are_refused_before_anything_is_written(
+    llama: Path, tmp_path: Path, rows: int, masked: int, message: str
+) -> None:
+    data = random_set(llama, samples=rows, masked=masked)
+    with pytest.raises(CalibrantError, match=message):
+        cb.compress(llama, output=tmp_path / "out", recipe=recipe(ROUNDED, distillation={}), calibration=data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_without_a_head_are_refused_before_anything_is_written(llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    transformers.AutoModel.from_pretrained(llama).save_pretrained(model)
+    data = random_set(samples=8)
+    with pytest.raises(CalibrantError, match="gives no logits"):
+        cb.compress(
+            model,
+            output=tmp_path / "out",
+            recipe=recipe(ROUNDED, distillation={}),
+            calibration=data,
+            allow_encoder=True,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_training_that_diverges_keeps_the_values_before(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out, count = Student.held_out, [0]
+
+    def diverges(self: Student) -> float:
+        count[0] += 1
+        return held_out(self) if count[0] == 1 else float("nan")
+
+    monkeypatch.setattr(Student, "held_out", diverges)
+    plain, distilled = outputs(llama, tmp_path, QUANTIZED)
+    record = json.loads((distilled / "calibrant.json").read_text())
+    assert any("diverged by step" in note for note in record["notes"])
+    assert [*record["training"]["held_out"]] == ["0"]
+    assert (plain / "model.safetensors").read_bytes() == (distilled / "model.safetensors").read_bytes()
 
 
 def test_untrained_values_are_kept_where_training_does_not_help(llama: Path, tmp_path: Path) -> None:

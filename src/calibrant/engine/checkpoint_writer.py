@@ -135,7 +135,7 @@ class CheckpointWriter:
 
     def replace(self, codes: dict[str, Codes], weights: dict[str, torch.Tensor], files: list[Path]) -> None:
         """Put other codes and dense weights of linears, by full name, into ``files``, which ``finish`` wrote."""
-        changed = {f"{self._base(name)}weight": weight for name, weight in weights.items()}
+        changed = self._model.to_checkpoint({f"{name}.weight": weight for name, weight in weights.items()})
         for name, own in codes.items():
             changed.update(self._packed(self._base(name), own, self._codes[self._base(name)][1]))
         self._hashes.update({name: _tensor_hash(tensor) for name, tensor in changed.items()})

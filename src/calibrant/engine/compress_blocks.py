@@ -26,7 +26,7 @@ from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
 from calibrant.ranks import ALONE, Ranks
 from calibrant.recipes.plan import Plan
-from calibrant.stopping import stop_requested, stopped
+from calibrant.stopping import check_stop, stop_requested, stopped
 
 # "sequential": solve each input group on inputs from the compressed groups before it, in one suspended forward pass;
 # "two-pass": collect all statistics of a block, solve it, run it again, as other tools do; "independent": every block
@@ -92,6 +92,7 @@ def compress_blocks(
                 raise stopped(f"block {index + 1} of {count}")
     if plan.recipe.distillation is not None and done < count:  # it may take longer than the blocks
         checkpoints.save()
+        check_stop(f"block {count} of {count}")
     shares = [layer.reconstructed for layer in checkpoints.layers if layer.reconstructed is not None]
     if shares:
         fallen = 1 - sum(shares) / len(shares)

@@ -16,7 +16,7 @@ from calibrant.errors import CalibrantError, first_line
 from calibrant.formats.safetensors_file import save_tensors
 from calibrant.hashing import sha256_bytes
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.model_head import ModelHead, lazy_head, logits_and_states, module_before_head
+from calibrant.modeling.model_head import ModelHead, agree, lazy_head, logits_and_states, module_before_head
 from calibrant.progress import Progress
 
 _FILE, _BEFORE = "states.safetensors", "calibrant.before_head"
@@ -75,7 +75,7 @@ class RememberingOriginal:
             return
         logits, state = _logits_and_state(self._model, before, window)
         head = ModelHead(self._model, before)
-        if _agree(_head_logits(head, state, window), logits) and self._keep(window, state):
+        if agree(_head_logits(head, state, window), logits) and self._keep(window, state):
             self._head = head
 
     def _keep(self, window: torch.Tensor, state: torch.Tensor) -> bool:
@@ -179,10 +179,5 @@ def _damaged(file: Path, error: Exception) -> CalibrantError:
 def _check(again: torch.Tensor, logits: torch.Tensor, folder: ModelFolder) -> None:
     if not bool(logits.isfinite().all()):
         raise CalibrantError(f"{folder.path}: gives values that are not finite; its weights may be damaged")
-    if not _agree(again, logits):
+    if not agree(again, logits):
         raise CalibrantError(f"{folder.path}: {_NOT_ALONE}")
-
-
-def _agree(again: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Whether two ways to the same logits agree; products of matrices of other shapes are rounded in another order."""
-    return again.shape == logits.shape and torch.allclose(again, logits, rtol=1e-4, atol=1e-4)

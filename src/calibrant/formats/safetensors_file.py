@@ -69,18 +69,20 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict
 def replace_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Put ``tensors`` into ``path`` in place of those with their names, dtypes and shapes; other names keep theirs.
 
-    The file is replaced by a changed copy, so other names of it on the disk still show what it was.
+    A file with several names on the disk is replaced by a changed copy, so that the other names still show what it was.
 
     Raises:
         OSError: the file cannot be read or written.
     """
-    places, copy = stored_tensors(path), path.with_name(f"{path.name}.changed")
-    shutil.copyfile(path, copy)
-    with copy.open("r+b") as file:
+    places, changed = stored_tensors(path), path
+    if path.stat().st_nlink > 1:
+        changed = path.with_name(f"{path.name}.changed")
+        shutil.copyfile(path, changed)
+    with changed.open("r+b") as file:
         for name, tensor in tensors.items():
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             place = places[name]
             assert len(raw) == place.end - place.begin, name
             file.seek(place.begin)
             file.write(raw)
-    copy.replace(path)
+    changed.replace(path)

@@ -98,6 +98,10 @@ class LazyModel:
         """Whether the checkpoint stores this parameter as a single tensor of the same shape."""
         return len(self._sources.get(parameter, ())) == 1 and parameter not in self._stored.converted
 
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """The dtype in which a changed parameter is stored: float32 where the model wants that, else the folder's."""
+        return torch.float32 if parameter in self._wide else self.folder.dtype
+
     def is_tied(self, parameter: str) -> bool:
         """Whether another parameter of the model has the same values."""
         tied = self.module.all_tied_weights_keys

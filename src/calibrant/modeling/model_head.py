@@ -66,6 +66,11 @@ def logits_and_states(
         hook.remove()
 
 
+def agree(again: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether two ways to the same logits agree; products of matrices of other shapes are rounded in another order."""
+    return again.shape == logits.shape and torch.allclose(again, logits, rtol=1e-4, atol=1e-4)
+
+
 def module_before_head(model: transformers.PreTrainedModel, inputs: Inputs) -> str | None:
     """Name of the outermost module whose output the head reads: the last to end of those that gave its input.
 

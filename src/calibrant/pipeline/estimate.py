@@ -123,7 +123,7 @@ def disk_bytes(
     """Bytes of the output, and peak disk space while it is made, for which nothing is measured."""
     size = _Size(model, plan, samples, length, dtype, memory)
     training = plan.recipe.training
-    journal = size.journal_bytes(training) if training is not None else size.distillation().disk_bytes
+    journal = size.journal_bytes(training) if training is not None else size.distillation_journal_bytes()
     return size.output_bytes(), size.disk_bytes() + journal
 
 
@@ -230,7 +230,9 @@ class _Size:
         output, state = self.output_bytes(), self._suspended_bytes(1, 0)
         # Beside two states, the outputs of a block and what is suspended before its last solve.
         states = 3 * state + self._suspended_bytes(1, 1) if self.on_disk else 2 * state
-        return output * (2 if output <= SHARD_BYTES else 1) + states
+        # A distillation replaces shards, which the journal has as parts, by changed copies.
+        copied = output <= SHARD_BYTES or self._plan.recipe.distillation is not None
+        return output * (2 if copied else 1) + states
 
     def memory_bytes(self, on_disk: bool) -> int:
         """The process, and what the largest phase adds: embedding, a block, or writing the largest tensor outside."""
@@ -303,8 +305,17 @@ class _Size:
         whole = self._parameters + self._hidden * self._model.folder.vocabulary
         seconds = _DISTILLING * options.flops(whole, 0) / self._rate(self._dtype)
         memory = max(0, self.distillation_bytes() - self.memory_bytes(self.on_disk))
-        learned = self._parameters if self._plan.target.spec is None else 0
-        return Estimate(seconds, memory, 0, 2 * 4 * 4 * learned)
+        return Estimate(seconds, memory, 0, self.distillation_journal_bytes())
+
+    def distillation_journal_bytes(self) -> int:
+        """Two copies of what learns, its moments and its best values so far."""
+        if self._plan.recipe.distillation is None:
+            return 0
+        learned = 0
+        for layer in self._plan.layers.values():
+            spec, numbers = layer.target.spec, math.prod(layer.shape)
+            learned += numbers if spec is None else numbers // (spec.group_size or layer.shape[-1])
+        return 2 * 4 * 4 * learned
 
     def distillation_bytes(self) -> int:
         """The process, model and head, what learns and its gradients, the original's states, and a step's values."""
@@ -313,13 +324,16 @@ class _Size:
             return 0
         options = distillation_options(asked, self._samples, self._length)
         vocabulary = self._model.folder.vocabulary
-        whole, rows = self._parameters + self._hidden * vocabulary, options.micro_batch(self._length, vocabulary)
+        every = sum(parameter.numel() for parameter in self._model.module.parameters())
+        rows = options.micro_batch(self._length, vocabulary)
         tokens = min(rows, max(options.batch_size, HELD_OUT_TOKENS // self._length)) * self._length
         widths = len(self._plan.blocks) * (14 * self._hidden + 8 * max(self._widths, default=self._hidden))
-        # Codes, the weights they make and their gradients; or those, the gradients of kept weights, their moments and
-        # the best ones so far.
-        copies = 3 if self._plan.target.spec is not None else 6
-        numbers = whole + self._hidden * vocabulary + copies * self._parameters + self._tokens * self._hidden
+        # Codes, twice, and the weights they make, with what their gradients need; or kept weights, those that are
+        # rounded, gradients, moments and the best ones so far.
+        copies = 3 if self._plan.target.spec is not None else 7
+        numbers = every - self._parameters + copies * self._parameters + self._tokens * self._hidden
+        # The original is only its head, unless that is not enough.
+        numbers += self._hidden * vocabulary if self._model.folder.causal else every
         numbers += tokens * (5 * vocabulary + widths)
         return resident_memory() + 4 * numbers
 

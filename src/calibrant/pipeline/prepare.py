@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from calibrant.calibration.calibration_set import CalibrationSet
 from calibrant.calibration.generate import DEFAULT_SAMPLES, check_length, check_size, default_length
 from calibrant.calibration.sources.vocabulary import draw_vocabulary
@@ -36,7 +38,8 @@ from calibrant.recipes.parts import StarvedExperts
 from calibrant.recipes.plan import Plan
 from calibrant.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from calibrant.stopping import check_stop
-from calibrant.training.train_model import check_training
+from calibrant.training.distillation import distillation_options
+from calibrant.training.train_model import check_training, split_held_out
 
 _HELD_OUT_ROWS = 16
 _ORDERS = ("sequential", "two-pass", "independent")
@@ -173,12 +176,27 @@ class PreparedRun:
         )
 
     def check_distillation(self) -> None:
-        """Refuse a distillation that memory has no room for, since that would end a run after all its blocks.
+        """Refuse a distillation that would end a run after all its blocks.
 
         Raises:
-            CalibrantError: so it is.
+            CalibrantError: the set is too small or has too few tokens that count, the model has no head, or memory has
+                no room.
         """
-        rows, length = self._set_shape
+        asked = self.recipe.distillation
+        if asked is None:
+            return
+        folder, (rows, length) = self.model.folder, self._set_shape
+        if self.model.module.base_model is self.model.module:
+            raise CalibrantError(
+                f"{folder.path}: {folder.architecture} gives no logits, from which distillation learns; take a model "
+                "with a head, or a recipe without distillation"
+            )
+        if rows < 2:
+            raise CalibrantError(f"{self.recipe.name}: distillation needs two rows or more, one of them to be held out")
+        if self.calibration is not None:
+            split_held_out(
+                self.calibration.rows, distillation_options(asked, rows, length), folder.causal, torch.device("cpu")
+            )
         needed = memory_needed(self.model, self.plan, rows, length, self.settings.dtype, self._usable).distillation
         if needed > self._usable:
             raise CalibrantError(

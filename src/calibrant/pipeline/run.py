@@ -253,8 +253,17 @@ class _Run:
             return
         solved = [layer.name for layer in self.layers if layer.name in self.plan.linears]
         codes = self._writer.codes(solved, files)
-        dense = [name for name in solved if self.plan.target_of(name).spec is None]
-        pruned = {name: self.model.folder.dtype for name in dense if self.model.is_stored_alone(f"{name}.weight")}
+        pruned = {
+            name: self.model.stored_dtype(f"{name}.weight")
+            for name in solved
+            if (zeros := self.plan.target_of(name).sparsity) is not None
+            and zeros.share > 0
+            and name not in codes
+            and self.model.is_stored_alone(f"{name}.weight")
+        }
+        if not codes and not pruned:
+            self.notes.append("nothing was distilled: no scales or kept weights are stored by themselves")
+            return
         with self.clock.stage("distil"):
             done = distil(
                 self.model.folder,

@@ -19,8 +19,8 @@ State = Literal["finished", "running", "interrupted", "nothing"]
 
 # What states say that count what is done.
 _COUNTED = {
-    training_loop.NAME: "step {done} of the training",
     block_checkpoints.NAME: "block {done} of {blocks}",
+    training_loop.NAME: "step {done} of the training",
     sensitivity.NAME: "the sensitivity of block {done} of {blocks}",
     two_stage_pruning.NEURONS: "the neurons of block {done} of {blocks}",
 }
@@ -103,13 +103,13 @@ def _made(folder: Path) -> tuple[str | None, str | None]:
 
 
 def _done(folder: Path) -> str:
-    names = {state.name for state in saved_states(folder)}
+    names = [state.name for state in saved_states(folder)]
     scored = [name for name in names if name.startswith(f"{SCORES}-")]
     if scored:
         return f"the scores of {sum(int(_said(folder, name, '{done}')) for name in scored)} candidates"
-    for name, said in _COUNTED.items():
-        if name in names:
-            return _said(folder, name, said)
+    counted = [name for name in names if name in _COUNTED]
+    if counted:
+        return _said(folder, counted[-1], _COUNTED[counted[-1]])
     if any(name.startswith(f"{ROWS}-") for name in names) and not (folder / SET).is_dir():
         return "a part of the calibration set"
     found = [text for name, text in _OTHERS.items() if name in names]

@@ -309,12 +309,14 @@ class Distillation(Strict):
 
     The same values learn as in a ``Reconstruction``, in all blocks together. A step takes ``batch_size`` rows.
     ``learning_rate`` is by how much of a step of its grid a group's largest code moves at first, as its scale learns;
-    kept weights learn at 0.15 of it, relative to the root mean square of their layer.
+    kept weights learn at 0.15 of it, relative to the root mean square of their layer. A ``seed`` that is left out is
+    the run's; the order of the rows follows from it.
     """
 
     epochs: int = Field(default=2, ge=1, le=1000)
     batch_size: int = Field(default=4, ge=1)
     learning_rate: float = Field(default=0.015, gt=0, le=10)
+    seed: int = Field(default=0, ge=0)
 
 
 class SmoothQuant(Strict):

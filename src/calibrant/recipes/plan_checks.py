@@ -73,7 +73,7 @@ def check_fused(recipe: Recipe, fused: dict[str, tuple[int, ...]]) -> None:
         what = "drift_correction" if recipe.drift_correction else "reconstruction"
         refusal = f"beside which the original model cannot run; take a recipe without {what}"
     elif recipe.distillation is not None:
-        refusal = "whose scales are not learned; take a recipe without distillation"
+        refusal = "which distillation does not train; take a recipe without distillation"
     elif recipe.budget is not None:
         refusal = "which a budget cannot measure; take a recipe without that"
     elif recipe.scheme.activations is not None:

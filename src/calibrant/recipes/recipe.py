@@ -244,16 +244,18 @@ class Recipe(Strict):
         return found
 
     def with_seed(self, seed: int) -> "Recipe":
-        """The recipe with ``seed`` for its training, if it trains and does not set a seed itself.
+        """The recipe with ``seed`` for its training or distillation, unless that sets a seed itself.
 
         Raises:
             CalibrantError: the seed is negative.
         """
-        if self.training is None or "seed" in self.training.model_fields_set:
-            return self
-        if seed < 0:
+        parts = {"method": self.training, "distillation": self.distillation}
+        open_parts = {
+            key: part for key, part in parts.items() if part is not None and "seed" not in part.model_fields_set
+        }
+        if open_parts and seed < 0:
             raise CalibrantError(f"seed {seed}: must be 0 or more")
-        return self.model_copy(update={"method": self.training.model_copy(update={"seed": seed})})
+        return self.model_copy(update={key: part.model_copy(update={"seed": seed}) for key, part in open_parts.items()})
 
     def with_weights(self, bits: int | None, group_size: int | None) -> "Recipe":
         """The recipe with other ``bits`` or another ``group_size`` (0: one scale per channel; None: unchanged).

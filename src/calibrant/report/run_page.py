@@ -22,6 +22,7 @@ _STAGES = {
     "solve": "solving layers",
     "reconstruct": "reconstructing blocks",
     "prune": "removing modules",
+    "distil": "distillation",
     "exchange": "exchange between processes",
     "write": "writing",
     "journal": "saving states",

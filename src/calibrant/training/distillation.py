@@ -14,6 +14,7 @@ from calibrant.formats.quantized import Codes
 from calibrant.journal import Journal
 from calibrant.methods.training import OnText
 from calibrant.modeling.checkpoint import ModelFolder
+from calibrant.modeling.dequantized_model import load_dequantized
 from calibrant.modeling.linears import use_fast_linears
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.whole_model import load_whole
@@ -27,7 +28,7 @@ from calibrant.training.train_model import split_held_out, training_rows
 from calibrant.training.train_steps import TextStep
 from calibrant.training.training_loop import Trained, train
 
-# Held-out losses are computed so many times in an epoch (ours).
+# Held-out losses are computed about so many times in an epoch (ours).
 _EVALUATIONS = 2
 
 
@@ -77,7 +78,12 @@ def distil(
 
 
 def _loaded(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
-    model = load_whole(folder, str(device), "float32").requires_grad_(False)
+    if folder.quantization is not None and not folder.decoded:
+        # transformers leaves models of mixed widths packed until they run, in inference mode.
+        model = load_dequantized(folder, device, torch.float32, exact=True)
+    else:
+        model = load_whole(folder, str(device), "float32")
+    model.requires_grad_(False)
     model.config.use_cache = False
     use_fast_linears(model, dtype, device)
     return model
@@ -85,12 +91,16 @@ def _loaded(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> tr
 
 def distillation_options(asked: Distillation, rows: int, length: int) -> OnText:
     """The training of ``asked`` on a set of ``rows`` rows of ``length`` tokens."""
-    epoch = max(1, -(-training_rows(rows) // asked.batch_size))
+    trained = max(1, training_rows(rows))
+    batch_size = min(asked.batch_size, trained)
+    steps = -(-trained * asked.epochs // batch_size)
     return OnText(
         name="distillation",
-        steps=epoch * asked.epochs,
-        batch_size=asked.batch_size,
+        steps=steps,
+        batch_size=batch_size,
         length=length,
         learning_rate=asked.learning_rate,
-        eval_steps=max(1, epoch // _EVALUATIONS),
+        eval_steps=-(-trained // (_EVALUATIONS * batch_size)),
+        patience=steps,  # the rate falls to 0, and the best values may come last
+        seed=asked.seed,
     )

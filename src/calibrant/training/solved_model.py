@@ -45,7 +45,9 @@ class SolvedModel:
         for name, own in codes.items():
             linear = model.get_submodule(name)
             self._scales[name] = _Scales(own, specs[name], isinstance(linear, Conv1D), value_dtype).to(model.device)
-            parametrize.register_parametrization(linear, "weight", self._scales[name])
+            # The weight is made of codes and scales; what was loaded would stay in memory without use.
+            linear.weight = nn.Parameter(torch.empty(0, device=model.device), requires_grad=False)
+            parametrize.register_parametrization(linear, "weight", self._scales[name], unsafe=True)
         for name, dtype in pruned.items():
             linear = model.get_submodule(name)
             self._kept[name] = _Kept(linear.get_parameter("weight").data, dtype)
@@ -91,9 +93,9 @@ class _Scales(nn.Module):
         numbers, before = numbers_and_scale(codes)
         self._numbers: torch.Tensor
         self._before: torch.Tensor
-        self.register_buffer("_numbers", numbers)
+        self.register_buffer("_numbers", numbers.to(torch.int16))
         self.register_buffer("_before", before)
-        self.rate = 0.5 ** (spec.bits - 1)
+        self.rate = 1 / (2 ** (spec.bits - 1) if spec.symmetric else 2**spec.bits - 1)
         self.change = nn.Parameter(torch.zeros_like(before))
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:

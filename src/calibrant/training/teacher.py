@@ -1,5 +1,6 @@
 """The logits that a student learns from, and how both models compute theirs."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -8,9 +9,10 @@ import transformers
 
 from calibrant.errors import CalibrantError
 from calibrant.modeling.checkpoint import ModelFolder
-from calibrant.modeling.model_head import Inputs, ModelHead, lazy_head, logits_and_states, module_before_head
+from calibrant.modeling.model_head import Inputs, ModelHead, agree, lazy_head, logits_and_states, module_before_head
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.progress import Progress
+from calibrant.stopping import check_stop
 
 
 class Teacher(Protocol):
@@ -55,6 +57,9 @@ def remembered(
     """A teacher of ``model``, the one in ``folder``, for ``rows``: without its blocks, if its head needs no more.
 
     Where the head needs more than last hidden states, or is that of a classifier, the model runs each time.
+
+    Raises:
+        StoppedError: a signal asked to stop.
     """
     whole = WholeTeacher(model, dtype)
     before = module_before_head(model, _inputs(rows[0].ids[:1]))
@@ -67,11 +72,20 @@ def remembered(
             with computing(model.device, dtype):
                 logits, found = logits_and_states(model, before, _inputs(ids))
             found = found.float()
-            if not states and not torch.allclose(head.logits(found, _inputs(ids)), logits, rtol=1e-4, atol=1e-4):
+            if not states and not _makes(head, found, _inputs(ids), logits):
                 return whole
             states[_key(ids[0])] = found[0]
             task.advance()
+            check_stop("the last block")
     return RememberingTeacher(head, states)
+
+
+def _makes(head: ModelHead, states: torch.Tensor, inputs: Inputs, logits: torch.Tensor) -> bool:
+    """Whether ``head`` makes ``logits`` of ``states``."""
+    try:
+        return agree(head.logits(states, inputs), logits)
+    except RuntimeError:  # the model reads parameters outside its head, which are not loaded
+        return False
 
 
 def model_logits(model: transformers.PreTrainedModel, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
@@ -98,11 +112,13 @@ def keep_head_in_float32(model: transformers.PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is None:
         return
-    compute = head.forward
+    own = weakref.ref(head)  # the head keeps this function: a reference back would keep its weights in memory
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
+        module = own()
+        assert module is not None
         with torch.autocast(hidden.device.type, enabled=False):
-            logits: torch.Tensor = compute(hidden.float())
+            logits: torch.Tensor = type(module).forward(module, hidden.float())
         return logits
 
     head.forward = forward

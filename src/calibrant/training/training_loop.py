@@ -52,7 +52,8 @@ class Trained:
     """Result of a training.
 
     ``held_out`` is the held-out loss by step; ``best`` the step whose parameters were kept; ``sharpness`` the sharpness
-    at these parameters; ``loss`` the mean training loss of the last ``eval_steps`` steps.
+    at these parameters; ``loss`` the mean training loss of the last ``eval_steps`` steps. ``diverged`` is the step
+    after which the held-out loss was not finite, which ended the training.
     """
 
     held_out: dict[int, float]
@@ -60,9 +61,15 @@ class Trained:
     steps: int
     loss: float
     sharpness: float | None
+    diverged: int | None = None
 
     def sentence(self) -> str:
         """One-sentence summary for the user."""
+        if self.diverged is not None:
+            return (
+                f"training diverged by step {self.diverged}, so the values after step {self.best} were kept; lower the "
+                "learning rate"
+            )
         if self.best == 0:
             return (
                 f"training did not help in {self.steps} steps: the held-out loss is {self.held_out[0]:.4g} before it "
@@ -78,10 +85,10 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
     """Train, and leave the parameters with the least held-out loss in the student.
 
     Resumes from ``journal`` and writes to it periodically; a resumed training gives the same result as an uninterrupted
-    one.
+    one. A held-out loss that is not finite ends the training.
 
     Raises:
-        CalibrantError: the held-out loss is not finite.
+        CalibrantError: the held-out loss is not finite before the training.
         StoppedError: a signal asked to stop; the state is saved.
     """
     student, found = train_step.student, journal.read(NAME)
@@ -89,7 +96,8 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
         # Curves without a state are left over from an interrupted training, which now starts again.
         shutil.rmtree(journal.folder / CURVES, ignore_errors=True)
         now = _TrainingState({0: student.held_out()}, _copy(student.learned))
-        _check_finite(now, journal)
+        if not math.isfinite(now.held_out[0]):
+            raise CalibrantError("the held-out loss is not finite before the training; check the model")
     else:
         train_step.load(found.pop("train_step"))
         now = _TrainingState(**found)
@@ -105,13 +113,18 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
             numbers = train_step.step(now.done, 0.5 * (1 + math.cos(math.pi * now.done / options.steps)))
             now.done += 1
             task.advance()
-            now.losses = [*now.losses, numbers["loss"]][-options.eval_steps :]
+            if math.isfinite(numbers["loss"]):
+                now.losses = [*now.losses, numbers["loss"]][-options.eval_steps :]
             if now.done % options.eval_steps == 0 or now.done == options.steps:
-                numbers["held_out"] = now.held_out[now.done] = student.held_out()
-                _check_finite(now, journal)
+                numbers["held_out"] = student.held_out()
+                if math.isfinite(numbers["held_out"]):
+                    now.held_out[now.done] = numbers["held_out"]
+                else:
+                    now.diverged = now.done
                 if numbers["held_out"] < now.held_out[now.best]:
                     now.best, now.kept = now.done, _copy(student.learned)
-                now.ended = now.done == options.steps or now.done - now.best >= options.patience * options.eval_steps
+                waited = now.done - now.best >= options.patience * options.eval_steps
+                now.ended = now.done == options.steps or waited or now.diverged is not None
             for name, value in numbers.items():
                 write_scalar(name, value, now.done)
             begin = time.monotonic()
@@ -123,7 +136,8 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
     with torch.no_grad():
         for parameter, best_value in zip(student.learned, now.kept, strict=True):
             parameter.copy_(best_value)
-    trained = Trained(now.held_out, now.best, now.done, sum(now.losses) / len(now.losses), student.sharpness())
+    loss = sum(now.losses) / max(1, len(now.losses))
+    trained = Trained(now.held_out, now.best, now.done, loss, student.sharpness(), now.diverged)
     progress.note(trained.sentence())
     return trained
 
@@ -156,15 +170,8 @@ class _TrainingState:
     done: int = 0
     losses: list[float] = field(default_factory=list)
     ended: bool = False
+    diverged: int | None = None
 
 
 def _copy(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
-
-
-def _check_finite(now: _TrainingState, journal: Journal) -> None:
-    if not math.isfinite(now.held_out[now.done]):
-        journal.remove()
-        raise CalibrantError(
-            f"the held-out loss is not finite after step {now.done}; lower the learning rate, or check the model"
-        )
