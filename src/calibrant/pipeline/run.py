@@ -84,7 +84,7 @@ def run_compression(
         run.check_finite()
         run.spend_budget()
         run.learn()
-        # Only after training, which allocates and frees large blocks constantly.
+        # Only after these trainings, which allocate and free large blocks constantly.
         map_large_blocks()
         run.compress()
         files = run.write_weights()
