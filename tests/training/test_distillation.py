@@ -1,7 +1,9 @@
 """Distillation: what learns and what stays, in every format, and that the loaded model is nearer to the original."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ from safetensors.torch import load_file, save_file
 
 import calibrant as cb
 from calibrant.errors import CalibrantError
+from calibrant.formats.quantized import Codes
 from calibrant.formats.safetensors_file import replace_tensors
 from calibrant.modeling.checkpoint import ModelFolder
 from calibrant.modeling.losses import divergences
+from calibrant.modeling.model_head import ModelHead
 from calibrant.modeling.token_rows import TokenRows
 from calibrant.modeling.whole_model import load_whole, torch_dtype
 from calibrant.progress import NoProgress
+from calibrant.quantization.grids import GridSpec
+from calibrant.training.solved_model import SolvedModel
 from calibrant.training.student import Student
 from calibrant.training.teacher import RememberingTeacher, WholeTeacher, remembered
 from tests.checkpoints import loaded_divergence
@@ -324,6 +330,48 @@ def test_a_teacher_without_blocks_gives_the_logits_of_the_whole_one(model_folder
     with torch.no_grad():
         expected = WholeTeacher(model, computed).logits({"input_ids": rows.ids})
         assert found.logits({"input_ids": rows.ids}) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_original_leaves_memory_once_its_states_are_known(llama: Path) -> None:
+    """At once: the student takes its place before Python looks for cycles of references."""
+    folder, model = ModelFolder(llama), load_whole(ModelFolder(llama), "cpu", "float32")
+    weights = [weakref.ref(model.lm_head.weight), weakref.ref(model.model.layers[0].mlp.up_proj.weight)]
+    rows = TokenRows(*(values.long() for values in random_set(samples=3).rows))
+    gc.collect()
+    gc.disable()
+    try:
+        found = remembered(model, folder, [rows], torch.float32, NoProgress())
+        del model
+        assert isinstance(found, RememberingTeacher)
+        assert [weight() for weight in weights] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_head_that_reads_what_is_not_loaded_is_not_used(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError("Tensor on device meta")
+
+    monkeypatch.setattr(ModelHead, "logits", fails)
+    rows = TokenRows(*(values.long() for values in random_set(samples=3).rows))
+    model = load_whole(ModelFolder(llama), "cpu", "float32")
+    found = remembered(model, ModelFolder(llama), [rows], torch.float32, NoProgress())
+    assert isinstance(found, WholeTeacher)
+
+
+def test_what_codes_replace_leaves_memory(llama: Path, tmp_path: Path) -> None:
+    plain, _ = outputs(llama, tmp_path, ROUNDED)
+    model = load_whole(ModelFolder(plain, allow_quantized=True), "cpu", "float32")
+    name = "model.layers.0.mlp.up_proj"
+    weight = weakref.ref(model.get_submodule(name).weight)
+    values = model.get_submodule(name).weight.detach().clone()
+    scale = tensors(plain)[f"{name}.weight_scale"]
+    numbers = (values.unflatten(1, (scale.shape[1], -1)) / scale[..., None].float()).round().flatten(1)
+    codes = Codes(numbers.to(torch.int8), scale, torch.zeros_like(scale, dtype=torch.int8))
+    spec = GridSpec(2, True, values.shape[1] // scale.shape[1], scale.dtype)
+    solved = SolvedModel(model, {name: codes}, {name: spec}, {}, torch.float32)
+    assert weight() is None
+    assert torch.allclose(solved.model.get_submodule(name).weight, values, atol=1e-6)
 
 
 def test_a_classifier_runs_each_time(model_folder: Any) -> None:

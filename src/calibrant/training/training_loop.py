@@ -52,14 +52,14 @@ class Trained:
     """Result of a training.
 
     ``held_out`` is the held-out loss by step; ``best`` the step whose parameters were kept; ``sharpness`` the sharpness
-    at these parameters; ``loss`` the mean training loss of the last ``eval_steps`` steps. ``diverged`` is the step
-    after which the held-out loss was not finite, which ended the training.
+    at these parameters; ``loss`` the mean training loss of the last ``eval_steps`` steps, None if it was never finite.
+    ``diverged`` is the step after which the held-out loss was not finite, which ended the training.
     """
 
     held_out: dict[int, float]
     best: int
     steps: int
-    loss: float
+    loss: float | None
     sharpness: float | None
     diverged: int | None = None
 
@@ -136,7 +136,7 @@ def train(train_step: TrainStep, options: TrainingOptions, journal: Journal, pro
     with torch.no_grad():
         for parameter, best_value in zip(student.learned, now.kept, strict=True):
             parameter.copy_(best_value)
-    loss = sum(now.losses) / max(1, len(now.losses))
+    loss = sum(now.losses) / len(now.losses) if now.losses else None
     trained = Trained(now.held_out, now.best, now.done, loss, student.sharpness(), now.diverged)
     progress.note(trained.sentence())
     return trained
